@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all, checkpoints that are never unpickled, and errors that a user can act on."""
+import argparse
+import contextlib
+import csv
+import os
+import pickle
+import sys
+import zipfile
+
+import torch
+
+FORMAT = 1  # of every file that a stage hands to the next one
+
+
+class InputError(Exception):
+    """Something given by the user is wrong. The message says what, where, and how to mend it, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviations, and errors of one line."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell a reader nothing
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def cli(main):
+    """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130."""
+    try:
+        main()
+    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        sys.exit(_complain(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+
+
+def _complain(error, code):
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`; it takes the place of `path` if the block ends well, else it is removed."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def save_checkpoint(path, stage, **state):
+    """Writes a checkpoint of `stage` ("weak", "qp", "ssl"): plain containers, numbers and tensors only."""
+    with replacing(path) as temporary:
+        torch.save(dict(format=FORMAT, stage=stage, torch=str(torch.__version__), **state), temporary)
+
+
+def load_checkpoint(path, stage):
+    """The dict that save_checkpoint wrote, on the CPU. InputError if it is missing, damaged or of another stage."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); make it again") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+    if state["stage"] != stage:
+        raise InputError(f"{path}: a checkpoint of stage '{state['stage']}', but '{stage}' is needed here")
+    return state
+
+
+class Log:
+    """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
+
+    def __init__(self, out, columns, after=0):
+        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+        self.path, self.columns, rows = os.path.join(out, "log.csv"), columns, []
+        if after and os.path.isfile(self.path):
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= after]
+        with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self.events = SummaryWriter(out, purge_step=after + 1 if after else None)
+
+    def write(self, step, **values):
+        """One record; columns that are not given stay empty."""
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.path, "a", newline="") as f:
+            csv.DictWriter(f, self.columns).writerow({"step": step, **shown})
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+
+
+def start_run(out, name, stage, args, free=()):
+    """Looks at OUT/last.pt before a training run. -> the state to resume from, or None for a fresh start
+
+    InputError if OUT holds a run already and neither --resume nor --overwrite is given, or if --resume comes with other options than
+    the run was started with (those named in `free` may differ).
+    """
+    last = os.path.join(out, "last.pt")
+    if args.resume and os.path.isfile(last):
+        state = load_checkpoint(last, stage)
+        for key, value in vars(args).items():
+            if key not in {"resume", "overwrite", "out", *free} and state["args"].get(key) != value:
+                raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}")
+        return state
+    if not args.overwrite and (os.path.exists(last) or os.path.exists(os.path.join(out, name))):
+        raise InputError(f"{out}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
+    return None

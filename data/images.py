@@ -1,0 +1,158 @@
+"""Folders of pictures with masks -> one HDF5 file.
+
+    python -m data.images --preset ph2 "PH2Dataset" --out ph2.h5 --size 224
+    python -m data.images --preset cvc CVC-ClinicDB --out cvc.h5
+    python -m data.images --preset isic ISIC2018 --out isic.h5
+    python -m data.images --preset folder MINE --out mine.h5 --classes background,polyp
+
+What each preset reads under SRC:
+    ph2     **/IMDxxx_Dermoscopic_Image/*.bmp, **/IMDxxx_lesion/*.bmp; train.txt and val.txt (a case a line) if they are there
+    cvc     Original/N.*, "Ground Truth"/N.*; sequences.csv (frame,sequence): a video sequence is one patient
+    isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
+    folder  images/NAME.*, masks/NAME.*; also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
+
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR); otherwise by patient with --seed. Binary masks are cut at half of their
+range; with more than two --classes, mask pixels are class numbers.
+"""
+import csv
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data import h5
+from data.files import InputError, Parser, cli
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+
+
+def pictures(folder):
+    """Name without ending -> path, for the pictures directly in a folder, in natural order (2 before 10)."""
+    found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES] if Path(folder).is_dir() else []
+    by_number = sorted(found, key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    return {p.stem: p for p in by_number}
+
+
+# Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
+
+def find_ph2(src):
+    masks = {p.parent.name.removesuffix("_lesion"): p for p in src.rglob("*_lesion/*") if p.suffix.lower() in PICTURES}
+    images = {p.parent.name.removesuffix("_Dermoscopic_Image"): p for p in sorted(src.rglob("*_Dermoscopic_Image/*"))
+              if p.suffix.lower() in PICTURES}
+    return [(name, path, masks.get(name), name, None) for name, path in images.items()]
+
+
+def find_cvc(src):
+    images, masks, table = pictures(src / "Original"), pictures(src / "Ground Truth"), src / "sequences.csv"
+    if not table.is_file():
+        raise InputError(f"{table}: missing; it maps frame to sequence, and neighboring frames must not be split")
+    with open(table, newline="") as f:
+        sequence = {row["frame"]: f"sequence{int(row['sequence']):02d}" for row in csv.DictReader(f)}
+    if lost := [name for name in images if name not in sequence]:
+        raise InputError(f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames)")
+    return [(name, path, masks.get(name), sequence[name], None) for name, path in images.items()]
+
+
+def find_isic(src):
+    images = {n: p for folder in sorted(src.rglob("*Input*")) for n, p in pictures(folder).items()}
+    masks = {n.removesuffix("_segmentation"): p for folder in sorted(src.rglob("*GroundTruth*")) for n, p in pictures(folder).items()}
+    return [(name, path, masks.get(name), name, None) for name, path in images.items()]
+
+
+def find_folder(src):
+    rows = []
+    for split in (None, *h5.SPLITS):
+        base = src / split if split else src
+        masks = pictures(base / "masks")
+        rows += [(name, path, masks.get(name), name, split) for name, path in pictures(base / "images").items()]
+    return rows
+
+
+SHOWS = dict(ph2="lesion", cvc="polyp", isic="lesion", folder="foreground")
+PRESETS = {f.__name__.removeprefix("find_"): f for f in (find_ph2, find_cvc, find_isic, find_folder)}
+
+
+def assign_splits(rows, lists, args):
+    """Gives every row its split: from list files, from its folder, or by patient with a seed. -> rows in their final order"""
+    if lists:
+        by_name, out = {r[0]: r for r in rows}, []
+        for split, names in lists.items():
+            for name in names:
+                if name not in by_name:
+                    raise InputError(f"{split}.txt: case '{name}' is not among the pictures of {args.src}")
+                out.append((*by_name[name][:4], split))
+        return out
+    if any(r[4] for r in rows):
+        return [(*r[:4], r[4] or "train") for r in rows]
+    patients = sorted({r[3] for r in rows})
+    order = np.random.default_rng(args.seed).permutation(len(patients))
+    n_val, n_test = (round(share * len(patients)) for share in (args.val, args.test))
+    split = {patients[i]: "val" if j < n_val else "test" if j < n_val + n_test else "train" for j, i in enumerate(order)}
+    rank = {patients[i]: j for j, i in enumerate(order)}  # train order is random too: --labeled takes the first patients
+    return [(*r[:4], split[r[3]]) for r in sorted(rows, key=lambda r: rank[r[3]])]
+
+
+def read_lists(folder):
+    """train.txt, val.txt, test.txt, unlabeled.txt of a folder -> {split: [names]}"""
+    return {s: (folder / f"{s}.txt").read_text().split() for s in h5.SPLITS if (folder / f"{s}.txt").is_file()}
+
+
+def read_picture(path, flag):
+    picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag) if os.path.getsize(path) else None
+    if picture is None:
+        raise InputError(f"{path}: not a readable picture")
+    return picture
+
+
+def read_pair(image_path, mask_path, classes, gray):
+    """One picture and its mask. -> image (H, W, 3) or (H, W) uint8, label (H, W) uint8 or None, on the picture's grid"""
+    image = read_picture(image_path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
+    if mask_path is None:
+        return image, None
+    mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE)
+    if mask.shape != image.shape[:2]:
+        raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
+                         f"has {image.shape[1]} x {image.shape[0]}")
+    if len(classes) == 2:  # 0/255, 0/1 and JPEG-like in-between values alike; an empty mask stays empty
+        mask = (mask > mask.max() // 2).astype(np.uint8)
+    return image, mask
+
+
+def main(argv=None):
+    p = Parser(__doc__, prog="python -m data.images")
+    p.add_argument("src", help="folder of the pictures")
+    p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
+    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--size", type=int, default=0, help="resize to a square of this side; 0 keeps the pictures' own sizes")
+    p.add_argument("--classes", help="names, background first (default: background, and what the preset shows)")
+    p.add_argument("--gray", action="store_true", help="read the pictures as gray")
+    p.add_argument("--lists", metavar="DIR", help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them")
+    p.add_argument("--val", type=float, default=0.2, help="share of the patients for val, where no list says")
+    p.add_argument("--test", type=float, default=0.0, help="share of the patients for test, where no list says")
+    p.add_argument("--seed", type=int, default=0, help="of the split by patient")
+    args = p.parse_args(argv)
+    src, classes = Path(args.src), (args.classes or f"background,{SHOWS[args.preset]}").split(",")
+    if not src.is_dir():
+        raise InputError(f"{src}: no such folder")
+    if args.size and args.size < 16 or not (0 <= args.val < 1 and 0 <= args.test < 1 and args.val + args.test < 1):
+        raise InputError("--size must be 0 or at least 16, --val and --test shares that leave something to train on")
+    rows = PRESETS[args.preset](src)
+    if not rows:
+        raise InputError(f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help")
+    rows = assign_splits(rows, read_lists(Path(args.lists) if args.lists else src), args)
+
+    def cases():
+        for name, image_path, mask_path, patient, split in rows:
+            image, label = read_pair(image_path, mask_path, classes, args.gray)
+            if args.size:
+                image = h5.resize_image(image, args.size)
+                label = None if label is None else h5.resize_label(label, args.size)
+            yield h5.Case(split, name, image, label, patient, None, str(image_path.relative_to(src)))
+    info = h5.write(args.out, cases(), name=args.preset if args.preset != "folder" else src.resolve().name, classes=classes,
+                    dims=2, channels=1 if args.gray else 3)
+    print(h5.summary(info))
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,415 @@
+"""Stage 4: scores checkpoints on a split, case by case.
+
+    python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--qp runs/qp/qp.pt]
+
+Reads  DATA.h5, the best.pt or last.pt of train_ssl.py, optionally the qp.pt of train_qp.py.
+Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on the screen), OUT/compare.png,
+       OUT/cases/*.png (image, truth, each run's outlines); with --qp also OUT/quality.csv, quality.md and quality.png.
+
+Runs that differ only in their seed form one row: mean and standard deviation. Every score is taken on the case's own grid; volumes
+that were segmented slice by slice are scored as volumes.
+
+Legend: N slices, B batch, K classes, D depth, H height, W width, S side of the network's grid.
+"""
+import csv
+import json
+import os
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage, stats
+from torch.nn import functional as F
+
+import models
+from data import h5
+from data.files import InputError, Parser, cli, load_checkpoint, replacing
+from models.losses import one_hot
+from models.quality import quality_target
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, prog="evaluate.py")
+    p.add_argument("data", help="dataset file")
+    p.add_argument("checkpoints", nargs="+", help="best.pt or last.pt of one or more runs")
+    p.add_argument("--split", choices=("train", "val", "test"), default="val", help="cases to score; all need labels")
+    p.add_argument("--out", required=True, help="folder for tables and pictures")
+    p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
+    p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class")
+    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its estimate with the true quality of each output")
+    p.add_argument("--pictures", type=int, default=20, help="cases to draw, evenly spread; 0 draws nothing")
+    p.add_argument("--batch", type=int, default=32, help="slices in one pass")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+@dataclass
+class Score:
+    """One class of one case. hd95 and asd in mm where the spacing is known, else in pixels."""
+    dice: float
+    jaccard: float
+    hd95: float
+    asd: float
+    one_empty: bool  # prediction or truth is empty, but not both
+
+
+def score(mask, truth, spacing):
+    """Dice, Jaccard, HD95 and ASD of two boolean masks of one shape (2D or 3D). spacing: per axis.
+
+    Both empty: Dice 1, distances 0. One empty: Dice 0, distances = the diagonal of the grid, the worst that is possible.
+    HD95 is medpy's (95th percentile of both directed surface distance sets, pooled); ASD is medpy's asd (mask to truth).
+    """
+    a, b = int(mask.sum()), int(truth.sum())
+    if a == 0 or b == 0:
+        diagonal = float(np.linalg.norm(np.multiply(mask.shape, spacing)))
+        return Score(1.0, 1.0, 0.0, 0.0, False) if a == b else Score(0.0, 0.0, diagonal, diagonal, True)
+    both = int((mask & truth).sum())
+    to_truth, to_mask = surface_distances(mask, truth, spacing)
+    return Score(2 * both / (a + b), both / (a + b - both), float(np.percentile(np.concatenate([to_truth, to_mask]), 95)),
+                 float(to_truth.mean()), False)
+
+
+def surface_distances(a, b, spacing):
+    """Distances of a's surface to b's and of b's to a's. Boolean arrays, neither empty -> two 1D arrays.
+
+    The surface of a mask are its elements that have a face neighbor outside of it (or outside of the grid).
+    """
+    box = ndimage.find_objects((a | b).astype(np.uint8))[0]  # both masks lie inside, so that distances stay the same
+    a, b = (np.pad(m[box], 1) for m in (a, b))
+    edge_a, edge_b = (m & ~ndimage.binary_erosion(m) for m in (a, b))
+    to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
+    to_a = ndimage.distance_transform_edt(~edge_a, sampling=spacing)[edge_b]
+    return to_b, to_a
+
+
+def score_case(label, truth, entry, K):
+    """The Score of each foreground class. label and truth (D, H, W) uint8; a plain image is scored in 2D."""
+    if len(entry.grid) == 2:
+        label, truth = label[0], truth[0]
+    return [score(label == k, truth == k, entry.spacing) for k in range(1, K)]
+
+
+def mean_dice(scores):
+    """Mean over the cases for each class [K-1], then over classes. scores: per case a list of Score."""
+    per_class = np.array([[s.dice for s in case] for case in scores]).mean(0)
+    return float(per_class.mean()), per_class.tolist()
+
+
+def agreement(predicted, true):
+    """How well estimates match: n, MAE, RMSE, Pearson, Spearman (None where one side is constant)."""
+    predicted, true = (np.asarray(v, np.float64) for v in (predicted, true))
+    n, varied = len(true), len(true) > 1 and predicted.std() > 1e-9 and true.std() > 1e-9
+    return dict(n=n, mae=float(np.abs(predicted - true).mean()) if n else None,
+                rmse=float(np.sqrt(((predicted - true) ** 2).mean())) if n else None,
+                pearson=float(stats.pearsonr(predicted, true)[0]) if varied else None,
+                spearman=float(stats.spearmanr(predicted, true)[0]) if varied else None)
+
+
+# ---------------------------------------------------------------------------------------------------- prediction
+
+def load_cases(info, split, size):
+    """What scoring needs, read once: Slices on the network's grid, and entry and label (D, H, W) of every case."""
+    slices = h5.load_slices(info, split, size)
+    with h5.open_file(info.path) as f:
+        return slices, [(e, h5.read_case(f, info, split, e.name)[1]) for e in info.entries(split)]
+
+
+@torch.no_grad()
+def predict(net, slices, device, amp=None, batch=32):
+    """Probabilities of every slice, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
+    training = net.training
+    net.eval()
+    out = []
+    for start in range(0, len(slices), batch):
+        x, _ = slices.batch(slice(start, start + batch), device)
+        with models.autocast(device, amp):
+            out.append(net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1).cpu())
+    net.train(training)
+    return torch.cat(out)
+
+
+def to_grid(probability, grid):
+    """Probabilities of a case's slices [D, K, S, S] -> labels (D, H, W) uint8 on the case's own grid."""
+    back = F.interpolate(probability, size=grid[-2:], mode="bilinear", align_corners=False)
+    return back.argmax(1).to(torch.uint8).numpy()
+
+
+def largest_component(label, K):
+    """Keeps the largest face-connected component of each class. (D, H, W) -> (D, H, W)"""
+    out = np.zeros_like(label)
+    for k in range(1, K):
+        parts, n = ndimage.label(label == k)
+        if n:
+            out[parts == 1 + np.bincount(parts.ravel())[1:].argmax()] = k
+    return out
+
+
+def predict_cases(probability, cases, K, largest=False):
+    """Labels of every case on its own grid, from the slices' probabilities [N, K, S, S], in order."""
+    start = 0
+    for entry, truth in cases:
+        label = to_grid(probability[start:start + len(truth)], entry.grid)
+        start += len(truth)
+        yield largest_component(label, K) if largest else label
+
+
+def evaluate(net, slices, cases, device, amp=None, batch=32):
+    """Mean foreground Dice of a network, and per class: the validation of training is this very function."""
+    probability = predict(net, slices, device, amp, batch)
+    K = probability.shape[1]
+    return mean_dice([score_case(label, truth, entry, K)
+                      for label, (entry, truth) in zip(predict_cases(probability, cases, K), cases)])
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+def load_run(path, weights, device):
+    """The network of a train_ssl.py checkpoint on the device, and the checkpoint."""
+    state = load_checkpoint(path, "ssl")
+    net = models.rebuild(state["model"], state["nets"][0] if weights == "student" else state["teacher"])
+    return models.fast_layout(net, device).eval(), state
+
+
+def load_quality(path, info, device):
+    """The frozen quality predictor of train_qp.py. InputError if it was trained for other classes or channels."""
+    state = load_checkpoint(path, "qp")
+    theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
+    g = models.rebuild(state["model"], state["weights"])
+    return models.fast_layout(g, device).eval().requires_grad_(False)
+
+
+def run_name(args):
+    """What the row of a run is called: its method and hooks."""
+    name = args["method"]
+    if args["weight"] != "none":
+        name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
+        name += " (class)" if args["weight_level"] == "class" else ""
+    return name + (" + QAR" if args["qar"] else "")
+
+
+def group_runs(states):
+    """Runs that differ only in their seed -> [(name, labeled, [index, ...])]; names are made unique by what differs."""
+    ignored = {"seed", "out", "data", "qp", "resume", "device", "log_every", "overwrite"}
+    groups = defaultdict(list)
+    for i, state in enumerate(states):
+        groups[json.dumps({k: v for k, v in state["args"].items() if k not in ignored}, sort_keys=True)].append(i)
+    configs = [json.loads(key) for key in groups]
+    titles = [(run_name(c), c["labeled"]) for c in configs]
+    out = []
+    for config, title, members in zip(configs, titles, groups.values()):
+        alike = [c for c, t in zip(configs, titles) if t == title]
+        extra = [f"{k}={v}" for k, v in config.items() if any(c.get(k) != v for c in alike)]
+        out.append((f"{title[0]} ({', '.join(extra)})" if extra else title[0], title[1], members))
+    return out
+
+
+def spread(values, factor=1.0, digits=2):
+    """'mean ± deviation' over seeds (n - 1), or the one value."""
+    values = np.asarray(values, np.float64) * factor
+    text = f"{values.mean():.{digits}f}"
+    return f"{text} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def summarize(info, groups, scores, unit):
+    """One row per group. scores[run][case][class] -> list of dicts for Markdown and JSON"""
+    rows = []
+    for name, labeled, members in groups:
+        table = {m: np.array([[[getattr(s, m) for s in case] for case in scores[i]] for i in members])  # [runs, cases, K-1]
+                 for m in ("dice", "jaccard", "hd95", "asd", "one_empty")}
+        row = {"run": name, "labeled": labeled, "seeds": len(members)}
+        row |= {"Dice %": spread(table["dice"].mean((1, 2)), 100), "Jaccard %": spread(table["jaccard"].mean((1, 2)), 100),
+                f"HD95 {unit}": spread(table["hd95"].mean((1, 2))), f"ASD {unit}": spread(table["asd"].mean((1, 2))),
+                "one empty": spread(table["one_empty"].sum((1, 2)), digits=0)}
+        if len(info.classes) > 2:
+            row |= {f"Dice {c}": spread(table["dice"][:, :, k].mean(1), 100) for k, c in enumerate(info.classes[1:])}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows):
+    """A list of dicts with the same keys -> a Markdown table."""
+    show = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(map(show, row.values())) + " |" for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------- predicted against true quality
+
+@torch.no_grad()
+def estimate_quality(g, slices, index, mask, device, amp=None, change=lambda x: x, batch=64):
+    """g's estimate and the true quality of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
+
+    index [N]: the slice of each mask [N, S, S] in slices, which have labels; change: what to do to the images first.
+    Both numbers are the smoothed Dice per slice (models.quality.quality_target).
+    """
+    predicted, true, present, K = [], [], [], g.config["classes"]
+    for start in range(0, len(index), batch):
+        x, y = slices.batch(index[start:start + batch], device)
+        m, truth = (one_hot(v.to(device), K)[:, 1:] for v in (mask[start:start + batch], y))
+        with models.autocast(device, amp):
+            predicted.append(g(change(x), m).cpu())
+        true.append(quality_target(m, truth).cpu()), present.append(truth.flatten(2).any(2).cpu())
+    return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
+
+
+def quality_rows(title, predicted, true, present, classes):
+    """Agreement over all classes, over those present in a slice's truth, over absent ones, and for each class where present."""
+    rows = [dict(run=title, entries="all", **agreement(predicted.ravel(), true.ravel())),
+            dict(run=title, entries="present", **agreement(predicted[present], true[present]))]
+    if not present.all():
+        rows.append(dict(run=title, entries="absent", **agreement(predicted[~present], true[~present])))
+    if len(classes) > 2:
+        rows += [dict(run=title, entries=c, **agreement(predicted[:, k][present[:, k]], true[:, k][present[:, k]]))
+                 for k, c in enumerate(classes[1:])]
+    return rows
+
+
+def draw_quality(path, panels, classes):
+    """Predicted against true quality, one panel each. panels: {title: (predicted, true)} [N, K-1]"""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.9), squeeze=False, layout="constrained")
+    for axis, (title, (predicted, true)) in zip(axes[0], panels.items()):
+        axis.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0)
+        for k in range(predicted.shape[1]):
+            axis.scatter(true[:, k], predicted[:, k], s=6, alpha=0.35, linewidths=0, color=h5.COLORS[k % len(h5.COLORS)])
+        both = agreement(predicted.ravel(), true.ravel())
+        axis.set_title(f"{title}\nMAE {both['mae']:.3f}, r {both['pearson'] or 0:.3f}", fontsize=9)
+        axis.set(xlabel="true Dice", ylabel="predicted Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    h5.legend(figure, classes)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures and files
+
+def pyplot():
+    """matplotlib.pyplot without a display, imported only where something is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    pyplot().close(figure)
+
+
+def draw_case(path, entry, image, truth, outputs, classes):
+    """image | truth | each run's outlines, on the slice with most foreground. outputs: [(title, label (D, H, W))]"""
+    z = h5.middle(truth, len(image))
+    panels = [(entry.name if len(image) == 1 else f"{entry.name}, slice {z}", None), ("truth", truth), *outputs]
+    columns = min(len(panels), 5)
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(2.5 * columns, 2.9 * lines + 0.3), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, label) in zip(axes.flat, panels):
+        h5.draw(axis, image[z], None if label is None else label[z], title)
+    h5.legend(figure, classes)
+    save_figure(figure, path)
+
+
+def draw_comparison(path, groups, scores):
+    """Box plot of the cases' mean foreground Dice, a dot per case, for every group (seeds averaged)."""
+    plt = pyplot()
+    values = [np.mean([[np.mean([s.dice for s in case]) for case in scores[i]] for i in members], 0) for _, _, members in groups]
+    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.5 * len(groups)), layout="constrained")
+    axis.boxplot(values, orientation="horizontal", widths=0.6, showfliers=False, medianprops=dict(color="black"))
+    for i, v in enumerate(values):
+        jitter = np.random.default_rng(0).uniform(-0.16, 0.16, len(v))
+        axis.scatter(v, i + 1 + jitter, s=9, alpha=0.6, color=h5.COLORS[i % len(h5.COLORS)], linewidths=0)
+    axis.set_yticks(range(1, len(groups) + 1), [f"{name}, labeled {labeled}" for name, labeled, _ in groups])
+    axis.invert_yaxis()
+    axis.set_xlabel("mean foreground Dice of a case")
+    save_figure(figure, path)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def write_csv(path, rows):
+    """A list of dicts with the same keys -> CSV."""
+    with replacing(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, info = models.pick_device(args.device), h5.read_info(args.data)
+    amp, K, entries = models.pick_amp(args.amp, device), len(info.classes), info.entries(args.split)
+    if missing := [e.name for e in entries if not e.labeled]:
+        raise InputError(f"{args.data}: /{args.split}/{missing[0]} has no label, so it cannot be scored")
+    g = load_quality(args.qp, info, device) if args.qp else None
+
+    states, labels, scores, quality = [], [], [], []
+    loaded = {}  # network grid -> slices and cases
+    for path in args.checkpoints:
+        net, state = load_run(path, args.weights, device)
+        for key in ("classes", "channels"):
+            if state["data"][key] != getattr(info, key):
+                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {args.data} has {getattr(info, key)}")
+        size = state["args"]["size"]
+        if size not in loaded:
+            loaded[size] = load_cases(info, args.split, size)
+        slices, cases = loaded[size]
+        probability = predict(net, slices, device, amp, args.batch)
+        labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
+        scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
+        if g:
+            quality.append(estimate_quality(g, slices, torch.arange(len(slices)), probability.argmax(1), device, amp))
+        states.append({k: state[k] for k in ("args", "data")})
+
+    groups = group_runs(states)
+    known = all(e.spacing_known for e in entries)
+    rows = summarize(info, groups, scores, "mm" if known else "px")
+    write_csv(os.path.join(args.out, "cases.csv"), [
+        {"checkpoint": path, "run": name, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
+         "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
+        for name, _, members in groups for i in members for path in [args.checkpoints[i]]
+        for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
+    title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds"
+    write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
+    write_text(os.path.join(args.out, "summary.md"), f"{title}\n\n{markdown(rows)}\n")
+    print(f"{title}\n\n{markdown(rows)}")
+
+    if g:
+        named = [(name, i) for name, _, members in groups for i in members]
+        table = sum((quality_rows(f"{name}, seed {states[i]['args']['seed']}", *quality[i], info.classes) for name, i in named), [])
+        text = f"Predicted against true quality of the outputs' slices ({args.qp})\n\n{markdown(table)}\n"
+        write_text(os.path.join(args.out, "quality.md"), text)
+        print(f"\n{text}", end="")
+        write_csv(os.path.join(args.out, "quality.csv"), [
+            {"run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
+             "predicted": quality[i][0][n, k], "true": quality[i][1][n, k], "present": quality[i][2][n, k]}
+            for name, i in named for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
+        draw_quality(os.path.join(args.out, "quality.png"), {name: quality[m[0]][:2] for name, _, m in groups}, info.classes)
+
+    if args.pictures > 0:
+        draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)
+        with h5.open_file(info.path) as f:
+            for c in np.unique(np.linspace(0, len(entries) - 1, min(args.pictures, len(entries))).astype(int)):
+                image, truth = h5.read_case(f, info, args.split, entries[c].name)
+                outputs = [(f"{name}\nDice {np.mean([s.dice for s in scores[m[0]][c]]):.3f}", labels[m[0]][c]) for name, _, m in groups]
+                draw_case(os.path.join(args.out, "cases", f"{entries[c].name}.png"), entries[c], image, truth, outputs, info.classes)
+    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*" if g else "")
+          + (", compare.png, cases/*.png" if args.pictures > 0 else ""))
+
+
+if __name__ == "__main__":
+    cli(main)

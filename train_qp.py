@@ -1,0 +1,232 @@
+"""Stage 2: trains the quality predictor g(image, mask) -> Dice of each foreground class.
+
+    python train_qp.py DATA.h5 --vqm runs/vqm/vqm.h5 --out runs/qp
+
+Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of corrupt.py.
+Writes OUT/qp.pt (the best g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on held-out cases:
+       OUT/qp.json, OUT/qp.md, OUT/qp.png.
+
+g learns the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. The report tells apart
+synthetic masks and real outputs: predictions of the weak networks on val cases, which none of them has seen.
+
+Legend: N masks, B batch, K classes, C channels, S side.
+"""
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import evaluate
+import models
+from data import augment, h5
+from data.files import FORMAT, InputError, Log, Parser, cli, save_checkpoint, start_run
+from models.losses import one_hot
+from models.quality import quality_target
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, prog="train_qp.py")
+    p.add_argument("data", help="dataset file")
+    p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
+    p.add_argument("--out", required=True, help="folder of the run")
+    p.add_argument("--size", type=int, default=224, help="side of the images that g sees")
+    # network
+    p.add_argument("--width", type=int, default=64, help="channels of ResNet-18's first stage; 64 is the standard")
+    p.add_argument("--dropout", type=float, default=0.15, help="before the last layer")
+    p.add_argument("--pretrained", metavar="FILE", help="torchvision ResNet-18 state dict to start from")
+    # training: the paper's values
+    p.add_argument("--epochs", type=int, default=150, help="at most")
+    p.add_argument("--per-image", type=int, default=50, help="masks of each slice in an epoch")
+    p.add_argument("--batch", type=int, default=32, help="masks in a step")
+    p.add_argument("--lr", type=float, default=3e-4, help="AdamW, cosine schedule")
+    p.add_argument("--weight-decay", type=float, default=5e-4, help="of AdamW")
+    p.add_argument("--patience", type=int, default=25, help="epochs without a better val error before stopping")
+    p.add_argument("--soft", type=float, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
+    # running
+    p.add_argument("--seed", type=int, default=0, help="of everything")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
+    args = p.parse_args(argv)
+    if min(args.epochs, args.per_image, args.batch, args.patience, args.width) < 1 or args.size < 32 or args.lr <= 0:
+        raise InputError("--epochs, --per-image, --batch, --patience, --width must be at least 1, --size 32, --lr above 0")
+    if not 0 <= args.soft <= 1 or not 0 <= args.dropout < 1:
+        raise InputError("--soft must be between 0 and 1, --dropout at least 0 and below 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+class Masks:
+    """The masks of one split of vqm.h5 on the grid of g, in memory, beside the slices that they belong to."""
+
+    def __init__(self, path, split, info, size, probabilities=False):
+        with h5.open_file(path) as f:
+            if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm" or split not in f:
+                raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT})")
+            if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels or f.attrs["data"] != info.name:
+                raise InputError(f"{path}: made from {f.attrs['data']} with classes {', '.join(f.attrs['classes'])}; "
+                                 f"{info.path} is {info.name} with {', '.join(info.classes)}")
+            group, source, self.K = f[split], "val" if split == "real" else split, len(info.classes)
+            cases, zs = group["case"].asstr()[:], group["slice"][:]
+            self.mask = torch.from_numpy(np.stack([h5.resize_label(m, size) for m in group["mask"]]))      # [N, S, S] uint8
+            self.prob_index = torch.from_numpy(group["prob_index"][:]).long()                             # [N], -1: none
+            self.prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] \
+                if probabilities else []                                                                  # M of [K-1, S, S] uint8
+        names = [e.name for e in info.entries(source) if e.name in set(cases)]
+        if lost := sorted(set(cases) - set(names)):
+            raise InputError(f"{path}: case '{lost[0]}' is not in {info.path}; run corrupt.py on this file again")
+        self.slices = h5.load_slices(info, source, size, names)
+        where = {key: i for i, key in enumerate(zip(self.slices.case, self.slices.z))}
+        self.index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])                        # [N] slice of each mask
+
+    def epoch(self, per_image):
+        """Random mask numbers: per_image of every slice, shuffled. -> [slices * per_image]"""
+        rows = torch.argsort(self.index + 0.999 * torch.rand(len(self.index), dtype=torch.float64))       # by slice, random inside
+        rows = rows.reshape(len(self.slices), -1)[:, :per_image].flatten()
+        return rows[torch.randperm(len(rows))]
+
+    def batch(self, rows, device, soft):
+        """One augmented batch. -> image [B, C, S, S], mask [B, K-1, S, S] hard or soft, truth [B, K-1, S, S]
+
+        Geometry moves image, mask and truth together, intensity changes the image alone. A share `soft` of the masks is soft: a weak
+        network's probabilities where there are some, else a blurred mask.
+        """
+        x, y = self.slices.batch(self.index[rows], device)
+        grid = augment.random_geometry(x)
+        mask, truth = (one_hot(augment.move(v.to(device), grid), self.K)[:, 1:] for v in (self.mask[rows].long(), y))
+        chosen = torch.rand(len(rows)) < soft
+        harvested = chosen & (self.prob_index[rows] >= 0)
+        if harvested.any():
+            p = torch.stack([self.prob[i] for i in self.prob_index[rows][harvested].tolist()]).to(device).float() / 255
+            mask[harvested.to(device)] = augment.move(p, grid[harvested.to(device)])
+        if (blurred := (chosen & ~harvested).to(device)).any():
+            m = mask[blurred]
+            mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
+        return augment.strong(augment.move(x, grid), 0.6), mask, truth
+
+
+# ---------------------------------------------------------------------------------------------------- one training step
+
+def train_step(g, optimizer, scaler, masks, rows, args, device, amp):
+    """Smooth L1 between g(image, mask) and the smoothed Dice of that mask. -> loss (a tensor)"""
+    x, mask, truth = masks.batch(rows, device, args.soft)              # [B, C, S, S], [B, K-1, S, S] twice
+    with models.autocast(device, amp):
+        quality = g(x, mask)                                           # [B, K-1]
+    loss = F.smooth_l1_loss(quality, quality_target(mask, truth))
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+def estimate(g, masks, device, amp, change=lambda x: x, most=None):
+    """evaluate.estimate_quality on the masks of a split, evenly thinned out to `most`."""
+    rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
+    return evaluate.estimate_quality(g, masks.slices, masks.index[rows], masks.mask[rows], device, amp, change)
+
+
+def report(g, synthetic, real, info, device, amp):
+    """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image."""
+    rows, panels = [], {}
+    for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
+        seen = estimate(g, masks, device, amp)
+        rows += evaluate.quality_rows(title, *seen, info.classes)
+        panels[title] = seen[:2]
+    image_dependence = {}
+    for name, change in (("black image", torch.zeros_like), ("shuffled image", lambda x: x.roll(len(x) // 2, 0))):
+        blind, _, _ = estimate(g, synthetic, device, amp, change)
+        image_dependence[name] = evaluate.agreement(blind.ravel(), panels["synthetic masks"][0].ravel())["pearson"]
+    return rows, panels, image_dependence
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, info = models.pick_device(args.device), h5.read_info(args.data)
+    amp = models.pick_amp(args.amp, device)
+    resumed = start_run(args.out, "qp.pt", "qp", args, free=("device",))
+    train = Masks(args.vqm, "train", info, args.size, probabilities=args.soft > 0)
+    synthetic, real = Masks(args.vqm, "val", info, args.size), Masks(args.vqm, "real", info, args.size)
+
+    torch.manual_seed(args.seed)
+    g = models.build("quality", channels=info.channels, classes=len(info.classes), size=args.size, width=args.width, dropout=args.dropout)
+    if args.pretrained:
+        load_pretrained(g, args.pretrained)
+    g = models.fast_layout(g, device)
+    optimizer = torch.optim.AdamW(g.parameters(), args.lr, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    first, best = 0, dict(error=float("inf"), epoch=0)
+    if resumed:
+        g.load_state_dict(resumed["weights"])
+        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+            part.load_state_dict(resumed[name])
+        first, best = resumed["epoch"], resumed["best"]
+    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
+    steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
+    print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.slices)} slices, "
+          f"{steps} steps an epoch, {device}, {'fp32' if amp is None else str(amp)[6:]}")
+
+    def save(path, epoch):
+        save_checkpoint(path, "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
+                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims),
+                        optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict())
+
+    for epoch in range(first + 1, args.epochs + 1):
+        if epoch - best["epoch"] > args.patience:
+            break
+        start, losses = time.perf_counter(), []
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
+        g.train()
+        order = train.epoch(args.per_image)
+        for rows in tqdm(order.split(args.batch), desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
+            losses.append(train_step(g, optimizer, scaler, train, rows, args, device, amp))
+        loss = torch.stack(losses).mean().item()
+        if not np.isfinite(loss):
+            raise InputError(f"the loss is not finite in epoch {epoch}; {args.out}/last.pt is the last good state; try --amp off or a lower --lr")
+        schedule.step()
+        g.eval()
+        errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, device, amp, most=2000) for masks in (synthetic, real))]
+        if sum(errors) / 2 < best["error"]:
+            best = dict(error=sum(errors) / 2, epoch=epoch)
+            save(os.path.join(args.out, "qp.pt"), epoch)
+        save(os.path.join(args.out, "last.pt"), epoch)
+        log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
+                  seconds=time.perf_counter() - start)
+
+    g = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, device)
+    rows, panels, image_dependence = report(g, synthetic, real, info, device, amp)
+    text = (f"Quality predictor for {info.name}, best of epoch {best['epoch']}: predicted against true Dice on val\n\n{evaluate.markdown(rows)}\n\n"
+            "Dependence on the image: correlation of g's answers with those for a "
+            + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (below .7 is asked for)\n")
+    evaluate.write_text(os.path.join(args.out, "qp.md"), text)
+    evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
+        dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
+    evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
+    print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
+          f"next: python train_ssl.py {args.data} --method mean_teacher --weight quality --qp {args.out}/qp.pt --out runs/mt_qw")
+
+
+def load_pretrained(g, path):
+    """Puts a torchvision ResNet-18 state dict into g's backbone."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file of weights")
+    try:
+        g.backbone.load_pretrained(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever the file holds, it is the user's file that is wrong
+        raise InputError(f"{path}: not a torchvision ResNet-18 state dict ({error})") from None
+
+
+if __name__ == "__main__":
+    cli(main)
