@@ -1,0 +1,365 @@
+"""Stage 3: semi-supervised training of a segmentation network f, guided by the frozen quality predictor g.
+
+    python train_ssl.py DATA.h5 --out runs/mt_qw --labeled 7 --method mean_teacher --weight quality --qp runs/qp/qp.pt
+
+Reads  DATA.h5: labels of the labeled train cases and of val; images of all other train cases, of the split `unlabeled`, and of
+       --unlabeled OTHER.h5; with --weight quality or --qar also the qp.pt of train_qp.py.
+Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events.
+
+One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
+           QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i)
+           QAR  1 - g(u, softmax f(u)), whose gradient flows through g into f
+
+Legend: B batch, K classes, C channels, S side; x, y labeled images and labels, u unlabeled images, s1, s2 strong views of u.
+"""
+import copy
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+import models
+from data import augment, h5
+from data.files import InputError, Log, Parser, cli, save_checkpoint, start_run
+from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__, prog="train_ssl.py")
+    p.add_argument("data", help="dataset file")
+    p.add_argument("--out", required=True, help="folder of the run")
+    # what is labeled
+    p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
+    p.add_argument("--labeled-seed", type=int, help="draw the labeled patients at random")
+    p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
+    # method
+    p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
+    p.add_argument("--conf-threshold", type=float, default=0.9, help="pseudo_label: pixels of lower confidence are left out; 0 keeps all")
+    p.add_argument("--lam", type=float, default=0.25, help="lambda: weight of the unlabeled loss after its ramp")
+    p.add_argument("--lam-warmup", type=float, default=0.075, help="share of training before the unlabeled loss sets in")
+    p.add_argument("--lam-ramp", type=float, default=0.15, help="share of training over which lambda then grows")
+    p.add_argument("--ema", type=float, default=0.999, help="decay of the teacher")
+    # quality guidance
+    p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
+    p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
+    p.add_argument("--weight-level", choices=("image", "class"), default="image", help="one weight per image, or per pixel by its pseudo-class")
+    p.add_argument("--weight-power", type=float, default=2.0, help="w = q^power")
+    p.add_argument("--weight-threshold", type=float, help="w = 0 where q is below (default: quality .5, confidence .9)")
+    p.add_argument("--qar", type=float, default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
+    p.add_argument("--qar-warmup", type=float, default=0.15, help="share of training before QAR sets in")
+    p.add_argument("--qar-ramp", type=float, default=0.2, help="share of training over which lambda_qar then grows")
+    # network and training
+    p.add_argument("--model", choices=models.SEGMENTATION, default="unet", help="network f")
+    p.add_argument("--size", type=int, default=224, help="side of the images that f sees")
+    p.add_argument("--steps", type=int, default=6000, help="training steps")
+    p.add_argument("--batch", type=int, default=32, help="labeled images in a step")
+    p.add_argument("--batch-unlabeled", type=int, default=64, help="unlabeled images in a step")
+    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
+    p.add_argument("--lr", type=float, default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
+    p.add_argument("--weight-decay", type=float, default=1e-4, help="of the optimizer")
+    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    p.add_argument("--eval-every", type=int, default=200, help="steps between validations, log rows and checkpoints")
+    p.add_argument("--patience", type=int, default=30, help="validations without a better Dice before stopping")
+    # running
+    p.add_argument("--seed", type=int, default=0, help="of everything but --labeled-seed")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
+    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
+    p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
+    args = p.parse_args(argv)
+    if (args.weight == "quality" or args.qar) and not args.qp:
+        raise InputError(f"--qp is missing: {'--weight quality' if args.weight == 'quality' else '--qar'} needs the qp.pt of train_qp.py")
+    if min(args.steps, args.batch, args.batch_unlabeled, args.eval_every, args.patience) < 1 or args.size < 32:
+        raise InputError("--steps, --batch, --batch-unlabeled, --eval-every, --patience must be at least 1, --size 32")
+    if min(args.lr, args.clip) <= 0 or min(args.lam, args.qar, args.weight_power, args.weight_decay) < 0 or not 0 <= args.ema < 1:
+        raise InputError("--lr and --clip must be above 0, --lam, --qar, --weight-power, --weight-decay at least 0, --ema in [0, 1)")
+    if not all(0 <= v <= 1 for v in (args.conf_threshold, args.lam_warmup, args.lam_ramp, args.qar_warmup, args.qar_ramp)):
+        raise InputError("--conf-threshold and the warm-ups and ramps are shares between 0 and 1")
+    if args.weight_threshold is None:
+        args.weight_threshold = {"none": 0.0, "confidence": 0.9, "quality": 0.5}[args.weight]
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- shapes
+
+@dataclass
+class Batch:
+    """What a method sees. No labels of u."""
+    x: torch.Tensor   # [B, C, S, S] labeled images, weak view
+    y: torch.Tensor   # [B, K, S, S] their labels, one-hot
+    u: torch.Tensor   # [U, C, S, S] unlabeled images, weak view
+    s1: torch.Tensor  # [U, C, S, S] two strong views of u: other intensity, the same geometry
+    s2: torch.Tensor
+
+
+@dataclass
+class Term:
+    """One unlabeled loss of a method, not yet weighted."""
+    image: torch.Tensor                             # [U, C, S, S] clean image: what g sees
+    target: torch.Tensor                            # [U, K, S, S] probabilities of its pseudo-label, no gradient
+    loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, S, S] -> loss [U], relative to the sum of these weights
+    weight: torch.Tensor | float = 1.0              # [U] the method's own weight of a sample
+    mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
+#                                                     share [U] or [U, S, S] of the second
+
+
+# ---------------------------------------------------------------------------------------------------- methods
+# method(nets, teacher, batch, args, t) -> supervised loss [B], [Term, ...].  nets: the students; teacher: their EMA, in eval mode; t in
+# [0, 1]: progress of training. To add a method: one function, and its name in METHODS.
+
+def supervised(nets, teacher, batch, args, t):
+    """(cross-entropy + soft Dice) / 2 on the labeled images."""
+    return seg_loss(nets[0](batch.x), batch.y), []
+
+
+def pseudo_label(nets, teacher, batch, args, t):
+    """Lee 2013 with an EMA teacher: its hard label teaches the student on the weak view, where it is confident (PL-T of the paper).
+
+    Deviation from Lee, who uses the student's own label. PL-C and PL-QW of the paper keep every pixel: --conf-threshold 0.
+    """
+    target = probabilities(teacher, batch.u)                                  # [U, K, S, S]
+    sure = (target.amax(1) >= args.conf_threshold).float()                    # [U, S, S]
+    at_x, at_u = together(nets[0], batch.x, batch.u)
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_u, harden(target), w * sure))]
+
+
+def mean_teacher(nets, teacher, batch, args, t):
+    """Tarvainen and Valpola 2017: squared difference of the student's probabilities on a strong view and the teacher's on the weak one.
+
+    Deviation: the teacher is in eval mode (running BN statistics, no dropout).
+    """
+    target = probabilities(teacher, batch.u)
+    at_x, at_s = together(nets[0], batch.x, batch.s1)
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w))]
+
+
+METHODS = {f.__name__: f for f in (supervised, pseudo_label, mean_teacher)}
+
+
+@torch.no_grad()
+def probabilities(net, image):
+    """Softmax of a network that gets no gradient here. [B, C, S, S] -> [B, K, S, S] float32"""
+    return net(image).float().softmax(1)
+
+
+def harden(p):
+    """The one-hot label of the most probable class. [B, K, S, S] -> [B, K, S, S]"""
+    return one_hot(p.argmax(1), p.shape[1])
+
+
+def together(net, *images):
+    """One pass over several batches: faster, and batch norm sees labeled and unlabeled images alike."""
+    return net(torch.cat(images).contiguous(memory_format=torch.channels_last)).split([len(i) for i in images])
+
+
+# ---------------------------------------------------------------------------------------------------- the two quality hooks
+
+def scores(g, term, args):
+    """Quality of a pseudo-label, as a whole and for each class. -> q [U, 1], q_k [U, K]
+
+    quality: g's answer for the hard label (Eq. 7); as a whole, the mean over the foreground classes, and so for the background's pixels.
+    confidence: the largest probability, mean over all pixels, and over the pixels of each pseudo-class (PL-C of the paper).
+    An absent class counts with g's answer for its empty mask: it is high where g agrees that the class is absent.
+    """
+    hard = harden(term.target)                                               # [U, K, S, S]
+    if args.weight == "quality":
+        with torch.no_grad():
+            q = g(term.image, hard[:, 1:])                                   # [U, K-1]
+        whole = q.mean(1, keepdim=True)
+        return whole, torch.cat([whole, q], 1)
+    confidence = term.target.amax(1, keepdim=True)                           # [U, 1, S, S]
+    of_class = (confidence * hard).sum((2, 3)) / hard.sum((2, 3)).clamp_min(1)
+    return confidence.mean((2, 3)), of_class
+
+
+def pixel_weights(g, term, args):
+    """QW: the weight of each pixel of a term, w = q^2 [q >= .5] for its image or its pseudo-class. -> [U, S, S], no gradient"""
+    shape = term.target[:, 0].shape
+    if args.weight == "none":
+        w = torch.ones(shape, device=term.target.device)
+    else:
+        whole, of_class = scores(g, term, args)
+        q = whole if args.weight_level == "image" else of_class
+        w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)     # [U, 1 or K]; NaN weighs nothing
+        w = w[:, :, None, None].expand(-1, -1, *shape[1:])
+        w = w[:, 0] if args.weight_level == "image" else w.gather(1, term.target.argmax(1, keepdim=True))[:, 0]
+    if term.mix is not None:
+        perm, share = term.mix
+        w = torch.lerp(w, w[perm], share if share.dim() == 3 else share[:, None, None])
+    return w * (term.weight[:, None, None] if torch.is_tensor(term.weight) else term.weight)
+
+
+def unlabeled_loss(g, terms, args, device):
+    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, share of samples that count]"""
+    total, seen = torch.zeros((), device=device), []
+    for term in terms:
+        pixels = pixel_weights(g, term, args)                                # [U, S, S]
+        w = pixels.flatten(1).mean(1)                                        # [U]
+        total = total + (w * term.loss(pixels)).sum() / w.sum().clamp_min(1e-8)
+        seen.append(torch.stack([w.mean(), (w > 0).float().mean()]))
+    return total, torch.stack(seen).mean(0) if seen else torch.zeros(2, device=device)
+
+
+def quality_loss(g, nets, image):
+    """QAR: mean of 1 - g(u, softmax f(u)) over images, classes and students; the gradient flows through g into each student."""
+    return sum((1 - g(image, net(image).float().softmax(1)[:, 1:])).mean() for net in nets) / len(nets)
+
+
+# ---------------------------------------------------------------------------------------------------- one training step
+
+def ramp(t, warmup, length):
+    """0 until warmup, then linearly to 1 over length; all are shares of training."""
+    return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
+
+
+def total_loss(nets, teacher, g, batch, args, t):
+    """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, share of samples that count]."""
+    lam, lam_qar = args.lam * ramp(t, args.lam_warmup, args.lam_ramp), args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
+    sup, terms = METHODS[args.method](nets, teacher, batch, args, t)
+    unsup, weights = unlabeled_loss(g, terms, args, sup.device)
+    qar = quality_loss(g, nets, batch.u) if lam_qar else torch.zeros((), device=sup.device)
+    loss = sup.mean() + lam * unsup + lam_qar * qar
+    return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
+
+
+@torch.no_grad()
+def update_teacher(teacher, net, step, decay):
+    """EMA over parameters, min(1 - 1 / (step + 1), decay); buffers are copied. Peers differ: some leave the teacher's batch norm in
+    training mode, some average the buffers too, and each choice moves results by points."""
+    decay = min(1 - 1 / (step + 1), decay)
+    torch._foreach_lerp_(list(teacher.parameters()), list(net.parameters()), 1 - decay)
+    for mine, theirs in zip(teacher.buffers(), net.buffers()):
+        mine.copy_(theirs)
+
+
+def train_step(nets, teacher, g, optimizer, scaler, batch, args, step, amp):
+    """One optimizer step on a batch. -> the loss and its parts [6], not read back from the device"""
+    with models.autocast(batch.x.device, amp):
+        loss, parts = total_loss(nets, teacher, g, batch, args, (step - 1) / args.steps)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], args.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    update_teacher(teacher, nets[0], step, args.ema)
+    return torch.cat([loss.detach()[None], parts])
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+def draw(labeled, unlabeled, args, K, device):
+    """A random batch: labeled and unlabeled slices by index, augmented on the device."""
+    def some(slices, count):  # without repetition while there are enough
+        order = torch.cat([torch.randperm(len(slices)) for _ in range(-(-count // len(slices)))])
+        return slices.batch(order[:count], device)
+    x, y = augment.weak(*some(labeled, args.batch))
+    if args.method == "supervised" and not args.qar:
+        return Batch(layout(x), one_hot(y, K), *(x[:0],) * 3)
+    u = augment.weak(some(unlabeled, args.batch_unlabeled)[0])
+    return Batch(layout(x), one_hot(y, K), layout(u), layout(augment.strong(u)), layout(augment.strong(u)))
+
+
+def layout(x):
+    """channels_last memory, which convolutions prefer."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def load_data(info, args):
+    """Labeled and unlabeled slices in memory, and val. Labels of unlabeled cases are never read."""
+    labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
+    parts = [h5.load_slices(info, "train", args.size, others, labels=False)] if others else []
+    if info.splits.get("unlabeled"):
+        parts.append(h5.load_slices(info, "unlabeled", args.size, labels=False))
+    if args.unlabeled:
+        other = h5.read_info(args.unlabeled)
+        if other.channels != info.channels:
+            raise InputError(f"{args.unlabeled}: {other.channels} channel(s), but {info.path} has {info.channels}")
+        parts += [h5.load_slices(other, split, args.size, labels=False) for split in ("train", "unlabeled") if other.splits.get(split)]
+    train = h5.load_slices(info, "train", args.size, labeled)
+    if not parts:
+        print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
+        parts = [train]
+    return train, h5.join(parts), evaluate.load_cases(info, "val", args.size)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, info = models.pick_device(args.device), h5.read_info(args.data)
+    amp, K = models.pick_amp(args.amp, device), len(info.classes)
+    resumed = start_run(args.out, "best.pt", "ssl", args, free=("device", "qp", "data", "unlabeled"))
+    if missing := [e.name for e in info.entries("val") if not e.labeled]:
+        raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
+    g = evaluate.load_quality(args.qp, info, device) if args.qp else None
+    labeled, unlabeled, val = load_data(info, args)
+
+    torch.manual_seed(args.seed)
+    nets = [models.fast_layout(models.build(args.model, channels=info.channels, classes=K), device)]
+    teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
+    parameters = [p for net in nets for p in net.parameters()]
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
+        factor = lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    else:
+        optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        factor = lambda step: (1 - step / args.steps) ** 0.9
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    first, best = 0, dict(dice=-1.0, step=0)
+    if resumed:
+        for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
+            net.load_state_dict(weights)
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        first, best = resumed["step"], resumed["best"]
+
+    def save(name, step):
+        save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
+                        teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict(),
+                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims))
+
+    names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
+    log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first)
+    print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
+          f"slices, {device}, {'fp32' if amp is None else str(amp)[6:]}" + (f", from step {first}" if first else ""))
+    sums, start = torch.zeros(len(names), device=device), time.perf_counter()
+    for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty()):
+        if step - best["step"] > args.patience * args.eval_every and best["step"]:
+            break
+        torch.manual_seed(args.seed * 1_000_003 + step)  # a step draws the same whether the run was resumed or not
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor(step - 1)
+        nets[0].train()
+        batch = draw(labeled, unlabeled, args, K, device)
+        sums += train_step(nets, teacher, g, optimizer, scaler, batch, args, step, amp)
+
+        if step % args.eval_every == 0 or step == args.steps:
+            done = (step - 1) % args.eval_every + 1
+            means = dict(zip(names, (sums / done).tolist()))
+            if not math.isfinite(means["loss"]):
+                raise InputError(f"the loss is not finite before step {step} ({means}); {args.out}/last.pt is the last good state; "
+                                 "try a lower --lr, --amp off, or a lower --lam")
+            milliseconds = (time.perf_counter() - start) / done * 1000
+            dice, per_class = evaluate.evaluate(nets[0], *val, device, amp)
+            if dice > best["dice"]:
+                best = dict(dice=dice, step=step)
+                save("best.pt", step)
+            save("last.pt", step)
+            log.write(step, **means, lam=args.lam * ramp((step - 1) / args.steps, args.lam_warmup, args.lam_ramp),
+                      lr=optimizer.param_groups[0]["lr"], val_dice=dice,
+                      **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
+            sums, start = torch.zeros_like(sums), time.perf_counter()
+    print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
+          f"next: python evaluate.py {args.data} {args.out}/best.pt --out {args.out}/table")
+
+
+if __name__ == "__main__":
+    cli(main)
