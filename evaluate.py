@@ -57,6 +57,12 @@ class Score:
     one_empty: bool  # prediction or truth is empty, but not both
 
 
+def dice(mask, truth):
+    """2 |A and B| / (|A| + |B|) of two boolean arrays; 1 if both are empty."""
+    total = int(mask.sum()) + int(truth.sum())
+    return 2 * int((mask & truth).sum()) / total if total else 1.0
+
+
 def score(mask, truth, spacing):
     """Dice, Jaccard, HD95 and ASD of two boolean masks of one shape (2D or 3D). spacing: per axis.
 
@@ -69,7 +75,7 @@ def score(mask, truth, spacing):
         return Score(1.0, 1.0, 0.0, 0.0, False) if a == b else Score(0.0, 0.0, diagonal, diagonal, True)
     both = int((mask & truth).sum())
     to_truth, to_mask = surface_distances(mask, truth, spacing)
-    return Score(2 * both / (a + b), both / (a + b - both), float(np.percentile(np.concatenate([to_truth, to_mask]), 95)),
+    return Score(dice(mask, truth), both / (a + b - both), float(np.percentile(np.concatenate([to_truth, to_mask]), 95)),
                  float(to_truth.mean()), False)
 
 
@@ -91,12 +97,6 @@ def score_case(label, truth, entry, K):
     if len(entry.grid) == 2:
         label, truth = label[0], truth[0]
     return [score(label == k, truth == k, entry.spacing) for k in range(1, K)]
-
-
-def mean_dice(scores):
-    """Mean over the cases for each class [K-1], then over classes. scores: per case a list of Score."""
-    per_class = np.array([[s.dice for s in case] for case in scores]).mean(0)
-    return float(per_class.mean()), per_class.tolist()
 
 
 def agreement(predicted, true):
@@ -158,11 +158,13 @@ def predict_cases(probability, cases, K, largest=False):
 
 
 def evaluate(net, slices, cases, device, amp=None, batch=32):
-    """Mean foreground Dice of a network, and per class: the validation of training is this very function."""
+    """Mean Dice over cases and then classes, and per class: what the table shows, and what training selects by."""
     probability = predict(net, slices, device, amp, batch)
     K = probability.shape[1]
-    return mean_dice([score_case(label, truth, entry, K)
-                      for label, (entry, truth) in zip(predict_cases(probability, cases, K), cases)])
+    table = [[dice(label == k, truth == k) for k in range(1, K)]
+             for label, (_, truth) in zip(predict_cases(probability, cases, K), cases)]
+    per_class = np.mean(table, 0)
+    return float(per_class.mean()), per_class.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -298,7 +300,7 @@ def pyplot():
 
 def save_figure(figure, path):
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
     pyplot().close(figure)
 
 

@@ -165,7 +165,8 @@ def main(argv=None):
         load_pretrained(g, args.pretrained)
     g = models.fast_layout(g, device)
     optimizer = torch.optim.AdamW(g.parameters(), args.lr, weight_decay=args.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     first, best = 0, dict(error=float("inf"), epoch=0)
     if resumed:
@@ -174,7 +175,6 @@ def main(argv=None):
             part.load_state_dict(resumed[name])
         first, best = resumed["epoch"], resumed["best"]
     log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
-    steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.slices)} slices, "
           f"{steps} steps an epoch, {device}, {'fp32' if amp is None else str(amp)[6:]}")
 
@@ -192,10 +192,10 @@ def main(argv=None):
         order = train.epoch(args.per_image)
         for rows in tqdm(order.split(args.batch), desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
             losses.append(train_step(g, optimizer, scaler, train, rows, args, device, amp))
+            schedule.step()
         loss = torch.stack(losses).mean().item()
         if not np.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch}; {args.out}/last.pt is the last good state; try --amp off or a lower --lr")
-        schedule.step()
         g.eval()
         errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, device, amp, most=2000) for masks in (synthetic, real))]
         if sum(errors) / 2 < best["error"]:

@@ -27,7 +27,7 @@ import evaluate
 import models
 from data import augment, h5
 from data.files import InputError, Log, Parser, cli, save_checkpoint, start_run
-from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
+from models.losses import mse_loss, one_hot, seg_loss
 
 
 def parse_args(argv=None):

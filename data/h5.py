@@ -330,7 +330,7 @@ def preview(info, path, count=4):
                     draw(axis, image[z], None if label is None else label[z], f"{split}: {entry.name}")
     legend(figure, info.classes)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)
 
 
