@@ -57,7 +57,7 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, default=1, help="processes that make masks")
     p.add_argument("--preview", metavar="FILE.png", help="draw a grid of masks with name and Dice")
     p.add_argument("--seed", type=int, default=0, help="of everything")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
     args = p.parse_args(argv)
     args.epochs = check_args(args)

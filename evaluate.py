@@ -40,7 +40,7 @@ def parse_args(argv=None):
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its estimate with the true quality of each output")
     p.add_argument("--pictures", type=int, default=20, help="cases to draw, evenly spread; 0 draws nothing")
     p.add_argument("--batch", type=int, default=32, help="slices in one pass")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     return p.parse_args(argv)
 

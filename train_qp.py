@@ -49,7 +49,7 @@ def parse_args(argv=None):
     p.add_argument("--soft", type=float, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     # running
     p.add_argument("--seed", type=int, default=0, help="of everything")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")

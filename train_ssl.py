@@ -55,7 +55,7 @@ def parse_args(argv=None):
     p.add_argument("--qar-warmup", type=float, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=float, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
-    p.add_argument("--model", choices=models.SEGMENTATION, default="unet", help="network f")
+    p.add_argument("--model", choices=models.segmentation_networks(), default="unet", help="network f")
     p.add_argument("--size", type=int, default=224, help="side of the images that f sees")
     p.add_argument("--steps", type=int, default=6000, help="training steps")
     p.add_argument("--batch", type=int, default=32, help="labeled images in a step")
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=int, default=30, help="validations without a better Dice before stopping")
     # running
     p.add_argument("--seed", type=int, default=0, help="of everything but --labeled-seed")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")

@@ -39,7 +39,7 @@ def patient(rng, depth, side):
     blood, muscle, tissue, lung = rng.uniform(0.6, 0.9), rng.uniform(0.25, 0.45), rng.uniform(0.3, 0.55), rng.uniform(0.05, 0.2)
     first, last = rng.integers(0, 2), depth - rng.integers(0, 3)  # slices beyond base and apex hold no heart
     drift, wobble = rng.uniform(-0.06, 0.06, 2), smooth_noise((2, depth, side, side), (0, 1.5, side / 14, side / 14), rng)
-    clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(9)]
+    clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(8)]
 
     image, label = np.empty((depth, side, side)), np.zeros((depth, side, side), np.uint8)
     for z in range(depth):
@@ -47,7 +47,7 @@ def patient(rng, depth, side):
         image[z] = np.where(ellipse(warped, (0, 0), (0.46, 0.38), 0) < 0, tissue, lung)
         for place, radii, angle, kind in clutter:
             distance = ellipse(warped, place + 0.03 * np.sin(z / 3 + kind * 6), radii, angle)
-            if kind < 0.35:    # a ring with a bright cavity, as the heart has
+            if kind < 0.25:    # a ring with a bright cavity, as the heart has
                 image[z][distance < 0.5], image[z][distance < 0] = muscle, blood
             else:              # a blob with the intensity of blood, muscle or lung
                 image[z][distance < 0] = (blood, muscle, lung)[int(kind * 30) % 3]

@@ -4,6 +4,7 @@
 
 Add a network: one file here, and one line in NETWORKS.
 """
+import argparse
 import contextlib
 
 import torch
@@ -13,7 +14,11 @@ from models.resnet import ResNetUNet
 from models.unet import UNet
 
 NETWORKS = {"unet": UNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor}
-SEGMENTATION = [name for name in NETWORKS if name != "quality"]
+
+
+def segmentation_networks():
+    """Names of the networks f; "quality" is g."""
+    return [name for name in NETWORKS if name != "quality"]
 
 
 def build(name, *, channels, classes, dims=2, **options):
@@ -38,6 +43,16 @@ def parameters(net):
 def fast_layout(net, device, dims=2):
     """Moves a network to the device in channels_last memory, which convolutions prefer on CPU and GPU."""
     return net.to(device, memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+
+
+def device_name(text):
+    """argparse type of --device: "auto" or a device that is there."""
+    try:
+        if text != "auto" and torch.device(text).type == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"{text}: no CUDA device here; use auto or cpu")
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: not a device; use auto, cpu, cuda or cuda:1") from None
+    return text
 
 
 def pick_device(name="auto"):

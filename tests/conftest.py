@@ -1,0 +1,88 @@
+"""Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2. Made once, by the converters' own commands."""
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import corrupt  # noqa: E402
+import train_qp  # noqa: E402
+from data import images, phantom  # noqa: E402
+from data.files import cli  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def make_pictures(folder, count, seed=0, size=(40, 56)):
+    """A folder of the `folder` preset: a bright ellipse on clutter, and its mask with a few in-between values."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
+    for i in range(count):
+        mask = np.zeros(size, np.uint8)
+        center = (int(rng.integers(15, size[1] - 15)), int(rng.integers(12, size[0] - 12)))
+        cv2.ellipse(mask, center, (int(rng.integers(5, 12)), int(rng.integers(5, 10))), float(rng.uniform(0, 180)), 0, 360, 255, -1)
+        picture = rng.integers(0, 90, (*size, 3)) + (mask[..., None] > 0) * rng.integers(60, 140, 3)
+        cv2.imwrite(str(folder / "images" / f"p{i}.png"), picture.astype(np.uint8))
+        cv2.imwrite(str(folder / "masks" / f"p{i}.png"), cv2.GaussianBlur(mask, (3, 3), 0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gray(tmp_path_factory):
+    """Phantom: 6 + 2 + 1 patients, volumes of 4 x 48 x 48, 4 classes, segmented slice by slice."""
+    path = tmp_path_factory.mktemp("gray") / "phantom.h5"
+    phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rgb(tmp_path_factory):
+    """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
+    folder = tmp_path_factory.mktemp("rgb")
+    images.main([str(make_pictures(folder / "src", 12)), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
+    return str(folder / "rgb.h5")
+
+
+def quality(data, folder):
+    """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
+    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", "32", "--masks", "8", "--val-masks", "4", "--folds", "2",
+                  "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
+    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--size", "32", "--width", "8", "--epochs", "2",
+                   "--batch", "16"])
+    return str(folder / "vqm.h5"), str(folder / "qp.pt")
+
+
+@pytest.fixture(scope="session")
+def gray_quality(gray, tmp_path_factory):
+    return quality(gray, tmp_path_factory.mktemp("gray_quality"))
+
+
+@pytest.fixture(scope="session")
+def rgb_quality(rgb, tmp_path_factory):
+    return quality(rgb, tmp_path_factory.mktemp("rgb_quality"))
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, argv, *words): the script ends with exit code 2 and one line on standard error that holds the words."""
+    def check(main, argv, *words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli(lambda: main([str(a) for a in argv]))
+        error = capsys.readouterr().err
+        assert end.value.code == 2, error
+        assert error.count("\n") == 1 and "Traceback" not in error, error
+        for word in words:
+            assert word in error, error
+    return check
+
+
+def python(*argv, **kwargs):
+    """Runs `python ARGV` in the project's folder, as a user does."""
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **kwargs)

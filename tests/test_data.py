@@ -1,0 +1,233 @@
+"""Datasets: what is written is read back, order and patients are kept, converters meet the layouts that users have."""
+import csv
+import shutil
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_pictures
+
+from data import h5, images, phantom, ssl4mis
+from data.files import InputError
+
+REAL = ROOT.parent / "shared" / "data"
+
+
+def case(split="train", name="a", shape=(8, 10), patient="p", label=True, **kwargs):
+    rng = np.random.default_rng(0)
+    grid = shape[:-1] if shape[-1] == 3 else shape
+    return h5.Case(split, name, rng.integers(0, 255, shape, np.uint8), rng.integers(0, 2, grid, np.uint8) if label else None, patient, **kwargs)
+
+
+def write(path, cases, classes=("background", "thing"), **kwargs):
+    return h5.write(path, cases, name="test", classes=list(classes), **dict(dims=2, channels=1) | kwargs)
+
+
+def test_round_trip_keeps_pixels_order_spacing_and_missing_labels(tmp_path):
+    cases = [case(name=n, patient=n, spacing=(2.0, 0.5) if n == "z" else None, label=n != "m") for n in ("z", "m", "a", "k2", "k10")]
+    info = write(tmp_path / "f.h5", cases)
+    assert [e.name for e in info.entries("train")] == ["z", "m", "a", "k2", "k10"]
+    assert [(e.labeled, e.spacing, e.spacing_known) for e in info.entries("train")][:2] == [(True, (2.0, 0.5), True), (False, (1.0, 1.0), False)]
+    with h5.open_file(info.path) as f:
+        for c in cases:
+            image, label = h5.read_case(f, info, "train", c.name)
+            assert (image[0] == c.image).all()
+            assert label is None if c.label is None else (label[0] == c.label).all()
+
+
+@pytest.mark.parametrize("bad, words", [
+    ([case(patient="p"), case("val", "b", patient="p")], "both 'train' and 'val'"),
+    ([case(), case()], "twice"),
+    ([], "no case"),
+    ([case(shape=(8, 10, 3))], "label of shape"),
+    ([case(name="../escape")], "slash"),
+    ([case("training")], "split 'training'"),
+    ([case(spacing=(1.0, 0.0))], "spacing"),
+])
+def test_writing_refuses_and_leaves_nothing(tmp_path, bad, words):
+    with pytest.raises(InputError, match=words):
+        write(tmp_path / "f.h5", bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_refuses_labels_beyond_the_classes_and_broken_pixels(tmp_path):
+    bad = case()
+    bad.label[0, 0] = 7
+    with pytest.raises(InputError, match="case 'a'.*values up to 7, but there are 2 classes"):
+        write(tmp_path / "f.h5", [bad])
+    bad = case()
+    bad.image = bad.image.astype(np.float32) * np.nan
+    with pytest.raises(InputError, match="NaN"):
+        write(tmp_path / "f.h5", [bad])
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
+    write(tmp_path / "f.h5", [case()])
+    before = (tmp_path / "f.h5").read_bytes()
+    with pytest.raises(InputError):
+        write(tmp_path / "f.h5", [case(), case()])
+    assert (tmp_path / "f.h5").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_reading_refuses_damage(tmp_path, gray, refused):
+    data = open(gray, "rb").read()
+    (tmp_path / "cut.h5").write_bytes(data[:len(data) // 2])
+    (tmp_path / "text.h5").write_text("not HDF5")
+    shutil.copy(gray, tmp_path / "patient.h5")
+    with h5py.File(tmp_path / "patient.h5", "a") as f:
+        f["val/phantom006"].attrs["patient"] = "phantom000"
+    shutil.copy(gray, tmp_path / "label.h5")
+    with h5py.File(tmp_path / "label.h5", "a") as f:
+        f["train/phantom003/label"][1, 2, 3] = 9
+    shutil.copy(gray, tmp_path / "grid.h5")
+    with h5py.File(tmp_path / "grid.h5", "a") as f:
+        del f["train/phantom003/label"]
+        f["train/phantom003/label"] = np.zeros((4, 48, 47), np.uint8)
+    for name, word in (("none", "no such file"), ("cut", "HDF5"), ("text", "HDF5"), ("patient", "phantom000"), ("label", "phantom003"),
+                       ("grid", "phantom003")):
+        refused(h5.main, [tmp_path / f"{name}.h5"], f"{name}.h5", word)
+
+
+def test_labeled_means_the_first_patients_in_order(gray):
+    info = h5.read_info(gray)
+    names = [e.name for e in info.entries("train")]
+    assert h5.choose_labeled(info, "2") == (names[:2], names[2:])
+    assert h5.choose_labeled(info, "0.5") == (names[:3], names[3:])
+    assert h5.choose_labeled(info, "all") == (names, [])
+    drawn = [h5.choose_labeled(info, "2", seed)[0] for seed in range(6)]
+    assert len({tuple(d) for d in drawn}) > 1 and drawn[1] == h5.choose_labeled(info, "2", 1)[0]
+    for wrong in ("0", "7", "many", "0.0", "-1"):
+        with pytest.raises(InputError, match="--labeled"):
+            h5.choose_labeled(info, wrong)
+
+
+def test_labels_of_unlabeled_cases_are_never_read_and_need_not_exist(tmp_path, gray):
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        for name in list(f["train"])[2:]:
+            del f["train"][name]["label"]
+    info = h5.read_info(tmp_path / "f.h5")
+    labeled, others = h5.choose_labeled(info, "2")
+    assert len(h5.load_slices(info, "train", 32, others, labels=False)) == 16
+    assert h5.choose_labeled(info, "all")[0] == labeled
+    with pytest.raises(InputError, match="no label"):
+        h5.load_slices(info, "train", 32, others)
+
+
+def test_slices_are_standardized_per_case(gray):
+    info = h5.read_info(gray)
+    slices = h5.load_slices(info, "val", 48)
+    x, y = slices.batch(torch.arange(4))
+    with h5.open_file(gray) as f:
+        image, label = h5.read_case(f, info, "val", "phantom006")
+    assert np.allclose(x[:, 0].numpy(), (image - image.mean()) / image.std(), atol=1e-4)
+    assert (y.numpy() == label).all() and slices.z[:5] == [0, 1, 2, 3, 0]
+
+
+def test_rgb_keeps_channels_and_3d_is_refused_with_a_remedy(rgb, tmp_path):
+    slices = h5.load_slices(h5.read_info(rgb), "train", 32)
+    assert slices.image.shape[1:] == (3, 32, 32) and slices.label.max() == 1
+    phantom.main(["--out", str(tmp_path / "v.h5"), "--train", "1", "--val", "1", "--test", "0", "--depth", "4", "--size", "32", "--dims", "3"])
+    with pytest.raises(InputError, match="--dims 2"):
+        h5.load_slices(h5.read_info(tmp_path / "v.h5"), "train", 32)
+
+
+def test_phantom_is_the_same_for_a_seed():
+    a, b, c = (phantom.patient(np.random.default_rng([s, 0]), 4, 40) for s in (0, 0, 1))
+    assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and (a[0] != c[0]).any()
+    assert set(np.unique(a[1])) == {0, 1, 2, 3} and 0 <= a[0].min() and a[0].max() <= 1
+
+
+def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 5)
+    images.main([str(src), "--out", str(tmp_path / "a.h5"), "--val", "0.4", "--test", "0.2", "--size", "32"])
+    info = h5.read_info(tmp_path / "a.h5")
+    assert {s: len(e) for s, e in info.splits.items()} == {"train": 2, "val": 2, "test": 1}
+    (src / "train.txt").write_text("p3\np1\n"), (src / "val.txt").write_text("p0\n")
+    images.main([str(src), "--out", str(tmp_path / "b.h5")])
+    info = h5.read_info(tmp_path / "b.h5")
+    assert [e.name for e in info.entries("train")] == ["p3", "p1"] and info.entries("val")[0].grid == (40, 56)
+    with h5.open_file(info.path) as f:
+        truth = cv2.imread(str(src / "masks" / "p3.png"), 0) > 127
+        assert (h5.read_case(f, info, "train", "p3")[1][0] == truth).all()
+    cv2.imwrite(str(src / "masks" / "p1.png"), np.zeros((40, 55), np.uint8))
+    refused(images.main, [src, "--out", tmp_path / "c.h5"], "p1.png", "55 x 40", "56 x 40")
+    (src / "images" / "p1.png").write_bytes(b"not a picture")
+    refused(images.main, [src, "--out", tmp_path / "c.h5"], "p1.png", "not a readable picture")
+    (src / "train.txt").write_text("nobody\n")
+    refused(images.main, [src, "--out", tmp_path / "c.h5"], "nobody")
+    refused(images.main, [tmp_path / "nothing", "--out", tmp_path / "c.h5"], "no such folder")
+    refused(images.main, [tmp_path, "--preset", "ph2", "--out", tmp_path / "c.h5"], "no picture")
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_folder_preset_with_splits_and_unlabeled(tmp_path):
+    for split in ("train", "val", "unlabeled"):
+        make_pictures(tmp_path / "src" / split, 2, seed=len(split))
+    for split in ("val", "unlabeled"):  # names must be unique over the splits, because a picture is a patient
+        for kind in ("images", "masks"):
+            for p in list((tmp_path / "src" / split / kind).iterdir()):
+                p.rename(p.with_name(f"{split}{p.name}"))
+    shutil.rmtree(tmp_path / "src" / "unlabeled" / "masks")
+    images.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
+    info = h5.read_info(tmp_path / "f.h5")
+    assert {s: [e.labeled for e in es] for s, es in info.splits.items()} == {"train": [True] * 2, "val": [True] * 2, "unlabeled": [False] * 2}
+
+
+def test_cvc_is_split_by_sequence(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 12)
+    for p in [*src.glob("*/*.png")]:
+        p.rename(p.with_name(p.name[1:]))
+    (src / "images").rename(src / "Original"), (src / "masks").rename(src / "Ground Truth")
+    refused(images.main, [src, "--preset", "cvc", "--out", tmp_path / "f.h5"], "sequences.csv")
+    with open(src / "sequences.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("frame", "sequence"), *((i, i // 3) for i in range(12))])
+    images.main([str(src), "--preset", "cvc", "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
+    info = h5.read_info(tmp_path / "f.h5")
+    assert len(info.entries("val")) == 3 and len({e.patient for e in info.entries("val")}) == 1
+    assert [e.name for e in info.entries("train")][:3] in [[str(3 * i + j) for j in range(3)] for i in range(4)]
+
+
+def make_ssl4mis(folder):
+    rng = np.random.default_rng(0)
+    (folder / "data" / "slices").mkdir(parents=True)
+    def save(path, shape):
+        with h5py.File(path, "w") as f:
+            f["image"], f["label"] = rng.random(shape, np.float32), rng.integers(0, 4, shape, np.uint8)
+    names = [f"patient{p:03d}_frame01_slice_{z}" for p in (9, 2) for z in (2, 10, 1)]
+    for n in names:
+        save(folder / "data" / "slices" / f"{n}.h5", (20, 24))
+    save(folder / "data" / "patient005_frame01.h5", (3, 20, 24))
+    (folder / "train_slices.list").write_text("\n".join(names)), (folder / "val.list").write_text("patient005_frame01\n")
+    return folder
+
+
+def test_acdc_slices_become_volumes_in_list_order(tmp_path, refused):
+    src = make_ssl4mis(tmp_path / "src")
+    ssl4mis.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "10,1.5,1.5"])
+    info = h5.read_info(tmp_path / "f.h5")
+    assert [(e.patient, e.grid, e.spacing) for e in info.entries("train")] == [(p, (3, 20, 24), (10, 1.5, 1.5)) for p in ("patient009", "patient002")]
+    with h5.open_file(info.path) as f, h5py.File(src / "data" / "slices" / "patient009_frame01_slice_10.h5") as last:
+        assert (h5.read_case(f, info, "train", "patient009_frame01")[0][2] == last["image"][:]).all()
+    (src / "data" / "patient005_frame01.h5").unlink()
+    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "patient005_frame01.h5")
+    refused(ssl4mis.main, [tmp_path, "--out", tmp_path / "g.h5"], "train_slices.list")
+    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5", "--spacing", "1,2"], "--spacing")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real datasets")
+def test_real_volumes_of_la(tmp_path):
+    ssl4mis.main([str(REAL / "LA"), "--out", str(tmp_path / "la.h5")])
+    info = h5.read_info(tmp_path / "la.h5")
+    assert info.dims == 3 and {s: len(e) for s, e in info.splits.items()} == {"train": 20, "val": 4}
+    assert all(e.grid[0] == 88 for e in info.entries("train"))
+
+
+def test_summary_and_preview(gray, rgb, tmp_path, capsys):
+    for path in (gray, rgb):
+        h5.main([path, "--preview", str(tmp_path / "p.png")])
+        assert cv2.imread(str(tmp_path / "p.png")).shape[0] > 300
+        text = capsys.readouterr().out
+        assert "train" in text and "val" in text and "background" in text

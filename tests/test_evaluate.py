@@ -1,0 +1,184 @@
+"""Metrics against medpy, the rules for empty masks, and the tables and pictures of evaluate.py."""
+import csv
+import json
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+from medpy.metric import binary
+from scipy import stats
+
+import evaluate
+import models
+import train_ssl
+from data import h5
+from data.files import save_checkpoint
+
+
+def blobs(rng, shape):
+    """Two overlapping random masks, neither empty."""
+    out = []
+    for _ in range(2):
+        center = [rng.uniform(0.3, 0.7) * s for s in shape]
+        grid = np.ogrid[tuple(slice(s) for s in shape)]
+        distance = sum(((g - c) / (rng.uniform(0.1, 0.4) * s)) ** 2 for g, c, s in zip(grid, center, shape))
+        mask = (distance < 1) ^ (rng.random(shape) < rng.choice([0, 0.02]))
+        mask[tuple(int(c) for c in center)] = True
+        out.append(mask)
+    return out
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_scores_equal_medpy_on_200_random_pairs(dims):
+    rng = np.random.default_rng(dims)
+    for _ in range(200):
+        shape = tuple(rng.integers(5, 40 if dims == 2 else 18, dims))
+        spacing = tuple(rng.uniform(0.3, 8, dims))
+        a, b = blobs(rng, shape)
+        ours = evaluate.score(a, b, spacing)
+        assert ours.hd95 == pytest.approx(binary.hd95(a, b, voxelspacing=spacing), abs=1e-9)
+        assert ours.asd == pytest.approx(binary.asd(a, b, voxelspacing=spacing), abs=1e-9)
+        assert ours.dice == pytest.approx(binary.dc(a, b), abs=1e-12) and ours.jaccard == pytest.approx(binary.jc(a, b), abs=1e-12)
+        assert not ours.one_empty
+
+
+def test_masks_that_touch_the_border_equal_medpy():
+    a, b = np.zeros((2, 9, 7), bool)
+    a[:5, :], b[3:, :6] = True, True
+    assert evaluate.score(a, b, (2.0, 1.0)).hd95 == pytest.approx(binary.hd95(a, b, voxelspacing=(2.0, 1.0)), abs=1e-12)
+
+
+def test_empty_masks():
+    none, some = np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)
+    assert evaluate.score(none, none, (1, 1)) == evaluate.Score(1.0, 1.0, 0.0, 0.0, False)
+    for a, b in ((none, some), (some, none)):
+        assert evaluate.score(a, b, (2.0, 3.0)) == evaluate.Score(0.0, 0.0, (6 ** 2 + 12 ** 2) ** 0.5, (6 ** 2 + 12 ** 2) ** 0.5, True)
+
+
+def test_agreement_equals_scipy_and_survives_constants():
+    rng = np.random.default_rng(0)
+    p, t = rng.random(50), rng.random(50)
+    found = evaluate.agreement(p, t)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(p, t)[0]) and found["spearman"] == pytest.approx(stats.spearmanr(p, t)[0])
+    assert found["mae"] == pytest.approx(abs(p - t).mean()) and found["rmse"] == pytest.approx(((p - t) ** 2).mean() ** 0.5)
+    assert evaluate.agreement(np.ones(4), t[:4])["pearson"] is None and evaluate.agreement([], [])["mae"] is None
+
+
+def test_largest_component():
+    label = np.zeros((1, 8, 8), np.uint8)
+    label[0, :3, :3], label[0, 6, 6], label[0, 5:, 0], label[0, 4, 7] = 1, 1, 2, 2
+    out = evaluate.largest_component(label, 3)
+    assert (out == 1).sum() == 9 and (out == 2).sum() == 3
+
+
+class Copycat(torch.nn.Module):
+    """Answers with the labels of the slices, in order: the perfect network."""
+
+    def __init__(self, label, K):
+        super().__init__()
+        self.label, self.K, self.at = label, K, 0
+
+    def forward(self, x):
+        y = self.label[self.at:self.at + len(x)]
+        self.at += len(x)
+        return 20 * torch.nn.functional.one_hot(y.long(), self.K).movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb"])
+@pytest.mark.parametrize("batch", [3, 32])
+def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request):
+    info = h5.read_info(request.getfixturevalue(kind))
+    slices, cases = evaluate.load_cases(info, "val", 48)
+    net = Copycat(slices.label, len(info.classes))
+    mean, per_class = evaluate.evaluate(net, slices, cases, torch.device("cpu"), batch=batch)
+    assert len(per_class) == len(info.classes) - 1
+    assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
+
+
+def make_run(folder, info, **args):
+    """A checkpoint of train_ssl.py with an untrained network."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.get("seed", 0))
+    net = models.build("unet", channels=info.channels, classes=len(info.classes))
+    full = vars(train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])) | args
+    save_checkpoint(str(folder / "best.pt"), "ssl", model=net.config, nets=[net.state_dict()], teacher=net.state_dict(), args=full,
+                    step=1, data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims))
+    return str(folder / "best.pt")
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb"])
+def test_table_files_and_pictures(kind, request, tmp_path, capsys):
+    data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    info, out = h5.read_info(data), tmp_path / "out"
+    runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [make_run(tmp_path / "b", info, seed=2, method="mean_teacher")]
+    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2"])
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert [(r["run"], r["seeds"]) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
+    cases = list(csv.DictReader(open(out / "cases.csv")))
+    n, K = len(info.entries("val")), len(info.classes)
+    assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {"mm" if kind == "gray" else "px"}
+    means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
+    assert rows[0]["Dice %"] == f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}"
+    quality = list(csv.DictReader(open(out / "quality.csv")))
+    assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
+    assert "| supervised |" in capsys.readouterr().out and "| supervised |" in (out / "summary.md").read_text()
+    pictures = list((out / "cases").iterdir())
+    assert len(pictures) == 2 and all(cv2.imread(str(p)).std() > 5 for p in [*pictures, out / "compare.png", out / "quality.png"])
+
+
+def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
+    """One number per volume, in mm: not a mean over slices."""
+    info, out = h5.read_info(gray), tmp_path / "out"
+    run = make_run(tmp_path / "a", info)
+    evaluate.main([gray, run, "--out", str(out), "--pictures", "0"])
+    slices, cases = evaluate.load_cases(info, "val", 32)
+    net, _ = evaluate.load_run(run, "student", torch.device("cpu"))
+    labels = list(evaluate.predict_cases(evaluate.predict(net, slices, torch.device("cpu"), models.pick_amp("auto", torch.device("cpu"))), cases, 4))
+    found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv"))}
+    for label, (entry, truth) in zip(labels, cases):
+        for k in range(1, 4):
+            a, b = label == k, truth == k
+            row = found[entry.name, info.classes[k]]
+            if a.any() and b.any():
+                assert float(row["hd95"]) == pytest.approx(binary.hd95(a, b, voxelspacing=(8, 1.5, 1.5)), abs=1e-9)
+                assert float(row["dice"]) == pytest.approx(binary.dc(a, b))
+            else:
+                assert row["one_empty"] == str(a.any() != b.any())
+
+
+def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
+    info = h5.read_info(gray)
+    states = [evaluate.load_checkpoint(make_run(tmp_path / str(i), info, **a), "ssl") for i, a in enumerate(
+        [dict(lam=0.1), dict(lam=0.2), dict(lam=0.2, seed=1), dict(method="pseudo_label", weight="quality", weight_level="class", qar=0.01)])]
+    groups = evaluate.group_runs(states)
+    assert [(name, members) for name, _, members in groups] == [
+        ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3])]
+
+
+def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
+    info = h5.read_info(gray)
+    run, out = make_run(tmp_path / "a", info), ["--out", tmp_path / "out"]
+    refused(evaluate.main, [gray, "none.pt", *out], "none.pt")
+    refused(evaluate.main, [rgb, run, *out], "classes")
+    refused(evaluate.main, [gray, run, *out, "--qp", rgb_quality[1]], "qp.pt", "classes")
+    refused(evaluate.main, [gray, gray_quality[1], *out], "stage 'qp'", "'ssl' is needed")
+    refused(evaluate.main, [gray, gray, *out], "not a readable checkpoint")
+    refused(evaluate.main, [rgb, run, *out, "--split", "test"], "'test' is empty")
+    refused(evaluate.main, [gray, run, *out, "--device", "nonsense"], "--device")
+    import shutil
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        del f["val/phantom006/label"]
+    refused(evaluate.main, [tmp_path / "f.h5", run, *out], "phantom006", "no label")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, gray, refused):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+    torch.save(dict(format=1, stage="ssl", bomb=Bomb()), tmp_path / "bomb.pt")
+    refused(evaluate.main, [gray, tmp_path / "bomb.pt", "--out", tmp_path / "out"], "bomb.pt")
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,135 @@
+"""Networks, losses and the target of g, against closed forms and published sizes."""
+import numpy as np
+import pytest
+import torch
+
+import models
+from models.losses import mse_loss, one_hot, seg_loss, soft_dice
+from models.quality import SMOOTH, quality_target
+from models.resnet import ResNet
+
+torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dims, side", [(2, 40), (3, 32)])
+@pytest.mark.parametrize("name", models.segmentation_networks())
+def test_contract_of_segmentation_networks(name, dims, side):
+    net = models.build(name, channels=3, classes=4, dims=dims, **({"width": 8} if name == "resnet_unet" else {})).eval()
+    x = torch.randn(2, 3, side, *([side - 8] * (dims - 1)))
+    features = net.encode(x)
+    assert isinstance(features, list) and net(x).shape == (2, 4, *x.shape[2:])
+    assert torch.equal(net(x), net.decode(features))
+    net.train()(x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    again = models.rebuild(net.config, net.state_dict()).eval()
+    assert torch.equal(again(x), net.eval()(x))
+
+
+def test_unet_has_the_size_of_the_acdc_baselines():
+    net = models.build("unet", channels=1, classes=4)
+    assert models.parameters(net) == pytest.approx(1.81e6, rel=0.01)
+    assert [f.shape[1] for f in net.encode(torch.zeros(2, 1, 32, 32))] == [16, 32, 64, 128, 256]
+    assert [m.p for m in net.down.modules() if isinstance(m, torch.nn.Dropout)] == [0.05, 0.1, 0.2, 0.3, 0.5]
+
+
+def test_an_unknown_network_raises():
+    with pytest.raises(KeyError):
+        models.build("nonsense", channels=1, classes=2)
+
+
+def torchvision_names(blocks):
+    """The keys of torchvision's ResNet state dict, from its published naming scheme."""
+    norm = lambda name: [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    names = ["conv1.weight", *norm("bn1"), "fc.weight", "fc.bias"]
+    for layer, count in enumerate(blocks, 1):
+        for block in range(count):
+            for i in (1, 2):
+                names += [f"layer{layer}.{block}.conv{i}.weight", *norm(f"layer{layer}.{block}.bn{i}")]
+        if layer > 1:
+            names += [f"layer{layer}.0.downsample.0.weight", *norm(f"layer{layer}.0.downsample.1")]
+    return names
+
+
+@pytest.mark.parametrize("depth, blocks, size", [(18, (2, 2, 2, 2), 11.18e6), (34, (3, 4, 6, 3), 21.28e6)])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_torchvision_weights_load(depth, blocks, size, channels):
+    source = ResNet(3, depth).state_dict()
+    weights = {k: source.get(k, torch.zeros(1)).clone() for k in torchvision_names(blocks)}
+    net = ResNet(channels, depth)
+    net.load_pretrained(weights)
+    assert models.parameters(ResNet(3, depth)) == pytest.approx(size, rel=0.01)
+    rgb, own = weights["conv1.weight"], net.conv1.weight
+    expected = {1: rgb.mean(1, keepdim=True), 3: rgb, 5: torch.cat([rgb, rgb.mean(1, keepdim=True).expand(-1, 2, -1, -1)], 1)}[channels]
+    assert torch.equal(own, expected) and torch.equal(net.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+    del weights["layer2.0.bn1.weight"]
+    with pytest.raises(KeyError, match="layer2.0.bn1.weight"):
+        net.load_pretrained(weights)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_g_answers_for_each_foreground_class_at_any_size(dims):
+    g = models.build("quality", channels=1, classes=4, dims=dims, size=32, width=8).eval()
+    for side in (32, 48):
+        mask = torch.rand(2, 3, *[side] * dims, requires_grad=True)
+        q = g(torch.randn(2, 1, *[side] * dims), mask)
+        assert q.shape == (2, 3) and q.dtype == torch.float32 and (0 < q).all() and (q < 1).all()
+        q.sum().backward()
+        assert mask.grad.abs().sum() > 0
+
+
+def test_soft_dice_of_hard_masks_is_dice():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.random((2, 3, 9, 11)) < 0.4, rng.random((2, 3, 9, 11)) < 0.5
+        ours = soft_dice(torch.tensor(a), torch.tensor(b), smooth=0.0)
+        plain = 2 * (a & b).sum((2, 3)) / (a.sum((2, 3)) + b.sum((2, 3)))
+        assert np.allclose(ours, plain, atol=1e-6)
+
+
+def test_target_of_g_for_absent_classes():
+    """An absent class: 1 for an empty mask, falling with the invented area, without a jump; close to Dice for a present one."""
+    side, none = 100, torch.zeros(1, 1, 100, 100)
+    s, last = SMOOTH * side * side, 1.0
+    assert quality_target(none, none) == 1
+    for n in (1, 10, 100, 1000):
+        mask = none.clone()
+        mask.view(-1)[:n] = 1
+        q = quality_target(mask, none).item()
+        assert q == pytest.approx(s / (n + s), rel=1e-5) and q < last
+        last = q
+    a, b = none.clone(), none.clone()
+    a[..., :40, :40], b[..., 10:50, :40] = 1, 1
+    assert quality_target(a, b).item() == pytest.approx(0.75, abs=0.002)
+
+
+def test_seg_loss_equals_an_independent_formula():
+    logits, label = torch.randn(3, 4, 8, 9), torch.randint(4, (3, 8, 9))
+    ours = seg_loss(logits, one_hot(label, 4))
+    p = logits.softmax(1)
+    for i in range(3):
+        ce = torch.nn.functional.cross_entropy(logits[i:i + 1], label[i:i + 1])
+        dice = [(2 * p[i, k][label[i] == k].sum() + 1) / (p[i, k].sum() + (label[i] == k).sum() + 1) for k in range(1, 4)]
+        assert ours[i].item() == pytest.approx(((ce + 1 - sum(dice) / 3) / 2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [seg_loss, mse_loss])
+def test_pixel_weights(loss):
+    """Constant weights change nothing, zero weight is zero loss, and a pixel of no weight has no influence and no gradient."""
+    logits, target = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8).softmax(1)
+    ones = torch.ones(2, 8, 8)
+    for c in (1e-3, 0.49, 1.0):
+        assert torch.allclose(loss(logits, target), loss(logits, target, c * ones), atol=1e-6)
+    assert (loss(logits, target, 0 * ones) == 0).all()
+    weight = ones.clone()
+    weight[:, :4] = 0
+    value = loss(logits, target, weight)
+    changed = logits.detach().clone()
+    changed[:, :, :4] += 3
+    assert torch.allclose(value, loss(changed, target, weight), atol=1e-6)
+    assert (torch.autograd.grad(value.sum(), logits)[0][:, :, :4] == 0).all()
+
+
+def test_losses_are_float32_whatever_comes_in():
+    logits = torch.randn(2, 3, 8, 8).bfloat16()
+    target = one_hot(torch.randint(3, (2, 8, 8)), 3)
+    assert seg_loss(logits, target).dtype == mse_loss(logits, target).dtype == torch.float32

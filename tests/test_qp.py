@@ -1,0 +1,122 @@
+"""The quality predictor: its batches, that it learns, its report, resuming, and refusals."""
+import csv
+import json
+import os
+import shutil
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import corrupt
+import evaluate
+import train_qp
+from conftest import make_pictures, quality
+from data import h5, images
+from models.quality import quality_target
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb"])
+def test_batches_show_what_they_should(kind, request):
+    data, (vqm, _) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    info = h5.read_info(data)
+    masks = train_qp.Masks(vqm, "train", info, 32, probabilities=True)
+    torch.manual_seed(0)
+    order = masks.epoch(4)
+    counts = np.bincount(masks.index[order], minlength=len(masks.slices))
+    assert (counts == 4).all() and len(set(order.tolist())) == len(order)
+    rows = torch.arange(len(masks.mask))
+    x, mask, truth = masks.batch(rows, torch.device("cpu"), 0.0)
+    assert x.shape[1] == info.channels and mask.shape == truth.shape == (len(rows), len(info.classes) - 1, 32, 32)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    identical = (masks.mask == masks.slices.label[masks.index]).flatten(1).all(1)
+    assert identical.any() and (quality_target(mask, truth)[identical] == 1).all()   # moved together, an identity stays perfect
+    _, soft, _ = masks.batch(rows, torch.device("cpu"), 1.0)
+    between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
+    assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
+
+
+def test_it_learns_to_tell_good_from_bad(tmp_path):
+    """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
+    images.main([str(make_pictures(tmp_path / "src", 40)), "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
+    corrupt.main([str(tmp_path / "f.h5"), "--out", str(tmp_path), "--size", "32", "--masks", "60", "--val-masks", "40", "--harvest-epochs", "1",
+                  "--harvest-steps", "2", "--harvest-batch", "4", "--balance"])
+    train_qp.main([str(tmp_path / "f.h5"), "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "32", "--width", "16",
+                   "--epochs", "5", "--lr", "1e-3"])
+    report = json.loads((tmp_path / "qp.json").read_text())
+    synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
+    assert synthetic["pearson"] > 0.8
+    assert report["image_dependence"]["black image"] < 0.7
+    log = [float(r["loss"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
+    assert log[-1] < 0.5 * log[0]
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb"])
+def test_report(kind, request):
+    _, qp = request.getfixturevalue(f"{kind}_quality")
+    folder, K = os.path.dirname(qp), 4 if kind == "gray" else 2
+    report = json.load(open(os.path.join(folder, "qp.json")))
+    titles = {(r["run"], r["entries"]) for r in report["rows"]}
+    for run in ("synthetic masks", "real outputs"):
+        assert {(run, "all"), (run, "present")} <= titles
+        assert not K > 2 or {(run, "myocardium"), (run, "absent")} <= titles
+    assert set(report["image_dependence"]) == {"black image", "shuffled image"}
+    assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
+
+
+def test_resumed_equals_uninterrupted(rgb, rgb_quality, tmp_path, monkeypatch):
+    common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3"]
+    train_qp.main([*common, "--out", str(tmp_path / "whole")])
+    step, calls = train_qp.train_step, []
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 5:  # in the third epoch
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(train_qp, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_qp.main([*common, "--out", str(tmp_path / "parts")])
+    monkeypatch.setattr(train_qp, "train_step", step)
+    train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
+    whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
+    assert all(torch.equal(whole["weights"][k], parts["weights"][k]) for k in whole["weights"])
+    rows = [[(r["step"], r["loss"], r["error_real"]) for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
+    from models.resnet import ResNet
+    torch.manual_seed(9)
+    source = ResNet(3, 18)
+    torch.save(source.state_dict(), tmp_path / "resnet18.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    common = [rgb, "--vqm", rgb_quality[0], "--out", tmp_path / "o", "--size", "32", "--epochs", "1"]
+    refused(train_qp.main, [*common, "--pretrained", tmp_path / "other.pt"], "other.pt", "do not match")
+    refused(train_qp.main, [*common, "--pretrained", tmp_path / "none.pt"], "none.pt")
+    g = evaluate.models.build("quality", channels=3, classes=2)
+    train_qp.load_pretrained(g, str(tmp_path / "resnet18.pt"))
+    assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+
+
+def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
+    out = ["--out", tmp_path / "o", "--size", "32"]
+    refused(train_qp.main, [gray, *out], "--vqm")
+    refused(train_qp.main, [gray, "--vqm", "none.h5", *out], "none.h5")
+    refused(train_qp.main, [gray, "--vqm", gray, *out], "not a file of masks")
+    refused(train_qp.main, [gray, "--vqm", rgb_quality[0], *out], "classes")
+    refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--batch", "0"], "--batch")
+    refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--soft", "1.5"], "--soft")
+    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "--resume", "--overwrite")
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        f.move("train/phantom000", "train/renamed")
+    refused(train_qp.main, [tmp_path / "f.h5", "--vqm", gray_quality[0], *out], "phantom000")
+    assert not (tmp_path / "o").exists()
+
+
+def test_same_seed_same_weights(rgb, rgb_quality, tmp_path):
+    again = quality(rgb, tmp_path)[1]
+    a, b = (torch.load(p, weights_only=True)["weights"] for p in (rgb_quality[1], again))
+    assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,134 @@
+"""README's commands and examples work as printed."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_pictures
+from torch import nn
+
+import corrupt
+import models
+import train_ssl
+from data import h5
+
+README = (ROOT / "README.md").read_text()
+SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
+    "data.phantom": "--train 6 --val 2 --test 1 --size 48 --depth 4",
+    "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 --harvest-batch 4",
+    "train_qp.py": "--size 32 --width 8 --epochs 1",
+    "train_ssl.py": "--size 32 --steps 2 --batch 3 --batch-unlabeled 3",
+    "evaluate.py": "--pictures 1",
+}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands(text):
+    return [line.split("#")[0].strip() for line in text.replace("\\\n", " ").split("\n") if line.startswith("python ")]
+
+
+def execute(command, cwd):
+    words = shlex.split(command)[1:]
+    name = words[1] if words[0] == "-m" else words[0]
+    words += SMALL.get(name, "").split()
+    if words[0].endswith(".py"):
+        words[0] = str(ROOT / words[0])
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_four_stages_by_hand(tmp_path):
+    block = next(b for b in blocks("bash") if "corrupt.py" in b)
+    for command in commands(block):
+        out = execute(command, tmp_path)
+    assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
+
+
+def test_own_data(tmp_path):
+    from test_data import make_ssl4mis
+    make_pictures(tmp_path / "MINE", 6)
+    make_ssl4mis(tmp_path / "ACDC")
+    for name, p in (("IMD001", 1), ("IMD002", 2), ("IMD003", 3)):
+        src = make_pictures(tmp_path / "tmp" / name, 1, seed=p)
+        for kind, suffix in (("images", "_Dermoscopic_Image"), ("masks", "_lesion")):
+            folder = tmp_path / "PH2Dataset" / name / f"{name}{suffix}"
+            folder.mkdir(parents=True)
+            (src / kind / "p0.png").rename(folder / f"{name}.png")
+    block = next(b for b in blocks("bash") if "data.images" in b)
+    for command in commands(block):
+        execute(command, tmp_path)
+    for name, n in (("mine", 6), ("ph2", 3), ("acdc", 3)):
+        info = h5.read_info(tmp_path / f"{name}.h5")
+        assert sum(len(e) for e in info.splits.values()) == n
+
+
+def test_rows_of_the_paper_parse(tmp_path):
+    rows = re.findall(r"^\| ([^|]+) \| `(--method [^`]+)` \|$", README, re.M)
+    assert {"SUP", "MT", "MT-QW", "PL-QW", "QAR"} <= {name for name, _ in rows}
+    for name, options in rows:
+        args = train_ssl.parse_args(["DATA.h5", "--out", "RUN", "--labeled", "7", *options.split()])
+        assert args.method in train_ssl.METHODS
+        if name.startswith("PL-C"):
+            assert (args.weight_threshold, args.weight_power, args.conf_threshold) == (0.9, 2.0, 0.0)
+        if name == "PL-QW":
+            assert (args.weight_threshold, args.weight_power, args.conf_threshold) == (0.5, 2.0, 0.0)
+    usual = re.search(r"`(--optimizer sgd [^`]+)`", README.replace("\n", " ")).group(1)
+    assert train_ssl.parse_args(["DATA.h5", "--out", "RUN", *usual.split()]).steps == 30000
+
+
+def example(word):
+    return next(b for b in blocks("python") if word in b)
+
+
+def test_example_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(example("h5.write"), {})
+    assert len(h5.read_info("mine.h5").entries("train")) == 4
+
+
+def test_example_method(gray, gray_quality, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ssl, "METHODS", dict(train_ssl.METHODS))
+    text = example("METHODS[")
+    assert len(text.strip().split("\n")) <= 15
+    exec(text, vars(train_ssl))
+    for hooks in ([], ["--weight", "quality", "--weight-level", "class", "--qar", "0.01", "--qp", gray_quality[1]]):
+        train_ssl.main([gray, "--out", str(tmp_path / str(len(hooks))), "--method", "entropy", "--labeled", "2", "--size", "32", "--steps", "2",
+                        "--batch", "2", "--batch-unlabeled", "2", *hooks])
+    del train_ssl.entropy
+
+
+def test_example_corruption(gray, tmp_path, monkeypatch):
+    monkeypatch.setattr(corrupt, "SINGLE", list(corrupt.SINGLE))
+    exec(example("SINGLE.append"), vars(corrupt))
+    corrupt.main([gray, "--out", str(tmp_path), "--labeled", "2", "--size", "32", "--masks", "400", "--val-masks", "1", "--harvest-epochs", "1",
+                  "--harvest-steps", "1"])
+    with h5.open_file(tmp_path / "vqm.h5") as f:
+        assert "mirror" in set(f["train/source"].asstr()[:])
+    del corrupt.mirror
+
+
+def test_example_network(gray, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+    exec(example("NETWORKS["), {"nn": nn, "NETWORKS": models.NETWORKS})
+    train_ssl.main([gray, "--out", str(tmp_path), "--model", "tiny", "--labeled", "2", "--size", "32", "--steps", "2", "--batch", "2"])
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["model"]["name"] == "tiny"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
+def test_make_demo_in_miniature(tmp_path):
+    """The recipe of `make demo`, line by line, each shrunk; the real one takes minutes."""
+    recipe = subprocess.run(["make", "-n", "demo", f"OUT={tmp_path}/demo", "STEPS=2", "-o", ".venv/ready"], cwd=ROOT, capture_output=True, text=True)
+    lines = [line.replace(".venv/bin/python", "python", 1) for line in recipe.stdout.replace("\\\n", " ").split("\n") if line.startswith(".venv/bin/python")]
+    assert len(lines) == 11
+    for line in lines[:-1]:
+        execute(line, ROOT)
+    table = subprocess.run(lines[-1].replace("python", f"{sys.executable}", 1) + " --pictures 1", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert table.returncode == 0, table.stderr
+    assert all(f"| {row} |" in table.stdout for row in ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR"))

@@ -1,0 +1,315 @@
+"""Every method with every hook: gradients, invariants, seeds, resuming, schedules, data, refusals."""
+import copy
+import csv
+import itertools
+import shutil
+
+import h5py
+import pytest
+import torch
+from torch import nn
+
+import models
+import train_ssl
+from conftest import python
+from data import h5
+from models.losses import mse_loss, one_hot, seg_loss
+
+UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
+KINDS = {"binary RGB": (3, 2), "4-class gray": (1, 4)}
+CPU = torch.device("cpu")
+
+
+def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
+    qp = ["--qp", "qp.pt"] if weight == "quality" or qar else []
+    return train_ssl.parse_args(["data.h5", "--out", "out", "--method", method, "--weight", weight, "--weight-level", level, "--qar", str(qar),
+                                 "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", *qp, *more])
+
+
+def setting(kind, seed=1, count=3):
+    """Students, teacher and a batch."""
+    C, K = KINDS[kind]
+    torch.manual_seed(seed)
+    nets = [models.build("unet", channels=C, classes=K)]
+    teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
+    with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x, u, s1, s2 = (torch.randn(count, C, 32, 32) for _ in range(4))
+    return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, 32, 32)), K), u, s1, s2)
+
+
+class Constant(nn.Module):
+    """A g that always answers the same."""
+
+    def __init__(self, value, K):
+        super().__init__()
+        self.value, self.K = value, K
+
+    def forward(self, image, mask):
+        return torch.full((len(image), self.K - 1), self.value) + 0 * mask.mean()
+
+
+def loss_of(kind, g, args, seed=1):
+    nets, teacher, batch = setting(kind, seed)
+    torch.manual_seed(7)
+    return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method, weight, level, qar", [
+    c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), ("image", "class"), (0.0, 0.1)) if c[1] != "none" or c[2] == "image"])
+def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
+    nets, teacher, batch = setting(kind)
+    C, K = KINDS[kind]
+    g = models.build("quality", channels=C, classes=K, size=32, width=8).eval().requires_grad_(False)
+    args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
+    loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+    loss.backward()
+    assert loss.isfinite() and parts.shape == (5,) and not parts.requires_grad
+    assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
+    assert all(p.grad is None for frozen in (teacher, g) for p in frozen.parameters())
+    _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
+    assert len(terms) > 0 or method == "supervised"
+    for term in terms:
+        loss = term.loss(torch.ones(3, 32, 32))
+        assert loss.shape == (3,) and loss.requires_grad and not term.target.requires_grad
+        assert torch.allclose(term.target.sum(1), torch.ones(3, 32, 32), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", UNLABELED)
+def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
+    nets, teacher, batch = setting(kind)
+    args = options("--conf-threshold", "0", method=method)
+    _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
+    train_ssl.unlabeled_loss(None, terms, args, CPU)[0].backward()
+    assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", UNLABELED)
+@pytest.mark.parametrize("level", ["image", "class"])
+def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(kind, method, level):
+    K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
+    plain, parts = loss_of(kind, None, options(*keep, method=method))
+    for value in (0.5, 0.7, 1.0):
+        weighted, _ = loss_of(kind, Constant(value, K), options(*keep, weight="quality", **common))
+        assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
+    zero, zero_parts = loss_of(kind, Constant(0.0, K), options(*keep, weight="quality", **common))
+    assert zero.item() == pytest.approx(parts[0].item(), abs=1e-7) and zero_parts[1] == zero_parts[3] == zero_parts[4] == 0
+    nan, _ = loss_of(kind, Constant(float("nan"), K), options(*keep, weight="quality", **common))
+    assert nan.item() == zero.item()  # a g that fails weighs nothing
+    assert plain.item() != pytest.approx(parts[0].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
+    C, K = KINDS[kind]
+    value, _ = loss_of(kind, Constant(0.7, K), options(qar=0.1))
+    plain, _ = loss_of(kind, None, options())
+    assert value.item() - plain.item() == pytest.approx(0.1 * 0.3, abs=1e-6)
+
+    class LikesForeground(nn.Module):
+        def forward(self, image, mask):
+            return mask.mean((2, 3))
+    nets, _, batch = setting(kind)
+    before = nets[0](batch.u).softmax(1)[:, 1:].mean().item()
+    optimizer = torch.optim.SGD(nets[0].parameters(), 0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        train_ssl.quality_loss(LikesForeground(), nets, batch.u).backward()
+        optimizer.step()
+    assert nets[0](batch.u).softmax(1)[:, 1:].mean().item() > before + 0.05
+
+
+class Table(nn.Module):
+    """A g with given answers [U, K-1]."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, image, mask):
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}, "QW shows g the hard label"
+        return self.answers
+
+
+def test_weights_by_hand():
+    """w = q^2 [q >= .5], per image by the mean over classes, per class by the pixel's pseudo-class, background by the mean."""
+    q = torch.tensor([[0.9, 0.3, 0.6], [0.2, 0.4, 0.6]])
+    target = one_hot(torch.arange(4).repeat(2, 4, 1), 4) * 0.7 + 0.075  # columns of class 0 1 2 3
+    term = train_ssl.Term(torch.zeros(2, 1, 4, 4), target, None)
+    image = train_ssl.pixel_weights(Table(q), term, options(weight="quality"))
+    assert torch.allclose(image, torch.tensor([0.36, 0.0])[:, None, None].expand(2, 4, 4))
+    per_class = train_ssl.pixel_weights(Table(q), term, options(weight="quality", level="class"))
+    assert torch.allclose(per_class[:, 0], torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]]))
+    confident = train_ssl.pixel_weights(None, term, options("--weight-threshold", "0.5", weight="confidence"))
+    assert torch.allclose(confident, torch.full((2, 4, 4), 0.775 ** 2))
+    assert (train_ssl.pixel_weights(None, term, options(weight="confidence")) == 0).all()   # PL-C cuts at .9
+    mixed = train_ssl.Term(term.image, target, None, torch.tensor([1.0, 2.0]), (torch.tensor([1, 0]), torch.tensor([0.25, 0.5])))
+    w = train_ssl.pixel_weights(Table(q), mixed, options(weight="quality"))
+    assert torch.allclose(w[:, 0, 0], torch.tensor([0.75 * 0.36, 2 * 0.5 * 0.36]))
+
+
+def test_the_loss_is_the_weighted_mean_over_samples():
+    q, values = torch.tensor([[0.6], [0.8], [0.1]]), torch.tensor([1.0, 2.0, 50.0])
+    term = train_ssl.Term(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5), lambda w: values)
+    loss, (weight, counted) = train_ssl.unlabeled_loss(Table(q), [term], options(weight="quality"), CPU)
+    assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
+    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and counted.item() == pytest.approx(2 / 3)
+
+
+def test_formulas_of_the_methods():
+    nets, teacher, batch = setting("4-class gray")
+    nets[0].eval()  # no dropout, so that the passes can be repeated
+    target, ones = teacher(batch.u).softmax(1), torch.ones(3, 32, 32)
+    sup, [term] = train_ssl.mean_teacher(nets, teacher, batch, options(), 0.5)
+    assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y), atol=1e-5)
+    assert torch.allclose(term.loss(ones), (nets[0](batch.s1).softmax(1) - target).square().mean((1, 2, 3)), atol=1e-6)
+    assert torch.allclose(term.loss(ones), mse_loss(nets[0](batch.s1), target), atol=1e-6)
+    limit = target.amax(1).median().item()
+    _, [term] = train_ssl.pseudo_label(nets, teacher, batch, options("--conf-threshold", str(limit)), 0.5)
+    sure = (target.amax(1) >= limit).float()
+    assert 0.3 < sure.mean() < 0.7
+    assert torch.allclose(term.loss(ones), seg_loss(nets[0](batch.u), one_hot(target.argmax(1), 4), sure), atol=1e-5)
+
+
+def test_schedules():
+    ramp = train_ssl.ramp
+    assert [ramp(t, 0.25, 0.5) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0, 0.5, 1, 1]
+    assert ramp(0.2, 0.25, 0) == 0 and ramp(0.3, 0.25, 0) == 1 and ramp(0, 0, 0) == 1
+    args = train_ssl.parse_args(["d", "--out", "o"])   # the paper's 200 epochs: warm-up 15, ramp 30; QAR 30, 40
+    assert [200 * v for v in (args.lam_warmup, args.lam_ramp, args.qar_warmup, args.qar_ramp)] == [15, 30, 30, 40]
+    before, _ = loss_of("binary RGB", None, train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--lam-warmup", "0.6"]))
+    plain, _ = loss_of("binary RGB", None, options())
+    assert before.item() == pytest.approx(plain.item(), rel=0.1)  # lambda is 0 before its warm-up
+
+
+def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
+    nets, teacher, _ = setting("binary RGB")
+    before = [p.clone() for p in teacher.parameters()]
+    nets[0].down[0][1].running_mean.fill_(3.0)
+    train_ssl.update_teacher(teacher, nets[0], 10_000, 0.99)
+    for old, new, p in zip(before, teacher.parameters(), nets[0].parameters()):
+        assert torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6)
+    assert (teacher.down[0][1].running_mean == 3).all()
+    train_ssl.update_teacher(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (step + 1)
+    again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, nets[0].parameters())]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, teacher.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+def train(data, out, *more):
+    train_ssl.main([data, "--out", str(out), "--labeled", "2", "--size", "32", "--batch", "3", "--batch-unlabeled", "3", "--steps", "5",
+                    "--eval-every", "2", "--lr", "1e-3", "--lam-warmup", "0", *map(str, more)])
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def same(a, b):
+    return all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb"])
+@pytest.mark.parametrize("method, hooks", list(itertools.product(
+    train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01)])))
+def test_five_steps_of_everything(kind, method, hooks, request, tmp_path):
+    data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp)
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert state["step"] == 5 and [r["step"] for r in rows] == ["2", "4", "5"] and (tmp_path / "best.pt").exists()
+    assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
+    assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
+
+
+def test_same_seed_same_weights_and_another_seed_others(gray, gray_quality, tmp_path):
+    more = ("--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1], "--qar", 0.01)
+    a, b, c = (train(gray, tmp_path / n, *more, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert same(a, b) and not same(a, c)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resumed_equals_uninterrupted(optimizer, gray, gray_quality, tmp_path, monkeypatch):
+    more = ("--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1], "--optimizer", optimizer, "--steps", 6)
+    whole = train(gray, tmp_path / "whole", *more)
+    step, calls = train_ssl.train_step, []
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:  # after the checkpoint of step 2, in the middle of the next interval
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(train_ssl, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(gray, tmp_path / "parts", *more)
+    monkeypatch.setattr(train_ssl, "train_step", step)
+    parts = train(gray, tmp_path / "parts", *more, "--resume")
+    assert same(whole, parts) and whole["best"] == parts["best"]
+    rows = [[{k: v for k, v in r.items() if k != "ms"} for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_labels_of_unlabeled_cases_have_no_influence(gray, tmp_path):
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        del f["test"]                          # nor is the test split opened
+        for name in list(f["train"])[2:4]:
+            f[f"train/{name}/label"][...] = 1
+        for name in list(f["train"])[4:]:
+            del f["train"][name]["label"]
+    a, b = (train(data, tmp_path / n, "--method", "pseudo_label", "--conf-threshold", 0) for data, n in ((gray, "a"), (str(tmp_path / "f.h5"), "b")))
+    assert same(a, b)
+
+
+def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
+    train(gray, tmp_path / "a", "--labeled", "all", "--method", "mean_teacher")
+    assert "no unlabeled image" in capsys.readouterr().out
+    train(gray, tmp_path / "b", "--labeled", "all", "--method", "mean_teacher", "--unlabeled", gray)
+    assert "24 labeled and 24 unlabeled slices" in capsys.readouterr().out
+
+
+def test_fewer_labeled_slices_than_the_batch(gray, tmp_path):
+    assert train(gray, tmp_path, "--labeled", 1, "--batch", 11, "--method", "pseudo_label")["step"] == 5
+
+
+def test_patience_stops_early(gray, tmp_path):
+    state = train(gray, tmp_path, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2)
+    assert state["step"] < 40
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(gray, tmp_path, monkeypatch, refused):
+    train(gray, tmp_path, "--steps", 5)
+    good = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(train_ssl, "seg_loss", lambda *a: seg_loss(*a) * float("nan"))
+    refused(lambda argv: train(gray, tmp_path, *argv), ["--overwrite"], "not finite", "--lr")
+    assert (tmp_path / "last.pt").read_bytes() == good
+
+
+def test_refusals(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
+    out = ["--out", tmp_path / "o", "--size", "32"]
+    refused(train_ssl.main, ["none.h5", *out], "none.h5")
+    refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
+    refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
+    refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", rgb_quality[1]], "qp.pt", "classes")
+    refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", gray_quality[0]], "vqm.h5")
+    refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
+    refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
+    refused(train_ssl.main, [gray, *out, "--labeled", "0"], "--labeled")
+    refused(train_ssl.main, [gray, *out, "--steps", "-1"], "--steps")
+    refused(train_ssl.main, [gray, *out, "--ema", "1"], "--ema")
+    refused(train_ssl.main, [gray, *out, "--metho", "supervised"], "--metho")
+    shutil.copy(gray, tmp_path / "no_val.h5")
+    with h5py.File(tmp_path / "no_val.h5", "a") as f:
+        del f["val"]
+    refused(train_ssl.main, [tmp_path / "no_val.h5", *out], "'val' is empty")
+    assert not (tmp_path / "o").exists()
+    train(gray, tmp_path / "o")
+    refused(train_ssl.main, [gray, *out], "--resume", "--overwrite")
+    refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--lr", "0.5"], "--lr 0.001, not 0.5")
+
+
+def test_as_a_command(gray, tmp_path):
+    done = python("train_ssl.py", gray, "--out", tmp_path, "--size", "32", "--steps", "2", "--batch", "2", "--labeled", "1")
+    assert done.returncode == 0 and done.stderr == "" and "next: python evaluate.py" in done.stdout, done.stderr
+    done = python("train_ssl.py", gray, "--out", tmp_path, "--size", "32")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
