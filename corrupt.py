@@ -46,7 +46,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=int, default=224, help="side of the masks' grid, pixels")
     p.add_argument("--masks", type=int, default=200, help="masks of each labeled train slice")
     p.add_argument("--val-masks", type=int, default=20, help="synthetic masks of each val slice")
-    p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=False, help="draw so that the histogram of Dice is flat")
+    p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=False, help="draw train masks so that the histogram of Dice is flat")
     # harvest
     p.add_argument("--harvest-share", type=float, default=0.05, help="share of train masks that are outputs of weak networks")
     p.add_argument("--folds", type=int, default=1, help="weak networks predict the fold that they were not trained on; 1: the paper")
@@ -450,16 +450,15 @@ SPLIT_SEED = {"train": 0, "val": 1}
 work = {}       # what a process needs to make masks; set by start_work, before the first task
 
 
-def start_work(**what):
+def start_work(shared):
     cv2.setNumThreads(1)  # parallel are the processes
-    work.update(what)
+    work.clear()
+    work.update(shared, area=(shared["labels"] > 0).sum((1, 2)))
 
 
 def masks_of_slice(i):
     """The synthetic masks of slice i. -> masks [n, S, S], Dice [n, K-1], names, draws; the same whoever computes them"""
-    labels, cases, K, count = (work[k] for k in ("labels", "cases", "K", "count"))
-    area = (labels > 0).sum((1, 2)) if "area" not in work else work["area"]
-    work["area"] = area
+    labels, cases, K, count, area = (work[k] for k in ("labels", "cases", "K", "count", "area"))
     others = [j for j in np.argsort(abs(area - area[i]), kind="stable") if cases[j] != cases[i]]
     similar = [labels[j] for j in others[:max(1, len(others) // 5)]]  # the nearest 20% in area
     drawn = []
@@ -483,21 +482,17 @@ def flatten(drawn, count, bins=10):
 
 
 def synthetic(slices, split, K, count, args):
-    """Yields masks_of_slice of every slice in order, made by --workers processes."""
-    shared = dict(labels=slices.label.numpy(), cases=slices.case, K=K, count=count, balance=args.balance, seed=args.seed, split=split)
-    work.clear()
+    """Yields masks_of_slice of every slice in order, made by --workers processes. Val keeps the paper's mix, to stay comparable."""
+    shared = dict(labels=slices.label.numpy(), cases=slices.case, K=K, count=count, seed=args.seed, split=split,
+                  balance=args.balance and split == "train")
     bar = functools.partial(tqdm, total=len(slices), desc=f"{split} masks", disable=not sys.stderr.isatty())
     if args.workers == 1:
-        start_work(**shared)
+        start_work(shared)
         yield from bar(map(masks_of_slice, range(len(slices))))
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(args.workers, start_pool_work, [shared]) as pool:
+    with context.Pool(args.workers, start_work, [shared]) as pool:
         yield from bar(pool.imap(masks_of_slice, range(len(slices))))
-
-
-def start_pool_work(shared):
-    start_work(**shared)
 
 
 # ---------------------------------------------------------------------------------------------------- harvest

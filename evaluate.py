@@ -177,14 +177,17 @@ def load_run(path, weights, device):
 
 
 def load_quality(path, info, device):
-    """The frozen quality predictor of train_qp.py. InputError if it was trained for other classes or channels."""
+    """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
+
+    InputError if it was trained for other classes or channels.
+    """
     state = load_checkpoint(path, "qp")
     theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
     for key, value in ours.items():
         if theirs[key] != value:
             raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
     g = models.rebuild(state["model"], state["weights"])
-    return models.fast_layout(g, device).eval().requires_grad_(False)
+    return models.fast_layout(g, device).eval().requires_grad_(False), state["labeled"]
 
 
 def run_name(args):
@@ -357,7 +360,7 @@ def main(argv=None):
     amp, K, entries = models.pick_amp(args.amp, device), len(info.classes), info.entries(args.split)
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{args.split}/{missing[0]} has no label, so it cannot be scored")
-    g = load_quality(args.qp, info, device) if args.qp else None
+    g = load_quality(args.qp, info, device)[0] if args.qp else None
 
     states, labels, scores, quality = [], [], [], []
     loaded = {}  # network grid -> slices and cases

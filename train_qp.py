@@ -178,10 +178,10 @@ def main(argv=None):
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.slices)} slices, "
           f"{steps} steps an epoch, {device}, {'fp32' if amp is None else str(amp)[6:]}")
 
-    def save(path, epoch):
-        save_checkpoint(path, "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
-                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims),
-                        optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict())
+    def save(name, epoch, **more):
+        save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
+                        labeled=sorted(set(train.slices.case)),
+                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims), **more)
 
     for epoch in range(first + 1, args.epochs + 1):
         if epoch - best["epoch"] > args.patience:
@@ -200,12 +200,12 @@ def main(argv=None):
         errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, device, amp, most=2000) for masks in (synthetic, real))]
         if sum(errors) / 2 < best["error"]:
             best = dict(error=sum(errors) / 2, epoch=epoch)
-            save(os.path.join(args.out, "qp.pt"), epoch)
-        save(os.path.join(args.out, "last.pt"), epoch)
+            save("qp.pt", epoch)
+        save("last.pt", epoch, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict())
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
                   seconds=time.perf_counter() - start)
 
-    g = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, device)
+    g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, device)
     rows, panels, image_dependence = report(g, synthetic, real, info, device, amp)
     text = (f"Quality predictor for {info.name}, best of epoch {best['epoch']}: predicted against true Dice on val\n\n{evaluate.markdown(rows)}\n\n"
             "Dependence on the image: correlation of g's answers with those for a "

@@ -260,8 +260,8 @@ def draw(labeled, unlabeled, args, K, device):
         order = torch.cat([torch.randperm(len(slices)) for _ in range(-(-count // len(slices)))])
         return slices.batch(order[:count], device)
     x, y = augment.weak(*some(labeled, args.batch))
-    if args.method == "supervised" and not args.qar:
-        return Batch(layout(x), one_hot(y, K), *(x[:0],) * 3)
+    if args.method == "supervised" and not args.qar:  # nobody will look at unlabeled images
+        return Batch(layout(x), one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
     u = augment.weak(some(unlabeled, args.batch_unlabeled)[0])
     return Batch(layout(x), one_hot(y, K), layout(u), layout(augment.strong(u)), layout(augment.strong(u)))
 
@@ -298,11 +298,13 @@ def main(argv=None):
     resumed = start_run(args.out, "best.pt", "ssl", args, free=("device", "qp", "data", "unlabeled"))
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
-    g = evaluate.load_quality(args.qp, info, device) if args.qp else None
+    g, seen = evaluate.load_quality(args.qp, info, device) if args.qp else (None, [])
     labeled, unlabeled, val = load_data(info, args)
+    if more := set(seen) - set(labeled.case):
+        print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
-    nets = [models.fast_layout(models.build(args.model, channels=info.channels, classes=K), device)]
+    nets = [models.fast_layout(models.build(args.model, channels=info.channels, classes=K), device).train()]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":
@@ -337,7 +339,6 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + step)  # a step draws the same whether the run was resumed or not
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor(step - 1)
-        nets[0].train()
         batch = draw(labeled, unlabeled, args, K, device)
         sums += train_step(nets, teacher, g, optimizer, scaler, batch, args, step, amp)
 

@@ -8,9 +8,9 @@ PY=${PY:-.venv/bin/python}
 part=$1 data=$2 out=runs/e/$2
 mkdir -p "$out"
 case $data in
-  ph2)  labeled=14  folds=3 epochs=1,3,5,10,15,20 masks=200 g_size=64 g_epochs=20 steps=400 ;;
-  cvc)  labeled=0.2 folds=2 epochs=1,3,5,10,15,20 masks=40  g_size=64 g_epochs=6  steps=400 ;;
-  acdc) labeled=7   folds=2 epochs=1,3,5,10,20,30 masks=40  g_size=96 g_epochs=3  steps=900 ;;
+  ph2)  labeled=14  folds=3 epochs=1,3,5,10,15,20 masks=200 g_size=64 g_width=64 g_epochs=20 steps=400 ;;
+  cvc)  labeled=0.2 folds=2 epochs=1,3,5,10,15,20 masks=40  g_size=64 g_width=32 g_epochs=4  steps=400 ;;
+  acdc) labeled=7   folds=2 epochs=1,3,5,10,20,30 masks=40  g_size=96 g_width=32 g_epochs=3  steps=900 ;;
 esac
 
 if [ "$part" = quality ]; then
@@ -18,7 +18,8 @@ if [ "$part" = quality ]; then
     name=$1; shift
     $PY corrupt.py "runs/$data.h5" --out "$out/vqm_$name" --labeled $labeled --size $g_size --masks $masks --val-masks 5 \
       --harvest-epochs $epochs "$@"
-    $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm_$name/vqm.h5" --out "$out/qp_$name" --size $g_size --epochs $g_epochs --overwrite
+    $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm_$name/vqm.h5" --out "$out/qp_$name" --size $g_size --width $g_width \
+      --epochs $g_epochs --overwrite
   }
   $PY corrupt.py "runs/$data.h5" --out "$out/reference" --labeled $labeled --size $g_size --masks 1 --val-masks 10 \
     --harvest-share 0 --harvest-epochs "${epochs%,*},60" --seed 100

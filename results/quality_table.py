@@ -23,7 +23,7 @@ def main():
     args = p.parse_args()
     info, device, rows = h5.read_info(args.data), models.pick_device(), []
     for path in args.qp:
-        g = evaluate.load_quality(path, info, device)
+        g, _ = evaluate.load_quality(path, info, device)
         for split, title in (("val", "synthetic"), ("real", "real outputs")):
             masks = Masks(args.reference, split, info, load_checkpoint(path, "qp")["args"]["size"])
             found = estimate(g, masks, device, models.pick_amp("auto", device))
