@@ -4,9 +4,9 @@ PYTHON ?= python3
 PY = .venv/bin/python
 OUT = runs/demo
 STEPS = 300
-LABELED = 4
+LABELED = 6
 DATA = $(OUT)/phantom.h5
-TRAIN = $(PY) train_ssl.py $(DATA) --size 64 --steps $(STEPS) --batch 16 --batch-unlabeled 16 --lr 2e-3 --ema 0.99 --lam 0.5 \
+TRAIN = $(PY) train_ssl.py $(DATA) --size 64 --steps $(STEPS) --batch 16 --batch-unlabeled 16 --lr 2e-3 --ema 0.99 \
         --eval-every 100 --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --overwrite
 
 .PHONY: demo test
@@ -18,9 +18,8 @@ TRAIN = $(PY) train_ssl.py $(DATA) --size 64 --steps $(STEPS) --batch 16 --batch
 demo: .venv/ready
 	$(PY) -m data.phantom --out $(DATA)
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --folds 2 --harvest-share 0.3 \
-	    --preview $(OUT)/masks.png
-	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --width 32 --epochs 6 --overwrite
+	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --preview $(OUT)/masks.png
+	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --width 32 --epochs 15 --overwrite
 	$(TRAIN) --out $(OUT)/sup --method supervised
 	$(TRAIN) --out $(OUT)/sup_all --method supervised --labeled all
 	$(TRAIN) --out $(OUT)/pl --method pseudo_label

@@ -4,8 +4,9 @@
 
 Reads  DATA.h5: the labeled train cases and val; never test, never the label of an unlabeled case.
 Writes OUT/weak/*.pt, partly trained networks f, and OUT/vqm.h5:
-         attrs              command, seed, catalog, size, data, classes, labeled cases
-         /train, /val       synthetic masks; train also holds outputs of networks that have not seen the image ("harvest ...")
+         attrs              command, seed, catalog, size, data and its checksum, classes, labeled cases
+         /train, /val       synthetic masks; train also holds outputs of weak networks ("harvest ..."), which with --folds 2 or more
+                            have not seen the patient
          /real              outputs of all weak networks on val, which none has seen
            mask [N, S, S] uint8, dice [N, K-1], case, slice, source, draw (its random seed), prob_index [N]
            prob [M, K-1, S, S] uint8: the harvested outputs' probabilities, in 1/255, row prob_index of their mask's
@@ -19,6 +20,7 @@ import functools
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import time
 
@@ -28,10 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import evaluate
 import models
 from data import augment, h5
-from data.files import FORMAT, InputError, Parser, cli, replacing, save_checkpoint
+from data.files import FORMAT, SEED, SHARE, InputError, Parser, cli, number, replacing, save_checkpoint
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 1
@@ -42,39 +43,30 @@ def parse_args(argv=None):
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", required=True, help="folder for vqm.h5 and weak/")
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
-    p.add_argument("--labeled-seed", type=int, help="draw the labeled patients at random")
-    p.add_argument("--size", type=int, default=224, help="side of the masks' grid, pixels")
-    p.add_argument("--masks", type=int, default=200, help="masks of each labeled train slice")
-    p.add_argument("--val-masks", type=int, default=20, help="synthetic masks of each val slice")
-    p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=False, help="draw train masks so that the histogram of Dice is flat")
+    p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
+    p.add_argument("--size", type=number(32), default=224, help="side of the masks' grid, pixels")
+    p.add_argument("--masks", type=number(1), default=200, help="masks of each labeled train slice")
+    p.add_argument("--val-masks", type=number(1), default=20, help="synthetic masks of each val slice")
+    p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
+                   help="draw train masks so that the histogram of Dice is flat; the paper does not")
     # harvest
-    p.add_argument("--harvest-share", type=float, default=0.05, help="share of train masks that are outputs of weak networks")
-    p.add_argument("--folds", type=int, default=1, help="weak networks predict the fold that they were not trained on; 1: the paper")
-    p.add_argument("--harvest-epochs", default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
-    p.add_argument("--harvest-steps", type=int, default=10, help="least steps of a harvest epoch, for few images")
-    p.add_argument("--harvest-batch", type=int, default=16, help="slices in a step of the weak networks")
+    p.add_argument("--harvest-share", type=SHARE, default=0.5, help="share of train masks that are outputs of weak networks; paper: 0.05")
+    p.add_argument("--folds", type=number(1), default=2, help="weak networks predict the fold that they were not trained on; 1: one for all, the paper")
+    p.add_argument("--harvest-epochs", type=epochs, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
+    p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
+    p.add_argument("--harvest-batch", type=number(1), default=16, help="slices in a step of the weak networks")
     # running
-    p.add_argument("--workers", type=int, default=1, help="processes that make masks")
+    p.add_argument("--workers", type=number(1), default=1, help="processes that make masks")
     p.add_argument("--preview", metavar="FILE.png", help="draw a grid of masks with name and Dice")
-    p.add_argument("--seed", type=int, default=0, help="of everything")
+    p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
-    args = p.parse_args(argv)
-    args.epochs = check_args(args)
-    return args
+    return p.parse_args(argv)
 
 
-def check_args(args):
-    """Refuses values out of range. -> the harvest epochs as a list"""
-    try:
-        epochs = sorted({int(e) for e in args.harvest_epochs.split(",")})
-    except ValueError:
-        raise InputError(f"--harvest-epochs {args.harvest_epochs}: numbers joined by commas are needed") from None
-    if min(args.masks, args.val_masks, args.folds, args.harvest_steps, args.harvest_batch, args.workers, epochs[0]) < 1:
-        raise InputError("--masks, --val-masks, --folds, --harvest-*, --workers must be at least 1")
-    if args.size < 32 or not 0 <= args.harvest_share <= 1:
-        raise InputError("--size must be at least 32 and --harvest-share between 0 and 1")
-    return epochs
+def epochs(text):
+    """argparse type: numbers joined by commas, in order."""
+    return sorted({number(1)(part) for part in text.split(",")})
 
 
 # ---------------------------------------------------------------------------------------------------- geometry of a mask
@@ -97,10 +89,14 @@ def pixels(n, m):
     return n * min((m.shape[0] * m.shape[1]) ** 0.5 / 224, extent(m) / 100)
 
 
+def odd(width):
+    """The nearest odd number of at least 3: on a small grid, small sizes of the catalog fall together."""
+    return max(3, 2 * round((width - 1) / 2) + 1)
+
+
 @functools.lru_cache(64)
-def disk(width):
-    """Round structuring element; width is rounded to an odd number of at least 3."""
-    width = max(3, 2 * round((width - 1) / 2) + 1)
+def kernel(width):
+    """Round structuring element of an odd width."""
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
 
 
@@ -112,7 +108,7 @@ def place(m, rng):
 
 
 def contour(m):
-    """Outline of the largest component, [n, 2] (x, y)."""
+    """The longest outline of a component, [n, 2] (x, y)."""
     found, _ = cv2.findContours((m > 0).view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return max(found, key=len)[:, 0]
 
@@ -125,19 +121,19 @@ def sign(rng):
 # f(m, rng, *parameters) -> corrupted copy, of a binary mask with some foreground. Those in WARPS also take a whole label map.
 
 def erode(m, rng, width):
-    return cv2.erode(m, disk(pixels(width, m)), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return cv2.erode(m, kernel(odd(pixels(width, m))), borderType=cv2.BORDER_CONSTANT, borderValue=0)
 
 
 def dilate(m, rng, width):
-    return cv2.dilate(m, disk(pixels(width, m)))
+    return cv2.dilate(m, kernel(odd(pixels(width, m))))
 
 
 def opening(m, rng, width):
-    return cv2.morphologyEx(m, cv2.MORPH_OPEN, disk(pixels(width, m)))
+    return cv2.morphologyEx(m, cv2.MORPH_OPEN, kernel(odd(pixels(width, m))))
 
 
 def closing(m, rng, width):
-    return cv2.morphologyEx(m, cv2.MORPH_CLOSE, disk(pixels(width, m)))
+    return cv2.morphologyEx(m, cv2.MORPH_CLOSE, kernel(odd(pixels(width, m))))
 
 
 def ellipse(m, rng):
@@ -146,8 +142,8 @@ def ellipse(m, rng):
     covariance = np.array([[M["mu20"], M["mu11"]], [M["mu11"], M["mu02"]]]) / M["m00"]
     (minor, major), axes = np.linalg.eigh(covariance)
     angle = np.degrees(np.arctan2(axes[1, 1], axes[0, 1]))
-    box = (center(m), (4 * max(major, 0.1) ** 0.5, 4 * max(minor, 0.1) ** 0.5), angle)
-    return cv2.ellipse(np.zeros_like(m), box, 1, -1)
+    around = (center(m), (4 * max(major, 0.1) ** 0.5, 4 * max(minor, 0.1) ** 0.5), angle)
+    return cv2.ellipse(np.zeros_like(m), around, 1, -1)
 
 
 def polygon(m, rng, sides):
@@ -171,13 +167,14 @@ def box(m, rng):
 
 def jagged(m, rng, width):
     """Flips pixels of the boundary band with p = .5."""
-    band = cv2.dilate(m, disk(width)) ^ cv2.erode(m, disk(width), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    round_ = kernel(odd(pixels(width, m)))
+    band = cv2.dilate(m, round_) ^ cv2.erode(m, round_, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     coin = np.frombuffer(rng.bytes(m.size), np.uint8).reshape(m.shape) & 1
     return m ^ (band & coin)
 
 
 def smooth(m, rng, width):
-    width = max(3, 2 * round((pixels(width, m) - 1) / 2) + 1)
+    width = odd(pixels(width, m))
     return (cv2.GaussianBlur(m * 255, (width, width), 0) > 127).view(np.uint8)
 
 
@@ -325,7 +322,7 @@ def swap(m, rng, K):
 def merge(m, rng, K):
     """One class is taken for its neighbor. Takes a label map."""
     a = int(rng.integers(1, K))
-    touching = np.bincount(m[cv2.dilate((m == a).view(np.uint8), disk(3)) > 0], minlength=K)
+    touching = np.bincount(m[cv2.dilate((m == a).view(np.uint8), kernel(3)) > 0], minlength=K)
     touching[[0, a]] = 0
     return exchange(m, K, {a: int(touching.argmax()) if touching.any() else int(rng.integers(1, K))})
 
@@ -381,15 +378,15 @@ def pick(table, rng):
 def apply(line, label, K, rng):
     """One catalog line on one, some or all classes of a label map [H, W]. -> label map
 
-    An absent class can only be invented (islands). A class that grows takes background; half of the time, it also takes its
-    neighbors' pixels. A warp of all classes moves them together.
+    A class that grows takes background; half of the time, it also takes its neighbors' pixels. A warp of all classes moves them
+    together. A label map without foreground stays as it is.
     """
     _, _, f, *parameters = line
+    present = [k for k in range(1, K) if np.any(label == k)]
+    if not present:
+        return label
     if f in (swap, merge):
         return f(label, rng, K)
-    present = [k for k in range(1, K) if np.any(label == k)]
-    if not present or (len(present) < K - 1 and rng.random() < 0.1):
-        return invent(label, K, rng)
     if K == 2:
         return f(label, rng, *parameters)
     everything = rng.random() < 0.4
@@ -408,8 +405,8 @@ def apply(line, label, K, rng):
 
 
 def invent(label, K, rng):
-    """A disc of a class that the slice does not hold, on background."""
-    absent = [k for k in range(1, K) if not np.any(label == k)] or [1]
+    """A disc of a class that the slice does not hold, on background: all that can go wrong with an absent class."""
+    absent = [k for k in range(1, K) if not np.any(label == k)]
     side = (label.shape[0] * label.shape[1]) ** 0.5
     spot = np.zeros_like(label)
     at = (int(rng.integers(label.shape[1])), int(rng.integers(label.shape[0])))
@@ -425,6 +422,9 @@ def sample(label, K, similar, rng):
         return label, "identity"
     if kind == "cross":
         return similar[rng.integers(len(similar))], "cross image"
+    present = sum(bool(np.any(label == k)) for k in range(1, K))
+    if not present or (present < K - 1 and rng.random() < 0.1):
+        return invent(label, K, rng), "invented"
     lines = {"single": [single], "chain": [single] * int(rng.integers(2, 4)), "heavy": [HEAVY], "blob": [BLOB],
              "catastrophic": [CATASTROPHIC]}[kind]
     lines, out = [pick(table, rng) for table in lines], label
@@ -454,6 +454,11 @@ def start_work(shared):
     cv2.setNumThreads(1)  # parallel are the processes
     work.clear()
     work.update(shared, area=(shared["labels"] > 0).sum((1, 2)))
+
+
+def start_process(shared):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    start_work(shared)
 
 
 def masks_of_slice(i):
@@ -491,13 +496,13 @@ def synthetic(slices, split, K, count, args):
         yield from bar(map(masks_of_slice, range(len(slices))))
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(args.workers, start_work, [shared]) as pool:
+    with context.Pool(args.workers, start_process, [shared]) as pool:
         yield from bar(pool.imap(masks_of_slice, range(len(slices))))
 
 
 # ---------------------------------------------------------------------------------------------------- harvest
 
-def train_weak(slices, patients, info, fold, args, device):
+def train_weak(slices, patients, info, fold, args):
     """Trains a U-Net from scratch on all folds but `fold` (on all if there is one fold). -> {epoch: weights}
 
     The paper's harvest: Adam 1e-3, batch 16, Dice loss, flips and rotation.
@@ -505,18 +510,18 @@ def train_weak(slices, patients, info, fold, args, device):
     torch.manual_seed(args.seed * 1000 + fold)
     names = list(dict.fromkeys(patients))
     mine = [i for i, p in enumerate(patients) if args.folds == 1 or names.index(p) % args.folds != fold]
-    K, amp = len(info.classes), models.pick_amp(args.amp, device)
-    net = models.fast_layout(models.build("unet", channels=info.channels, classes=K), device)
+    K, on = len(info.classes), models.compute(args.device, args.amp)
+    net = on.place(models.build("unet", channels=info.channels, classes=K))
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = on.scaler()
     steps, saved = max(args.harvest_steps, -(-len(mine) // args.harvest_batch)), {}
-    for epoch in tqdm(range(1, args.epochs[-1] + 1), desc=f"weak networks, fold {fold}", disable=not sys.stderr.isatty()):
+    for epoch in tqdm(range(1, args.harvest_epochs[-1] + 1), desc=f"weak networks, fold {fold}", disable=not sys.stderr.isatty()):
         order = torch.cat([torch.randperm(len(mine)) for _ in range(1 + steps * args.harvest_batch // len(mine))])
         for step in range(steps):
             index = torch.tensor(mine)[order[step * args.harvest_batch:(step + 1) * args.harvest_batch]]
-            x, y = augment.weak(*slices.batch(index, device))
-            with models.autocast(device, amp):
-                logits = net(x.contiguous(memory_format=torch.channels_last))
+            x, y = augment.weak(*slices.batch(index, on.device))
+            with on.autocast():
+                logits = net(models.channels_last(x))
             loss = dice_loss(logits, one_hot(y, K)).mean()
             if not loss.isfinite():
                 raise InputError(f"harvest: the loss is not finite in epoch {epoch}; try --amp off")
@@ -524,39 +529,42 @@ def train_weak(slices, patients, info, fold, args, device):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-        if epoch in args.epochs:
+        if epoch in args.harvest_epochs:
             saved[epoch] = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
             save_checkpoint(os.path.join(args.out, "weak", f"fold{fold}_epoch{epoch:02d}.pt"), "weak", model=net.config,
-                            weights=saved[epoch], epoch=epoch, fold=fold, args=vars(args), data=describe(info))
+                            weights=saved[epoch], epoch=epoch, fold=fold, args=vars(args), data=info.describe())
     return saved
 
 
-def describe(info):
-    """What a checkpoint says of the data it was made for."""
-    return dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims)
-
-
 @torch.no_grad()
-def outputs(weights, slices, tasks, info, args, device):
+def outputs(weights, slices, tasks, info, args):
     """Runs a weak network on slices. tasks: [(row, slice index, whether to change the intensity for variety)]
 
     Yields, in the tasks' order: row, slice index, probabilities [K-1, S, S] uint8 in 1/255, label map [S, S].
     """
-    net = models.fast_layout(models.build("unet", channels=info.channels, classes=len(info.classes)), device)
+    on = models.compute(args.device, args.amp)
+    net = on.place(models.build("unet", channels=info.channels, classes=len(info.classes)))
     net.load_state_dict(weights)
     net.eval()
     for start in range(0, len(tasks), 32):
         rows, index, change = zip(*tasks[start:start + 32])
-        x, _ = slices.batch(torch.tensor(index), device)
-        x = torch.where(torch.tensor(change, device=device)[:, None, None, None], augment.strong(x), x)
-        with models.autocast(device, models.pick_amp(args.amp, device)):
-            p = net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)
+        x, _ = slices.batch(torch.tensor(index), on.device)
+        x = torch.where(torch.tensor(change, device=on.device)[:, None, None, None], augment.strong(x), x)
+        with on.autocast():
+            p = net(models.channels_last(x)).float().softmax(1)
         probabilities, labels = (p[:, 1:] * 255).round().to(torch.uint8).cpu().numpy(), p.argmax(1).to(torch.uint8).cpu().numpy()
         yield from zip(rows, index, probabilities, labels)
 
 
+def run_tasks(weak, slices, tasks, info, args):
+    """Yields (fold, epoch) and outputs() of every weak network's tasks."""
+    for number, (key, todo) in enumerate(tasks.items()):
+        torch.manual_seed(args.seed * 1000 + 500 + number)
+        yield key, outputs(weak[key], slices, todo, info, args)
+
+
 def harvest_tasks(patients, weak, first, views, args):
-    """Which weak network predicts what: every slice gets `views` outputs of networks that have not seen its patient.
+    """Which weak network predicts what: every slice gets `views` outputs of the networks whose fold it was left out of.
 
     -> {(fold, epoch): tasks of outputs()}, rows counted from `first`; the first output of a network is of the image as it is
     """
@@ -590,11 +598,10 @@ def write_synthetic(group, slices, split, K, count, args):
         group["case"][rows], group["slice"][rows] = [slices.case[i]] * count, slices.z[i]
 
 
-def write_outputs(group, slices, tasks, weak, info, args, device, prob_from=None):
-    """Fills the rows of the tasks with outputs of weak networks; keeps probabilities from row prob_from on."""
-    for number, (key, todo) in enumerate(tasks.items()):
-        torch.manual_seed(args.seed * 1000 + 500 + number)
-        for row, i, probability, mask in outputs(weak[key], slices, todo, info, args, device):
+def write_outputs(group, slices, found, info, prob_from=None):
+    """Fills rows with outputs of weak networks, as (fold, epoch) and what outputs() yields; keeps probabilities from row prob_from on."""
+    for key, rows in found:
+        for row, i, probability, mask in rows:
             group["mask"][row], group["source"][row] = mask, f"harvest fold {key[0]} epoch {key[1]}"
             group["dice"][row] = dice_of(mask, slices.label[i].numpy(), len(info.classes))
             group["case"][row], group["slice"][row] = slices.case[i], slices.z[i]
@@ -603,8 +610,8 @@ def write_outputs(group, slices, tasks, weak, info, args, device, prob_from=None
 
 
 def draw_preview(path, vqm_path, info, count=48, columns=8):
-    """A grid of train masks as outlines on their images, with name and Dice, evenly spread over the file."""
-    plt = evaluate.pyplot()
+    """A grid of train masks as outlines on their images, with name and Dice, drawn at random."""
+    plt = h5.pyplot()
     figure, axes = plt.subplots(-(-count // columns), columns, figsize=(1.75 * columns, 2.15 * -(-count // columns)), layout="constrained")
     with h5.open_file(vqm_path) as f, h5.open_file(info.path) as source:
         group, n = f["train"], len(f["train/mask"])
@@ -617,28 +624,28 @@ def draw_preview(path, vqm_path, info, count=48, columns=8):
             h5.draw(axis, picture, group["mask"][row], f"{group['source'].asstr()[row][:30]}\n{dice}")
             axis.title.set_fontsize(6.5)
     h5.legend(figure, info.classes)
-    evaluate.save_figure(figure, path)
+    h5.save_figure(figure, path)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device, info = models.pick_device(args.device), h5.read_info(args.data)
-    K, path = len(info.classes), os.path.join(args.out, "vqm.h5")
+    info, path = h5.read_info(args.data), os.path.join(args.out, "vqm.h5")
+    K = len(info.classes)
     labeled, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
     val_names = [e.name for e in info.entries("val") if e.labeled]
     if not val_names:
         raise InputError(f"{args.data}: no val case has a label")
     patient = {e.name: e.patient for e in info.entries("train")}
     if args.folds > len({patient[name] for name in labeled}):
-        raise InputError(f"--folds {args.folds}: there are only {len({patient[n] for n in labeled})} labeled patients")
+        raise InputError(f"--folds {args.folds}: only {len({patient[n] for n in labeled})} patients are labeled; give at most that many folds")
     train, val = h5.load_slices(info, "train", args.size, labeled), h5.load_slices(info, "val", args.size, val_names)
-    patients, weak_count = [patient[name] for name in train.case], args.folds * len(args.epochs)
+    patients, weak_count = [patient[name] for name in train.case], args.folds * len(args.harvest_epochs)
     n_harvest = round(args.masks * args.harvest_share)
     n_train = args.masks - n_harvest
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as f:
-        f.attrs.update(format=FORMAT, stage="vqm", catalog=CATALOG_VERSION, seed=args.seed, size=args.size, data=info.name,
-                       classes=info.classes, channels=info.channels, labeled=labeled,
+        f.attrs.update(format=FORMAT, stage="vqm", catalog=CATALOG_VERSION, seed=args.seed, size=args.size, data=info.name, checksum=info.checksum,
+                       classes=info.classes, channels=info.channels, labeled=labeled, spec=args.labeled,
                        command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
         groups = {"train": create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": create(f, "val", len(val) * args.val_masks, K, args.size),
@@ -651,11 +658,12 @@ def main(argv=None):
         print(f"{made} synthetic masks of {args.size} x {args.size} in {seconds:.1f} s ({made / seconds:.0f} a second)")
 
         weak = {(fold, epoch): weights for fold in range(args.folds)
-                for epoch, weights in train_weak(train, patients, info, fold, args, device).items()}
+                for epoch, weights in train_weak(train, patients, info, fold, args).items()}
         first = len(train) * n_train
-        write_outputs(groups["train"], train, harvest_tasks(patients, weak, first, n_harvest, args), weak, info, args, device, first)
+        tasks = harvest_tasks(patients, weak, first, n_harvest, args)
+        write_outputs(groups["train"], train, run_tasks(weak, train, tasks, info, args), info, first)
         tasks = {key: [(n * len(val) + i, i, False) for i in range(len(val))] for n, key in enumerate(weak)}
-        write_outputs(groups["real"], val, tasks, weak, info, args, device)
+        write_outputs(groups["real"], val, run_tasks(weak, val, tasks, info, args), info)
 
         for split, group in groups.items():
             dice = group["dice"][:].mean(1)
@@ -664,7 +672,8 @@ def main(argv=None):
     if args.preview:
         draw_preview(args.preview, path, info)
     print(f"wrote {path}, {weak_count} networks in {args.out}/weak" + (f", {args.preview}" if args.preview else "")
-          + f"\nnext: python train_qp.py {args.data} --vqm {path} --out {os.path.join(os.path.dirname(args.out) or '.', 'qp')}")
+          + "\nnext: " + shlex.join(["python", "train_qp.py", args.data, "--vqm", path, "--size", str(args.size), "--out",
+                                    os.path.join(os.path.dirname(args.out), "qp")]))
 
 
 if __name__ == "__main__":

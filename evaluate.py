@@ -14,7 +14,6 @@ Legend: N slices, B batch, K classes, D depth, H height, W width, S side of the 
 import csv
 import json
 import os
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 import models
 from data import h5
-from data.files import InputError, Parser, cli, load_checkpoint, replacing
+from data.files import InputError, Parser, cli, load_checkpoint, number, replacing
 from models.losses import one_hot
 from models.quality import quality_target
 
@@ -38,8 +37,8 @@ def parse_args(argv=None):
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its estimate with the true quality of each output")
-    p.add_argument("--pictures", type=int, default=20, help="cases to draw, evenly spread; 0 draws nothing")
-    p.add_argument("--batch", type=int, default=32, help="slices in one pass")
+    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
+    p.add_argument("--batch", type=number(1), default=32, help="slices in one pass")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     return p.parse_args(argv)
@@ -119,15 +118,15 @@ def load_cases(info, split, size):
 
 
 @torch.no_grad()
-def predict(net, slices, device, amp=None, batch=32):
+def predict(net, slices, on, batch=32):
     """Probabilities of every slice, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
     training = net.training
     net.eval()
     out = []
     for start in range(0, len(slices), batch):
-        x, _ = slices.batch(slice(start, start + batch), device)
-        with models.autocast(device, amp):
-            out.append(net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1).cpu())
+        x, _ = slices.batch(slice(start, start + batch), on.device)
+        with on.autocast():
+            out.append(net(models.channels_last(x)).float().softmax(1).cpu())
     net.train(training)
     return torch.cat(out)
 
@@ -157,9 +156,9 @@ def predict_cases(probability, cases, K, largest=False):
         yield largest_component(label, K) if largest else label
 
 
-def evaluate(net, slices, cases, device, amp=None, batch=32):
+def evaluate(net, slices, cases, on, batch=32):
     """Mean Dice over cases and then classes, and per class: what the table shows, and what training selects by."""
-    probability = predict(net, slices, device, amp, batch)
+    probability = predict(net, slices, on, batch)
     K = probability.shape[1]
     table = [[dice(label == k, truth == k) for k in range(1, K)]
              for label, (_, truth) in zip(predict_cases(probability, cases, K), cases)]
@@ -169,14 +168,14 @@ def evaluate(net, slices, cases, device, amp=None, batch=32):
 
 # ---------------------------------------------------------------------------------------------------- runs
 
-def load_run(path, weights, device):
-    """The network of a train_ssl.py checkpoint on the device, and the checkpoint."""
+def load_run(path, weights, on):
+    """The network of a train_ssl.py checkpoint, ready to predict, and the checkpoint."""
     state = load_checkpoint(path, "ssl")
     net = models.rebuild(state["model"], state["nets"][0] if weights == "student" else state["teacher"])
-    return models.fast_layout(net, device).eval(), state
+    return on.place(net).eval(), state
 
 
-def load_quality(path, info, device):
+def load_quality(path, info, on):
     """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
 
     InputError if it was trained for other classes or channels.
@@ -187,7 +186,7 @@ def load_quality(path, info, device):
         if theirs[key] != value:
             raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
     g = models.rebuild(state["model"], state["weights"])
-    return models.fast_layout(g, device).eval().requires_grad_(False), state["labeled"]
+    return on.place(g).eval().requires_grad_(False), state["labeled"]
 
 
 def run_name(args):
@@ -199,48 +198,50 @@ def run_name(args):
     return name + (" + QAR" if args["qar"] else "")
 
 
-def group_runs(states):
-    """Runs that differ only in their seed -> [(name, labeled, [index, ...])]; names are made unique by what differs."""
-    ignored = {"seed", "out", "data", "qp", "resume", "device", "log_every", "overwrite"}
-    groups = defaultdict(list)
-    for i, state in enumerate(states):
-        groups[json.dumps({k: v for k, v in state["args"].items() if k not in ignored}, sort_keys=True)].append(i)
-    configs = [json.loads(key) for key in groups]
-    titles = [(run_name(c), c["labeled"]) for c in configs]
+def group_runs(states, paths):
+    """Runs that differ only in their seed -> [(name, labeled, [index, ...])]; names are made unique by what differs.
+
+    A checkpoint whose seed its group has already is no further seed: it stands alone, under its path.
+    """
+    groups, titles = {}, {}
+    for i, (state, path) in enumerate(zip(states, paths)):
+        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "data", "resume", "overwrite", "device"}}
+        key = json.dumps(config, sort_keys=True)
+        if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
+            key, config = path, config | {"checkpoint": path}
+        groups.setdefault(key, []).append(i)
+        titles[key] = (run_name(config), config["labeled"], config)
     out = []
-    for config, title, members in zip(configs, titles, groups.values()):
-        alike = [c for c, t in zip(configs, titles) if t == title]
+    for key, (name, labeled, config) in titles.items():
+        alike = [c for n, l, c in titles.values() if (n, l) == (name, labeled)]
         extra = [f"{k}={v}" for k, v in config.items() if any(c.get(k) != v for c in alike)]
-        out.append((f"{title[0]} ({', '.join(extra)})" if extra else title[0], title[1], members))
+        out.append((f"{name} ({', '.join(extra)})" if extra else name, labeled, groups[key]))
     return out
 
 
-def spread(values, factor=1.0, digits=2):
-    """'mean ± deviation' over seeds (n - 1), or the one value."""
-    values = np.asarray(values, np.float64) * factor
-    text = f"{values.mean():.{digits}f}"
-    return f"{text} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else text
-
-
 def summarize(info, groups, scores, unit):
-    """One row per group. scores[run][case][class] -> list of dicts for Markdown and JSON"""
+    """One dict per group: name, labeled, and for every metric the list of its values over seeds. scores[run][case][class]"""
     rows = []
     for name, labeled, members in groups:
-        table = {m: np.array([[[getattr(s, m) for s in case] for case in scores[i]] for i in members])  # [runs, cases, K-1]
+        table = {m: np.array([[[getattr(s, m) for s in case] for case in scores[i]] for i in members], np.float64)  # [runs, cases, K-1]
                  for m in ("dice", "jaccard", "hd95", "asd", "one_empty")}
-        row = {"run": name, "labeled": labeled, "seeds": len(members)}
-        row |= {"Dice %": spread(table["dice"].mean((1, 2)), 100), "Jaccard %": spread(table["jaccard"].mean((1, 2)), 100),
-                f"HD95 {unit}": spread(table["hd95"].mean((1, 2))), f"ASD {unit}": spread(table["asd"].mean((1, 2))),
-                "one empty": spread(table["one_empty"].sum((1, 2)), digits=0)}
+        row = {"run": name, "labeled": labeled, "Dice %": 100 * table["dice"].mean((1, 2)), "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
+               f"HD95 {unit}": table["hd95"].mean((1, 2)), f"ASD {unit}": table["asd"].mean((1, 2)), "one empty": table["one_empty"].sum((1, 2))}
         if len(info.classes) > 2:
-            row |= {f"Dice {c}": spread(table["dice"][:, :, k].mean(1), 100) for k, c in enumerate(info.classes[1:])}
-        rows.append(row)
+            row |= {f"Dice % {c}": 100 * table["dice"][:, :, k].mean(1) for k, c in enumerate(info.classes[1:])}
+        rows.append({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()})
     return rows
+
+
+def show(value):
+    """A table's cell: values over seeds become 'mean ± deviation' (n - 1)."""
+    if isinstance(value, list):
+        return f"{np.mean(value):.2f}" + (f" ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else "")
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def markdown(rows):
     """A list of dicts with the same keys -> a Markdown table."""
-    show = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     return "\n".join(lines + ["| " + " | ".join(map(show, row.values())) + " |" for row in rows])
 
@@ -248,17 +249,17 @@ def markdown(rows):
 # ---------------------------------------------------------------------------------------------------- predicted against true quality
 
 @torch.no_grad()
-def estimate_quality(g, slices, index, mask, device, amp=None, change=lambda x: x, batch=64):
+def estimate_quality(g, slices, index, mask, on, change=lambda x: x):
     """g's estimate and the true quality of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
 
     index [N]: the slice of each mask [N, S, S] in slices, which have labels; change: what to do to the images first.
     Both numbers are the smoothed Dice per slice (models.quality.quality_target).
     """
     predicted, true, present, K = [], [], [], g.config["classes"]
-    for start in range(0, len(index), batch):
-        x, y = slices.batch(index[start:start + batch], device)
-        m, truth = (one_hot(v.to(device), K)[:, 1:] for v in (mask[start:start + batch], y))
-        with models.autocast(device, amp):
+    for rows, m in zip(index.split(64), mask.split(64)):
+        x, y = slices.batch(rows, on.device)
+        m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
+        with on.autocast():
             predicted.append(g(change(x), m).cpu())
         true.append(quality_target(m, truth).cpu()), present.append(truth.flatten(2).any(2).cpu())
     return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
@@ -278,34 +279,23 @@ def quality_rows(title, predicted, true, present, classes):
 
 def draw_quality(path, panels, classes):
     """Predicted against true quality, one panel each. panels: {title: (predicted, true)} [N, K-1]"""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.9), squeeze=False, layout="constrained")
-    for axis, (title, (predicted, true)) in zip(axes[0], panels.items()):
+    plt = h5.pyplot()
+    columns, lines = min(len(panels), 4), -(-len(panels) // 4)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.8 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (title, (predicted, true)) in zip(axes.flat, panels.items()):
         axis.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0)
         for k in range(predicted.shape[1]):
             axis.scatter(true[:, k], predicted[:, k], s=6, alpha=0.35, linewidths=0, color=h5.COLORS[k % len(h5.COLORS)])
         both = agreement(predicted.ravel(), true.ravel())
         axis.set_title(f"{title}\nMAE {both['mae']:.3f}, r {both['pearson'] or 0:.3f}", fontsize=9)
-        axis.set(xlabel="true Dice", ylabel="predicted Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axis.set(xlabel="true smoothed Dice", ylabel="predicted", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     h5.legend(figure, classes)
-    save_figure(figure, path)
+    h5.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures and files
-
-def pyplot():
-    """matplotlib.pyplot without a display, imported only where something is drawn."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def save_figure(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
-    pyplot().close(figure)
-
 
 def draw_case(path, entry, image, truth, outputs, classes):
     """image | truth | each run's outlines, on the slice with most foreground. outputs: [(title, label (D, H, W))]"""
@@ -313,18 +303,18 @@ def draw_case(path, entry, image, truth, outputs, classes):
     panels = [(entry.name if len(image) == 1 else f"{entry.name}, slice {z}", None), ("truth", truth), *outputs]
     columns = min(len(panels), 5)
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot().subplots(lines, columns, figsize=(2.5 * columns, 2.9 * lines + 0.3), squeeze=False, layout="constrained")
+    figure, axes = h5.pyplot().subplots(lines, columns, figsize=(2.5 * columns, 2.9 * lines + 0.3), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, label) in zip(axes.flat, panels):
         h5.draw(axis, image[z], None if label is None else label[z], title)
     h5.legend(figure, classes)
-    save_figure(figure, path)
+    h5.save_figure(figure, path)
 
 
 def draw_comparison(path, groups, scores):
     """Box plot of the cases' mean foreground Dice, a dot per case, for every group (seeds averaged)."""
-    plt = pyplot()
+    plt = h5.pyplot()
     values = [np.mean([[np.mean([s.dice for s in case]) for case in scores[i]] for i in members], 0) for _, _, members in groups]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.5 * len(groups)), layout="constrained")
     axis.boxplot(values, orientation="horizontal", widths=0.6, showfliers=False, medianprops=dict(color="black"))
@@ -334,7 +324,7 @@ def draw_comparison(path, groups, scores):
     axis.set_yticks(range(1, len(groups) + 1), [f"{name}, labeled {labeled}" for name, labeled, _ in groups])
     axis.invert_yaxis()
     axis.set_xlabel("mean foreground Dice of a case")
-    save_figure(figure, path)
+    h5.save_figure(figure, path)
 
 
 def write_text(path, text):
@@ -356,16 +346,16 @@ def write_csv(path, rows):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, info = models.pick_device(args.device), h5.read_info(args.data)
-    amp, K, entries = models.pick_amp(args.amp, device), len(info.classes), info.entries(args.split)
+    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    K, entries = len(info.classes), info.entries(args.split)
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{args.split}/{missing[0]} has no label, so it cannot be scored")
-    g = load_quality(args.qp, info, device)[0] if args.qp else None
+    g = load_quality(args.qp, info, on)[0] if args.qp else None
 
     states, labels, scores, quality = [], [], [], []
     loaded = {}  # network grid -> slices and cases
     for path in args.checkpoints:
-        net, state = load_run(path, args.weights, device)
+        net, state = load_run(path, args.weights, on)
         for key in ("classes", "channels"):
             if state["data"][key] != getattr(info, key):
                 raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {args.data} has {getattr(info, key)}")
@@ -373,20 +363,20 @@ def main(argv=None):
         if size not in loaded:
             loaded[size] = load_cases(info, args.split, size)
         slices, cases = loaded[size]
-        probability = predict(net, slices, device, amp, args.batch)
+        probability = predict(net, slices, on, args.batch)
         labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
-            quality.append(estimate_quality(g, slices, torch.arange(len(slices)), probability.argmax(1), device, amp))
+            quality.append(estimate_quality(g, slices, torch.arange(len(slices)), probability.argmax(1), on))
         states.append({k: state[k] for k in ("args", "data")})
 
-    groups = group_runs(states)
+    groups = group_runs(states, args.checkpoints)
     known = all(e.spacing_known for e in entries)
     rows = summarize(info, groups, scores, "mm" if known else "px")
     write_csv(os.path.join(args.out, "cases.csv"), [
-        {"checkpoint": path, "run": name, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
+        {"checkpoint": path, "run": name, "labeled": labeled, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
-        for name, _, members in groups for i in members for path in [args.checkpoints[i]]
+        for name, labeled, members in groups for i in members for path in [args.checkpoints[i]]
         for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds"
     write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
@@ -394,7 +384,7 @@ def main(argv=None):
     print(f"{title}\n\n{markdown(rows)}")
 
     if g:
-        named = [(name, i) for name, _, members in groups for i in members]
+        named = [(f"{name}, labeled {labeled}", i) for name, labeled, members in groups for i in members]
         table = sum((quality_rows(f"{name}, seed {states[i]['args']['seed']}", *quality[i], info.classes) for name, i in named), [])
         text = f"Predicted against true quality of the outputs' slices ({args.qp})\n\n{markdown(table)}\n"
         write_text(os.path.join(args.out, "quality.md"), text)
@@ -403,14 +393,16 @@ def main(argv=None):
             {"run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
              "predicted": quality[i][0][n, k], "true": quality[i][1][n, k], "present": quality[i][2][n, k]}
             for name, i in named for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
-        draw_quality(os.path.join(args.out, "quality.png"), {name: quality[m[0]][:2] for name, _, m in groups}, info.classes)
+        draw_quality(os.path.join(args.out, "quality.png"), 
+                     {f"{name}, labeled {labeled}": quality[m[0]][:2] for name, labeled, m in groups}, info.classes)
 
     if args.pictures > 0:
         draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)
         with h5.open_file(info.path) as f:
             for c in np.unique(np.linspace(0, len(entries) - 1, min(args.pictures, len(entries))).astype(int)):
                 image, truth = h5.read_case(f, info, args.split, entries[c].name)
-                outputs = [(f"{name}\nDice {np.mean([s.dice for s in scores[m[0]][c]]):.3f}", labels[m[0]][c]) for name, _, m in groups]
+                outputs = [(f"{name}\nlabeled {labeled}, Dice {np.mean([s.dice for s in scores[m[0]][c]]):.3f}", labels[m[0]][c])
+                           for name, labeled, m in groups]
                 draw_case(os.path.join(args.out, "cases", f"{entries[c].name}.png"), entries[c], image, truth, outputs, info.classes)
     print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*" if g else "")
           + (", compare.png, cases/*.png" if args.pictures > 0 else ""))

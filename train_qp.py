@@ -13,8 +13,10 @@ Legend: N masks, B batch, K classes, C channels, S side.
 """
 import json
 import os
+import shlex
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5
-from data.files import FORMAT, InputError, Log, Parser, cli, save_checkpoint, start_run
+from data.files import FORMAT, SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
 from models.losses import one_hot
 from models.quality import quality_target
 
@@ -34,31 +36,26 @@ def parse_args(argv=None):
     p.add_argument("data", help="dataset file")
     p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--size", type=int, default=224, help="side of the images that g sees")
+    p.add_argument("--size", type=number(32), default=224, help="side of the images that g sees")
     # network
-    p.add_argument("--width", type=int, default=64, help="channels of ResNet-18's first stage; 64 is the standard")
-    p.add_argument("--dropout", type=float, default=0.15, help="before the last layer")
+    p.add_argument("--width", type=number(1), default=64, help="channels of ResNet-18's first stage; 64 is the standard")
+    p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="before the last layer")
     p.add_argument("--pretrained", metavar="FILE", help="torchvision ResNet-18 state dict to start from")
     # training: the paper's values
-    p.add_argument("--epochs", type=int, default=150, help="at most")
-    p.add_argument("--per-image", type=int, default=50, help="masks of each slice in an epoch")
-    p.add_argument("--batch", type=int, default=32, help="masks in a step")
-    p.add_argument("--lr", type=float, default=3e-4, help="AdamW, cosine schedule")
-    p.add_argument("--weight-decay", type=float, default=5e-4, help="of AdamW")
-    p.add_argument("--patience", type=int, default=25, help="epochs without a better val error before stopping")
-    p.add_argument("--soft", type=float, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
+    p.add_argument("--epochs", type=number(1), default=150, help="at most")
+    p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice in an epoch")
+    p.add_argument("--batch", type=number(2), default=32, help="masks in a step")
+    p.add_argument("--lr", type=number(0, 10, float), default=3e-4, help="AdamW, cosine schedule")
+    p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
+    p.add_argument("--patience", type=number(1), default=25, help="epochs without a better val error before stopping")
+    p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     # running
-    p.add_argument("--seed", type=int, default=0, help="of everything")
+    p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
-    args = p.parse_args(argv)
-    if min(args.epochs, args.per_image, args.batch, args.patience, args.width) < 1 or args.size < 32 or args.lr <= 0:
-        raise InputError("--epochs, --per-image, --batch, --patience, --width must be at least 1, --size 32, --lr above 0")
-    if not 0 <= args.soft <= 1 or not 0 <= args.dropout < 1:
-        raise InputError("--soft must be between 0 and 1, --dropout at least 0 and below 1")
-    return args
+    return p.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -67,21 +64,26 @@ class Masks:
     """The masks of one split of vqm.h5 on the grid of g, in memory, beside the slices that they belong to."""
 
     def __init__(self, path, split, info, size, probabilities=False):
+        self.K, source = len(info.classes), "val" if split == "real" else split
         with h5.open_file(path) as f:
             if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm" or split not in f:
                 raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT})")
-            if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels or f.attrs["data"] != info.name:
-                raise InputError(f"{path}: made from {f.attrs['data']} with classes {', '.join(f.attrs['classes'])}; "
-                                 f"{info.path} is {info.name} with {', '.join(info.classes)}")
-            group, source, self.K = f[split], "val" if split == "real" else split, len(info.classes)
-            cases, zs = group["case"].asstr()[:], group["slice"][:]
-            self.mask = torch.from_numpy(np.stack([h5.resize_label(m, size) for m in group["mask"]]))      # [N, S, S] uint8
-            self.prob_index = torch.from_numpy(group["prob_index"][:]).long()                             # [N], -1: none
-            self.prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] \
-                if probabilities else []                                                                  # M of [K-1, S, S] uint8
+            if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels:
+                raise InputError(f"{path}: made for classes {', '.join(f.attrs['classes'])} and {f.attrs['channels']} channel(s); "
+                                 f"{info.path} has {', '.join(info.classes)} and {info.channels}")
+            if f.attrs["checksum"] != info.checksum:
+                raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
+            self.labeled = str(f.attrs["spec"])                                                          # --labeled of corrupt.py
+            try:
+                group = f[split]
+                cases, zs = group["case"].asstr()[:], group["slice"][:]
+                self.mask = torch.from_numpy(np.stack([h5.resize_label(m, size) for m in group["mask"]]))  # [N, S, S] uint8
+                self.prob_index = torch.from_numpy(group["prob_index"][:]).long()                         # [N], -1: none
+                self.prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] \
+                    if probabilities else []                                                              # M of [K-1, S, S] uint8
+            except (KeyError, OSError) as error:
+                raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
         names = [e.name for e in info.entries(source) if e.name in set(cases)]
-        if lost := sorted(set(cases) - set(names)):
-            raise InputError(f"{path}: case '{lost[0]}' is not in {info.path}; run corrupt.py on this file again")
         self.slices = h5.load_slices(info, source, size, names)
         where = {key: i for i, key in enumerate(zip(self.slices.case, self.slices.z))}
         self.index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])                        # [N] slice of each mask
@@ -114,38 +116,58 @@ class Masks:
 
 # ---------------------------------------------------------------------------------------------------- one training step
 
-def train_step(g, optimizer, scaler, masks, rows, args, device, amp):
+@dataclass
+class Run:
+    """What a step changes, and where it runs."""
+    g: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    on: models.Compute
+
+
+def train_step(run, masks, rows, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask. -> loss (a tensor)"""
-    x, mask, truth = masks.batch(rows, device, args.soft)              # [B, C, S, S], [B, K-1, S, S] twice
-    with models.autocast(device, amp):
-        quality = g(x, mask)                                           # [B, K-1]
+    x, mask, truth = masks.batch(rows, run.on.device, args.soft)       # [B, C, S, S], [B, K-1, S, S] twice
+    with run.on.autocast():
+        quality = run.g(x, mask)                                       # [B, K-1]
     loss = F.smooth_l1_loss(quality, quality_target(mask, truth))
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.schedule.step()
     return loss.detach()
 
 
 # ---------------------------------------------------------------------------------------------------- report
 
-def estimate(g, masks, device, amp, change=lambda x: x, most=None):
+def estimate(g, masks, on, most=None, **how):
     """evaluate.estimate_quality on the masks of a split, evenly thinned out to `most`."""
     rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
-    return evaluate.estimate_quality(g, masks.slices, masks.index[rows], masks.mask[rows], device, amp, change)
+    index = how.pop("index", masks.index)
+    return evaluate.estimate_quality(g, masks.slices, index[rows], masks.mask[rows], on, **how)
 
 
-def report(g, synthetic, real, info, device, amp):
+def of_another_case(masks):
+    """For each mask a random slice of another case (of its own if there is no other). -> [N]"""
+    torch.manual_seed(0)
+    case = np.unique(masks.slices.case, return_inverse=True)[1]
+    others = [np.flatnonzero(case != c) for c in range(case.max() + 1)]
+    return torch.tensor([int(others[c][torch.randint(len(others[c]), ())]) if len(others[c]) else i
+                         for i, c in ((int(i), case[i]) for i in masks.index)])
+
+
+def report(g, synthetic, real, info, on):
     """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image."""
     rows, panels = [], {}
     for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = estimate(g, masks, device, amp)
+        seen = estimate(g, masks, on)
         rows += evaluate.quality_rows(title, *seen, info.classes)
         panels[title] = seen[:2]
-    image_dependence = {}
-    for name, change in (("black image", torch.zeros_like), ("shuffled image", lambda x: x.roll(len(x) // 2, 0))):
-        blind, _, _ = estimate(g, synthetic, device, amp, change)
-        image_dependence[name] = evaluate.agreement(blind.ravel(), panels["synthetic masks"][0].ravel())["pearson"]
+    blind = {"black image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
+    image_dependence = {name: evaluate.agreement(estimate(g, synthetic, on, **how)[0].ravel(), panels["synthetic masks"][0].ravel())["pearson"]
+                        for name, how in blind.items()}
     return rows, panels, image_dependence
 
 
@@ -153,9 +175,8 @@ def report(g, synthetic, real, info, device, amp):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, info = models.pick_device(args.device), h5.read_info(args.data)
-    amp = models.pick_amp(args.amp, device)
-    resumed = start_run(args.out, "qp.pt", "qp", args, free=("device",))
+    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    resumed = start_run("qp", args, info.describe(), free=("vqm",))
     train = Masks(args.vqm, "train", info, args.size, probabilities=args.soft > 0)
     synthetic, real = Masks(args.vqm, "val", info, args.size), Masks(args.vqm, "real", info, args.size)
 
@@ -163,25 +184,24 @@ def main(argv=None):
     g = models.build("quality", channels=info.channels, classes=len(info.classes), size=args.size, width=args.width, dropout=args.dropout)
     if args.pretrained:
         load_pretrained(g, args.pretrained)
-    g = models.fast_layout(g, device)
+    g = on.place(g)
     optimizer = torch.optim.AdamW(g.parameters(), args.lr, weight_decay=args.weight_decay)
     steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    run = Run(g, optimizer, schedule, on.scaler(), on)
     first, best = 0, dict(error=float("inf"), epoch=0)
     if resumed:
         g.load_state_dict(resumed["weights"])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", scaler)):
+        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", run.scaler)):
             part.load_state_dict(resumed[name])
         first, best = resumed["epoch"], resumed["best"]
     log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.slices)} slices, "
-          f"{steps} steps an epoch, {device}, {'fp32' if amp is None else str(amp)[6:]}")
+          f"{steps} steps an epoch, {on}")
 
     def save(name, epoch, **more):
         save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
-                        labeled=sorted(set(train.slices.case)),
-                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims), **more)
+                        labeled=sorted(set(train.slices.case)), data=info.describe(), **more)
 
     for epoch in range(first + 1, args.epochs + 1):
         if epoch - best["epoch"] > args.patience:
@@ -190,32 +210,33 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
         g.train()
         order = train.epoch(args.per_image)
-        for rows in tqdm(order.split(args.batch), desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
-            losses.append(train_step(g, optimizer, scaler, train, rows, args, device, amp))
-            schedule.step()
+        batches = [rows for rows in order.split(args.batch) if len(rows) > 1]  # batch norm needs two
+        for rows in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
+            losses.append(train_step(run, train, rows, args))
         loss = torch.stack(losses).mean().item()
         if not np.isfinite(loss):
-            raise InputError(f"the loss is not finite in epoch {epoch}; {args.out}/last.pt is the last good state; try --amp off or a lower --lr")
+            raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
         g.eval()
-        errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, device, amp, most=2000) for masks in (synthetic, real))]
+        errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, on, most=2000) for masks in (synthetic, real))]
         if sum(errors) / 2 < best["error"]:
             best = dict(error=sum(errors) / 2, epoch=epoch)
             save("qp.pt", epoch)
-        save("last.pt", epoch, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=scaler.state_dict())
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
                   seconds=time.perf_counter() - start)
+        save("last.pt", epoch, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=run.scaler.state_dict())
 
-    g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, device)
-    rows, panels, image_dependence = report(g, synthetic, real, info, device, amp)
+    g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
+    rows, panels, image_dependence = report(g, synthetic, real, info, on)
     text = (f"Quality predictor for {info.name}, best of epoch {best['epoch']}: predicted against true Dice on val\n\n{evaluate.markdown(rows)}\n\n"
             "Dependence on the image: correlation of g's answers with those for a "
-            + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (below .7 is asked for)\n")
+            + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (the paper asks for less than .7)\n")
     evaluate.write_text(os.path.join(args.out, "qp.md"), text)
     evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
         dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
     evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
-          f"next: python train_ssl.py {args.data} --method mean_teacher --weight quality --qp {args.out}/qp.pt --out runs/mt_qw")
+          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", train.labeled, "--size", str(args.size), "--method",
+                                 "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
 
 
 def load_pretrained(g, path):

@@ -15,6 +15,7 @@ Legend: B batch, K classes, C channels, S side; x, y labeled images and labels, 
 import copy
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5
-from data.files import InputError, Log, Parser, cli, save_checkpoint, start_run
+from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
 from models.losses import mse_loss, one_hot, seg_loss
 
 
@@ -36,38 +37,38 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="folder of the run")
     # what is labeled
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
-    p.add_argument("--labeled-seed", type=int, help="draw the labeled patients at random")
+    p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
     p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
     # method
     p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
-    p.add_argument("--conf-threshold", type=float, default=0.9, help="pseudo_label: pixels of lower confidence are left out; 0 keeps all")
-    p.add_argument("--lam", type=float, default=0.25, help="lambda: weight of the unlabeled loss after its ramp")
-    p.add_argument("--lam-warmup", type=float, default=0.075, help="share of training before the unlabeled loss sets in")
-    p.add_argument("--lam-ramp", type=float, default=0.15, help="share of training over which lambda then grows")
-    p.add_argument("--ema", type=float, default=0.999, help="decay of the teacher")
+    p.add_argument("--conf-threshold", type=SHARE, default=0.9, help="pseudo_label: pixels of lower confidence are left out; 0 keeps all")
+    p.add_argument("--lam", type=number(0, 1e6, float), default=0.25, help="lambda: weight of the unlabeled loss after its ramp")
+    p.add_argument("--lam-warmup", type=SHARE, default=0.075, help="share of training before the unlabeled loss sets in")
+    p.add_argument("--lam-ramp", type=SHARE, default=0.15, help="share of training over which lambda then grows")
+    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.999, help="decay of the teacher")
     # quality guidance
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class"), default="image", help="one weight per image, or per pixel by its pseudo-class")
-    p.add_argument("--weight-power", type=float, default=2.0, help="w = q^power")
-    p.add_argument("--weight-threshold", type=float, help="w = 0 where q is below (default: quality .5, confidence .9)")
-    p.add_argument("--qar", type=float, default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
-    p.add_argument("--qar-warmup", type=float, default=0.15, help="share of training before QAR sets in")
-    p.add_argument("--qar-ramp", type=float, default=0.2, help="share of training over which lambda_qar then grows")
+    p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
+    p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
+    p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
+    p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
+    p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
     p.add_argument("--model", choices=models.segmentation_networks(), default="unet", help="network f")
-    p.add_argument("--size", type=int, default=224, help="side of the images that f sees")
-    p.add_argument("--steps", type=int, default=6000, help="training steps")
-    p.add_argument("--batch", type=int, default=32, help="labeled images in a step")
-    p.add_argument("--batch-unlabeled", type=int, default=64, help="unlabeled images in a step")
+    p.add_argument("--size", type=number(32), default=224, help="side of the images that f sees")
+    p.add_argument("--steps", type=number(1), default=6000, help="training steps")
+    p.add_argument("--batch", type=number(1), default=32, help="labeled images in a step")
+    p.add_argument("--batch-unlabeled", type=number(1), default=64, help="unlabeled images in a step")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
-    p.add_argument("--lr", type=float, default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="of the optimizer")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    p.add_argument("--eval-every", type=int, default=200, help="steps between validations, log rows and checkpoints")
-    p.add_argument("--patience", type=int, default=30, help="validations without a better Dice before stopping")
+    p.add_argument("--lr", type=number(0, 10, float), default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
+    p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer")
+    p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient")
+    p.add_argument("--eval-every", type=number(1), default=200, help="steps between validations, log rows and checkpoints")
+    p.add_argument("--patience", type=number(1), default=30, help="validations without a better Dice before stopping")
     # running
-    p.add_argument("--seed", type=int, default=0, help="of everything but --labeled-seed")
+    p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
@@ -75,12 +76,6 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if (args.weight == "quality" or args.qar) and not args.qp:
         raise InputError(f"--qp is missing: {'--weight quality' if args.weight == 'quality' else '--qar'} needs the qp.pt of train_qp.py")
-    if min(args.steps, args.batch, args.batch_unlabeled, args.eval_every, args.patience) < 1 or args.size < 32:
-        raise InputError("--steps, --batch, --batch-unlabeled, --eval-every, --patience must be at least 1, --size 32")
-    if min(args.lr, args.clip) <= 0 or min(args.lam, args.qar, args.weight_power, args.weight_decay) < 0 or not 0 <= args.ema < 1:
-        raise InputError("--lr and --clip must be above 0, --lam, --qar, --weight-power, --weight-decay at least 0, --ema in [0, 1)")
-    if not all(0 <= v <= 1 for v in (args.conf_threshold, args.lam_warmup, args.lam_ramp, args.qar_warmup, args.qar_ramp)):
-        raise InputError("--conf-threshold and the warm-ups and ramps are shares between 0 and 1")
     if args.weight_threshold is None:
         args.weight_threshold = {"none": 0.0, "confidence": 0.9, "quality": 0.5}[args.weight]
     return args
@@ -155,7 +150,7 @@ def harden(p):
 
 def together(net, *images):
     """One pass over several batches: faster, and batch norm sees labeled and unlabeled images alike."""
-    return net(torch.cat(images).contiguous(memory_format=torch.channels_last)).split([len(i) for i in images])
+    return net(models.channels_last(torch.cat(images))).split([len(i) for i in images])
 
 
 # ---------------------------------------------------------------------------------------------------- the two quality hooks
@@ -213,6 +208,17 @@ def quality_loss(g, nets, image):
 
 # ---------------------------------------------------------------------------------------------------- one training step
 
+@dataclass
+class Run:
+    """What a step changes or asks, and where it runs."""
+    nets: list                         # the students f
+    teacher: torch.nn.Module           # EMA of the first student
+    g: torch.nn.Module | None          # frozen quality predictor
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    on: models.Compute
+
+
 def ramp(t, warmup, length):
     """0 until warmup, then linearly to 1 over length; all are shares of training."""
     return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
@@ -238,17 +244,17 @@ def update_teacher(teacher, net, step, decay):
         mine.copy_(theirs)
 
 
-def train_step(nets, teacher, g, optimizer, scaler, batch, args, step, amp):
+def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> the loss and its parts [6], not read back from the device"""
-    with models.autocast(batch.x.device, amp):
-        loss, parts = total_loss(nets, teacher, g, batch, args, (step - 1) / args.steps)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], args.clip)
-    scaler.step(optimizer)
-    scaler.update()
-    update_teacher(teacher, nets[0], step, args.ema)
+    with run.on.autocast():
+        loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, (step - 1) / args.steps)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    torch.nn.utils.clip_grad_norm_([p for net in run.nets for p in net.parameters()], args.clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    update_teacher(run.teacher, run.nets[0], step, args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 
@@ -260,15 +266,11 @@ def draw(labeled, unlabeled, args, K, device):
         order = torch.cat([torch.randperm(len(slices)) for _ in range(-(-count // len(slices)))])
         return slices.batch(order[:count], device)
     x, y = augment.weak(*some(labeled, args.batch))
+    x = models.channels_last(x)
     if args.method == "supervised" and not args.qar:  # nobody will look at unlabeled images
-        return Batch(layout(x), one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
-    u = augment.weak(some(unlabeled, args.batch_unlabeled)[0])
-    return Batch(layout(x), one_hot(y, K), layout(u), layout(augment.strong(u)), layout(augment.strong(u)))
-
-
-def layout(x):
-    """channels_last memory, which convolutions prefer."""
-    return x.contiguous(memory_format=torch.channels_last)
+        return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
+    u = models.channels_last(augment.weak(some(unlabeled, args.batch_unlabeled)[0]))
+    return Batch(x, one_hot(y, K), u, *(models.channels_last(augment.strong(u)) for _ in range(2)))
 
 
 def load_data(info, args):
@@ -283,28 +285,27 @@ def load_data(info, args):
             raise InputError(f"{args.unlabeled}: {other.channels} channel(s), but {info.path} has {info.channels}")
         parts += [h5.load_slices(other, split, args.size, labels=False) for split in ("train", "unlabeled") if other.splits.get(split)]
     train = h5.load_slices(info, "train", args.size, labeled)
-    if not parts:
+    if not parts and args.method != "supervised":
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
-        parts = [train]
-    return train, h5.join(parts), evaluate.load_cases(info, "val", args.size)
+    return train, h5.join(parts or [train]), evaluate.load_cases(info, "val", args.size)
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     args = parse_args(argv)
-    device, info = models.pick_device(args.device), h5.read_info(args.data)
-    amp, K = models.pick_amp(args.amp, device), len(info.classes)
-    resumed = start_run(args.out, "best.pt", "ssl", args, free=("device", "qp", "data", "unlabeled"))
+    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    K = len(info.classes)
+    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled"))
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
-    g, seen = evaluate.load_quality(args.qp, info, device) if args.qp else (None, [])
+    g, seen = evaluate.load_quality(args.qp, info, on) if args.qp else (None, [])
     labeled, unlabeled, val = load_data(info, args)
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
-    nets = [models.fast_layout(models.build(args.model, channels=info.channels, classes=K), device).train()]
+    nets = [on.place(models.build(args.model, channels=info.channels, classes=K)).train()]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":
@@ -313,53 +314,52 @@ def main(argv=None):
     else:
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
         factor = lambda step: (1 - step / args.steps) ** 0.9
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    run = Run(nets, teacher, g, optimizer, on.scaler(), on)
     first, best = 0, dict(dice=-1.0, step=0)
     if resumed:
         for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
             net.load_state_dict(weights)
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        run.scaler.load_state_dict(resumed["scaler"])
         first, best = resumed["step"], resumed["best"]
 
     def save(name, step):
         save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
                         teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(),
-                        data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims))
+                        scaler=run.scaler.state_dict(), data=info.describe())
 
     names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
     log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first)
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
-          f"slices, {device}, {'fp32' if amp is None else str(amp)[6:]}" + (f", from step {first}" if first else ""))
-    sums, start = torch.zeros(len(names), device=device), time.perf_counter()
+          f"slices, {on}" + (f", from step {first}" if first else ""))
+    sums, start = torch.zeros(len(names), device=on.device), time.perf_counter()
     for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty()):
         if step - best["step"] > args.patience * args.eval_every and best["step"]:
             break
         torch.manual_seed(args.seed * 1_000_003 + step)  # a step draws the same whether the run was resumed or not
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor(step - 1)
-        batch = draw(labeled, unlabeled, args, K, device)
-        sums += train_step(nets, teacher, g, optimizer, scaler, batch, args, step, amp)
+        batch = draw(labeled, unlabeled, args, K, on.device)
+        sums += train_step(run, batch, args, step)
 
         if step % args.eval_every == 0 or step == args.steps:
             done = (step - 1) % args.eval_every + 1
             means = dict(zip(names, (sums / done).tolist()))
             if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss is not finite before step {step} ({means}); {args.out}/last.pt is the last good state; "
+                raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
             milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.evaluate(nets[0], *val, device, amp)
+            dice, per_class = evaluate.evaluate(nets[0], *val, on)
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)
-            save("last.pt", step)
             log.write(step, **means, lam=args.lam * ramp((step - 1) / args.steps, args.lam_warmup, args.lam_ramp),
                       lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                       **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
+            save("last.pt", step)
             sums, start = torch.zeros_like(sums), time.perf_counter()
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
-          f"next: python evaluate.py {args.data} {args.out}/best.pt --out {args.out}/table")
+          "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table"]))
 
 
 if __name__ == "__main__":

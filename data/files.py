@@ -2,8 +2,11 @@
 import argparse
 import contextlib
 import csv
+import glob
+import math
 import os
 import pickle
+import signal
 import sys
 import zipfile
 
@@ -31,11 +34,27 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def number(low, high=math.inf, kind=int):
+    """argparse type: a number of a kind in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses NaN
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}" if high < math.inf else f"{text} is not at least {low}")
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+SHARE = number(0, 1, float)
+SEED = number(0, 2 ** 40)
+
+
 def cli(main):
-    """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130."""
+    """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
     try:
         main()
-    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (InputError, OSError) as error:
         sys.exit(_complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
@@ -87,8 +106,11 @@ class Log:
     """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
 
     def __init__(self, out, columns, after=0):
-        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped."""
+        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped. 0 removes a former run."""
         from torch.utils.tensorboard import SummaryWriter
+        if not after:
+            for path in [p for name in ("*.pt", "log.csv", "events.*") for p in glob.glob(os.path.join(glob.escape(out), name))]:
+                os.remove(path)
         self.path, self.columns, rows = os.path.join(out, "log.csv"), columns, []
         if after and os.path.isfile(self.path):
             with open(self.path, newline="") as f:
@@ -109,19 +131,24 @@ class Log:
         print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
 
 
-def start_run(out, name, stage, args, free=()):
+def start_run(stage, args, data, free=()):
     """Looks at OUT/last.pt before a training run. -> the state to resume from, or None for a fresh start
 
-    InputError if OUT holds a run already and neither --resume nor --overwrite is given, or if --resume comes with other options than
-    the run was started with (those named in `free` may differ).
+    data: what describes the data now. InputError if OUT holds a run already and neither --resume nor --overwrite is given, or if --resume
+    comes with other data or options than the run was started with (those named in `free` may differ).
     """
-    last = os.path.join(out, "last.pt")
+    last = os.path.join(args.out, "last.pt")
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     if args.resume and os.path.isfile(last):
         state = load_checkpoint(last, stage)
         for key, value in vars(args).items():
-            if key not in {"resume", "overwrite", "out", *free} and state["args"].get(key) != value:
+            if key not in {"resume", "overwrite", "out", "data", "device", *free} and state["args"].get(key) != value:
                 raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}")
+        for key, value in data.items():
+            if state["data"][key] != value:
+                raise InputError(f"{last}: was started on other data ({key} {state['data'][key]}, not {value})")
         return state
-    if not args.overwrite and (os.path.exists(last) or os.path.exists(os.path.join(out, name))):
-        raise InputError(f"{out}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
+    if not args.overwrite and glob.glob(os.path.join(glob.escape(args.out), "*.pt")):
+        raise InputError(f"{args.out}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
     return None

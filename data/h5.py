@@ -11,6 +11,7 @@
 Legend: N slices, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid.
 """
 import os
+import zlib
 from dataclasses import dataclass
 
 import cv2
@@ -47,6 +48,7 @@ class Entry:
     spacing: tuple    # per axis of the grid, 1.0 where unknown
     spacing_known: bool
     source: str
+    checksum: int     # CRC-32 of image and label, taken when they were written
 
 
 @dataclass
@@ -58,6 +60,11 @@ class Info:
     dims: int
     channels: int
     splits: dict
+    checksum: int  # of all cases, as written
+
+    def describe(self):
+        """What a checkpoint says of the data it was made for."""
+        return dict(name=self.name, classes=self.classes, channels=self.channels, dims=self.dims, checksum=self.checksum)
 
     def entries(self, split):
         """The entries of a split; an absent or empty one is an error."""
@@ -105,7 +112,9 @@ def _check_case(path, case, K, channels):
     if case.label is not None:
         if case.label.shape != grid:
             raise InputError(f"{where}: label of shape {case.label.shape}, image of {grid} ({case.source})")
-        if case.label.dtype != np.uint8 or case.label.max() >= K:
+        if case.label.dtype != np.uint8:
+            raise InputError(f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed")
+        if case.label.max() >= K:
             raise InputError(f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})")
     if case.spacing is not None and (len(case.spacing) != len(grid) or not all(s > 0 for s in case.spacing)):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
@@ -120,7 +129,7 @@ def _write_case(group, case, channels):
         group.create_dataset("label", data=case.label, chunks=whole_slice, **pack)
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
-                       source=case.source)
+                       source=case.source, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
 
 
 def _check_patients(path, patients):
@@ -159,7 +168,8 @@ def read_info(path):
         except (KeyError, AttributeError, RuntimeError, OSError) as error:
             raise InputError(f"{path}: damaged or incomplete ({error}); convert the data again") from None
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
-    return Info(path, name, classes, dims, channels, splits)
+    checksum = zlib.crc32(repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode())
+    return Info(path, name, classes, dims, channels, splits, checksum)
 
 
 def _entry(path, split, name, group, channels):
@@ -170,7 +180,7 @@ def _entry(path, split, name, group, channels):
     if "label" in group and group["label"].shape != grid:
         raise InputError(f"{where}/label: shape {group['label'].shape}, but the image has {grid}")
     return Entry(name, str(group.attrs["patient"]), grid, "label" in group, tuple(map(float, group.attrs["spacing"])),
-                 bool(group.attrs["spacing_known"]), str(group.attrs["source"]))
+                 bool(group.attrs["spacing_known"]), str(group.attrs["source"]), int(group.attrs.get("checksum", 0)))
 
 
 def read_case(f, info, split, name, label=True):
@@ -206,7 +216,7 @@ def choose_labeled(info, spec, seed=None):
     if not patients:
         raise InputError(f"{info.path}: no train case has a label")
     if not 1 <= n <= len(patients):
-        raise InputError(f"--labeled {spec}: {info.path} has {len(patients)} labeled train patients")
+        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients")
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
@@ -288,6 +298,21 @@ def join(parts):
 
 # ---------------------------------------------------------------------------------------------------- showing
 
+def pyplot():
+    """matplotlib.pyplot without a display, imported only where something is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_figure(figure, path):
+    """Writes a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
+    pyplot().close(figure)
+
+
 def draw(axis, image, label=None, title="", style="-"):
     """Shows a slice (H, W) or (H, W, 3) on a matplotlib axis with the outline of each class of label (H, W)."""
     low, high = float(image.min()), float(image.max())
@@ -313,11 +338,8 @@ def middle(label, depth):
 
 def preview(info, path, count=4):
     """Draws `count` cases per split, evenly spread, with outlines, to a picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     splits = [s for s in info.splits if info.splits[s]]
-    figure, axes = plt.subplots(len(splits), count, figsize=(2.4 * count, 2.7 * len(splits)), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(len(splits), count, figsize=(2.4 * count, 2.7 * len(splits)), squeeze=False, layout="constrained")
     with open_file(info.path) as f:
         for row, split in zip(axes, splits):
             entries = info.splits[split]
@@ -329,9 +351,7 @@ def preview(info, path, count=4):
                     z = middle(label, len(image))
                     draw(axis, image[z], None if label is None else label[z], f"{split}: {entry.name}")
     legend(figure, info.classes)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def summary(info):

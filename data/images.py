@@ -11,8 +11,8 @@ What each preset reads under SRC:
     isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
     folder  images/NAME.*, masks/NAME.*; also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR); otherwise by patient with --seed. Binary masks are cut at half of their
-range; with more than two --classes, mask pixels are class numbers.
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR); otherwise by patient with --seed. Binary masks are cut at
+half of their range; with more than two --classes, mask pixels are class numbers.
 """
 import csv
 import os
@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 
 from data import h5
-from data.files import InputError, Parser, cli
+from data.files import SEED, SHARE, InputError, Parser, cli, number
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
@@ -37,6 +37,7 @@ def pictures(folder):
 # Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
 
 def find_ph2(src):
+    """A lesion is a patient: PH2 does not say whose it is."""
     masks = {p.parent.name.removesuffix("_lesion"): p for p in src.rglob("*_lesion/*") if p.suffix.lower() in PICTURES}
     images = {p.parent.name.removesuffix("_Dermoscopic_Image"): p for p in sorted(src.rglob("*_Dermoscopic_Image/*"))
               if p.suffix.lower() in PICTURES}
@@ -44,6 +45,7 @@ def find_ph2(src):
 
 
 def find_cvc(src):
+    """A video sequence is a patient."""
     images, masks, table = pictures(src / "Original"), pictures(src / "Ground Truth"), src / "sequences.csv"
     if not table.is_file():
         raise InputError(f"{table}: missing; it maps frame to sequence, and neighboring frames must not be split")
@@ -55,17 +57,21 @@ def find_cvc(src):
 
 
 def find_isic(src):
+    """An image is a patient."""
     images = {n: p for folder in sorted(src.rglob("*Input*")) for n, p in pictures(folder).items()}
     masks = {n.removesuffix("_segmentation"): p for folder in sorted(src.rglob("*GroundTruth*")) for n, p in pictures(folder).items()}
     return [(name, path, masks.get(name), name, None) for name, path in images.items()]
 
 
 def find_folder(src):
+    """A picture is a patient, with or without split folders."""
     rows = []
     for split in (None, *h5.SPLITS):
         base = src / split if split else src
-        masks = pictures(base / "masks")
-        rows += [(name, path, masks.get(name), name, split) for name, path in pictures(base / "images").items()]
+        images, masks = pictures(base / "images"), pictures(base / "masks")
+        if lost := sorted(set(masks) - set(images)):
+            raise InputError(f"{masks[lost[0]]}: no picture of that name in {base / 'images'} ({len(lost)} such masks)")
+        rows += [(name, path, masks.get(name), f"{split}/{name}" if split else name, split) for name, path in images.items()]
     return rows
 
 
@@ -94,15 +100,33 @@ def assign_splits(rows, lists, args):
 
 
 def read_lists(folder):
-    """train.txt, val.txt, test.txt, unlabeled.txt of a folder -> {split: [names]}"""
-    return {s: (folder / f"{s}.txt").read_text().split() for s in h5.SPLITS if (folder / f"{s}.txt").is_file()}
+    """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
+    return {s: list(filter(None, map(str.strip, (folder / f"{s}.txt").read_text().splitlines()))) for s in h5.SPLITS if (folder / f"{s}.txt").is_file()}
 
 
 def read_picture(path, flag):
+    """A picture through OpenCV's decoder; InputError if there is none."""
     picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag) if os.path.getsize(path) else None
     if picture is None:
         raise InputError(f"{path}: not a readable picture")
     return picture
+
+
+def read_mask(path, classes):
+    """A mask picture -> class numbers (H, W) uint8. InputError if its values can be neither a binary mask nor class numbers."""
+    mask = read_picture(path, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3:
+        if len(classes) > 2 and (mask[..., :1] != mask[..., :3]).any():
+            raise InputError(f"{path}: a colored mask (or a palette); save class numbers 0 to {len(classes) - 1} as gray values")
+        mask = mask[..., :3].max(2)
+    top = int(mask.max())
+    if top > 255 or len(classes) > 2 and top >= len(classes):
+        raise InputError(f"{path}: values up to {top}; there are {len(classes)} classes (0 to {len(classes) - 1})")
+    if len(classes) > 2:
+        return mask.astype(np.uint8)
+    if 1 < top < 128 and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
+        raise InputError(f"{path}: values up to {top} look like class numbers; name the classes with --classes")
+    return (mask > (0 if top == 1 else 127)).astype(np.uint8)  # 0/1, 0/255, and in-between values of lossy masks
 
 
 def read_pair(image_path, mask_path, classes, gray):
@@ -110,12 +134,10 @@ def read_pair(image_path, mask_path, classes, gray):
     image = read_picture(image_path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
     if mask_path is None:
         return image, None
-    mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE)
+    mask = read_mask(mask_path, classes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
                          f"has {image.shape[1]} x {image.shape[0]}")
-    if len(classes) == 2:  # 0/255, 0/1 and JPEG-like in-between values alike; an empty mask stays empty
-        mask = (mask > mask.max() // 2).astype(np.uint8)
     return image, mask
 
 
@@ -124,23 +146,27 @@ def main(argv=None):
     p.add_argument("src", help="folder of the pictures")
     p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument("--size", type=int, default=0, help="resize to a square of this side; 0 keeps the pictures' own sizes")
+    p.add_argument("--size", type=number(0), default=0, help="resize to a square of this side; 0 keeps the pictures' own sizes")
     p.add_argument("--classes", help="names, background first (default: background, and what the preset shows)")
     p.add_argument("--gray", action="store_true", help="read the pictures as gray")
     p.add_argument("--lists", metavar="DIR", help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them")
-    p.add_argument("--val", type=float, default=0.2, help="share of the patients for val, where no list says")
-    p.add_argument("--test", type=float, default=0.0, help="share of the patients for test, where no list says")
-    p.add_argument("--seed", type=int, default=0, help="of the split by patient")
+    p.add_argument("--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says")
+    p.add_argument("--test", type=SHARE, default=0.0, help="share of the patients for test, where no list says")
+    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
     args = p.parse_args(argv)
     src, classes = Path(args.src), (args.classes or f"background,{SHOWS[args.preset]}").split(",")
     if not src.is_dir():
         raise InputError(f"{src}: no such folder")
-    if args.size and args.size < 16 or not (0 <= args.val < 1 and 0 <= args.test < 1 and args.val + args.test < 1):
-        raise InputError("--size must be 0 or at least 16, --val and --test shares that leave something to train on")
+    if args.val + args.test >= 1:
+        raise InputError("--val and --test are shares that must leave something to train on")
     rows = PRESETS[args.preset](src)
     if not rows:
         raise InputError(f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help")
-    rows = assign_splits(rows, read_lists(Path(args.lists) if args.lists else src), args)
+    found, rows = len(rows), assign_splits(rows, read_lists(Path(args.lists) if args.lists else src), args)
+    if len(rows) < found:
+        print(f"{found - len(rows)} of {found} pictures are in no list and left out")
+    if bare := sum(mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows):
+        print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
 
     def cases():
         for name, image_path, mask_path, patient, split in rows:

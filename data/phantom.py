@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from data import h5
-from data.files import InputError, Parser, cli
+from data.files import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
 SPACING = (8.0, 1.5, 1.5)  # mm
@@ -39,7 +39,7 @@ def patient(rng, depth, side):
     blood, muscle, tissue, lung = rng.uniform(0.6, 0.9), rng.uniform(0.25, 0.45), rng.uniform(0.3, 0.55), rng.uniform(0.05, 0.2)
     first, last = rng.integers(0, 2), depth - rng.integers(0, 3)  # slices beyond base and apex hold no heart
     drift, wobble = rng.uniform(-0.06, 0.06, 2), smooth_noise((2, depth, side, side), (0, 1.5, side / 14, side / 14), rng)
-    clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(8)]
+    clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(5)]
 
     image, label = np.empty((depth, side, side)), np.zeros((depth, side, side), np.uint8)
     for z in range(depth):
@@ -69,8 +69,8 @@ def patient(rng, depth, side):
             image[z][(papillary < 0) & (label[z] == 3)] = muscle  # dark, but the cavity by convention
     image = ndimage.gaussian_filter(image, (0, side / 160, side / 160))
     bias = np.exp(rng.uniform(0.1, 0.35) * smooth_noise((depth, side, side), (4, side / 3, side / 3), rng))
-    texture = rng.uniform(0.03, 0.08) * smooth_noise(image.shape, (0, 1, 1), rng)
-    image = image * bias + texture + rng.uniform(0.02, 0.08) * rng.standard_normal(image.shape)
+    texture = rng.uniform(0.02, 0.06) * smooth_noise(image.shape, (0, 1, 1), rng)
+    image = image * bias + texture + rng.uniform(0.02, 0.06) * rng.standard_normal(image.shape)
     low, high = np.percentile(image, (0.5, 99.5))
     return np.clip((image - low) / (high - low), 0, 1).astype(np.float32), label
 
@@ -78,16 +78,14 @@ def patient(rng, depth, side):
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.phantom")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument("--train", type=int, default=60, help="train patients")
-    p.add_argument("--val", type=int, default=10, help="validation patients")
-    p.add_argument("--test", type=int, default=10, help="test patients")
-    p.add_argument("--depth", type=int, default=8, help="slices of a volume")
-    p.add_argument("--size", type=int, default=96, help="side of a slice, pixels")
+    p.add_argument("--train", type=number(1), default=60, help="train patients")
+    p.add_argument("--val", type=number(1), default=10, help="validation patients")
+    p.add_argument("--test", type=number(0), default=10, help="test patients")
+    p.add_argument("--depth", type=number(4), default=8, help="slices of a volume")
+    p.add_argument("--size", type=number(32), default=96, help="side of a slice, pixels")
     p.add_argument("--dims", type=int, choices=(2, 3), default=2, help="2: segmented slice by slice; 3: as volumes")
-    p.add_argument("--seed", type=int, default=0, help="of the whole dataset")
+    p.add_argument("--seed", type=SEED, default=0, help="of the whole dataset")
     args = p.parse_args(argv)
-    if min(args.train, args.val) < 1 or args.test < 0 or args.size < 32 or args.depth < 4:
-        raise InputError("--train and --val of 1, --size of 32 and --depth of 4 are the least that makes sense")
 
     splits = ["train"] * args.train + ["val"] * args.val + ["test"] * args.test
     def cases():

@@ -34,10 +34,13 @@ def lines(path):
 
 
 def acdc_cases(src, spacing):
+    """Frames of the ACDC layout as cases; the patient is the name's first part."""
     frames = {}  # frame -> its slices' names; dicts keep the list's order
     for name in lines(src / "train_slices.list"):
         frames.setdefault(name.split("_slice_")[0], []).append(name)
     for frame, names in frames.items():
+        if not all(re.fullmatch(r".*_slice_\d+", n) for n in names):
+            raise InputError(f"{src}: train_slices.list names '{names[0]}', which is not of the form FRAME_slice_N")
         names.sort(key=lambda n: int(n.rsplit("_", 1)[1]))
         images, labels = zip(*(read(src / "data" / "slices" / f"{n}.h5") for n in names))
         if len({i.shape for i in images}) > 1:
@@ -51,6 +54,7 @@ def acdc_cases(src, spacing):
 
 
 def la_cases(src, spacing):
+    """Volumes of the LA layout as cases."""
     files = {p.parent.name: p for p in sorted(src.rglob("mri_norm2.h5"))}
     for split in ("train", "val", "test"):
         for name in lines(src / f"{split}.list"):
@@ -70,7 +74,7 @@ def main(argv=None):
     p.add_argument("--spacing", metavar="D,H,W", help="voxel spacing in mm, if it is known")
     args = p.parse_args(argv)
     src = Path(args.src)
-    if args.spacing and not re.fullmatch(r"[\d.]+,[\d.]+,[\d.]+", args.spacing):
+    if args.spacing and not re.fullmatch(r"(\d+\.?\d*,){2}\d+\.?\d*", args.spacing):
         raise InputError(f"--spacing {args.spacing}: three numbers in mm are needed, as in 10,1.25,1.25")
     spacing = tuple(map(float, args.spacing.split(","))) if args.spacing else None
     if (src / "train_slices.list").is_file():

@@ -6,6 +6,7 @@ Add a network: one file here, and one line in NETWORKS.
 """
 import argparse
 import contextlib
+from dataclasses import dataclass
 
 import torch
 
@@ -40,9 +41,35 @@ def parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def fast_layout(net, device, dims=2):
-    """Moves a network to the device in channels_last memory, which convolutions prefer on CPU and GPU."""
-    return net.to(device, memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+@dataclass
+class Compute:
+    """Where networks run, and in which precision."""
+    device: torch.device
+    amp: torch.dtype | None  # autocast to this type; None computes in float32
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp) if self.amp else contextlib.nullcontext()
+
+    def scaler(self):
+        """Gradients underflow in fp16 alone."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+
+    def place(self, net):
+        """Moves a network to the device, in channels_last memory."""
+        return net.to(self.device, memory_format=torch.channels_last if net.config["dims"] == 2 else torch.channels_last_3d)
+
+    def __str__(self):
+        return f"{self.device}, {str(self.amp or torch.float32).removeprefix('torch.')}"
+
+
+def compute(device="auto", amp="auto"):
+    """The Compute of the options --device and --amp; auto takes CUDA if it is there, and the type that the device is fast in."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if amp != "auto":
+        return Compute(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    if device.type == "cuda":
+        return Compute(device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
+    return Compute(device, torch.bfloat16 if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None)
 
 
 def device_name(text):
@@ -55,21 +82,6 @@ def device_name(text):
     return text
 
 
-def pick_device(name="auto"):
-    """torch.device of "auto" (CUDA if there is one, else the CPU) or of a device's own name."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def pick_amp(name, device):
-    """Autocast type of --amp auto|off|bf16|fp16: auto is what the device computes natively. -> torch.dtype or None"""
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if native else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device, dtype):
-    """The context in which networks run: autocast to dtype, or nothing if it is None."""
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+def channels_last(x):
+    """The memory layout that 2D convolutions prefer on CPU and GPU."""
+    return x.contiguous(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ case $data in
   ph2)  labeled=14  folds=3 epochs=1,3,5,10,15,20 masks=200 g_size=64 g_width=64 g_epochs=20 steps=400 ;;
   cvc)  labeled=0.2 folds=2 epochs=1,3,5,10,15,20 masks=40  g_size=64 g_width=32 g_epochs=4  steps=400 ;;
   acdc) labeled=7   folds=2 epochs=1,3,5,10,20,30 masks=40  g_size=96 g_width=32 g_epochs=3  steps=900 ;;
+  *)    echo "no dataset $data: ph2, cvc or acdc"; exit 2 ;;
 esac
 
 if [ "$part" = quality ]; then
@@ -22,12 +23,13 @@ if [ "$part" = quality ]; then
       --epochs $g_epochs --overwrite
   }
   $PY corrupt.py "runs/$data.h5" --out "$out/reference" --labeled $labeled --size $g_size --masks 1 --val-masks 10 \
-    --harvest-share 0 --harvest-epochs "${epochs%,*},60" --seed 100
-  make_g paper
-  make_g balance --balance
-  make_g folds --folds $folds
-  make_g folds_half --folds $folds --harvest-share 0.5
+    --harvest-share 0 --harvest-epochs "${epochs%,*},40" --seed 100
   make_g folds_half_balance --folds $folds --harvest-share 0.5 --balance
+  cp "$out/qp_folds_half_balance/qp.pt" "$out/qp.pt"  # what the part ssl uses
+  make_g paper --no-balance --folds 1 --harvest-share 0.05
+  make_g balance --balance --folds 1 --harvest-share 0.05
+  make_g folds --no-balance --folds $folds --harvest-share 0.05
+  make_g folds_half --no-balance --folds $folds --harvest-share 0.5
   $PY results/quality_table.py "runs/$data.h5" --reference "$out/reference/vqm.h5" "$out"/qp_*/qp.pt --out "$out/quality.md"
 else
   seeds=$3; shift 3

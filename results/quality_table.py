@@ -21,12 +21,12 @@ def main():
     p.add_argument("--reference", required=True, help="vqm.h5 whose /val and /real are the test")
     p.add_argument("--out", help="Markdown file to write")
     args = p.parse_args()
-    info, device, rows = h5.read_info(args.data), models.pick_device(), []
+    info, on, rows = h5.read_info(args.data), models.compute(), []
     for path in args.qp:
-        g, _ = evaluate.load_quality(path, info, device)
+        g, _ = evaluate.load_quality(path, info, on)
         for split, title in (("val", "synthetic"), ("real", "real outputs")):
             masks = Masks(args.reference, split, info, load_checkpoint(path, "qp")["args"]["size"])
-            found = estimate(g, masks, device, models.pick_amp("auto", device))
+            found = estimate(g, masks, on)
             rows += evaluate.quality_rows(f"{os.path.basename(os.path.dirname(path))}, {title}", *found, info.classes)
     text = evaluate.markdown(rows)
     print(text)

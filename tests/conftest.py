@@ -16,7 +16,7 @@ import train_qp  # noqa: E402
 from data import images, phantom  # noqa: E402
 from data.files import cli  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):

@@ -93,10 +93,20 @@ def test_a_class_never_silently_overwrites_another():
 
 
 def test_absent_classes_can_only_be_invented():
-    nothing = np.zeros((64, 64), np.uint8)
-    for line in EVERY_LINE:
-        out = corrupt.apply(line, nothing, 4, np.random.default_rng(1))
-        assert len(np.unique(out)) == 2
+    """A slice without foreground gets a disc of some class, and says so; a line of the catalog leaves it as it is."""
+    nothing, names = np.zeros((64, 64), np.uint8), set()
+    for line in EVERY_LINE + corrupt.SEVERAL_CLASSES:
+        assert not corrupt.apply(line, nothing, 4, np.random.default_rng(1)).any()
+    for seed in range(60):
+        mask, name = corrupt.sample(nothing, 4, [], np.random.default_rng(seed))
+        names.add(name)
+        assert len(np.unique(mask)) == (2 if name == "invented" else 1)
+    assert names == {"identity", "invented"}
+    two = heart()
+    two[two == 3] = 2
+    found = [corrupt.sample(two, 4, [], np.random.default_rng(seed)) for seed in range(400)]
+    invented = [mask for mask, name in found if name == "invented"]
+    assert 5 < len(invented) < 60 and all(((mask == two) | (mask == 3)).all() for mask in invented)
 
 
 def test_shares_of_the_paper():
@@ -114,7 +124,7 @@ def read(path):
 
 def run(data, out, *more):
     corrupt.main([data, "--out", str(out), "--labeled", "3", "--size", "40", "--masks", "10", "--val-masks", "3", "--harvest-epochs", "1",
-                  "--harvest-steps", "1", "--harvest-batch", "4", *more])
+                  "--harvest-steps", "1", "--harvest-batch", "4", "--folds", "1", "--harvest-share", "0.1", *more])
     return read(os.path.join(out, "vqm.h5"))
 
 
@@ -165,16 +175,17 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     original = h5.Slices.batch
     monkeypatch.setattr(h5.Slices, "batch", lambda self, index, *a: seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a))
     args = corrupt.parse_args([gray, "--out", str(tmp_path), "--folds", "2", "--harvest-epochs", "3", "--harvest-steps", "4"])
-    corrupt.train_weak(slices, slices.case, info, 1, args, __import__("torch").device("cpu"))
+    corrupt.train_weak(slices, slices.case, info, 1, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
 
 
 def test_balance_flattens_the_histogram(rgb, tmp_path):
     def spread(*more):
-        found, _ = run(rgb, tmp_path / str(len(more)), "--masks", "60", "--harvest-share", "0", *more)
+        found, _ = run(rgb, tmp_path / more[0], "--masks", "60", "--harvest-share", "0", *more)
+        assert abs(found["val/dice"].mean() - 0.8) < 0.2  # val keeps the paper's mix
         counts = np.histogram(found["train/dice"].mean(1), bins=5, range=(0, 1))[0]
         return counts.std() / counts.mean()
-    assert spread("--balance") < 0.5 * spread()
+    assert spread("--balance") < 0.5 * spread("--no-balance")
 
 
 def test_bad_input(gray, tmp_path, refused):
@@ -205,7 +216,7 @@ def test_killed_half_way_leaves_no_half_file(gray, tmp_path):
 
 
 def test_runs_as_a_command(gray, tmp_path):
-    done = python("corrupt.py", gray, "--out", tmp_path, "--labeled", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
+    done = python("corrupt.py", gray, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
                   "--harvest-epochs", "1", "--harvest-steps", "1")
     assert done.returncode == 0, done.stderr
     assert "next: python train_qp.py" in done.stdout and done.stderr == ""

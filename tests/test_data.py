@@ -163,17 +163,49 @@ def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
     assert not (tmp_path / "c.h5").exists()
 
 
+def test_masks_are_never_silently_misread(tmp_path, refused):
+    def convert(mask, name="p1.png", *more):
+        src = make_pictures(tmp_path / str(len(list(tmp_path.iterdir()))), 4)
+        (src / "masks" / "p1.png").unlink()
+        cv2.imwrite(str(src / "masks" / name), mask)
+        return images.main, [src, "--out", tmp_path / "f.h5", *more]
+    def label(*args):
+        main, argv = convert(*args)
+        main([str(a) for a in argv])
+        info = h5.read_info(tmp_path / "f.h5")
+        split = next(s for s, es in info.splits.items() for e in es if e.name == "p1")
+        with h5.open_file(info.path) as f:
+            return h5.read_case(f, info, split, "p1")[1][0]
+    several = np.zeros((40, 56), np.uint8)
+    several[5:9], several[20:30] = 1, 2
+    for mask in (several // 2, several // 2 * 255, np.dstack([several // 2 * 255] * 3)):
+        assert (label(mask) == several // 2).all()
+    refused(*convert(several), "p1.png", "--classes")
+    assert not label(np.zeros((40, 56), np.uint8)).any()
+    refused(*convert(several.astype(np.uint16) * 300), "p1.png", "values up to 600")
+    refused(*convert(several, "other.png"), "other.png", "no picture of that name")
+
+
 def test_folder_preset_with_splits_and_unlabeled(tmp_path):
     for split in ("train", "val", "unlabeled"):
         make_pictures(tmp_path / "src" / split, 2, seed=len(split))
-    for split in ("val", "unlabeled"):  # names must be unique over the splits, because a picture is a patient
-        for kind in ("images", "masks"):
-            for p in list((tmp_path / "src" / split / kind).iterdir()):
-                p.rename(p.with_name(f"{split}{p.name}"))
     shutil.rmtree(tmp_path / "src" / "unlabeled" / "masks")
     images.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
     info = h5.read_info(tmp_path / "f.h5")
     assert {s: [e.labeled for e in es] for s, es in info.splits.items()} == {"train": [True] * 2, "val": [True] * 2, "unlabeled": [False] * 2}
+
+
+def test_several_classes_from_gray_values(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 3)
+    for i, p in enumerate((src / "masks").iterdir()):
+        cv2.imwrite(str(p), np.full((40, 56), i, np.uint8))
+    argv = [src, "--out", tmp_path / "f.h5", "--val", "0.34", "--classes"]
+    images.main([str(a) for a in (*argv, "background,a,b")])
+    assert "a 0.500" in h5.summary(h5.read_info(tmp_path / "f.h5")) or "a 1.000" in h5.summary(h5.read_info(tmp_path / "f.h5"))
+    cv2.imwrite(str(src / "masks" / "p1.png"), np.full((40, 56), 3, np.uint8))
+    refused(images.main, [*argv, "background,a,b"], "p1.png", "values up to 3")
+    cv2.imwrite(str(src / "masks" / "p1.png"), np.full((40, 56, 3), (0, 1, 2), np.uint8))
+    refused(images.main, [*argv, "background,a,b"], "p1.png", "colored")
 
 
 def test_cvc_is_split_by_sequence(tmp_path, refused):

@@ -92,7 +92,7 @@ def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request)
     info = h5.read_info(request.getfixturevalue(kind))
     slices, cases = evaluate.load_cases(info, "val", 48)
     net = Copycat(slices.label, len(info.classes))
-    mean, per_class = evaluate.evaluate(net, slices, cases, torch.device("cpu"), batch=batch)
+    mean, per_class = evaluate.evaluate(net, slices, cases, models.compute("cpu", "off"), batch=batch)
     assert len(per_class) == len(info.classes) - 1
     assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
 
@@ -104,7 +104,7 @@ def make_run(folder, info, **args):
     net = models.build("unet", channels=info.channels, classes=len(info.classes))
     full = vars(train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])) | args
     save_checkpoint(str(folder / "best.pt"), "ssl", model=net.config, nets=[net.state_dict()], teacher=net.state_dict(), args=full,
-                    step=1, data=dict(name=info.name, classes=info.classes, channels=info.channels, dims=info.dims))
+                    step=1, data=info.describe())
     return str(folder / "best.pt")
 
 
@@ -115,12 +115,13 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [make_run(tmp_path / "b", info, seed=2, method="mean_teacher")]
     evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2"])
     rows = json.loads((out / "summary.json").read_text())["rows"]
-    assert [(r["run"], r["seeds"]) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
+    assert [(r["run"], len(r["Dice %"])) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
     cases = list(csv.DictReader(open(out / "cases.csv")))
     n, K = len(info.entries("val")), len(info.classes)
     assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {"mm" if kind == "gray" else "px"}
     means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
-    assert rows[0]["Dice %"] == f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}"
+    assert rows[0]["Dice %"] == pytest.approx(means)
+    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in (out / "summary.md").read_text()
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     assert "| supervised |" in capsys.readouterr().out and "| supervised |" in (out / "summary.md").read_text()
@@ -134,8 +135,8 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
     run = make_run(tmp_path / "a", info)
     evaluate.main([gray, run, "--out", str(out), "--pictures", "0"])
     slices, cases = evaluate.load_cases(info, "val", 32)
-    net, _ = evaluate.load_run(run, "student", torch.device("cpu"))
-    labels = list(evaluate.predict_cases(evaluate.predict(net, slices, torch.device("cpu"), models.pick_amp("auto", torch.device("cpu"))), cases, 4))
+    net, _ = evaluate.load_run(run, "student", models.compute())
+    labels = list(evaluate.predict_cases(evaluate.predict(net, slices, models.compute()), cases, 4))
     found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv"))}
     for label, (entry, truth) in zip(labels, cases):
         for k in range(1, 4):
@@ -150,11 +151,17 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
 
 def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     info = h5.read_info(gray)
-    states = [evaluate.load_checkpoint(make_run(tmp_path / str(i), info, **a), "ssl") for i, a in enumerate(
-        [dict(lam=0.1), dict(lam=0.2), dict(lam=0.2, seed=1), dict(method="pseudo_label", weight="quality", weight_level="class", qar=0.01)])]
-    groups = evaluate.group_runs(states)
+    settings = [dict(lam=0.1), dict(lam=0.2), dict(lam=0.2, seed=1), dict(method="pseudo_label", weight="quality", weight_level="class", qar=0.01),
+                dict(method="mean_teacher", qp="a/qp.pt"), dict(method="mean_teacher", qp="b/qp.pt"), dict(method="ict"), dict(method="ict")]
+    states = [evaluate.load_checkpoint(make_run(tmp_path / str(i), info, **(a | dict(method="supervised") if a.get("method") == "ict" else a)), "ssl")
+              for i, a in enumerate(settings)]
+    for state, a in zip(states, settings):
+        state["args"] |= a
+    groups = evaluate.group_runs(states, [f"p{i}" for i in range(8)])
     assert [(name, members) for name, _, members in groups] == [
-        ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3])]
+        ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3]),
+        ("mean_teacher (qp=a/qp.pt)", [4]), ("mean_teacher (qp=b/qp.pt)", [5]),
+        ("ict", [6]), ("ict (checkpoint=p7)", [7])]  # the same seed twice is no second seed
 
 
 def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):

@@ -14,7 +14,7 @@ import corrupt
 import evaluate
 import train_qp
 from conftest import make_pictures, quality
-from data import h5, images
+from data import h5, images, phantom
 from models.quality import quality_target
 
 
@@ -42,7 +42,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
     """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
     images.main([str(make_pictures(tmp_path / "src", 40)), "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
     corrupt.main([str(tmp_path / "f.h5"), "--out", str(tmp_path), "--size", "32", "--masks", "60", "--val-masks", "40", "--harvest-epochs", "1",
-                  "--harvest-steps", "2", "--harvest-batch", "4", "--balance"])
+                  "--harvest-steps", "2", "--harvest-batch", "4"])
     train_qp.main([str(tmp_path / "f.h5"), "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "32", "--width", "16",
                    "--epochs", "5", "--lr", "1e-3"])
     report = json.loads((tmp_path / "qp.json").read_text())
@@ -62,8 +62,15 @@ def test_report(kind, request):
     for run in ("synthetic masks", "real outputs"):
         assert {(run, "all"), (run, "present")} <= titles
         assert not K > 2 or {(run, "myocardium"), (run, "absent")} <= titles
-    assert set(report["image_dependence"]) == {"black image", "shuffled image"}
+    assert set(report["image_dependence"]) == {"black image", "another case's image"}
     assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
+
+
+def test_image_of_another_case(gray, gray_quality):
+    masks = train_qp.Masks(gray_quality[0], "val", h5.read_info(gray), 32)
+    other = train_qp.of_another_case(masks)
+    case = masks.slices.case
+    assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))
 
 
 def test_resumed_equals_uninterrupted(rgb, rgb_quality, tmp_path, monkeypatch):
@@ -109,10 +116,12 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--batch", "0"], "--batch")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--soft", "1.5"], "--soft")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "--resume", "--overwrite")
-    shutil.copy(gray, tmp_path / "f.h5")
-    with h5py.File(tmp_path / "f.h5", "a") as f:
-        f.move("train/phantom000", "train/renamed")
-    refused(train_qp.main, [tmp_path / "f.h5", "--vqm", gray_quality[0], *out], "phantom000")
+    phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48", "--seed", "1"])
+    refused(train_qp.main, [tmp_path / "other.h5", "--vqm", gray_quality[0], *out], "another file")
+    shutil.copy(gray_quality[0], tmp_path / "damaged.h5")
+    with h5py.File(tmp_path / "damaged.h5", "a") as f:
+        del f["real/mask"]
+    refused(train_qp.main, [gray, "--vqm", tmp_path / "damaged.h5", *out], "damaged.h5", "/real")
     assert not (tmp_path / "o").exists()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import models
 import train_ssl
 from conftest import python
-from data import h5
+from data import phantom
 from models.losses import mse_loss, one_hot, seg_loss
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
@@ -278,11 +278,15 @@ def test_patience_stops_early(gray, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(gray, tmp_path, monkeypatch, refused):
-    train(gray, tmp_path, "--steps", 5)
-    good = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train_ssl, "seg_loss", lambda *a: seg_loss(*a) * float("nan"))
-    refused(lambda argv: train(gray, tmp_path, *argv), ["--overwrite"], "not finite", "--lr")
-    assert (tmp_path / "last.pt").read_bytes() == good
+    calls, good = [], []
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            good.append((tmp_path / "last.pt").read_bytes())
+        return seg_loss(*args) * (float("nan") if len(calls) > 2 else 1)
+    monkeypatch.setattr(train_ssl, "seg_loss", breaks)
+    refused(lambda argv: train(gray, tmp_path, *argv), [], "not finite", "--lr")
+    assert (tmp_path / "last.pt").read_bytes() == good[0]
 
 
 def test_refusals(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
@@ -306,6 +310,19 @@ def test_refusals(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     train(gray, tmp_path / "o")
     refused(train_ssl.main, [gray, *out], "--resume", "--overwrite")
     refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--lr", "0.5"], "--lr 0.001, not 0.5")
+    refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one")
+    phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--depth", "4", "--size", "48", "--seed", "1"])
+    refused(lambda argv: train(str(tmp_path / "other.h5"), tmp_path / "o", *argv), ["--resume"], "other data")
+
+
+def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch):
+    train(gray, tmp_path)
+    def dies(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_ssl, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(gray, tmp_path, "--overwrite")
+    assert not list(tmp_path.glob("*.pt")) and len(list(tmp_path.glob("events.*"))) == 1
 
 
 def test_as_a_command(gray, tmp_path):
