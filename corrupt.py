@@ -23,6 +23,7 @@ import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import cv2
 import h5py
@@ -457,7 +458,8 @@ def start_work(shared):
 
 
 def start_process(shared):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so is its way to unwind
     start_work(shared)
 
 
@@ -496,8 +498,8 @@ def synthetic(slices, split, K, count, args):
         yield from bar(map(masks_of_slice, range(len(slices))))
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(args.workers, start_process, [shared]) as pool:
-        yield from bar(pool.imap(masks_of_slice, range(len(slices))))
+    with ProcessPoolExecutor(args.workers, context, start_process, (shared,)) as pool:  # unlike Pool, it notices a killed worker
+        yield from bar(pool.map(masks_of_slice, range(len(slices))))
 
 
 # ---------------------------------------------------------------------------------------------------- harvest

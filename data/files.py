@@ -54,6 +54,9 @@ def cli(main):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
     try:
         main()
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError) as error:
         sys.exit(_complain(error, 2))
     except KeyboardInterrupt:

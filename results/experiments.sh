@@ -10,7 +10,7 @@ mkdir -p "$out"
 case $data in
   ph2)  labeled=14  folds=3 epochs=1,3,5,10,15,20 masks=200 g_size=64 g_width=64 g_epochs=20 steps=400 ;;
   cvc)  labeled=0.2 folds=2 epochs=1,3,5,10,15,20 masks=40  g_size=64 g_width=32 g_epochs=4  steps=400 ;;
-  acdc) labeled=7   folds=2 epochs=1,3,5,10,20,30 masks=40  g_size=96 g_width=32 g_epochs=3  steps=900 ;;
+  acdc) labeled=7   folds=2 epochs=1,3,5,10,20 masks=40  g_size=96 g_width=32 g_epochs=2  steps=900 ;;
   *)    echo "no dataset $data: ph2, cvc or acdc"; exit 2 ;;
 esac
 

@@ -215,8 +215,9 @@ def test_killed_half_way_leaves_no_half_file(gray, tmp_path):
     assert not (tmp_path / "vqm.h5").exists()
 
 
-def test_runs_as_a_command(gray, tmp_path):
-    done = python("corrupt.py", gray, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
-                  "--harvest-epochs", "1", "--harvest-steps", "1")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_runs_as_a_command(workers, gray, tmp_path):
+    done = python("corrupt.py", gray, "--workers", workers, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
+                  "--harvest-epochs", "1", "--harvest-steps", "1", timeout=100)
     assert done.returncode == 0, done.stderr
     assert "next: python train_qp.py" in done.stdout and done.stderr == ""
