@@ -4,12 +4,10 @@
 
 Reads  DATA.h5: the labeled train cases and val; never test, never the label of an unlabeled case.
 Writes OUT/weak/*.pt, partly trained networks f, and OUT/vqm.h5:
-         attrs              command, seed, catalog, size, data and its checksum, classes, labeled cases
          /train, /val       synthetic masks; train also holds outputs of weak networks ("harvest ..."), which with --folds 2 or more
                             have not seen the patient
          /real              outputs of all weak networks on val, which none has seen
-           mask [N, S, S] uint8, dice [N, K-1], case, slice, source, draw (its random seed), prob_index [N]
-           prob [M, K-1, S, S] uint8: the harvested outputs' probabilities, in 1/255, row prob_index of their mask's
+       Its schema is that of data/vqm.py.
 
 The masks depend on --seed alone, not on --workers.
 
@@ -32,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import augment, h5
-from data.files import FORMAT, SEED, SHARE, InputError, Parser, cli, number, replacing, save_checkpoint
+from data import augment, h5, vqm
+from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing, save_checkpoint
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 1
@@ -580,18 +578,6 @@ def harvest_tasks(patients, weak, first, views, args):
 
 # ---------------------------------------------------------------------------------------------------- main
 
-def create(f, split, n, K, size, probabilities=0):
-    """The empty datasets of a split of vqm.h5."""
-    group, text = f.create_group(split), h5py.string_dtype()
-    group.create_dataset("mask", (n, size, size), "uint8", chunks=(1, size, size), compression="gzip", compression_opts=1)
-    group.create_dataset("prob", (probabilities, K - 1, size, size), "uint8", chunks=(1, K - 1, size, size), compression="gzip",
-                         compression_opts=1, maxshape=(None, K - 1, size, size))
-    group.create_dataset("dice", (n, K - 1), "float32")
-    for name, kind in dict(case=text, slice="int32", source=text, draw="int32", prob_index="int32").items():
-        group.create_dataset(name, (n,), kind, fillvalue=None if kind is text else -1)
-    return group
-
-
 def write_synthetic(group, slices, split, K, count, args):
     """Fills the first len(slices) * count rows."""
     for i, (masks, dice, names, draws) in enumerate(synthetic(slices, split, K, count, args)):
@@ -646,12 +632,11 @@ def main(argv=None):
     n_train = args.masks - n_harvest
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as f:
-        f.attrs.update(format=FORMAT, stage="vqm", catalog=CATALOG_VERSION, seed=args.seed, size=args.size, data=info.name, checksum=info.checksum,
-                       classes=info.classes, channels=info.channels, labeled=labeled, spec=args.labeled,
-                       command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
-        groups = {"train": create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
-                  "val": create(f, "val", len(val) * args.val_masks, K, args.size),
-                  "real": create(f, "real", len(val) * weak_count, K, args.size)}
+        vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size, labeled=labeled, spec=args.labeled,
+                     command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
+        groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
+                  "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
+                  "real": vqm.create(f, "real", len(val) * weak_count, K, args.size)}
         start = time.perf_counter()
         if n_train:
             write_synthetic(groups["train"], train, "train", K, n_train, args)

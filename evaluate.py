@@ -265,6 +265,13 @@ def estimate_quality(g, slices, index, mask, on, change=lambda x: x):
     return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
 
 
+def estimate_masks(g, masks, on, most=None, **how):
+    """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`; how: another index or change for it."""
+    rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
+    index = how.pop("index", masks.index)
+    return estimate_quality(g, masks.slices, index[rows], masks.mask[rows], on, **how)
+
+
 def quality_rows(title, predicted, true, present, classes):
     """Agreement over all classes, over those present in a slice's truth, over absent ones, and for each class where present."""
     rows = [dict(run=title, entries="all", **agreement(predicted.ravel(), true.ravel())),

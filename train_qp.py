@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import evaluate
 import models
-from data import augment, h5
-from data.files import FORMAT, SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
+from data import augment, h5, vqm
+from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
 from models.losses import one_hot
 from models.quality import quality_target
 
@@ -58,60 +58,33 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------- masks
+# ---------------------------------------------------------------------------------------------------- batches
 
-class Masks:
-    """The masks of one split of vqm.h5 on the grid of g, in memory, beside the slices that they belong to."""
+def epoch_rows(masks, per_image):
+    """Random mask numbers for an epoch: per_image of every slice, shuffled. -> [slices * per_image]"""
+    rows = torch.argsort(masks.index + 0.999 * torch.rand(len(masks.index), dtype=torch.float64))          # by slice, random inside
+    rows = rows.reshape(len(masks.slices), -1)[:, :per_image].flatten()
+    return rows[torch.randperm(len(rows))]
 
-    def __init__(self, path, split, info, size, probabilities=False):
-        self.K, source = len(info.classes), "val" if split == "real" else split
-        with h5.open_file(path) as f:
-            if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm" or split not in f:
-                raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT})")
-            if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels:
-                raise InputError(f"{path}: made for classes {', '.join(f.attrs['classes'])} and {f.attrs['channels']} channel(s); "
-                                 f"{info.path} has {', '.join(info.classes)} and {info.channels}")
-            if f.attrs["checksum"] != info.checksum:
-                raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
-            self.labeled = str(f.attrs["spec"])                                                          # --labeled of corrupt.py
-            try:
-                group = f[split]
-                cases, zs = group["case"].asstr()[:], group["slice"][:]
-                self.mask = torch.from_numpy(np.stack([h5.resize_label(m, size) for m in group["mask"]]))  # [N, S, S] uint8
-                self.prob_index = torch.from_numpy(group["prob_index"][:]).long()                         # [N], -1: none
-                self.prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] \
-                    if probabilities else []                                                              # M of [K-1, S, S] uint8
-            except (KeyError, OSError) as error:
-                raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
-        names = [e.name for e in info.entries(source) if e.name in set(cases)]
-        self.slices = h5.load_slices(info, source, size, names)
-        where = {key: i for i, key in enumerate(zip(self.slices.case, self.slices.z))}
-        self.index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])                        # [N] slice of each mask
 
-    def epoch(self, per_image):
-        """Random mask numbers: per_image of every slice, shuffled. -> [slices * per_image]"""
-        rows = torch.argsort(self.index + 0.999 * torch.rand(len(self.index), dtype=torch.float64))       # by slice, random inside
-        rows = rows.reshape(len(self.slices), -1)[:, :per_image].flatten()
-        return rows[torch.randperm(len(rows))]
+def draw(masks, rows, K, device, soft):
+    """One augmented batch. -> image [B, C, S, S], mask [B, K-1, S, S] hard or soft, truth [B, K-1, S, S]
 
-    def batch(self, rows, device, soft):
-        """One augmented batch. -> image [B, C, S, S], mask [B, K-1, S, S] hard or soft, truth [B, K-1, S, S]
-
-        Geometry moves image, mask and truth together, intensity changes the image alone. A share `soft` of the masks is soft: a weak
-        network's probabilities where there are some, else a blurred mask.
-        """
-        x, y = self.slices.batch(self.index[rows], device)
-        grid = augment.random_geometry(x)
-        mask, truth = (one_hot(augment.move(v.to(device), grid), self.K)[:, 1:] for v in (self.mask[rows].long(), y))
-        chosen = torch.rand(len(rows)) < soft
-        harvested = chosen & (self.prob_index[rows] >= 0)
-        if harvested.any():
-            p = torch.stack([self.prob[i] for i in self.prob_index[rows][harvested].tolist()]).to(device).float() / 255
-            mask[harvested.to(device)] = augment.move(p, grid[harvested.to(device)])
-        if (blurred := (chosen & ~harvested).to(device)).any():
-            m = mask[blurred]
-            mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
-        return augment.strong(augment.move(x, grid), 0.6), mask, truth
+    Geometry moves image, mask and truth together, intensity changes the image alone. A share `soft` of the masks is soft: a weak
+    network's probabilities where there are some, else a blurred mask.
+    """
+    x, y = masks.slices.batch(masks.index[rows], device)
+    grid = augment.random_geometry(x)
+    mask, truth = (one_hot(augment.move(v.to(device), grid), K)[:, 1:] for v in (masks.mask[rows].long(), y))
+    chosen = torch.rand(len(rows)) < soft
+    harvested = chosen & (masks.prob_index[rows] >= 0)
+    if harvested.any():
+        p = torch.stack([masks.prob[i] for i in masks.prob_index[rows][harvested].tolist()]).to(device).float() / 255
+        mask[harvested.to(device)] = augment.move(p, grid[harvested.to(device)])
+    if (blurred := (chosen & ~harvested).to(device)).any():
+        m = mask[blurred]
+        mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
+    return augment.strong(augment.move(x, grid), 0.6), mask, truth
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
@@ -128,7 +101,7 @@ class Run:
 
 def train_step(run, masks, rows, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask. -> loss (a tensor)"""
-    x, mask, truth = masks.batch(rows, run.on.device, args.soft)       # [B, C, S, S], [B, K-1, S, S] twice
+    x, mask, truth = draw(masks, rows, run.g.config["classes"], run.on.device, args.soft)  # [B, C, S, S], [B, K-1, S, S] twice
     with run.on.autocast():
         quality = run.g(x, mask)                                       # [B, K-1]
     loss = F.smooth_l1_loss(quality, quality_target(mask, truth))
@@ -141,13 +114,6 @@ def train_step(run, masks, rows, args):
 
 
 # ---------------------------------------------------------------------------------------------------- report
-
-def estimate(g, masks, on, most=None, **how):
-    """evaluate.estimate_quality on the masks of a split, evenly thinned out to `most`."""
-    rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
-    index = how.pop("index", masks.index)
-    return evaluate.estimate_quality(g, masks.slices, index[rows], masks.mask[rows], on, **how)
-
 
 def of_another_case(masks):
     """For each mask a random slice of another case (of its own if there is no other). -> [N]"""
@@ -162,11 +128,11 @@ def report(g, synthetic, real, info, on):
     """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image."""
     rows, panels = [], {}
     for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = estimate(g, masks, on)
+        seen = evaluate.estimate_masks(g, masks, on)
         rows += evaluate.quality_rows(title, *seen, info.classes)
         panels[title] = seen[:2]
     blind = {"black image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
-    image_dependence = {name: evaluate.agreement(estimate(g, synthetic, on, **how)[0].ravel(), panels["synthetic masks"][0].ravel())["pearson"]
+    image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, **how)[0].ravel(), panels["synthetic masks"][0].ravel())["pearson"]
                         for name, how in blind.items()}
     return rows, panels, image_dependence
 
@@ -177,8 +143,8 @@ def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     resumed = start_run("qp", args, info.describe(), free=("vqm",))
-    train = Masks(args.vqm, "train", info, args.size, probabilities=args.soft > 0)
-    synthetic, real = Masks(args.vqm, "val", info, args.size), Masks(args.vqm, "real", info, args.size)
+    train = vqm.load(args.vqm, "train", info, args.size, probabilities=args.soft > 0)
+    synthetic, real = (vqm.load(args.vqm, split, info, args.size) for split in ("val", "real"))
 
     torch.manual_seed(args.seed)
     g = models.build("quality", channels=info.channels, classes=len(info.classes), size=args.size, width=args.width, dropout=args.dropout)
@@ -209,7 +175,7 @@ def main(argv=None):
         start, losses = time.perf_counter(), []
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
         g.train()
-        order = train.epoch(args.per_image)
+        order = epoch_rows(train, args.per_image)
         batches = [rows for rows in order.split(args.batch) if len(rows) > 1]  # batch norm needs two
         for rows in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
             losses.append(train_step(run, train, rows, args))
@@ -217,7 +183,7 @@ def main(argv=None):
         if not np.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
         g.eval()
-        errors = [float(np.abs(p - t).mean()) for p, t, _ in (estimate(g, masks, on, most=2000) for masks in (synthetic, real))]
+        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=2000) for masks in (synthetic, real))]
         if sum(errors) / 2 < best["error"]:
             best = dict(error=sum(errors) / 2, epoch=epoch)
             save("qp.pt", epoch)
@@ -235,7 +201,7 @@ def main(argv=None):
         dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
     evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
-          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", train.labeled, "--size", str(args.size), "--method",
+          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", train.spec, "--size", str(args.size), "--method",
                                  "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
 
 

@@ -9,9 +9,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import evaluate  # noqa: E402
 import models  # noqa: E402
-from data import h5  # noqa: E402
+from data import h5, vqm  # noqa: E402
 from data.files import Parser, cli, load_checkpoint  # noqa: E402
-from train_qp import Masks, estimate  # noqa: E402
 
 
 def main():
@@ -25,8 +24,8 @@ def main():
     for path in args.qp:
         g, _ = evaluate.load_quality(path, info, on)
         for split, title in (("val", "synthetic"), ("real", "real outputs")):
-            masks = Masks(args.reference, split, info, load_checkpoint(path, "qp")["args"]["size"])
-            found = estimate(g, masks, on)
+            masks = vqm.load(args.reference, split, info, load_checkpoint(path, "qp")["args"]["size"])
+            found = evaluate.estimate_masks(g, masks, on)
             rows += evaluate.quality_rows(f"{os.path.basename(os.path.dirname(path))}, {title}", *found, info.classes)
     text = evaluate.markdown(rows)
     print(text)

@@ -15,25 +15,26 @@ import evaluate
 import train_qp
 from conftest import make_pictures, quality
 from data import h5, images, phantom
+from data.vqm import load
 from models.quality import quality_target
 
 
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_batches_show_what_they_should(kind, request):
-    data, (vqm, _) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    data, (path, _) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     info = h5.read_info(data)
-    masks = train_qp.Masks(vqm, "train", info, 32, probabilities=True)
+    masks = load(path, "train", info, 32, probabilities=True)
     torch.manual_seed(0)
-    order = masks.epoch(4)
+    order, K = train_qp.epoch_rows(masks, 4), len(info.classes)
     counts = np.bincount(masks.index[order], minlength=len(masks.slices))
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
-    x, mask, truth = masks.batch(rows, torch.device("cpu"), 0.0)
+    x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), 0.0)
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (len(rows), len(info.classes) - 1, 32, 32)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     identical = (masks.mask == masks.slices.label[masks.index]).flatten(1).all(1)
     assert identical.any() and (quality_target(mask, truth)[identical] == 1).all()   # moved together, an identity stays perfect
-    _, soft, _ = masks.batch(rows, torch.device("cpu"), 1.0)
+    _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), 1.0)
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
@@ -67,7 +68,7 @@ def test_report(kind, request):
 
 
 def test_image_of_another_case(gray, gray_quality):
-    masks = train_qp.Masks(gray_quality[0], "val", h5.read_info(gray), 32)
+    masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
     case = masks.slices.case
     assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))

@@ -1,0 +1,68 @@
+"""vqm.h5, the masks of variable quality that corrupt.py hands to train_qp.py.
+
+    attrs                    format, stage="vqm", data's name, checksum, classes, channels; catalog, seed, size, command, labeled, spec
+    /train, /val, /real      mask [N, S, S] uint8, dice [N, K-1], case, slice, source (corruption or network), draw (its random seed)
+                             prob [M, K-1, S, S] uint8: probabilities of the foreground classes in 1/255, of weak networks' outputs
+                             prob_index [N]: the row of prob that belongs to a mask, -1 where there is none
+    labeled: the train cases whose labels went into it; spec: what --labeled was
+"""
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+import torch
+
+from data import h5
+from data.files import FORMAT, InputError
+
+
+def describe(f, info, **more):
+    """Writes the attributes of an open file."""
+    f.attrs.update(format=FORMAT, stage="vqm", data=info.name, checksum=info.checksum, classes=info.classes, channels=info.channels, **more)
+
+
+def create(f, split, n, K, size, probabilities=0):
+    """The empty datasets of a split of vqm.h5."""
+    group, text = f.create_group(split), h5py.string_dtype()
+    group.create_dataset("mask", (n, size, size), "uint8", chunks=(1, size, size), compression="gzip", compression_opts=1)
+    group.create_dataset("prob", (probabilities, K - 1, size, size), "uint8", chunks=(1, K - 1, size, size), compression="gzip",
+                         compression_opts=1, maxshape=(None, K - 1, size, size))
+    group.create_dataset("dice", (n, K - 1), "float32")
+    for name, kind in dict(case=text, slice="int32", source=text, draw="int32", prob_index="int32").items():
+        group.create_dataset(name, (n,), kind, fillvalue=None if kind is text else -1)
+    return group
+
+
+@dataclass
+class Masks:
+    """The masks of one split on an S x S grid, in memory, beside the slices that they belong to."""
+    mask: torch.Tensor        # [N, S, S] uint8
+    index: torch.Tensor       # [N] each mask's slice in slices
+    slices: h5.Slices         # with labels
+    prob: list                # M of [K-1, S, S] uint8
+    prob_index: torch.Tensor  # [N] into prob, -1: none
+    spec: str                 # --labeled of corrupt.py
+
+
+def load(path, split, info, size, probabilities=False):
+    """Reads a split on a size x size grid. -> Masks. InputError if it belongs to other data than info's, or is damaged."""
+    source = "val" if split == "real" else split
+    with h5.open_file(path) as f:
+        if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm":
+            raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT})")
+        if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels:
+            raise InputError(f"{path}: made for classes {', '.join(f.attrs['classes'])} and {f.attrs['channels']} channel(s); "
+                             f"{info.path} has {', '.join(info.classes)} and {info.channels}")
+        if f.attrs["checksum"] != info.checksum:
+            raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
+        try:
+            group, spec = f[split], str(f.attrs["spec"])
+            cases, zs, prob_index = group["case"].asstr()[:], group["slice"][:], group["prob_index"][:]
+            mask = np.stack([h5.resize_label(m, size) for m in group["mask"]])
+            prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] if probabilities else []
+        except (KeyError, OSError) as error:
+            raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
+    slices = h5.load_slices(info, source, size, [e.name for e in info.entries(source) if e.name in set(cases)])
+    where = {key: i for i, key in enumerate(zip(slices.case, slices.z))}
+    index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])
+    return Masks(torch.from_numpy(mask), index, slices, prob, torch.from_numpy(prob_index).long(), spec)
