@@ -49,8 +49,10 @@ def parse_args(argv=None):
     p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
                    help="draw train masks so that the histogram of Dice is flat; the paper does not")
     # harvest
-    p.add_argument("--harvest-share", type=SHARE, default=0.5, help="share of train masks that are outputs of weak networks; paper: 0.05")
-    p.add_argument("--folds", type=number(1), default=2, help="weak networks predict the fold that they were not trained on; 1: one for all, the paper")
+    p.add_argument("--harvest-share", type=SHARE, default=0.5,
+                   help="share of train masks that are outputs of weak networks; paper: 0.05")
+    p.add_argument("--folds", type=number(1), default=2,
+                   help="weak networks predict the fold that they were not trained on; 1: one for all, the paper")
     p.add_argument("--harvest-epochs", type=epochs, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
     p.add_argument("--harvest-batch", type=number(1), default=16, help="slices in a step of the weak networks")

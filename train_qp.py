@@ -132,7 +132,8 @@ def report(g, synthetic, real, info, on):
         rows += evaluate.quality_rows(title, *seen, info.classes)
         panels[title] = seen[:2]
     blind = {"black image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
-    image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, **how)[0].ravel(), panels["synthetic masks"][0].ravel())["pearson"]
+    sighted = panels["synthetic masks"][0].ravel()
+    image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, **how)[0].ravel(), sighted)["pearson"]
                         for name, how in blind.items()}
     return rows, panels, image_dependence
 

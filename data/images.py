@@ -101,7 +101,8 @@ def assign_splits(rows, lists, args):
 
 def read_lists(folder):
     """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
-    return {s: list(filter(None, map(str.strip, (folder / f"{s}.txt").read_text().splitlines()))) for s in h5.SPLITS if (folder / f"{s}.txt").is_file()}
+    files = {s: folder / f"{s}.txt" for s in h5.SPLITS}
+    return {s: [line.strip() for line in f.read_text().splitlines() if line.strip()] for s, f in files.items() if f.is_file()}
 
 
 def read_picture(path, flag):
