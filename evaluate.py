@@ -273,11 +273,11 @@ def estimate_masks(g, masks, on, most=None, **how):
 
 
 def quality_rows(title, predicted, true, present, classes):
-    """Agreement over all classes, over those present in a slice's truth, over absent ones, and for each class where present."""
-    rows = [dict(run=title, entries="all", **agreement(predicted.ravel(), true.ravel())),
-            dict(run=title, entries="present", **agreement(predicted[present], true[present]))]
+    """Agreement over all classes; where some are absent from a slice's truth, present and absent ones apart; each class where present."""
+    rows = [dict(run=title, entries="all", **agreement(predicted.ravel(), true.ravel()))]
     if not present.all():
-        rows.append(dict(run=title, entries="absent", **agreement(predicted[~present], true[~present])))
+        rows += [dict(run=title, entries="present", **agreement(predicted[present], true[present])),
+                 dict(run=title, entries="absent", **agreement(predicted[~present], true[~present]))]
     if len(classes) > 2:
         rows += [dict(run=title, entries=c, **agreement(predicted[:, k][present[:, k]], true[:, k][present[:, k]]))
                  for k, c in enumerate(classes[1:])]

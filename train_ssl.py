@@ -224,10 +224,16 @@ def ramp(t, warmup, length):
     return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
 
 
+def lambdas(args, t):
+    """Weights of the unlabeled loss and of QAR at progress t. While the first is 0, a step is a supervised one: the unlabeled images would
+    only slow it, and in a batch with the labeled ones shift the statistics of batch norm."""
+    return args.lam * ramp(t, args.lam_warmup, args.lam_ramp), args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
+
+
 def total_loss(nets, teacher, g, batch, args, t):
     """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, share of samples that count]."""
-    lam, lam_qar = args.lam * ramp(t, args.lam_warmup, args.lam_ramp), args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
-    sup, terms = METHODS[args.method](nets, teacher, batch, args, t)
+    lam, lam_qar = lambdas(args, t)
+    sup, terms = (METHODS[args.method] if lam else supervised)(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     qar = quality_loss(g, nets, batch.u) if lam_qar else torch.zeros((), device=sup.device)
     loss = sup.mean() + lam * unsup + lam_qar * qar
@@ -260,14 +266,15 @@ def train_step(run, batch, args, step):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-def draw(labeled, unlabeled, args, K, device):
-    """A random batch: labeled and unlabeled slices by index, augmented on the device."""
+def draw(labeled, unlabeled, args, K, step, device):
+    """The random batch of a step: labeled and unlabeled slices by index, augmented on the device."""
     def some(slices, count):  # without repetition while there are enough
         order = torch.cat([torch.randperm(len(slices)) for _ in range(-(-count // len(slices)))])
         return slices.batch(order[:count], device)
     x, y = augment.weak(*some(labeled, args.batch))
     x = models.channels_last(x)
-    if args.method == "supervised" and not args.qar:  # nobody will look at unlabeled images
+    lam, lam_qar = lambdas(args, (step - 1) / args.steps)
+    if not lam_qar and (not lam or args.method == "supervised"):  # nobody will look at unlabeled images
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
     u = models.channels_last(augment.weak(some(unlabeled, args.batch_unlabeled)[0]))
     return Batch(x, one_hot(y, K), u, *(models.channels_last(augment.strong(u)) for _ in range(2)))
@@ -339,7 +346,7 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + step)  # a step draws the same whether the run was resumed or not
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor(step - 1)
-        batch = draw(labeled, unlabeled, args, K, on.device)
+        batch = draw(labeled, unlabeled, args, K, step, on.device)
         sums += train_step(run, batch, args, step)
 
         if step % args.eval_every == 0 or step == args.steps:
@@ -353,7 +360,7 @@ def main(argv=None):
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)
-            log.write(step, **means, lam=args.lam * ramp((step - 1) / args.steps, args.lam_warmup, args.lam_ramp),
+            log.write(step, **means, lam=lambdas(args, (step - 1) / args.steps)[0],
                       lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                       **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
             save("last.pt", step)
