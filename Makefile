@@ -6,8 +6,8 @@ OUT = runs/demo
 STEPS = 300
 LABELED = 6
 DATA = $(OUT)/phantom.h5
-TRAIN = $(PY) train_ssl.py $(DATA) --size 64 --steps $(STEPS) --batch 16 --batch-unlabeled 16 --lr 2e-3 --ema 0.99 \
-        --eval-every 100 --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --overwrite
+TRAIN = $(PY) train_ssl.py $(DATA) --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --size 64 --steps $(STEPS) --eval-every 100 \
+        --batch 16 --batch-unlabeled 16 --lr 2e-3 --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --overwrite
 
 .PHONY: demo test
 .venv/ready: requirements.txt
