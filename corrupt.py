@@ -464,7 +464,7 @@ def start_process(shared):
 
 
 def masks_of_slice(i):
-    """The synthetic masks of slice i. -> masks [n, S, S], Dice [n, K-1], names, draws; the same whoever computes them"""
+    """The synthetic masks of slice i. -> n masks as HDF5 chunks, Dice [n, K-1], names, draws; the same whoever computes them"""
     labels, cases, K, count, area = (work[k] for k in ("labels", "cases", "K", "count", "area"))
     others = [j for j in np.argsort(abs(area - area[i]), kind="stable") if cases[j] != cases[i]]
     similar = [labels[j] for j in others[:max(1, len(others) // 5)]]  # the nearest 20% in area
@@ -475,7 +475,7 @@ def masks_of_slice(i):
     if work["balance"]:
         drawn = flatten(drawn, count)
     masks, dice, names, draws = zip(*drawn)
-    return np.stack(masks), np.stack(dice), names, draws
+    return [vqm.chunk(mask) for mask in masks], np.stack(dice), names, draws
 
 
 def flatten(drawn, count, bins=10):
@@ -584,7 +584,9 @@ def write_synthetic(group, slices, split, K, count, args):
     """Fills the first len(slices) * count rows."""
     for i, (masks, dice, names, draws) in enumerate(synthetic(slices, split, K, count, args)):
         rows = slice(i * count, (i + 1) * count)
-        group["mask"][rows], group["dice"][rows], group["source"][rows], group["draw"][rows] = masks, dice, names, draws
+        for row, chunk in enumerate(masks, rows.start):
+            group["mask"].id.write_direct_chunk((row, 0, 0), chunk)
+        group["dice"][rows], group["source"][rows], group["draw"][rows] = dice, names, draws
         group["case"][rows], group["slice"][rows] = [slices.case[i]] * count, slices.z[i]
 
 

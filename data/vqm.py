@@ -6,6 +6,7 @@
                              prob_index [N]: the row of prob that belongs to a mask, -1 where there is none
     labeled: the train cases whose labels went into it; spec: what --labeled was
 """
+import zlib
 from dataclasses import dataclass
 
 import h5py
@@ -31,6 +32,11 @@ def create(f, split, n, K, size, probabilities=0):
     for name, kind in dict(case=text, slice="int32", source=text, draw="int32", prob_index="int32").items():
         group.create_dataset(name, (n,), kind, fillvalue=None if kind is text else -1)
     return group
+
+
+def chunk(mask):
+    """A mask [S, S] uint8 as the bytes of its chunk in the file, so that the processes that make masks also compress them."""
+    return zlib.compress(mask.tobytes(), 1)
 
 
 @dataclass
