@@ -560,8 +560,8 @@ def outputs(weights, slices, tasks, info, args):
 
 def run_tasks(weak, slices, tasks, info, args):
     """Yields (fold, epoch) and outputs() of every weak network's tasks."""
-    for number, (key, todo) in enumerate(tasks.items()):
-        torch.manual_seed(args.seed * 1000 + 500 + number)
+    for i, (key, todo) in enumerate(tasks.items()):
+        torch.manual_seed(args.seed * 1000 + 500 + i)
         yield key, outputs(weak[key], slices, todo, info, args)
 
 
@@ -636,7 +636,8 @@ def main(argv=None):
     n_train = args.masks - n_harvest
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as f:
-        vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size, labeled=labeled, spec=args.labeled,
+        vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size, 
+                     spec=args.labeled + ("" if args.labeled_seed is None else f" --labeled-seed {args.labeled_seed}"),
                      command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
         groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),

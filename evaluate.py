@@ -192,7 +192,7 @@ def load_quality(path, info, on):
 def run_name(args):
     """What the row of a run is called: its method and hooks."""
     name = args["method"]
-    if args["weight"] != "none":
+    if args["weight"] != "none" and args["method"] != "supervised":  # which has nothing to weight
         name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
         name += " (class)" if args["weight_level"] == "class" else ""
     return name + (" + QAR" if args["qar"] else "")
@@ -205,7 +205,8 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "data", "resume", "overwrite", "device"}}
+        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device"}}
+        config["data"] = state["data"]["checksum"]
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
             key, config = path, config | {"checkpoint": path}

@@ -131,7 +131,7 @@ def report(g, synthetic, real, info, on):
         seen = evaluate.estimate_masks(g, masks, on)
         rows += evaluate.quality_rows(title, *seen, info.classes)
         panels[title] = seen[:2]
-    blind = {"black image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
+    blind = {"blank image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
     sighted = panels["synthetic masks"][0].ravel()
     image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, **how)[0].ravel(), sighted)["pearson"]
                         for name, how in blind.items()}
@@ -202,7 +202,7 @@ def main(argv=None):
         dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
     evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
-          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", train.spec, "--size", str(args.size), "--method",
+          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size", str(args.size), "--method",
                                  "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
 
 
@@ -211,7 +211,7 @@ def load_pretrained(g, path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file of weights")
     try:
-        g.backbone.load_pretrained(torch.load(path, map_location="cpu", weights_only=True))
+        g.backbone.load_pretrained(torch.load(path, map_location="cpu", weights_only=True), g.config["channels"])
     except Exception as error:  # whatever the file holds, it is the user's file that is wrong
         raise InputError(f"{path}: not a torchvision ResNet-18 state dict ({error})") from None
 

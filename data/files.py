@@ -152,6 +152,8 @@ def start_run(stage, args, data, free=()):
             if state["data"][key] != value:
                 raise InputError(f"{last}: was started on other data ({key} {state['data'][key]}, not {value})")
         return state
+    if args.resume and glob.glob(os.path.join(glob.escape(args.out), "*.pt")):
+        raise InputError(f"{last}: is not there, so the run cannot go on; start again with --overwrite")
     if not args.overwrite and glob.glob(os.path.join(glob.escape(args.out), "*.pt")):
         raise InputError(f"{args.out}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
     return None

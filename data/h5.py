@@ -80,6 +80,8 @@ def write(path, cases, *, name, classes, dims, channels):
 
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
+    if len(classes) < 2 or dims not in (2, 3) or channels not in (1, 3):
+        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 or more, 2|3, 1|3")
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True) as f:
             f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels)

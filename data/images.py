@@ -163,7 +163,10 @@ def main(argv=None):
     rows = PRESETS[args.preset](src)
     if not rows:
         raise InputError(f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help")
-    found, rows = len(rows), assign_splits(rows, read_lists(Path(args.lists) if args.lists else src), args)
+    lists = read_lists(Path(args.lists) if args.lists else src)
+    if args.lists and not lists:
+        raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
+    found, rows = len(rows), assign_splits(rows, lists, args)
     if len(rows) < found:
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
     if bare := sum(mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows):

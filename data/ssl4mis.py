@@ -12,7 +12,6 @@ Neither layout holds the voxel spacing: pass --spacing if you know it.
 import re
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from data import h5

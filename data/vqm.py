@@ -1,10 +1,10 @@
 """vqm.h5, the masks of variable quality that corrupt.py hands to train_qp.py.
 
-    attrs                    format, stage="vqm", data's name, checksum, classes, channels; catalog, seed, size, command, labeled, spec
+    attrs                    format, stage="vqm", data's name, checksum, classes, channels; catalog, seed, size, command, spec
     /train, /val, /real      mask [N, S, S] uint8, dice [N, K-1], case, slice, source (corruption or network), draw (its random seed)
                              prob [M, K-1, S, S] uint8: probabilities of the foreground classes in 1/255, of weak networks' outputs
                              prob_index [N]: the row of prob that belongs to a mask, -1 where there is none
-    labeled: the train cases whose labels went into it; spec: what --labeled was
+    spec: the --labeled (and --labeled-seed) of corrupt.py
 """
 import zlib
 from dataclasses import dataclass
@@ -68,7 +68,8 @@ def load(path, split, info, size, probabilities=False):
             prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] if probabilities else []
         except (KeyError, OSError) as error:
             raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
-    slices = h5.load_slices(info, source, size, [e.name for e in info.entries(source) if e.name in set(cases)])
+    known = set(cases)
+    slices = h5.load_slices(info, source, size, [e.name for e in info.entries(source) if e.name in known])
     where = {key: i for i, key in enumerate(zip(slices.case, slices.z))}
     index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])
     return Masks(torch.from_numpy(mask), index, slices, prob, torch.from_numpy(prob_index).long(), spec)

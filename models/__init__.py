@@ -75,10 +75,9 @@ def compute(device="auto", amp="auto"):
 def device_name(text):
     """argparse type of --device: "auto" or a device that is there."""
     try:
-        if text != "auto" and torch.device(text).type == "cuda" and not torch.cuda.is_available():
-            raise argparse.ArgumentTypeError(f"{text}: no CUDA device here; use auto or cpu")
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: not a device; use auto, cpu, cuda or cuda:1") from None
+        torch.zeros((), device="cpu" if text == "auto" else text).item()
+    except Exception:  # each backend fails in its own way
+        raise argparse.ArgumentTypeError(f"{text} is not a device here; use auto, cpu, cuda or cuda:1") from None
     return text
 
 

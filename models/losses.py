@@ -2,7 +2,6 @@
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
-import torch
 from torch.nn import functional as F
 
 

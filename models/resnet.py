@@ -53,17 +53,17 @@ class ResNet(nn.Module):
             features.append(x)
         return features
 
-    def load_pretrained(self, weights):
+    def load_pretrained(self, weights, image_channels):
         """Loads a torchvision ResNet state dict (its fc is left out). KeyError lists keys that are missing or left over.
 
-        The first convolution adapts: input channels beyond RGB, and gray, take the mean of the RGB filters.
+        The first convolution adapts: every input channel that is not one of an RGB image takes the mean of the RGB filters.
         """
         weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
         first = weights.get("conv1.weight")
-        if first is not None and first.shape[1] != self.conv1.in_channels:
+        if first is not None and (first.shape[1] != self.conv1.in_channels or image_channels != 3):
             n = self.conv1.in_channels
             mean = first.mean(1, keepdim=True).expand(-1, n, *first.shape[2:])
-            weights["conv1.weight"] = torch.cat([first, mean[:, 3:]], 1) if n > 3 else mean.clone()
+            weights["conv1.weight"] = torch.cat([first, mean[:, 3:]], 1) if image_channels == 3 else mean.clone()
         own = self.state_dict()
         if wrong := sorted(set(own) ^ set(weights)) + [k for k in own if k in weights and own[k].shape != weights[k].shape]:
             raise KeyError(f"{len(wrong)} parameters do not match, among them {', '.join(wrong[:4])}")

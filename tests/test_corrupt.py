@@ -141,7 +141,7 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
     found, attrs = run(data, tmp_path, "--harvest-share", "0.3", "--folds", "3", "--preview", str(tmp_path / "p.png"))
     info, K = h5.read_info(data), len(attrs["classes"])
     labeled, others = h5.choose_labeled(info, "3")
-    assert set(attrs["labeled"]) == set(labeled) and "--labeled 3" in attrs["command"] and (tmp_path / "p.png").exists()
+    assert attrs["spec"] == "3" and "--labeled 3" in attrs["command"] and (tmp_path / "p.png").exists()
     for split, source in (("train", "train"), ("val", "val"), ("real", "val")):
         names = {c.decode() for c in found[f"{split}/case"]}
         assert names == set(labeled if source == "train" else [e.name for e in info.entries("val")])

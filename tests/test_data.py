@@ -158,6 +158,7 @@ def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
     refused(images.main, [src, "--out", tmp_path / "c.h5"], "p1.png", "not a readable picture")
     (src / "train.txt").write_text("nobody\n")
     refused(images.main, [src, "--out", tmp_path / "c.h5"], "nobody")
+    refused(images.main, [src, "--out", tmp_path / "c.h5", "--lists", tmp_path / "typo"], "--lists")
     refused(images.main, [tmp_path / "nothing", "--out", tmp_path / "c.h5"], "no such folder")
     refused(images.main, [tmp_path, "--preset", "ph2", "--out", tmp_path / "c.h5"], "no picture")
     assert not (tmp_path / "c.h5").exists()

@@ -56,14 +56,20 @@ def test_torchvision_weights_load(depth, blocks, size, channels):
     source = ResNet(3, depth).state_dict()
     weights = {k: source.get(k, torch.zeros(1)).clone() for k in torchvision_names(blocks)}
     net = ResNet(channels, depth)
-    net.load_pretrained(weights)
+    net.load_pretrained(weights, 1 if channels == 1 else 3)
     assert models.parameters(ResNet(3, depth)) == pytest.approx(size, rel=0.01)
     rgb, own = weights["conv1.weight"], net.conv1.weight
     expected = {1: rgb.mean(1, keepdim=True), 3: rgb, 5: torch.cat([rgb, rgb.mean(1, keepdim=True).expand(-1, 2, -1, -1)], 1)}[channels]
     assert torch.equal(own, expected) and torch.equal(net.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
     del weights["layer2.0.bn1.weight"]
     with pytest.raises(KeyError, match="layer2.0.bn1.weight"):
-        net.load_pretrained(weights)
+        net.load_pretrained(weights, 3)
+
+
+def test_gray_and_mask_channels_take_the_mean_filter():
+    weights, net = {k: v.clone() for k, v in ResNet(3, 18).state_dict().items()}, ResNet(4, 18)
+    net.load_pretrained(weights, 1)  # g for a gray image and three classes
+    assert torch.equal(net.conv1.weight, weights["conv1.weight"].mean(1, keepdim=True).expand(-1, 4, -1, -1))
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -49,7 +49,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
     assert synthetic["pearson"] > 0.8
-    assert report["image_dependence"]["black image"] < 0.7
+    assert report["image_dependence"]["blank image"] < 0.7
     log = [float(r["loss"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
     assert log[-1] < 0.5 * log[0]
 
@@ -63,7 +63,7 @@ def test_report(kind, request):
     for run in ("synthetic masks", "real outputs"):
         assert (run, "all") in titles and ((run, "present") in titles) == (K > 2)
         assert K == 2 or {(run, "myocardium"), (run, "absent")} <= titles
-    assert set(report["image_dependence"]) == {"black image", "another case's image"}
+    assert set(report["image_dependence"]) == {"blank image", "another case's image"}
     assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
 
 
