@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, h5, vqm
-from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing, save_checkpoint
+from data.files import SEED, SHARE, InputError, Parser, cli, number, numbers, replacing, save_checkpoint
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 1
@@ -53,7 +53,7 @@ def parse_args(argv=None):
                    help="share of train masks that are outputs of weak networks; paper: 0.05")
     p.add_argument("--folds", type=number(1), default=2,
                    help="weak networks predict the fold that they were not trained on; 1: one for all, the paper")
-    p.add_argument("--harvest-epochs", type=epochs, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
+    p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
     p.add_argument("--harvest-batch", type=number(1), default=16, help="slices in a step of the weak networks")
     # running
@@ -63,11 +63,6 @@ def parse_args(argv=None):
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
     return p.parse_args(argv)
-
-
-def epochs(text):
-    """argparse type: numbers joined by commas, in order."""
-    return sorted({number(1)(part) for part in text.split(",")})
 
 
 # ---------------------------------------------------------------------------------------------------- geometry of a mask

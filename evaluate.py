@@ -205,8 +205,8 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device"}}
-        config["data"] = state["data"]["checksum"]
+        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep"}}
+        config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
             key, config = path, config | {"checkpoint": path}

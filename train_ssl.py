@@ -4,7 +4,7 @@
 
 Reads  DATA.h5: labels of the labeled train cases and of val; images of all other train cases, of the split `unlabeled`, and of
        --unlabeled OTHER.h5; with --weight quality or --qar also the qp.pt of train_qp.py.
-Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events.
+Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
 
 One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
            QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i)
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5
-from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
+from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, numbers, save_checkpoint, start_run
 from models.losses import mse_loss, one_hot, seg_loss
 
 
@@ -67,6 +67,7 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient")
     p.add_argument("--eval-every", type=number(1), default=200, help="steps between validations, log rows and checkpoints")
     p.add_argument("--patience", type=number(1), default=30, help="validations without a better Dice before stopping")
+    p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[], help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     # running
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -303,7 +304,7 @@ def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
-    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled"))
+    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep"))
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
     g, seen = evaluate.load_quality(args.qp, info, on) if args.qp else (None, [])
@@ -349,6 +350,8 @@ def main(argv=None):
         batch = draw(labeled, unlabeled, args, K, step, on.device)
         sums += train_step(run, batch, args, step)
 
+        if step in args.keep:
+            save(f"step{step}.pt", step)
         if step % args.eval_every == 0 or step == args.steps:
             done = (step - 1) % args.eval_every + 1
             means = dict(zip(names, (sums / done).tolist()))

@@ -45,6 +45,11 @@ def number(low, high=math.inf, kind=int):
     return parse
 
 
+def numbers(text):
+    """argparse type: whole numbers of at least 1, joined by commas, in order."""
+    return sorted({number(1)(part) for part in text.split(",")})
+
+
 SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 
