@@ -1,10 +1,11 @@
 """Stage 4: scores checkpoints on a split, case by case.
 
-    python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--qp runs/qp/qp.pt]
+    python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--qp runs/qp/qp.pt [--second runs/other/best.pt]]
 
-Reads  DATA.h5, the best.pt or last.pt of train_ssl.py, optionally the qp.pt of train_qp.py.
+Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), optionally the qp.pt of train_qp.py.
 Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on the screen), OUT/compare.png,
-       OUT/cases/*.png (image, truth, each run's outlines); with --qp also OUT/quality.csv, quality.md and quality.png.
+       OUT/cases/*.png (image, truth, each run's outlines); with --qp, which compares g and simpler estimates of the outputs' quality
+       with the truth, also OUT/quality.csv (a row per run, slice and class), quality.md, quality.png (g) and estimates.png (all).
 
 Runs that differ only in their seed form one row: mean and standard deviation. Every score is taken on the case's own grid; volumes
 that were segmented slice by slice are scored as volumes.
@@ -18,30 +19,36 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage, stats
+from scipy import ndimage, optimize, stats
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from data import h5
+from data import augment, h5
 from data.files import InputError, Parser, cli, load_checkpoint, number, replacing
+from models import quality
 from models.losses import one_hot
-from models.quality import quality_target
 
 
 def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("checkpoints", nargs="+", help="best.pt or last.pt of one or more runs")
-    p.add_argument("--split", choices=("train", "val", "test"), default="val", help="cases to score; all need labels")
+    p.add_argument("--split", choices=("train", "val", "test", "held_out"), default="val",
+                   help="cases to score, which need labels; held_out: train cases whose labels no run and no g has learned from")
     p.add_argument("--out", required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class")
-    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its estimate with the true quality of each output")
+    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
+    p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
     p.add_argument("--batch", type=number(1), default=32, help="slices in one pass")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.second and not args.qp:
+        raise InputError("--second is compared with g: it needs --qp")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -99,34 +106,38 @@ def score_case(label, truth, entry, K):
 
 
 def agreement(predicted, true):
-    """How well estimates match: n, MAE, RMSE, Pearson, Spearman (None where one side is constant)."""
+    """How well estimates match: n, MAE, RMSE, Pearson, Spearman (None where one side is constant), and worst: the share of the worst 20%
+    that are among the 20% of the lowest estimates."""
     predicted, true = (np.asarray(v, np.float64) for v in (predicted, true))
     n, varied = len(true), len(true) > 1 and predicted.std() > 1e-9 and true.std() > 1e-9
+    lowest = [set(np.argsort(v, kind="stable")[:-(-n // 5)]) for v in (predicted, true)]
     return dict(n=n, mae=float(np.abs(predicted - true).mean()) if n else None,
                 rmse=float(np.sqrt(((predicted - true) ** 2).mean())) if n else None,
                 pearson=float(stats.pearsonr(predicted, true)[0]) if varied else None,
-                spearman=float(stats.spearmanr(predicted, true)[0]) if varied else None)
+                spearman=float(stats.spearmanr(predicted, true)[0]) if varied else None,
+                worst=len(lowest[0] & lowest[1]) / len(lowest[1]) if varied else None)
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
 
-def load_cases(info, split, size):
-    """What scoring needs, read once: Slices on the network's grid, and entry and label (D, H, W) of every case."""
-    slices = h5.load_slices(info, split, size)
+def load_cases(info, split, size, names=None):
+    """What scoring needs, read once: Slices on the network's grid, and entry and label (D, H, W) of the named cases (default: of all)."""
+    entries = [e for e in info.entries(split) if names is None or e.name in names]
+    slices = h5.load_slices(info, split, size, [e.name for e in entries])
     with h5.open_file(info.path) as f:
-        return slices, [(e, h5.read_case(f, info, split, e.name)[1]) for e in info.entries(split)]
+        return slices, [(e, h5.read_case(f, info, split, e.name)[1]) for e in entries]
 
 
 @torch.no_grad()
-def predict(net, slices, on, batch=32):
-    """Probabilities of every slice, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
+def predict(net, slices, on, batch=32, view=lambda x: x):
+    """Probabilities of every slice, or of a view of it, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
     training = net.training
     net.eval()
     out = []
     for start in range(0, len(slices), batch):
         x, _ = slices.batch(slice(start, start + batch), on.device)
         with on.autocast():
-            out.append(net(models.channels_last(x)).float().softmax(1).cpu())
+            out.append(net(models.channels_last(view(x))).float().softmax(1).cpu())
     net.train(training)
     return torch.cat(out)
 
@@ -194,7 +205,7 @@ def run_name(args):
     name = args["method"]
     if args["weight"] != "none" and args["method"] != "supervised":  # which has nothing to weight
         name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
-        name += " (class)" if args["weight_level"] == "class" else ""
+        name += "" if args["weight_level"] == "image" else f" ({args['weight_level']})"
     return name + (" + QAR" if args["qar"] else "")
 
 
@@ -251,10 +262,9 @@ def markdown(rows):
 
 @torch.no_grad()
 def estimate_quality(g, slices, index, mask, on, change=lambda x: x):
-    """g's estimate and the true quality of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
+    """g's estimate and the true Dice of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
 
     index [N]: the slice of each mask [N, S, S] in slices, which have labels; change: what to do to the images first.
-    Both numbers are the smoothed Dice per slice (models.quality.quality_target).
     """
     predicted, true, present, K = [], [], [], g.config["classes"]
     for rows, m in zip(index.split(64), mask.split(64)):
@@ -262,7 +272,7 @@ def estimate_quality(g, slices, index, mask, on, change=lambda x: x):
         m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
         with on.autocast():
             predicted.append(g(change(x), m).cpu())
-        true.append(quality_target(m, truth).cpu()), present.append(truth.flatten(2).any(2).cpu())
+        true.append(quality.true_dice(m, truth).cpu()), present.append(truth.flatten(2).any(2).cpu())
     return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
 
 
@@ -285,6 +295,121 @@ def quality_rows(title, predicted, true, present, classes):
     return rows
 
 
+@dataclass
+class Outputs:
+    """A run's outputs, slice by slice: what is true of them, and what each estimate says."""
+    true: np.ndarray     # [N, K-1] Dice
+    present: np.ndarray  # [N, K-1] whether the truth holds the class
+    shared: np.ndarray   # [N, K-1] pixels of both output and truth
+    area: np.ndarray     # [N, K-1] pixels of the output
+    total: np.ndarray    # [N, K-1] pixels of output and truth, added
+    estimates: dict      # name -> [N, K-1]
+
+
+def compare_estimates(g, net, teacher, second, slices, on, batch):
+    """g, and every estimate of quality that needs no g, on a network's outputs for slices with labels. -> Outputs
+
+    teacher: its EMA; second: probabilities of an independent network for these slices [N, K, S, S], or None
+    """
+    def augmented(x):
+        return augment.strong(x.flip(-1), 0.5)
+    p, K = predict(net, slices, on, batch), g.config["classes"]
+    torch.manual_seed(0)
+    other = predict(net, slices, on, batch, augmented).flip(-1)
+    g_says, true, present = estimate_quality(g, slices, torch.arange(len(slices)), p.argmax(1), on)
+    mask, truth = quality.foreground(p).flatten(2), one_hot(slices.label, K)[:, 1:].flatten(2)
+    found = {"mean confidence": quality.confidence(p), "mean certainty (entropy)": quality.certainty(p),
+             "region confidence": quality.region_confidence(p), "f's own expected Dice": quality.expected_dice(p),
+             "agreement with an augmented pass": quality.agreement(p, other),
+             "agreement with the teacher": quality.agreement(p, predict(teacher, slices, on, batch))}
+    if second is not None:
+        found["expected Dice under a second network"] = quality.expected_dice(p, second)
+    return Outputs(true, present, *(v.sum(2).numpy() for v in (mask * truth, mask, mask + truth)),
+                   {"g": g_says} | {name: v.numpy() for name, v in found.items()})
+
+
+UNSCALED = {"mean confidence", "mean certainty (entropy)", "region confidence"}  # not estimates of a Dice
+LEVELS = {"present": "of each slice and class that is present", "absent": "of each slice and class that is absent",
+          "image": "of each slice, mean over its classes", "volume": "of each volume and class"}
+
+
+def at_level(outputs, values, level, case):
+    """Numbers [N, K-1] of slices and classes as a list of one level's entries, and the case that each belongs to.
+
+    A volume's estimate is the mean of its slices', weighted with the output's area; the true Dice of a volume is its own.
+    """
+    case = np.asarray(case)
+    if level == "image":
+        return values.mean(1), case
+    if level == "volume":
+        names, number = np.unique(case, return_inverse=True)
+        add = lambda v: np.stack([np.bincount(number, column) for column in v.T], 1)   # [N, K-1] -> [volumes, K-1]
+        if values is outputs.true:
+            both, total = add(outputs.shared), add(outputs.total)
+            out = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
+        else:
+            weight = outputs.area + 1e-6
+            out = add(values * weight) / add(weight)
+        return out.ravel(), np.repeat(names, out.shape[1])
+    chosen = outputs.present if level == "present" else ~outputs.present
+    return values[chosen], np.broadcast_to(case[:, None], values.shape)[chosen]
+
+
+def monotone(x, y):
+    """The increasing map from x to y of the least squared error, as a function; linear in between."""
+    order = np.argsort(x, kind="stable")
+    fitted = optimize.isotonic_regression(y[order]).x
+    return lambda v: np.interp(v, x[order], fitted)
+
+
+def calibrated(estimate, true, case, reference, folds=5):
+    """Estimates after a monotone map to Dice that was fitted on other cases: on the reference, a pair (estimate, true) of val, or, where
+    that is None since val itself is scored, on the cases of the other folds."""
+    if reference is not None:
+        return monotone(*reference)(estimate)
+    out, fold = np.array(estimate, np.float64), np.unique(case, return_inverse=True)[1] % folds
+    for k in np.unique(fold):
+        if (fold != k).any():
+            out[fold == k] = monotone(estimate[fold != k], true[fold != k])(estimate[fold == k])
+    return out
+
+
+def compare_rows(groups, outputs, reference, case, reference_case):
+    """Agreement of every estimate with the truth, for each level and each group of runs, and the mean over all runs.
+
+    outputs: Outputs of each run; reference: those on val, for calibration, or None if val is what is scored. -> {level: rows}
+    """
+    levels = [level for level in LEVELS if level != "volume" or len(set(case)) < len(case)]
+    tables = {}
+    for level in [level for level in levels if len(at_level(outputs[0], outputs[0].true, level, case)[0]) > 1]:
+        rows = []
+        for name in outputs[0].estimates:
+            pairs = [(at_level(o, o.estimates[name], level, case)[0], at_level(o, o.true, level, case)[0]) for o in outputs]
+            cases = at_level(outputs[0], outputs[0].true, level, case)[1]
+            known = None if reference is None else [np.concatenate(v) for v in zip(*(
+                (at_level(o, o.estimates[name], level, reference_case)[0], at_level(o, o.true, level, reference_case)[0]) for o in reference))]
+            estimate, true = (np.concatenate(v) for v in zip(*pairs))      # one map for all runs: nobody knows how good a run is
+            mapped = calibrated(estimate, true, np.tile(cases, len(outputs)), known).reshape(len(outputs), -1)
+            found = [agreement(*pair) | dict(dice=float(pair[1].mean()), calibrated=float(np.abs(m - pair[1]).mean()))
+                     for pair, m in zip(pairs, mapped)]
+            for run, members in [*((f"{n}, labeled {l}", m) for n, l, m in groups), ("mean of all", range(len(outputs)))]:
+                mean = {k: np.mean([found[i][k] for i in members]).item() if all(found[i][k] is not None for i in members) else None
+                        for k in found[0]}
+                rows.append({"run": run, "estimate": name, "n": int(mean["n"]), "Dice": mean["dice"],
+                             "MAE": None if name in UNSCALED else mean["mae"], "MAE calibrated": mean["calibrated"],
+                             "Pearson": mean["pearson"], "Spearman": mean["spearman"], "worst 20% found": mean["worst"]})
+        order = {run: i for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
+        tables[level] = sorted(rows, key=lambda r: order[r["run"]])
+    return tables
+
+
+def gigaflops(net, *inputs):
+    """Multiplications and additions of one pass, in billions."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(*inputs)
+    return counter.get_total_flops() / 1e9
+
+
 def draw_quality(path, panels, classes):
     """Predicted against true quality, one panel each. panels: {title: (predicted, true)} [N, K-1]"""
     plt = h5.pyplot()
@@ -298,8 +423,27 @@ def draw_quality(path, panels, classes):
             axis.scatter(true[:, k], predicted[:, k], s=6, alpha=0.35, linewidths=0, color=h5.COLORS[k % len(h5.COLORS)])
         both = agreement(predicted.ravel(), true.ravel())
         axis.set_title(f"{title}\nMAE {both['mae']:.3f}, r {both['pearson'] or 0:.3f}", fontsize=9)
-        axis.set(xlabel="true smoothed Dice", ylabel="predicted", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axis.set(xlabel="true Dice", ylabel="predicted", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     h5.legend(figure, classes)
+    h5.save_figure(figure, path)
+
+
+def draw_estimates(path, rows):
+    """Pearson r and calibrated MAE of every estimate (lines of the figure) for every group of runs (colors)."""
+    plt = h5.pyplot()
+    names, runs = list(dict.fromkeys(r["estimate"] for r in rows)), list(dict.fromkeys(r["run"] for r in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.6 + 0.34 * len(names)), sharey=True, layout="constrained")
+    for axis, column in zip(axes, ("Pearson", "MAE calibrated")):
+        for i, run in enumerate(runs):
+            last = run == "mean of all"
+            values = {r["estimate"]: r[column] for r in rows if r["run"] == run}
+            axis.scatter([np.nan if values[n] is None else values[n] for n in names], range(len(names)), label=run, zorder=3,
+                         s=70 if last else 30, marker="|" if last else "o", color="black" if last else h5.COLORS[i % len(h5.COLORS)])
+        axis.grid(axis="x", lw=0.4)
+        axis.set_xlabel({"Pearson": "Pearson r (right is better)"}.get(column, "MAE after calibration (left is better)"))
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     h5.save_figure(figure, path)
 
 
@@ -352,30 +496,71 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------- main
 
+def held_out(info, states, learned):
+    """Names of the train cases with labels that neither the runs nor g (which has learned from the cases `learned`) have used."""
+    used = set(learned).union(*(h5.choose_labeled(info, state["args"]["labeled"], state["args"]["labeled_seed"])[0] for state in states))
+    names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
+    if not names:
+        raise InputError(f"{info.path}: no train case has a label that the runs have not learned from; score --split val")
+    return names
+
+
+def write_quality(args, info, groups, states, outputs, reference, slices, reference_case, cost):
+    """The tables, pictures and CSV of --qp."""
+    tables = compare_rows(groups, outputs, reference, slices.case, reference_case)
+    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(slices.case))} cases: mean over seeds. Calibrated: after "
+             f"a monotone map, fitted {'on the other cases' if reference is None else 'on val'}.\n{cost}")
+    write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
+        f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
+    rows = [r for r in tables["present"] if r["run"] == "mean of all"]
+    print(f"\n{title}\n\nMean over all runs, {LEVELS['present']} (quality.md has all)\n\n"
+          + markdown([{k: v for k, v in r.items() if k != "run"} for r in rows]))
+    write_csv(os.path.join(args.out, "quality.csv"), [
+        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
+         "present": outputs[i].present[n, k], "true": outputs[i].true[n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
+        for name, labeled, members in groups for i in members for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
+    draw_quality(os.path.join(args.out, "quality.png"),
+                 {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], outputs[m[0]].true) for name, labeled, m in groups}, info.classes)
+    draw_estimates(os.path.join(args.out, "estimates.png"), tables["present"])
+
+
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
-    K, entries = len(info.classes), info.entries(args.split)
+    K = len(info.classes)
+    g, learned = load_quality(args.qp, info, on) if args.qp else (None, [])
+    split, names = args.split, None
+    if split == "held_out":
+        split = "train"
+        names = held_out(info, [load_checkpoint(path, "ssl") for path in [*args.checkpoints, *([args.second] if args.second else [])]], learned)
+    entries = [e for e in info.entries(split) if names is None or e.name in names]
     if missing := [e.name for e in entries if not e.labeled]:
-        raise InputError(f"{args.data}: /{args.split}/{missing[0]} has no label, so it cannot be scored")
-    g = load_quality(args.qp, info, on)[0] if args.qp else None
+        raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored")
 
-    states, labels, scores, quality = [], [], [], []
-    loaded = {}  # network grid -> slices and cases
+    loaded = {}  # (split, network grid) -> slices and cases, of --second also its probabilities
+    def cases_of(split, size):
+        if (split, size) not in loaded:
+            slices, cases = load_cases(info, split, size, names if split != "val" else None)
+            second = predict(load_run(args.second, args.weights, on)[0], slices, on, args.batch) if args.second else None
+            loaded[split, size] = slices, cases, second
+        return loaded[split, size]
+
+    states, labels, scores, outputs, reference = [], [], [], [], []
     for path in args.checkpoints:
         net, state = load_run(path, args.weights, on)
         for key in ("classes", "channels"):
             if state["data"][key] != getattr(info, key):
                 raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {args.data} has {getattr(info, key)}")
         size = state["args"]["size"]
-        if size not in loaded:
-            loaded[size] = load_cases(info, args.split, size)
-        slices, cases = loaded[size]
-        probability = predict(net, slices, on, args.batch)
-        labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
+        slices, cases, second = cases_of(split, size)
+        labels.append(list(predict_cases(predict(net, slices, on, args.batch), cases, K, args.largest_component)))
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
-            quality.append(estimate_quality(g, slices, torch.arange(len(slices)), probability.argmax(1), on))
+            teacher = load_run(path, "teacher", on)[0]
+            outputs.append(compare_estimates(g, net, teacher, second, slices, on, args.batch))
+            if split != "val":
+                val, _, second = cases_of("val", size)
+                reference.append(compare_estimates(g, net, teacher, second, val, on, args.batch))
         states.append({k: state[k] for k in ("args", "data")})
 
     groups = group_runs(states, args.checkpoints)
@@ -392,27 +577,20 @@ def main(argv=None):
     print(f"{title}\n\n{markdown(rows)}")
 
     if g:
-        named = [(f"{name}, labeled {labeled}", i) for name, labeled, members in groups for i in members]
-        table = sum((quality_rows(f"{name}, seed {states[i]['args']['seed']}", *quality[i], info.classes) for name, i in named), [])
-        text = f"Predicted against true quality of the outputs' slices ({args.qp})\n\n{markdown(table)}\n"
-        write_text(os.path.join(args.out, "quality.md"), text)
-        print(f"\n{text}", end="")
-        write_csv(os.path.join(args.out, "quality.csv"), [
-            {"run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
-             "predicted": quality[i][0][n, k], "true": quality[i][1][n, k], "present": quality[i][2][n, k]}
-            for name, i in named for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
-        draw_quality(os.path.join(args.out, "quality.png"), 
-                     {f"{name}, labeled {labeled}": quality[m[0]][:2] for name, labeled, m in groups}, info.classes)
+        x, mask = (torch.zeros(1, n, size, size, device=on.device) for n in (info.channels, K - 1))
+        cost = (f"Cost of an image of {size} x {size}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
+                f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
+        write_quality(args, info, groups, states, outputs, reference or None, slices, cases_of("val", size)[0].case if reference else None, cost)
 
     if args.pictures > 0:
         draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)
         with h5.open_file(info.path) as f:
             for c in np.unique(np.linspace(0, len(entries) - 1, min(args.pictures, len(entries))).astype(int)):
-                image, truth = h5.read_case(f, info, args.split, entries[c].name)
-                outputs = [(f"{name}\nlabeled {labeled}, Dice {np.mean([s.dice for s in scores[m[0]][c]]):.3f}", labels[m[0]][c])
-                           for name, labeled, m in groups]
-                draw_case(os.path.join(args.out, "cases", f"{entries[c].name}.png"), entries[c], image, truth, outputs, info.classes)
-    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*" if g else "")
+                image, truth = h5.read_case(f, info, split, entries[c].name)
+                outlines = [(f"{name}\nlabeled {labeled}, Dice {np.mean([s.dice for s in scores[m[0]][c]]):.3f}", labels[m[0]][c])
+                            for name, labeled, m in groups]
+                draw_case(os.path.join(args.out, "cases", f"{entries[c].name}.png"), entries[c], image, truth, outlines, info.classes)
+    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*, estimates.png" if g else "")
           + (", compare.png, cases/*.png" if args.pictures > 0 else ""))
 
 

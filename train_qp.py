@@ -6,11 +6,13 @@ Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of co
 Writes OUT/qp.pt (the best g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on held-out cases:
        OUT/qp.json, OUT/qp.md, OUT/qp.png.
 
-g learns the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. The report tells apart
+g answers with the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. --head dense predicts the
+truth from image and mask, and reads off the mask's expected Dice; --head scalar, the paper's, regresses it. The report tells apart
 synthetic masks and real outputs: predictions of the weak networks on val cases, which none of them has seen.
 
 Legend: N masks, B batch, K classes, C channels, S side.
 """
+import copy
 import json
 import os
 import shlex
@@ -27,8 +29,8 @@ import evaluate
 import models
 from data import augment, h5, vqm
 from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
-from models.losses import one_hot
-from models.quality import quality_target
+from models.losses import one_hot, seg_loss
+from models.quality import quality_target, resample, true_dice, with_background
 
 
 def parse_args(argv=None):
@@ -38,16 +40,22 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="folder of the run")
     p.add_argument("--size", type=number(32), default=224, help="side of the images that g sees")
     # network
-    p.add_argument("--width", type=number(1), default=64, help="channels of ResNet-18's first stage; 64 is the standard")
-    p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="before the last layer")
-    p.add_argument("--pretrained", metavar="FILE", help="torchvision ResNet-18 state dict to start from")
-    # training: the paper's values
+    p.add_argument("--head", choices=HEADS, default="dense", help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18")
+    p.add_argument("--width", type=number(1), help="channels of the first stage (default: dense 16, scalar 64)")
+    p.add_argument("--members", type=number(1), default=3, help="dense: U-Nets whose predictions of the truth are averaged")
+    p.add_argument("--mask-dropout", type=SHARE, default=0.5, help="dense: share of training samples whose mask is withheld")
+    p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0, help="dense: weight of the error in Dice beside that in pixels")
+    p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
+    p.add_argument("--pretrained", metavar="FILE", help="scalar: torchvision ResNet-18 state dict to start from")
+    # training: the paper's values for the scalar head
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice in an epoch")
     p.add_argument("--batch", type=number(2), default=32, help="masks in a step")
-    p.add_argument("--lr", type=number(0, 10, float), default=3e-4, help="AdamW, cosine schedule")
+    p.add_argument("--lr", type=number(0, 10, float), help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
+    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
     p.add_argument("--patience", type=number(1), default=25, help="epochs without a better val error before stopping")
+    p.add_argument("--strength", type=SHARE, default=0.5, help="of augmentation: intensity, rotation, scale and shift")
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     # running
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
@@ -55,7 +63,11 @@ def parse_args(argv=None):
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.pretrained and args.head != "scalar":
+        raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
+    args.width, args.lr = args.width or {"dense": 16, "scalar": 64}[args.head], args.lr or {"dense": 1e-3, "scalar": 3e-4}[args.head]
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -67,16 +79,16 @@ def epoch_rows(masks, per_image):
     return rows[torch.randperm(len(rows))]
 
 
-def draw(masks, rows, K, device, soft):
+def draw(masks, rows, K, device, args):
     """One augmented batch. -> image [B, C, S, S], mask [B, K-1, S, S] hard or soft, truth [B, K-1, S, S]
 
-    Geometry moves image, mask and truth together, intensity changes the image alone. A share `soft` of the masks is soft: a weak
+    Geometry moves image, mask and truth together, intensity changes the image alone. A share --soft of the masks is soft: a weak
     network's probabilities where there are some, else a blurred mask.
     """
     x, y = masks.slices.batch(masks.index[rows], device)
-    grid = augment.random_geometry(x)
+    grid = augment.random_geometry(x, rotate=45 * args.strength, scale=0.3 * args.strength, shift=0.15 * args.strength)
     mask, truth = (one_hot(augment.move(v.to(device), grid), K)[:, 1:] for v in (masks.mask[rows].long(), y))
-    chosen = torch.rand(len(rows)) < soft
+    chosen = torch.rand(len(rows)) < args.soft
     harvested = chosen & (masks.prob_index[rows] >= 0)
     if harvested.any():
         p = torch.stack([masks.prob[i] for i in masks.prob_index[rows][harvested].tolist()]).to(device).float() / 255
@@ -84,7 +96,30 @@ def draw(masks, rows, K, device, soft):
     if (blurred := (chosen & ~harvested).to(device)).any():
         m = mask[blurred]
         mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
-    return augment.strong(augment.move(x, grid), 0.6), mask, truth
+    return augment.strong(augment.move(x, grid), args.strength), mask, truth
+
+
+# ---------------------------------------------------------------------------------------------------- the two heads' losses
+# loss(g, x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S], args) -> a number
+
+def scalar_loss(g, x, mask, truth, args):
+    """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
+    return F.smooth_l1_loss(g(x, mask), quality_target(mask, truth))
+
+
+def dense_loss(g, x, mask, truth, args):
+    """Each member segments the truth, from views that show the mask or withhold it: (cross-entropy + soft Dice) / 2, and Smooth L1 between
+    the expected Dice that is read off its answer and the smoothed Dice of the mask."""
+    total, target, quality = 0.0, with_background(truth), quality_target(mask, truth)
+    for member in g.members:
+        withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
+        logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, S, S]
+        expected = quality_target(mask, logits.float().softmax(1)[:, 1:])               # [B, K-1]
+        total = total + seg_loss(logits, target).mean() + args.quality_loss * F.smooth_l1_loss(expected, quality, beta=0.1)
+    return total
+
+
+HEADS = {"dense": dense_loss, "scalar": scalar_loss}
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
@@ -92,25 +127,44 @@ def draw(masks, rows, K, device, soft):
 @dataclass
 class Run:
     """What a step changes, and where it runs."""
-    g: torch.nn.Module
+    net: torch.nn.Module        # what is trained
+    g: torch.nn.Module          # its moving average, in eval mode: what is kept
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
     on: models.Compute
 
 
-def train_step(run, masks, rows, args):
-    """Smooth L1 between g(image, mask) and the smoothed Dice of that mask. -> loss (a tensor)"""
-    x, mask, truth = draw(masks, rows, run.g.config["classes"], run.on.device, args.soft)  # [B, C, S, S], [B, K-1, S, S] twice
+def train_step(run, masks, rows, args, step):
+    """One optimizer step on the masks of some rows. -> loss (a tensor)"""
+    x, mask, truth = draw(masks, rows, run.net.config["classes"], run.on.device, args)  # [B, C, S, S], [B, K-1, S, S] twice
     with run.on.autocast():
-        quality = run.g(x, mask)                                       # [B, K-1]
-    loss = F.smooth_l1_loss(quality, quality_target(mask, truth))
+        loss = HEADS[args.head](run.net, x, mask, truth, args)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
+    models.update_average(run.g, run.net, step, args.ema)
     return loss.detach()
+
+
+TEMPERATURES = torch.logspace(-1, 2, 13, base=2)  # 1/2 to 4
+
+
+@torch.no_grad()
+def fit_temperature(g, masks, on, most=300):
+    """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`."""
+    errors = torch.zeros(len(TEMPERATURES))
+    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(16):
+        x, y = masks.slices.batch(masks.index[rows], on.device)
+        mask, truth = (one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y))
+        with on.autocast():
+            logits = g.logits(x, mask)                                     # [M, V, B, K, S, S]
+        mask, true = resample(mask, g.size), true_dice(mask, truth)
+        for i, t in enumerate(TEMPERATURES):
+            errors[i] += (quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs().sum().cpu()
+    g.temperature.fill_(TEMPERATURES[errors.argmin()])
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -128,12 +182,12 @@ def report(g, synthetic, real, info, on):
     """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image."""
     rows, panels = [], {}
     for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = evaluate.estimate_masks(g, masks, on)
+        seen = evaluate.estimate_masks(g, masks, on, most=2000)
         rows += evaluate.quality_rows(title, *seen, info.classes)
         panels[title] = seen[:2]
     blind = {"blank image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
-    sighted = panels["synthetic masks"][0].ravel()
-    image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, **how)[0].ravel(), sighted)["pearson"]
+    sighted = evaluate.estimate_masks(g, synthetic, on, most=500)[0].ravel()
+    image_dependence = {name: evaluate.agreement(evaluate.estimate_masks(g, synthetic, on, most=500, **how)[0].ravel(), sighted)["pearson"]
                         for name, how in blind.items()}
     return rows, panels, image_dependence
 
@@ -148,18 +202,22 @@ def main(argv=None):
     synthetic, real = (vqm.load(args.vqm, split, info, args.size) for split in ("val", "real"))
 
     torch.manual_seed(args.seed)
-    g = models.build("quality", channels=info.channels, classes=len(info.classes), size=args.size, width=args.width, dropout=args.dropout)
-    if args.pretrained:
-        load_pretrained(g, args.pretrained)
-    g = on.place(g)
-    optimizer = torch.optim.AdamW(g.parameters(), args.lr, weight_decay=args.weight_decay)
+    shape = dict(channels=info.channels, classes=len(info.classes), size=args.size, width=args.width)
+    if args.head == "dense":
+        net = models.build("quality_dense", **shape, members=args.members, mask_dropout=args.mask_dropout)
+    else:
+        net = models.build("quality", **shape, dropout=args.dropout)
+        if args.pretrained:
+            load_pretrained(net, args.pretrained)
+    net = on.place(net).train()
+    g = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
     steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
-    run = Run(g, optimizer, schedule, on.scaler(), on)
+    run = Run(net, g, optimizer, schedule, on.scaler(), on)
     first, best = 0, dict(error=float("inf"), epoch=0)
     if resumed:
-        g.load_state_dict(resumed["weights"])
-        for name, part in (("optimizer", optimizer), ("schedule", schedule), ("scaler", run.scaler)):
+        for name, part in (("net", net), ("weights", g), ("optimizer", optimizer), ("schedule", schedule), ("scaler", run.scaler)):
             part.load_state_dict(resumed[name])
         first, best = resumed["epoch"], resumed["best"]
     log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
@@ -175,22 +233,22 @@ def main(argv=None):
             break
         start, losses = time.perf_counter(), []
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
-        g.train()
         order = epoch_rows(train, args.per_image)
         batches = [rows for rows in order.split(args.batch) if len(rows) > 1]  # batch norm needs two
-        for rows in tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()):
-            losses.append(train_step(run, train, rows, args))
+        for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()), (epoch - 1) * steps + 1):
+            losses.append(train_step(run, train, rows, args, step))
         loss = torch.stack(losses).mean().item()
         if not np.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
-        g.eval()
-        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=2000) for masks in (synthetic, real))]
+        if args.head == "dense":
+            fit_temperature(g, real, on)
+        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=500) for masks in (synthetic, real))]
         if sum(errors) / 2 < best["error"]:
             best = dict(error=sum(errors) / 2, epoch=epoch)
             save("qp.pt", epoch)
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
                   seconds=time.perf_counter() - start)
-        save("last.pt", epoch, optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=run.scaler.state_dict())
+        save("last.pt", epoch, net=net.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=run.scaler.state_dict())
 
     g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     rows, panels, image_dependence = report(g, synthetic, real, info, on)

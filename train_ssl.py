@@ -49,7 +49,8 @@ def parse_args(argv=None):
     # quality guidance
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
-    p.add_argument("--weight-level", choices=("image", "class"), default="image", help="one weight per image, or per pixel by its pseudo-class")
+    p.add_argument("--weight-level", choices=("image", "class", "pixel"), default="image",
+                   help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that it is right (g: dense head)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
@@ -157,34 +158,38 @@ def together(net, *images):
 # ---------------------------------------------------------------------------------------------------- the two quality hooks
 
 def scores(g, term, args):
-    """Quality of a pseudo-label, as a whole and for each class. -> q [U, 1], q_k [U, K]
+    """Quality of a pseudo-label at --weight-level. -> q [U, 1] of the image, [U, K] of its classes, or [U, S, S] of its pixels
 
-    quality: g's answer for the hard label (Eq. 7); as a whole, the mean over the foreground classes, and so for the background's pixels.
-    confidence: the largest probability, mean over all pixels, and over the pixels of each pseudo-class (PL-C of the paper).
-    An absent class counts with g's answer for its empty mask: it is high where g agrees that the class is absent.
+    quality: g's answer for the hard label (Eq. 7); for the image the mean over the foreground classes, and so for the background's pixels;
+    for a pixel the probability that its class is right. confidence: the largest probability of the pixel; its mean over all pixels
+    (PL-C of the paper), and over those of each pseudo-class. An absent class counts with g's answer for its empty mask.
     """
     hard = harden(term.target)                                               # [U, K, S, S]
     if args.weight == "quality":
         with torch.no_grad():
+            if args.weight_level == "pixel":
+                return 1 - g.error(term.image, hard[:, 1:])
             q = g(term.image, hard[:, 1:])                                   # [U, K-1]
         whole = q.mean(1, keepdim=True)
-        return whole, torch.cat([whole, q], 1)
+        return whole if args.weight_level == "image" else torch.cat([whole, q], 1)
     confidence = term.target.amax(1, keepdim=True)                           # [U, 1, S, S]
-    of_class = (confidence * hard).sum((2, 3)) / hard.sum((2, 3)).clamp_min(1)
-    return confidence.mean((2, 3)), of_class
+    if args.weight_level == "class":
+        return (confidence * hard).sum((2, 3)) / hard.sum((2, 3)).clamp_min(1)
+    return confidence[:, 0] if args.weight_level == "pixel" else confidence.mean((2, 3))
 
 
 def pixel_weights(g, term, args):
-    """QW: the weight of each pixel of a term, w = q^2 [q >= .5] for its image or its pseudo-class. -> [U, S, S], no gradient"""
+    """QW: the weight of each pixel of a term, w = q^2 [q >= .5] for its image, its pseudo-class or itself. -> [U, S, S], no gradient"""
     shape = term.target[:, 0].shape
     if args.weight == "none":
         w = torch.ones(shape, device=term.target.device)
     else:
-        whole, of_class = scores(g, term, args)
-        q = whole if args.weight_level == "image" else of_class
-        w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)     # [U, 1 or K]; NaN weighs nothing
-        w = w[:, :, None, None].expand(-1, -1, *shape[1:])
-        w = w[:, 0] if args.weight_level == "image" else w.gather(1, term.target.argmax(1, keepdim=True))[:, 0]
+        q = scores(g, term, args)
+        w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)     # NaN weighs nothing
+        if args.weight_level == "image":
+            w = w[:, :, None].expand(shape)
+        elif args.weight_level == "class":
+            w = w[:, :, None, None].expand(-1, -1, *shape[1:]).gather(1, term.target.argmax(1, keepdim=True))[:, 0]
     if term.mix is not None:
         perm, share = term.mix
         w = torch.lerp(w, w[perm], share if share.dim() == 3 else share[:, None, None])
@@ -241,16 +246,6 @@ def total_loss(nets, teacher, g, batch, args, t):
     return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
 
 
-@torch.no_grad()
-def update_teacher(teacher, net, step, decay):
-    """EMA over parameters, min(1 - 1 / (step + 1), decay); buffers are copied. Peers differ: some leave the teacher's batch norm in
-    training mode, some average the buffers too, and each choice moves results by points."""
-    decay = min(1 - 1 / (step + 1), decay)
-    torch._foreach_lerp_(list(teacher.parameters()), list(net.parameters()), 1 - decay)
-    for mine, theirs in zip(teacher.buffers(), net.buffers()):
-        mine.copy_(theirs)
-
-
 def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> the loss and its parts [6], not read back from the device"""
     with run.on.autocast():
@@ -261,7 +256,7 @@ def train_step(run, batch, args, step):
     torch.nn.utils.clip_grad_norm_([p for net in run.nets for p in net.parameters()], args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    update_teacher(run.teacher, run.nets[0], step, args.ema)
+    models.update_average(run.teacher, run.nets[0], step, args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 
@@ -308,6 +303,8 @@ def main(argv=None):
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
     g, seen = evaluate.load_quality(args.qp, info, on) if args.qp else (None, [])
+    if g and args.weight == "quality" and args.weight_level == "pixel" and not hasattr(g, "error"):
+        raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; --weight-level pixel needs train_qp.py --head dense")
     labeled, unlabeled, val = load_data(info, args)
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")

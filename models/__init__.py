@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from models.quality import QualityPredictor
+from models.quality import DenseQualityPredictor, QualityPredictor
 from models.resnet import ResNetUNet
 from models.unet import UNet
 
-NETWORKS = {"unet": UNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor}
+NETWORKS = {"unet": UNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor, "quality_dense": DenseQualityPredictor}
 
 
 def segmentation_networks():
-    """Names of the networks f; "quality" is g."""
-    return [name for name in NETWORKS if name != "quality"]
+    """Names of the networks f; the others are g."""
+    return [name for name in NETWORKS if not name.startswith("quality")]
 
 
 def build(name, *, channels, classes, dims=2, **options):
@@ -84,3 +84,13 @@ def device_name(text):
 def channels_last(x):
     """The memory layout that 2D convolutions prefer on CPU and GPU."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def update_average(average, net, step, decay):
+    """Exponential moving average over parameters, with decay min(1 - 1 / (step + 1), decay); buffers are copied. Peers differ: some leave
+    the average's batch norm in training mode, some average the buffers too, and each choice moves results by points."""
+    decay = min(1 - 1 / (step + 1), decay)
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    for mine, theirs in zip(average.buffers(), net.buffers()):
+        mine.copy_(theirs)

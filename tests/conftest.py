@@ -53,8 +53,8 @@ def quality(data, folder):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
     corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", "32", "--masks", "8", "--val-masks", "4", "--folds", "2",
                   "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--size", "32", "--width", "8", "--epochs", "2",
-                   "--batch", "16"])
+    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--size", "32", "--width", "4", "--members", "2",
+                   "--epochs", "2", "--batch", "16"])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
@@ -66,6 +66,14 @@ def gray_quality(gray, tmp_path_factory):
 @pytest.fixture(scope="session")
 def rgb_quality(rgb, tmp_path_factory):
     return quality(rgb, tmp_path_factory.mktemp("rgb_quality"))
+
+
+@pytest.fixture(scope="session")
+def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
+    """The paper's scalar head. -> qp.pt"""
+    out = tmp_path_factory.mktemp("rgb_scalar")
+    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(out), "--head", "scalar", "--size", "32", "--width", "8", "--epochs", "2", "--batch", "16"])
+    return str(out / "qp.pt")
 
 
 @pytest.fixture

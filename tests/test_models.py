@@ -5,7 +5,8 @@ import torch
 
 import models
 from models.losses import mse_loss, one_hot, seg_loss, soft_dice
-from models.quality import SMOOTH, quality_target
+from models.quality import (SMOOTH, agreement, certainty, confidence, expected_dice, foreground, quality_target, region_confidence,
+                            true_dice, with_background)
 from models.resnet import ResNet
 
 torch.manual_seed(0)
@@ -73,8 +74,9 @@ def test_gray_and_mask_channels_take_the_mean_filter():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_g_answers_for_each_foreground_class_at_any_size(dims):
-    g = models.build("quality", channels=1, classes=4, dims=dims, size=32, width=8).eval()
+@pytest.mark.parametrize("name", ["quality", "quality_dense"])
+def test_g_answers_for_each_foreground_class_at_any_size(name, dims):
+    g = models.build(name, channels=1, classes=4, dims=dims, size=32, width=4).eval()
     for side in (32, 48):
         mask = torch.rand(2, 3, *[side] * dims, requires_grad=True)
         q = g(torch.randn(2, 1, *[side] * dims), mask)
@@ -105,7 +107,72 @@ def test_target_of_g_for_absent_classes():
         last = q
     a, b = none.clone(), none.clone()
     a[..., :40, :40], b[..., 10:50, :40] = 1, 1
-    assert quality_target(a, b).item() == pytest.approx(0.75, abs=0.002)
+    assert quality_target(a, b).item() == pytest.approx(0.75, abs=0.0002)
+    assert true_dice(a, b) == 0.75 and true_dice(none, none) == 1 and true_dice(a, none) == true_dice(none, a) == pytest.approx(0, abs=1e-8)
+
+
+def random_probabilities(*shape):
+    return (4 * torch.randn(shape)).softmax(1)
+
+
+def test_expected_dice_is_what_random_truths_have_on_average():
+    """Truths drawn pixel by pixel from the probabilities have the expected Dice on average, at any quality of the mask."""
+    torch.manual_seed(0)
+    p = random_probabilities(1, 2, 32, 32)
+    truths = (torch.rand(2000, 1, 32, 32) < p[:, 1:]).float()
+    for mask in ((p[:, 1:] > 0.5).float(), (p[:, 1:] > 0.9).float(), (p[:, 1:] < 0.5).float()):
+        assert quality_target(mask, p[:, 1:]).item() == pytest.approx(true_dice(mask.expand_as(truths), truths).mean().item(), abs=2e-3)
+
+
+def test_estimates_of_quality_by_hand():
+    p = torch.tensor([[0.9, 0.2, 0.3, 0.5], [0.1, 0.7, 0.1, 0.3], [0.0, 0.1, 0.6, 0.2]])[None, :, None]    # K = 3, 1 x 4 pixels: 0 1 2 0
+    assert foreground(p).tolist() == [[[[0, 1, 0, 0]], [[0, 0, 1, 0]]]]
+    assert torch.allclose(confidence(p), torch.full((1, 2), (0.9 + 0.7 + 0.6 + 0.5) / 4))
+    assert torch.allclose(region_confidence(p), torch.tensor([[0.7, 0.6]]))
+    s = 4e-4
+    assert torch.allclose(expected_dice(p), torch.tensor([[(1.4 + s) / (1 + 1.2 + s), (1.2 + s) / (1 + 0.9 + s)]]))
+    sure, flat = one_hot(torch.zeros(1, 1, 4), 3), torch.full((1, 3, 1, 4), 1 / 3)
+    assert torch.allclose(certainty(sure), torch.ones(1, 2)) and torch.allclose(certainty(flat), torch.zeros(1, 2), atol=1e-6)
+    assert torch.allclose(region_confidence(sure), torch.ones(1, 2)) and torch.allclose(expected_dice(sure), torch.ones(1, 2))  # agreed: absent
+    assert torch.allclose(agreement(p, sure), torch.zeros(1, 2), atol=1e-3) and torch.allclose(agreement(p, p), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_dense_head(dims):
+    """Expected Dice under the members' mean; a withheld mask is not an empty one; gradient reaches the mask; the error map is 1 - p."""
+    torch.manual_seed(0)
+    S = (32,) * dims
+    g = models.build("quality_dense", channels=1, classes=3, dims=dims, width=4, members=2).eval()
+    image, mask = torch.randn(2, 1, *S), one_hot(torch.randint(3, (2, *S)), 3)[:, 1:]
+    p = g.truth(image, mask)
+    assert p.shape == (2, 3, *S) and torch.allclose(p.sum(1), torch.ones(2, *S), atol=1e-5)
+    views = [torch.cat([image, v], 1) for v in (with_background(mask), torch.zeros(2, 3, *S))]
+    assert g.temperature == 1
+    g.temperature.fill_(1.5)
+    p, by_hand = g.truth(image, mask), sum((m(v) / 1.5).softmax(1) for m in g.members for v in views) / 4
+    assert torch.allclose(p, by_hand, atol=1e-5) and torch.allclose(g(image, mask), quality_target(mask, by_hand[:, 1:]), atol=1e-5)
+    assert not torch.allclose(g.members[0](views[1]), g.members[0](torch.cat([image, with_background(0 * mask)], 1)), atol=1e-3)
+    label = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1, keepdim=True)
+    assert torch.allclose(g.error(image, mask), 1 - p.gather(1, label)[:, 0], atol=1e-5)
+    soft = mask.clone().requires_grad_()
+    g(image, soft).sum().backward()
+    assert soft.grad.abs().sum() > 0
+    g.size = 16                                              # its own grid: the error map comes back to the mask's
+    error = g.error(image, mask)
+    assert error.shape == (2, *S) and (error > -1e-5).all() and (error < 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("dropout, depends", [(1.0, False), (0.5, True), (0.0, True)])
+def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depends):
+    torch.manual_seed(0)
+    g = models.build("quality_dense", channels=3, classes=2, width=4, members=1, mask_dropout=dropout).eval()
+    image, a, b = torch.randn(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32)
+    assert torch.allclose(g.truth(image, a), g.truth(image, b)) != depends
+
+
+def test_the_default_g_is_small():
+    for classes, channels in ((2, 3), (4, 1)):
+        assert models.parameters(models.build("quality_dense", channels=channels, classes=classes)) <= 12e6
 
 
 def test_seg_loss_equals_an_independent_formula():

@@ -16,7 +16,7 @@ import train_qp
 from conftest import make_pictures, quality
 from data import h5, images, phantom
 from data.vqm import load
-from models.quality import quality_target
+from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
 
 
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
@@ -29,23 +29,25 @@ def test_batches_show_what_they_should(kind, request):
     counts = np.bincount(masks.index[order], minlength=len(masks.slices))
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
-    x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), 0.0)
+    options = lambda *more: train_qp.parse_args([data, "--vqm", path, "--out", "o", *more])
+    x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "0"))
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (len(rows), len(info.classes) - 1, 32, 32)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     identical = (masks.mask == masks.slices.label[masks.index]).flatten(1).all(1)
     assert identical.any() and (quality_target(mask, truth)[identical] == 1).all()   # moved together, an identity stays perfect
-    _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), 1.0)
+    _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
 
-def test_it_learns_to_tell_good_from_bad(tmp_path):
+@pytest.mark.parametrize("head", ["dense", "scalar"])
+def test_it_learns_to_tell_good_from_bad(head, tmp_path):
     """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
     images.main([str(make_pictures(tmp_path / "src", 40)), "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
     corrupt.main([str(tmp_path / "f.h5"), "--out", str(tmp_path), "--size", "32", "--masks", "60", "--val-masks", "40", "--harvest-epochs", "1",
                   "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([str(tmp_path / "f.h5"), "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "32", "--width", "16",
-                   "--epochs", "5", "--lr", "1e-3"])
+    train_qp.main([str(tmp_path / "f.h5"), "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "32", "--epochs", "5",
+                   "--lr", "1e-3", "--head", head, "--width", {"dense": "8", "scalar": "16"}[head], "--members", "1"])
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
     assert synthetic["pearson"] > 0.8
@@ -67,6 +69,48 @@ def test_report(kind, request):
     assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
 
 
+def test_heads(rgb, rgb_quality, rgb_scalar):
+    """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
+    info, on = h5.read_info(rgb), evaluate.models.compute()
+    for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
+        g, labeled = evaluate.load_quality(path, info, on)
+        assert isinstance(g, kind) and not g.training and not any(p.requires_grad for p in g.parameters()) and len(labeled) == 4
+        assert g(torch.randn(2, 3, 40, 40), torch.rand(2, 1, 40, 40)).shape == (2, 1)
+
+
+def test_losses_of_the_heads_fall_when_they_are_right():
+    """A perfect prediction of the truth has the least dense loss, and the quality loss adds what the read-out Dice is wrong by."""
+    class Knows(torch.nn.Module):
+        def __init__(self, truth, certainty):
+            super().__init__()
+            self.members = [lambda x: certainty * (2 * train_qp.with_background(truth) - 1)]
+        show = DenseQualityPredictor.show
+    truth = torch.zeros(2, 1, 16, 16)
+    truth[..., 4:12, 4:12] = 1
+    mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
+    options = lambda weight: train_qp.parse_args(["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)])
+    loss = lambda certainty, weight: train_qp.dense_loss(Knows(truth, certainty), x, mask, truth, options(weight)).item()
+    assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
+    p = torch.full((2, 1, 16, 16), 0.5)
+    wrong = torch.nn.functional.smooth_l1_loss(quality_target(mask, p), quality_target(mask, truth), beta=0.1).item()
+    assert loss(0, 1) - loss(0, 0) == pytest.approx(wrong, rel=1e-4) and wrong > 0.05
+
+
+def test_temperature_is_that_of_the_least_error(gray, gray_quality):
+    info, on = h5.read_info(gray), evaluate.models.compute("cpu", "off")
+    g, _ = evaluate.load_quality(gray_quality[1], info, on)
+    masks = load(gray_quality[0], "real", info, 32)
+    train_qp.fit_temperature(g, masks, on)
+    def error(t):
+        g.temperature.fill_(t)
+        predicted, true, _ = evaluate.estimate_masks(g, masks, on)
+        return np.abs(predicted - true).mean()
+    best, errors = g.temperature.item(), {t: error(t) for t in train_qp.TEMPERATURES.tolist()}
+    assert errors[best] == min(errors.values()) < max(errors.values())
+    saved = torch.load(gray_quality[1], weights_only=True)["weights"]["temperature"].item()
+    assert saved == best  # what train_qp.py keeps
+
+
 def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
@@ -74,8 +118,9 @@ def test_image_of_another_case(gray, gray_quality):
     assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))
 
 
-def test_resumed_equals_uninterrupted(rgb, rgb_quality, tmp_path, monkeypatch):
-    common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3"]
+@pytest.mark.parametrize("head", ["dense", "scalar"])
+def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch):
+    common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3", "--head", head, "--members", "2"]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     step, calls = train_qp.train_step, []
     def dies(*args):
@@ -89,7 +134,8 @@ def test_resumed_equals_uninterrupted(rgb, rgb_quality, tmp_path, monkeypatch):
     monkeypatch.setattr(train_qp, "train_step", step)
     train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
     whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
-    assert all(torch.equal(whole["weights"][k], parts["weights"][k]) for k in whole["weights"])
+    assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
+    assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average
     rows = [[(r["step"], r["loss"], r["error_real"]) for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
 
@@ -100,9 +146,10 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     source = ResNet(3, 18)
     torch.save(source.state_dict(), tmp_path / "resnet18.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    common = [rgb, "--vqm", rgb_quality[0], "--out", tmp_path / "o", "--size", "32", "--epochs", "1"]
+    common = [rgb, "--vqm", rgb_quality[0], "--out", tmp_path / "o", "--size", "32", "--epochs", "1", "--head", "scalar"]
     refused(train_qp.main, [*common, "--pretrained", tmp_path / "other.pt"], "other.pt", "do not match")
     refused(train_qp.main, [*common, "--pretrained", tmp_path / "none.pt"], "none.pt")
+    refused(train_qp.main, [*common[:-1], "dense", "--pretrained", tmp_path / "resnet18.pt"], "--head scalar")
     g = evaluate.models.build("quality", channels=3, classes=2)
     train_qp.load_pretrained(g, str(tmp_path / "resnet18.pt"))
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)

@@ -18,6 +18,7 @@ from models.losses import mse_loss, one_hot, seg_loss
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
 KINDS = {"binary RGB": (3, 2), "4-class gray": (1, 4)}
 CPU = torch.device("cpu")
+LEVELS = ("image", "class", "pixel")
 
 
 def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
@@ -49,6 +50,9 @@ class Constant(nn.Module):
     def forward(self, image, mask):
         return torch.full((len(image), self.K - 1), self.value) + 0 * mask.mean()
 
+    def error(self, image, mask):
+        return torch.full_like(mask[:, 0], 1 - self.value)
+
 
 def loss_of(kind, g, args, seed=1):
     nets, teacher, batch = setting(kind, seed)
@@ -58,11 +62,11 @@ def loss_of(kind, g, args, seed=1):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method, weight, level, qar", [
-    c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), ("image", "class"), (0.0, 0.1)) if c[1] != "none" or c[2] == "image"])
+    c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)) if c[1] != "none" or c[2] == "image"])
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
     nets, teacher, batch = setting(kind)
     C, K = KINDS[kind]
-    g = models.build("quality", channels=C, classes=K, size=32, width=8).eval().requires_grad_(False)
+    g = models.build("quality_dense", channels=C, classes=K, size=32, width=4, members=1).eval().requires_grad_(False)
     args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
     loss.backward()
@@ -89,7 +93,7 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", UNLABELED)
-@pytest.mark.parametrize("level", ["image", "class"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(kind, method, level):
     K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
     plain, parts = loss_of(kind, None, options(*keep, method=method))
@@ -134,6 +138,9 @@ class Table(nn.Module):
         assert set(mask.unique().tolist()) <= {0.0, 1.0}, "QW shows g the hard label"
         return self.answers
 
+    def error(self, image, mask):
+        return 1 - self.answers
+
 
 def test_weights_by_hand():
     """w = q^2 [q >= .5], per image by the mean over classes, per class by the pixel's pseudo-class, background by the mean."""
@@ -144,6 +151,11 @@ def test_weights_by_hand():
     assert torch.allclose(image, torch.tensor([0.36, 0.0])[:, None, None].expand(2, 4, 4))
     per_class = train_ssl.pixel_weights(Table(q), term, options(weight="quality", level="class"))
     assert torch.allclose(per_class[:, 0], torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]]))
+    right = torch.rand(2, 4, 4)
+    per_pixel = train_ssl.pixel_weights(Table(right), term, options(weight="quality", level="pixel"))
+    assert torch.allclose(per_pixel, right ** 2 * (right >= 0.5), atol=1e-6)
+    sure = train_ssl.pixel_weights(None, term, options("--weight-threshold", "0.5", weight="confidence", level="pixel"))
+    assert torch.allclose(sure, torch.full((2, 4, 4), 0.775 ** 2))
     confident = train_ssl.pixel_weights(None, term, options("--weight-threshold", "0.5", weight="confidence"))
     assert torch.allclose(confident, torch.full((2, 4, 4), 0.775 ** 2))
     assert (train_ssl.pixel_weights(None, term, options(weight="confidence")) == 0).all()   # PL-C cuts at .9
@@ -190,11 +202,11 @@ def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
     nets, teacher, _ = setting("binary RGB")
     before = [p.clone() for p in teacher.parameters()]
     nets[0].down[0][1].running_mean.fill_(3.0)
-    train_ssl.update_teacher(teacher, nets[0], 10_000, 0.99)
+    models.update_average(teacher, nets[0], 10_000, 0.99)
     for old, new, p in zip(before, teacher.parameters(), nets[0].parameters()):
         assert torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6)
     assert (teacher.down[0][1].running_mean == 3).all()
-    train_ssl.update_teacher(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (step + 1)
+    models.update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (step + 1)
     again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, nets[0].parameters())]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, teacher.parameters()))
 
@@ -213,7 +225,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 @pytest.mark.parametrize("method, hooks", list(itertools.product(
-    train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01)])))
+    train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
+                        ("--weight", "quality", "--weight-level", "pixel")])))
 def test_five_steps_of_everything(kind, method, hooks, request, tmp_path):
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp)
@@ -221,6 +234,16 @@ def test_five_steps_of_everything(kind, method, hooks, request, tmp_path):
     assert state["step"] == 5 and [r["step"] for r in rows] == ["2", "4", "5"] and (tmp_path / "best.pt").exists()
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
+
+
+def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
+    last = train(gray, tmp_path / "a", "--keep", "5,1,3")
+    assert sorted(p.name for p in (tmp_path / "a").glob("step*.pt")) == ["step1.pt", "step3.pt", "step5.pt"]
+    assert same(torch.load(tmp_path / "a" / "step5.pt", weights_only=True), last)
+    third = torch.load(tmp_path / "a" / "step3.pt", weights_only=True)
+    assert third["step"] == 3 and not same(third, last)
+    train(gray, tmp_path / "a", "--overwrite")
+    assert not list((tmp_path / "a").glob("step*.pt"))
 
 
 def test_same_seed_same_weights_and_another_seed_others(gray, gray_quality, tmp_path):
@@ -289,13 +312,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(gray, tmp
     assert (tmp_path / "last.pt").read_bytes() == good[0]
 
 
-def test_refusals(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
+def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, refused):
     out = ["--out", tmp_path / "o", "--size", "32"]
     refused(train_ssl.main, ["none.h5", *out], "none.h5")
     refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
     refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
     refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", rgb_quality[1]], "qp.pt", "classes")
     refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", gray_quality[0]], "vqm.h5")
+    refused(train_ssl.main, [rgb, *out, "--weight", "quality", "--weight-level", "pixel", "--qp", rgb_scalar], "scalar head", "--head dense")
+    refused(train_ssl.main, [gray, *out, "--keep", "3,x"], "--keep")
     refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
     refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
     refused(train_ssl.main, [gray, *out, "--labeled", "0"], "--labeled")
