@@ -124,9 +124,73 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in (out / "summary.md").read_text()
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
+    tables = (out / "quality.md").read_text()
+    for estimate in ("g", "mean confidence", "mean certainty (entropy)", "region confidence", "f's own expected Dice",
+                     "agreement with an augmented pass", "agreement with the teacher"):
+        assert f"| mean of all | {estimate} |" in tables and estimate in quality[0]
+    assert ("Of each volume and class" in tables) == (kind == "gray") and "GFLOPs" in tables
+    rows_of_g = [r for r in quality if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"]
+    error = np.mean([abs(float(r["g"]) - float(r["true"])) for r in rows_of_g])
+    second = np.mean([abs(float(r["g"]) - float(r["true"])) for r in quality if r["run"] == "supervised" and r["seed"] == "1" and r["present"] == "True"])
+    assert f"| supervised, labeled all | g | {len(rows_of_g)} |" in tables and f"| {(error + second) / 2:.3f} |" in tables
     assert "| supervised |" in capsys.readouterr().out and "| supervised |" in (out / "summary.md").read_text()
     pictures = list((out / "cases").iterdir())
-    assert len(pictures) == 2 and all(cv2.imread(str(p)).std() > 5 for p in [*pictures, out / "compare.png", out / "quality.png"])
+    assert len(pictures) == 2 and all(cv2.imread(str(p)).std() > 5 for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"])
+
+
+def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused):
+    """Train cases whose labels nobody has used, with a second network's opinion, calibrated on val."""
+    info, out = h5.read_info(gray), tmp_path / "out"
+    run, other = (make_run(tmp_path / n, info, labeled="4", seed=s) for n, s in (("a", 0), ("b", 1)))
+    evaluate.main([gray, run, "--out", str(out), "--qp", gray_quality[1], "--split", "held_out", "--second", other, "--pictures", "1"])
+    found = list(csv.DictReader(open(out / "quality.csv")))
+    assert {r["case"] for r in found} == {e.name for e in info.entries("train")[4:]}       # g and the runs learned from the first 4
+    assert "expected Dice under a second network" in found[0] and "fitted on val" in (out / "quality.md").read_text()
+    assert {r["case"] for r in csv.DictReader(open(out / "cases.csv"))} == {r["case"] for r in found}
+    everything = make_run(tmp_path / "c", info)
+    refused(evaluate.main, [gray, everything, "--out", tmp_path / "o", "--split", "held_out"], "no train case", "--split val")
+    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--second", other], "--qp")
+
+
+def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_case():
+    step = evaluate.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
+    assert np.allclose(step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9])
+    rng = np.random.default_rng(0)
+    case, x = np.repeat(np.arange(12), 5).astype(str), rng.random(60)
+    y = (x ** 2).round(2)
+    a = evaluate.calibrated(x, y, case, None)
+    assert np.abs(a - y).mean() < 0.05 < np.abs(x - y).mean()
+    other = np.where(case == "3", rng.random(60), y)
+    b = evaluate.calibrated(x, other, case, None)
+    assert np.array_equal(a[case == "3"], b[case == "3"]) and not np.array_equal(a, b)
+    assert np.array_equal(evaluate.calibrated(x, y, case, (x, x / 2)), evaluate.monotone(x, x / 2)(x))
+
+
+def test_levels_by_hand():
+    """Two volumes of two slices, two classes: a volume's Dice is that of all its pixels, its estimate is weighted with the area."""
+    a = lambda *rows: np.array(rows, float)
+    outputs = evaluate.Outputs(true=a((1, 1), (0.5, 0), (0.2, 1), (0.4, 1)), present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0,
+                               shared=a((0, 0), (10, 0), (3, 0), (2, 0)), area=a((0, 0), (20, 4), (10, 0), (5, 0)),
+                               total=a((8, 0), (40, 14), (30, 0), (10, 0)), estimates={"g": a((0.9, 0.8), (0.6, 0.1), (0.3, 0.7), (0.6, 0.9))})
+    case, g = ["v", "v", "w", "w"], outputs.estimates["g"]
+    for level, values, expected in [("present", outputs.true, [1, 0.5, 0, 0.2, 0.4]), ("absent", g, [0.8, 0.7, 0.9]),
+                                    ("image", g, [0.85, 0.35, 0.5, 0.75]), ("volume", outputs.true, [20 / 48, 0, 10 / 40, 1]),
+                                    ("volume", g, [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8])]:
+        found, owner = evaluate.at_level(outputs, values, level, case)
+        assert np.allclose(found, expected, atol=1e-5) and len(owner) == len(expected)
+    assert evaluate.at_level(outputs, g, "absent", case)[1].tolist() == ["v", "w", "w"]
+
+
+def test_share_of_the_worst_that_is_found():
+    true = np.arange(20) / 20
+    assert evaluate.agreement(true, true)["worst"] == 1 and evaluate.agreement(-true, true)["worst"] == 0
+    half = true.copy()
+    half[[2, 3, 10, 11]] = half[[10, 11, 2, 3]]
+    assert evaluate.agreement(half, true)["worst"] == 0.5
+
+
+def test_cost_of_a_pass():
+    assert evaluate.gigaflops(torch.nn.Conv2d(3, 8, 1), torch.zeros(2, 3, 10, 10)) == pytest.approx(2 * 2 * 3 * 8 * 100 / 1e9)
 
 
 def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
@@ -158,11 +222,13 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     for state, a in zip(states, settings):
         state["args"] |= a
     states[7]["data"]["checksum"] = states[6]["data"]["checksum"]
-    groups = evaluate.group_runs(states, [f"p{i}" for i in range(8)])
+    groups = evaluate.group_runs(states, [f"{i}/best.pt" for i in range(8)])
     assert [(name, members) for name, _, members in groups] == [
         ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3]),
         ("mean_teacher (qp=a/qp.pt)", [4]), ("mean_teacher (qp=b/qp.pt)", [5]),
-        ("ict", [6]), ("ict (checkpoint=p7)", [7])]  # the same seed twice is no second seed
+        ("ict (checkpoint=best.pt)", [6]), ("ict (checkpoint=7/best.pt)", [7])]  # the same seed twice is no second seed
+    groups = evaluate.group_runs(states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"])
+    assert [(name, members) for name, _, members in groups] == [("supervised (checkpoint=step1.pt)", [0, 1]), ("supervised (checkpoint=best.pt)", [2, 3])]
 
 
 def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
