@@ -5,7 +5,7 @@
 Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), optionally the qp.pt of train_qp.py.
 Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on the screen), OUT/compare.png,
        OUT/cases/*.png (image, truth, each run's outlines); with --qp, which compares g and simpler estimates of the outputs' quality
-       with the truth, also OUT/quality.csv (a row per run, slice and class), quality.md, quality.png (g) and estimates.png (all).
+       with the truth, also OUT/quality.csv (a row per run, slice and class), quality.md, .json, quality.png (g) and estimates.png (all).
 
 Runs that differ only in their seed form one row: mean and standard deviation. Every score is taken on the case's own grid; volumes
 that were segmented slice by slice are scored as volumes.
@@ -512,6 +512,7 @@ def write_quality(args, info, groups, states, outputs, reference, slices, refere
              f"a monotone map, fitted {'on the other cases' if reference is None else 'on val'}.\n{cost}")
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
         f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
+    write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
     rows = [r for r in tables["present"] if r["run"] == "mean of all"]
     print(f"\n{title}\n\nMean over all runs, {LEVELS['present']} (quality.md has all)\n\n"
           + markdown([{k: v for k, v in r.items() if k != "run"} for r in rows]))

@@ -3,8 +3,8 @@
     python train_qp.py DATA.h5 --vqm runs/vqm/vqm.h5 --out runs/qp
 
 Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of corrupt.py.
-Writes OUT/qp.pt (the best g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on held-out cases:
-       OUT/qp.json, OUT/qp.md, OUT/qp.png.
+Writes OUT/qp.pt (the g that is best on val's real outputs), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report
+       on held-out cases: OUT/qp.json, OUT/qp.md, OUT/qp.png.
 
 g answers with the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. --head dense predicts the
 truth from image and mask, and reads off the mask's expected Dice; --head scalar, the paper's, regresses it. The report tells apart
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=number(0, 10, float), help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
-    p.add_argument("--patience", type=number(1), default=25, help="epochs without a better val error before stopping")
+    p.add_argument("--patience", type=number(1), default=25, help="epochs without a smaller error on val's real outputs before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5, help="of augmentation: intensity, rotation, scale and shift")
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     # running
@@ -243,8 +243,8 @@ def main(argv=None):
         if args.head == "dense":
             fit_temperature(g, real, on)
         errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=500) for masks in (synthetic, real))]
-        if sum(errors) / 2 < best["error"]:
-            best = dict(error=sum(errors) / 2, epoch=epoch)
+        if errors[1] < best["error"]:
+            best = dict(error=errors[1], epoch=epoch)
             save("qp.pt", epoch)
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
                   seconds=time.perf_counter() - start)

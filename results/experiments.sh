@@ -19,8 +19,8 @@ if [ "$part" = quality ]; then
     name=$1; shift
     $PY corrupt.py "runs/$data.h5" --out "$out/vqm_$name" --labeled $labeled --size $g_size --masks $masks --val-masks 5 \
       --harvest-epochs $epochs "$@"
-    $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm_$name/vqm.h5" --out "$out/qp_$name" --size $g_size --width $g_width \
-      --epochs $g_epochs --overwrite
+    $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm_$name/vqm.h5" --out "$out/qp_$name" --head scalar --size $g_size \
+      --width $g_width --epochs $g_epochs --overwrite
   }
   $PY corrupt.py "runs/$data.h5" --out "$out/reference" --labeled $labeled --size $g_size --masks 1 --val-masks 10 \
     --harvest-share 0 --harvest-epochs "${epochs%,*},40" --seed 100

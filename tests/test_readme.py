@@ -17,10 +17,10 @@ from data import h5
 
 README = (ROOT / "README.md").read_text()
 SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
-    "data.phantom": "--train 6 --val 2 --test 1 --size 48 --depth 4",
+    "data.phantom": "--train 8 --val 2 --test 1 --size 48 --depth 4",
     "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 --harvest-batch 4",
-    "train_qp.py": "--size 32 --width 8 --epochs 1",
-    "train_ssl.py": "--size 32 --steps 2 --batch 3 --batch-unlabeled 3",
+    "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1",
+    "train_ssl.py": "--size 32 --steps 2 --batch 3 --batch-unlabeled 3 --keep 1,2",
     "evaluate.py": "--pictures 1",
 }
 
@@ -36,7 +36,7 @@ def commands(text):
 def execute(command, folder, monkeypatch):
     """Runs a command's main() with its own arguments in a folder (each script is also started as a process, in its own tests)."""
     monkeypatch.chdir(folder)
-    words = shlex.split(command)[1:]
+    words = [w for word in shlex.split(command)[1:] for w in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] == "-m":
         words.pop(0)
     name = words.pop(0)
@@ -44,10 +44,11 @@ def execute(command, folder, monkeypatch):
 
 
 def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
-    block = next(b for b in blocks("bash") if "corrupt.py" in b)
-    for command in commands(block):
-        execute(command, tmp_path, monkeypatch)
+    for block in (next(b for b in blocks("bash") if word in b) for word in ("corrupt.py", "held_out")):
+        for command in commands(block):
+            execute(command, tmp_path, monkeypatch)
     out = capsys.readouterr().out
+    assert "expected Dice under a second network" in out and (tmp_path / "runs" / "estimates" / "estimates.png").exists()
     assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
 
 
