@@ -386,15 +386,15 @@ def compare_rows(groups, outputs, reference, case, reference_case):
         for name in outputs[0].estimates:
             pairs = [(at_level(o, o.estimates[name], level, case)[0], at_level(o, o.true, level, case)[0]) for o in outputs]
             cases = at_level(outputs[0], outputs[0].true, level, case)[1]
-            known = None if reference is None else [np.concatenate(v) for v in zip(*(
+            on_val = None if reference is None else [np.concatenate(v) for v in zip(*(
                 (at_level(o, o.estimates[name], level, reference_case)[0], at_level(o, o.true, level, reference_case)[0]) for o in reference))]
             estimate, true = (np.concatenate(v) for v in zip(*pairs))      # one map for all runs: nobody knows how good a run is
-            mapped = calibrated(estimate, true, np.tile(cases, len(outputs)), known).reshape(len(outputs), -1)
+            mapped = calibrated(estimate, true, np.tile(cases, len(outputs)), on_val).reshape(len(outputs), -1)
             found = [agreement(*pair) | dict(dice=float(pair[1].mean()), calibrated=float(np.abs(m - pair[1]).mean()))
                      for pair, m in zip(pairs, mapped)]
             for run, members in [*((f"{n}, labeled {l}", m) for n, l, m in groups), ("mean of all", range(len(outputs)))]:
-                mean = {k: np.mean([found[i][k] for i in members]).item() if all(found[i][k] is not None for i in members) else None
-                        for k in found[0]}
+                known = {k: [found[i][k] for i in members if found[i][k] is not None] for k in found[0]}  # r is undefined for constants
+                mean = {k: float(np.mean(v)) if v else None for k, v in known.items()}
                 rows.append({"run": run, "estimate": name, "n": int(mean["n"]), "Dice": mean["dice"],
                              "MAE": None if name in UNSCALED else mean["mae"], "MAE calibrated": mean["calibrated"],
                              "Pearson": mean["pearson"], "Spearman": mean["spearman"], "worst 20% found": mean["worst"]})

@@ -100,22 +100,24 @@ def draw(masks, rows, K, device, args):
 
 
 # ---------------------------------------------------------------------------------------------------- the two heads' losses
-# loss(g, x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S], args) -> a number
+# loss(g, views, args) -> a number. views: x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S] of the step's masks, augmented anew in each
 
-def scalar_loss(g, x, mask, truth, args):
+def scalar_loss(g, views, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
+    x, mask, truth = views[0]
     return F.smooth_l1_loss(g(x, mask), quality_target(mask, truth))
 
 
-def dense_loss(g, x, mask, truth, args):
-    """Each member segments the truth, from views that show the mask or withhold it: (cross-entropy + soft Dice) / 2, and Smooth L1 between
-    the expected Dice that is read off its answer and the smoothed Dice of the mask."""
-    total, target, quality = 0.0, with_background(truth), quality_target(mask, truth)
-    for member in g.members:
+def dense_loss(g, views, args):
+    """Each member segments the truth, from a view of its own that shows the mask or withholds it: (cross-entropy + soft Dice) / 2, and
+    Smooth L1 between the expected Dice that is read off its answer and the smoothed Dice of the mask."""
+    total = 0.0
+    for member, (x, mask, truth) in zip(g.members, views):
         withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
         logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, S, S]
         expected = quality_target(mask, logits.float().softmax(1)[:, 1:])               # [B, K-1]
-        total = total + seg_loss(logits, target).mean() + args.quality_loss * F.smooth_l1_loss(expected, quality, beta=0.1)
+        total = total + (seg_loss(logits, with_background(truth)).mean()
+                         + args.quality_loss * F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1))
     return total
 
 
@@ -137,9 +139,10 @@ class Run:
 
 def train_step(run, masks, rows, args, step):
     """One optimizer step on the masks of some rows. -> loss (a tensor)"""
-    x, mask, truth = draw(masks, rows, run.net.config["classes"], run.on.device, args)  # [B, C, S, S], [B, K-1, S, S] twice
+    K = run.net.config["classes"]
+    views = [draw(masks, rows, K, run.on.device, args) for _ in range(args.members if args.head == "dense" else 1)]
     with run.on.autocast():
-        loss = HEADS[args.head](run.net, x, mask, truth, args)
+        loss = HEADS[args.head](run.net, views, args)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
@@ -149,7 +152,7 @@ def train_step(run, masks, rows, args, step):
     return loss.detach()
 
 
-TEMPERATURES = torch.logspace(-1, 2, 13, base=2)  # 1/2 to 4
+TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4: with few labels, networks are too sure of themselves on new images, never too unsure
 
 
 @torch.no_grad()
@@ -242,7 +245,7 @@ def main(argv=None):
             raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
         if args.head == "dense":
             fit_temperature(g, real, on)
-        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=500) for masks in (synthetic, real))]
+        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
         if errors[1] < best["error"]:
             best = dict(error=errors[1], epoch=epoch)
             save("qp.pt", epoch)

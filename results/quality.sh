@@ -11,7 +11,7 @@ case $data-$labeled in  # image side, masks of a slice, folds; batch, masks of a
   ph2-120)  size=64 masks=60  folds=3 batch=24 per_image=25  epochs=4 ;;
   cvc-0.2)  size=64 masks=60  folds=2 batch=24 per_image=40  epochs=4 ;;
   cvc-0.1)  size=64 masks=60  folds=2 batch=24 per_image=60  epochs=5 ;;
-  acdc-7)   size=96 masks=60  folds=3 batch=16 per_image=30  epochs=2 ;;
+  acdc-7)   size=96 masks=60  folds=3 batch=16 per_image=30  epochs=3 ;;
   acdc-3)   size=96 masks=60  folds=3 batch=16 per_image=60  epochs=2 ;;
   *)        echo "no setting for $data $labeled"; exit 2 ;;
 esac

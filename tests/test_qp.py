@@ -89,7 +89,7 @@ def test_losses_of_the_heads_fall_when_they_are_right():
     truth[..., 4:12, 4:12] = 1
     mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
     options = lambda weight: train_qp.parse_args(["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)])
-    loss = lambda certainty, weight: train_qp.dense_loss(Knows(truth, certainty), x, mask, truth, options(weight)).item()
+    loss = lambda certainty, weight: train_qp.dense_loss(Knows(truth, certainty), [(x, mask, truth)], options(weight)).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
     p = torch.full((2, 1, 16, 16), 0.5)
     wrong = torch.nn.functional.smooth_l1_loss(quality_target(mask, p), quality_target(mask, truth), beta=0.1).item()
