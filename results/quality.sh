@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments behind results/quality.md, one data set and number of labels at a time, from the project's top folder:
-#     bash results/quality.sh masks|f|g|scalar|table|ingredients ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
+#     bash results/quality.sh masks|f|g|scalar|table|parts|ingredients ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
 # in this order. PY names the Python; runs/ph2.h5, cvc.h5 and acdc.h5 are made by the converters (README, "Your own data").
 set -eu
 PY=${PY:-.venv/bin/python}
@@ -42,12 +42,11 @@ case $part in
   scalar) [ $data != acdc ] || per_image=60
           make_g scalar --head scalar --width 32 --batch 32 ;;
   table)  for name in dense scalar; do [ ! -f "$out/$name/qp.pt" ] || table $name; done ;;
-  ingredients)  # each alone, one member
+  parts)  $PY results/quality_parts.py "runs/$data.h5" "$out"/f_[012]/step*.pt --qp "$out/${4:-dense}/qp.pt" ;;
+  ingredients)  # each alone, on one member
           make_g one --members 1
-          make_g one_seen --members 1 --mask-dropout 0
-          make_g one_blind --members 1 --mask-dropout 1
           make_g one_no_quality_loss --members 1 --quality-loss 0
           make_g one_strong --members 1 --strength 1
-          make_g one_no_average --members 1 --ema 0
-          for name in one one_seen one_blind one_no_quality_loss one_strong one_no_average; do table $name; done ;;
+          make_g one_hard --members 1 --soft 0
+          for name in one one_no_quality_loss one_strong one_hard; do echo "$name"; bash "$0" parts $data $labeled $name; done ;;
 esac
