@@ -306,18 +306,15 @@ class Outputs:
     estimates: dict      # name -> [N, K-1]
 
 
-def compare_estimates(g, net, teacher, second, slices, on, batch):
-    """g, and every estimate of quality that needs no g, on a network's outputs for slices with labels. -> Outputs
+def compare_estimates(g, p, net, teacher, second, slices, on, batch):
+    """What g, and every estimate of quality that needs no g, says of a network's outputs for slices with labels. -> Outputs
 
-    teacher: its EMA; second: probabilities of an independent network for these slices [N, K, S, S], or None
+    p: the network's probabilities [N, K, S, S]; teacher: its EMA; second: those of an independent network, or None
     """
-    def augmented(x):
-        return augment.strong(x.flip(-1), 0.5)
-    p, K = predict(net, slices, on, batch), g.config["classes"]
     torch.manual_seed(0)
-    other = predict(net, slices, on, batch, augmented).flip(-1)
+    other = predict(net, slices, on, batch, view=lambda x: augment.strong(x.flip(-1), 0.5)).flip(-1)
     g_says, true, present = estimate_quality(g, slices, torch.arange(len(slices)), p.argmax(1), on)
-    mask, truth = quality.foreground(p).flatten(2), one_hot(slices.label, K)[:, 1:].flatten(2)
+    mask, truth = quality.foreground(p).flatten(2), one_hot(slices.label, p.shape[1])[:, 1:].flatten(2)
     found = {"mean confidence": quality.confidence(p), "mean certainty (entropy)": quality.certainty(p),
              "region confidence": quality.region_confidence(p), "f's own expected Dice": quality.expected_dice(p),
              "agreement with an augmented pass": quality.agreement(p, other),
@@ -381,7 +378,7 @@ def compare_rows(groups, outputs, reference, case, reference_case):
     """
     levels = [level for level in LEVELS if level != "volume" or len(set(case)) < len(case)]
     tables = {}
-    for level in [level for level in levels if len(at_level(outputs[0], outputs[0].true, level, case)[0]) > 1]:
+    for level in [level for level in levels if len(at_level(outputs[0], outputs[0].true, level, case)[0])]:
         rows = []
         for name in outputs[0].estimates:
             pairs = [(at_level(o, o.estimates[name], level, case)[0], at_level(o, o.true, level, case)[0]) for o in outputs]
@@ -496,9 +493,14 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------- main
 
-def held_out(info, states, learned):
-    """Names of the train cases with labels that neither the runs nor g (which has learned from the cases `learned`) have used."""
-    used = set(learned).union(*(h5.choose_labeled(info, state["args"]["labeled"], state["args"]["labeled_seed"])[0] for state in states))
+def held_out(info, runs, qp=None):
+    """Names of the train cases with labels that neither the runs nor g have used. runs, qp: paths of checkpoints"""
+    used = set()
+    for path, stage in [*((path, "ssl") for path in runs), *([(qp, "qp")] if qp else [])]:
+        state = load_checkpoint(path, stage)
+        if state["data"]["checksum"] != info.checksum:
+            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen")
+        used |= set(state["labeled"] if stage == "qp" else h5.choose_labeled(info, state["args"]["labeled"], state["args"]["labeled_seed"])[0])
     names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
     if not names:
         raise InputError(f"{info.path}: no train case has a label that the runs have not learned from; score --split val")
@@ -513,8 +515,9 @@ def write_quality(args, info, groups, states, outputs, reference, slices, refere
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
         f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
     write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
-    rows = [r for r in tables["present"] if r["run"] == "mean of all"]
-    print(f"\n{title}\n\nMean over all runs, {LEVELS['present']} (quality.md has all)\n\n"
+    first = next(iter(tables))  # "present", unless no class is
+    rows = [r for r in tables[first] if r["run"] == "mean of all"]
+    print(f"\n{title}\n\nMean over all runs, {LEVELS[first]} (quality.md has all)\n\n"
           + markdown([{k: v for k, v in r.items() if k != "run"} for r in rows]))
     write_csv(os.path.join(args.out, "quality.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
@@ -522,18 +525,17 @@ def write_quality(args, info, groups, states, outputs, reference, slices, refere
         for name, labeled, members in groups for i in members for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
     draw_quality(os.path.join(args.out, "quality.png"),
                  {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], outputs[m[0]].true) for name, labeled, m in groups}, info.classes)
-    draw_estimates(os.path.join(args.out, "estimates.png"), tables["present"])
+    draw_estimates(os.path.join(args.out, "estimates.png"), tables[first])
 
 
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
-    g, learned = load_quality(args.qp, info, on) if args.qp else (None, [])
+    g = load_quality(args.qp, info, on)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":
-        split = "train"
-        names = held_out(info, [load_checkpoint(path, "ssl") for path in [*args.checkpoints, *([args.second] if args.second else [])]], learned)
+        split, names = "train", held_out(info, [*args.checkpoints, *([args.second] if args.second else [])], args.qp)
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored")
@@ -554,14 +556,15 @@ def main(argv=None):
                 raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {args.data} has {getattr(info, key)}")
         size = state["args"]["size"]
         slices, cases, second = cases_of(split, size)
-        labels.append(list(predict_cases(predict(net, slices, on, args.batch), cases, K, args.largest_component)))
+        probability = predict(net, slices, on, args.batch)
+        labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
             teacher = load_run(path, "teacher", on)[0]
-            outputs.append(compare_estimates(g, net, teacher, second, slices, on, args.batch))
+            outputs.append(compare_estimates(g, probability, net, teacher, second, slices, on, args.batch))
             if split != "val":
                 val, _, second = cases_of("val", size)
-                reference.append(compare_estimates(g, net, teacher, second, val, on, args.batch))
+                reference.append(compare_estimates(g, predict(net, val, on, args.batch), net, teacher, second, val, on, args.batch))
         states.append({k: state[k] for k in ("args", "data")})
 
     groups = group_runs(states, args.checkpoints)

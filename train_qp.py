@@ -66,7 +66,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.pretrained and args.head != "scalar":
         raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
-    args.width, args.lr = args.width or {"dense": 16, "scalar": 64}[args.head], args.lr or {"dense": 1e-3, "scalar": 3e-4}[args.head]
+    for name, default in {"dense": dict(width=16, lr=1e-3), "scalar": dict(width=64, lr=3e-4)}[args.head].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
 
 
@@ -100,7 +102,7 @@ def draw(masks, rows, K, device, args):
 
 
 # ---------------------------------------------------------------------------------------------------- the two heads' losses
-# loss(g, views, args) -> a number. views: x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S] of the step's masks, augmented anew in each
+# loss(g, views, args) -> a number. views: (x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S]) of one batch, augmented anew in each
 
 def scalar_loss(g, views, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""

@@ -1,6 +1,7 @@
 """Metrics against medpy, the rules for empty masks, and the tables and pictures of evaluate.py."""
 import csv
 import json
+import shutil
 
 import cv2
 import h5py
@@ -150,6 +151,23 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     everything = make_run(tmp_path / "c", info)
     refused(evaluate.main, [gray, everything, "--out", tmp_path / "o", "--split", "held_out"], "no train case", "--split val")
     refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--second", other], "--qp")
+    state = evaluate.load_checkpoint(run, "ssl")
+    save_checkpoint(str(tmp_path / "d.pt"), "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")}
+                    | dict(data=state["data"] | dict(checksum="another")))
+    refused(evaluate.main, [gray, tmp_path / "d.pt", "--out", tmp_path / "o", "--split", "held_out"], "d.pt", "another file")
+    assert not (tmp_path / "o").exists()
+
+
+def test_estimates_of_a_single_picture_without_foreground(rgb, rgb_quality, tmp_path, capsys):
+    """No class is present: nothing to correlate, but a table."""
+    shutil.copy(rgb, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        names = list(f["val"])
+        for name in names[1:]:
+            del f[f"val/{name}"]
+        f[f"val/{names[0]}/label"][:] = 0
+    evaluate.main([str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1]])
+    assert "each slice and class that is absent" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
 
 
 def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_case():
@@ -241,7 +259,6 @@ def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
     refused(evaluate.main, [gray, gray, *out], "not a readable checkpoint")
     refused(evaluate.main, [rgb, run, *out, "--split", "test"], "'test' is empty")
     refused(evaluate.main, [gray, run, *out, "--device", "nonsense"], "--device")
-    import shutil
     shutil.copy(gray, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         del f["val/phantom006/label"]
