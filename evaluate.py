@@ -8,7 +8,7 @@ Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summ
        with the truth, also OUT/quality.csv (a row per run, slice and class), quality.md, .json, quality.png (g) and estimates.png (all).
 
 Runs that differ only in their seed form one row: mean and standard deviation. Every score is taken on the case's own grid; volumes
-that were segmented slice by slice are scored as volumes.
+that were segmented slice by slice are scored as volumes. The estimates of quality are compared on the network's grid.
 
 Legend: N slices, B batch, K classes, D depth, H height, W width, S side of the network's grid.
 """
@@ -33,12 +33,12 @@ from models.losses import one_hot
 def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
     p.add_argument("data", help="dataset file")
-    p.add_argument("checkpoints", nargs="+", help="best.pt or last.pt of one or more runs")
+    p.add_argument("checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs")
     p.add_argument("--split", choices=("train", "val", "test", "held_out"), default="val",
                    help="cases to score, which need labels; held_out: train cases whose labels no run and no g has learned from")
     p.add_argument("--out", required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
-    p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class")
+    p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
@@ -107,15 +107,22 @@ def score_case(label, truth, entry, K):
 
 def agreement(predicted, true):
     """How well estimates match: n, MAE, RMSE, Pearson, Spearman (None where one side is constant), and worst: the share of the worst 20%
-    that are among the 20% of the lowest estimates."""
+    that are among the 20% of the lowest estimates (ties count in parts, as if broken at random)."""
     predicted, true = (np.asarray(v, np.float64) for v in (predicted, true))
     n, varied = len(true), len(true) > 1 and predicted.std() > 1e-9 and true.std() > 1e-9
-    lowest = [set(np.argsort(v, kind="stable")[:-(-n // 5)]) for v in (predicted, true)]
     return dict(n=n, mae=float(np.abs(predicted - true).mean()) if n else None,
                 rmse=float(np.sqrt(((predicted - true) ** 2).mean())) if n else None,
                 pearson=float(stats.pearsonr(predicted, true)[0]) if varied else None,
                 spearman=float(stats.spearmanr(predicted, true)[0]) if varied else None,
-                worst=len(lowest[0] & lowest[1]) / len(lowest[1]) if varied else None)
+                worst=float((lowest(predicted) * lowest(true)).sum() / -(-n // 5)) if varied else None)
+
+
+def lowest(values):
+    """1 for each of the lowest 20%, 0 for the others, and in between for those that are tied at the limit."""
+    count = -(-len(values) // 5)
+    limit = np.sort(values)[count - 1]
+    below, tied = values < limit, values == limit
+    return below + tied * (count - below.sum()) / tied.sum()
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
@@ -129,15 +136,15 @@ def load_cases(info, split, size, names=None):
 
 
 @torch.no_grad()
-def predict(net, slices, on, batch=32, view=lambda x: x):
-    """Probabilities of every slice, or of a view of it, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
+def predict(net, slices, on, batch=32):
+    """Probabilities of every slice, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
     training = net.training
     net.eval()
     out = []
     for start in range(0, len(slices), batch):
         x, _ = slices.batch(slice(start, start + batch), on.device)
         with on.autocast():
-            out.append(net(models.channels_last(view(x))).float().softmax(1).cpu())
+            out.append(net(models.channels_last(x)).float().softmax(1).cpu())
     net.train(training)
     return torch.cat(out)
 
@@ -297,8 +304,7 @@ def quality_rows(title, predicted, true, present, classes):
 
 @dataclass
 class Outputs:
-    """A run's outputs, slice by slice: what is true of them, and what each estimate says."""
-    true: np.ndarray     # [N, K-1] Dice
+    """A run's outputs, slice by slice: what is true of them on the network's grid, and what each estimate says."""
     present: np.ndarray  # [N, K-1] whether the truth holds the class
     shared: np.ndarray   # [N, K-1] pixels of both output and truth
     area: np.ndarray     # [N, K-1] pixels of the output
@@ -306,89 +312,101 @@ class Outputs:
     estimates: dict      # name -> [N, K-1]
 
 
-def compare_estimates(g, p, net, teacher, second, slices, on, batch):
+@torch.no_grad()
+def compare_estimates(g, p, net, other, second, slices, on, batch):
     """What g, and every estimate of quality that needs no g, says of a network's outputs for slices with labels. -> Outputs
 
-    p: the network's probabilities [N, K, S, S]; teacher: its EMA; second: those of an independent network, or None
+    p: the network's probabilities [N, K, S, S]; other: its teacher (of a teacher, its student); second: an independent network or None
     """
-    torch.manual_seed(0)
-    other = predict(net, slices, on, batch, view=lambda x: augment.strong(x.flip(-1), 0.5)).flip(-1)
-    g_says, true, present = estimate_quality(g, slices, torch.arange(len(slices)), p.argmax(1), on)
-    mask, truth = quality.foreground(p).flatten(2), one_hot(slices.label, p.shape[1])[:, 1:].flatten(2)
-    found = {"mean confidence": quality.confidence(p), "mean certainty (entropy)": quality.certainty(p),
-             "region confidence": quality.region_confidence(p), "f's own expected Dice": quality.expected_dice(p),
-             "agreement with an augmented pass": quality.agreement(p, other),
-             "agreement with the teacher": quality.agreement(p, predict(teacher, slices, on, batch))}
-    if second is not None:
-        found["expected Dice under a second network"] = quality.expected_dice(p, second)
-    return Outputs(true, present, *(v.sum(2).numpy() for v in (mask * truth, mask, mask + truth)),
-                   {"g": g_says} | {name: v.numpy() for name, v in found.items()})
+    def run(network, x):
+        with on.autocast():
+            return network(models.channels_last(x)).float().softmax(1)
+    torch.manual_seed(0)  # of the augmented pass
+    parts = []
+    for rows in torch.arange(len(slices)).split(batch):
+        x, y = slices.batch(rows, on.device)
+        mine = p[rows].to(on.device)                                              # [B, K, S, S]
+        mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, S, S]
+        with on.autocast():
+            says = {"g": g(x, mask)}
+        says |= {"mean confidence": quality.confidence(mine), "mean certainty (entropy)": quality.certainty(mine),
+                 "region confidence": quality.region_confidence(mine), "f's own expected Dice": quality.expected_dice(mine),
+                 "agreement with an augmented pass": quality.overlap(mine, run(net, augment.strong(x.flip(-1), 0.5)).flip(-1)),
+                 "agreement of student and teacher": quality.overlap(mine, run(other, x))}
+        if second is not None:
+            says["expected Dice under a second network"] = quality.expected_dice(mine, run(second, x))
+        sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
+        parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
+    present, shared, area, total, *estimates = (np.concatenate(v) for v in zip(*parts))
+    return Outputs(present, shared, area, total, dict(zip(says, estimates)))
 
 
 UNSCALED = {"mean confidence", "mean certainty (entropy)", "region confidence"}  # not estimates of a Dice
-LEVELS = {"present": "of each slice and class that is present", "absent": "of each slice and class that is absent",
-          "image": "of each slice, mean over its classes", "volume": "of each volume and class"}
+LEVELS = {"present": "of each slice and class that is present", "absent": "of each slice and class that is absent (Dice is 0 or 1)",
+          "image": "of each slice, mean over all classes, present or absent", "volume": "of each volume and class"}
 
 
-def at_level(outputs, values, level, case):
-    """Numbers [N, K-1] of slices and classes as a list of one level's entries, and the case that each belongs to.
+def plain_dice(shared, total):
+    """2 |A and B| / (|A| + |B|) from numbers of pixels; 1 where both masks are empty."""
+    return np.where(total > 0, 2 * shared / np.maximum(total, 1), 1.0)
 
-    A volume's estimate is the mean of its slices', weighted with the output's area; the true Dice of a volume is its own.
+
+def at_level(outputs, level, case, name=None):
+    """The entries of a level, [n]: of the estimate of that name, or of the true Dice; and the case that each belongs to.
+
+    A volume's true Dice is that of all its pixels; its estimate is the mean of its slices', weighted with the output's area.
     """
-    case = np.asarray(case)
+    case, values = np.asarray(case), plain_dice(outputs.shared, outputs.total) if name is None else outputs.estimates[name]    # [N, K-1]
     if level == "image":
         return values.mean(1), case
     if level == "volume":
-        names, number = np.unique(case, return_inverse=True)
-        add = lambda v: np.stack([np.bincount(number, column) for column in v.T], 1)   # [N, K-1] -> [volumes, K-1]
-        if values is outputs.true:
-            both, total = add(outputs.shared), add(outputs.total)
-            out = np.where(total > 0, 2 * both / np.maximum(total, 1), 1.0)
-        else:
-            weight = outputs.area + 1e-6
-            out = add(values * weight) / add(weight)
-        return out.ravel(), np.repeat(names, out.shape[1])
+        names, volume = np.unique(case, return_inverse=True)
+        add = lambda v: np.stack([np.bincount(volume, column) for column in v.T], 1)                                           # [volumes, K-1]
+        weight = outputs.area + 1e-6
+        found = plain_dice(add(outputs.shared), add(outputs.total)) if name is None else add(values * weight) / add(weight)
+        return found.ravel(), np.repeat(names, found.shape[1])
     chosen = outputs.present if level == "present" else ~outputs.present
     return values[chosen], np.broadcast_to(case[:, None], values.shape)[chosen]
 
 
 def monotone(x, y):
     """The increasing map from x to y of the least squared error, as a function; linear in between."""
-    order = np.argsort(x, kind="stable")
-    fitted = optimize.isotonic_regression(y[order]).x
-    return lambda v: np.interp(v, x[order], fitted)
+    x, where, count = np.unique(x, return_inverse=True, return_counts=True)
+    fitted = optimize.isotonic_regression(np.bincount(where, y) / count, weights=count).x
+    return lambda v: np.interp(v, x, fitted)
 
 
-def calibrated(estimate, true, case, reference, folds=5):
-    """Estimates after a monotone map to Dice that was fitted on other cases: on the reference, a pair (estimate, true) of val, or, where
-    that is None since val itself is scored, on the cases of the other folds."""
+def calibrated(estimate, true, patient, reference, folds=5):
+    """Estimates after a monotone map to Dice that was fitted on other patients: on the reference, a pair (estimate, true) of val, or, where
+    that is None since val itself is scored, on the patients of the other folds. None where there are no others."""
     if reference is not None:
-        return monotone(*reference)(estimate)
-    out, fold = np.array(estimate, np.float64), np.unique(case, return_inverse=True)[1] % folds
-    for k in np.unique(fold):
-        if (fold != k).any():
-            out[fold == k] = monotone(estimate[fold != k], true[fold != k])(estimate[fold == k])
+        return monotone(*reference)(estimate) if len(reference[0]) else None
+    out, fold = np.zeros(len(estimate)), np.unique(patient, return_inverse=True)[1] % folds
+    if len(set(fold)) < 2:
+        return None
+    for k in set(fold):
+        out[fold == k] = monotone(estimate[fold != k], true[fold != k])(estimate[fold == k])
     return out
 
 
-def compare_rows(groups, outputs, reference, case, reference_case):
+def compare_rows(groups, outputs, reference, case, reference_case, patient):
     """Agreement of every estimate with the truth, for each level and each group of runs, and the mean over all runs.
 
-    outputs: Outputs of each run; reference: those on val, for calibration, or None if val is what is scored. -> {level: rows}
+    outputs: Outputs of each run; reference: those on val, for calibration, or None; patient: of each case. -> {level: rows}
     """
-    levels = [level for level in LEVELS if level != "volume" or len(set(case)) < len(case)]
     tables = {}
-    for level in [level for level in levels if len(at_level(outputs[0], outputs[0].true, level, case)[0])]:
+    for level in LEVELS:
+        true, owner = at_level(outputs[0], level, case)
+        if not len(true) or (level == "volume" and len(set(case)) == len(case)):
+            continue
         rows = []
         for name in outputs[0].estimates:
-            pairs = [(at_level(o, o.estimates[name], level, case)[0], at_level(o, o.true, level, case)[0]) for o in outputs]
-            cases = at_level(outputs[0], outputs[0].true, level, case)[1]
-            on_val = None if reference is None else [np.concatenate(v) for v in zip(*(
-                (at_level(o, o.estimates[name], level, reference_case)[0], at_level(o, o.true, level, reference_case)[0]) for o in reference))]
-            estimate, true = (np.concatenate(v) for v in zip(*pairs))      # one map for all runs: nobody knows how good a run is
-            mapped = calibrated(estimate, true, np.tile(cases, len(outputs)), on_val).reshape(len(outputs), -1)
-            found = [agreement(*pair) | dict(dice=float(pair[1].mean()), calibrated=float(np.abs(m - pair[1]).mean()))
-                     for pair, m in zip(pairs, mapped)]
+            pairs = [(at_level(o, level, case, name)[0], at_level(o, level, case)[0]) for o in outputs]
+            # one map for all runs, since nobody knows how good a run is
+            on_val = reference and [np.concatenate([at_level(o, level, reference_case, n)[0] for o in reference]) for n in (name, None)]
+            mapped = calibrated(*map(np.concatenate, zip(*pairs)), np.tile([patient[c] for c in owner], len(outputs)), on_val)
+            errors = [None] * len(outputs) if mapped is None else np.abs(mapped - np.concatenate([t for _, t in pairs])).reshape(len(outputs), -1).mean(1)
+            found = [agreement(*pair) | dict(dice=pair[1].mean(), calibrated=error) for pair, error in zip(pairs, errors)]
             for run, members in [*((f"{n}, labeled {l}", m) for n, l, m in groups), ("mean of all", range(len(outputs)))]:
                 known = {k: [found[i][k] for i in members if found[i][k] is not None] for k in found[0]}  # r is undefined for constants
                 mean = {k: float(np.mean(v)) if v else None for k, v in known.items()}
@@ -493,25 +511,39 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------- main
 
-def held_out(info, runs, qp=None):
-    """Names of the train cases with labels that neither the runs nor g have used. runs, qp: paths of checkpoints"""
+def held_out(info, states):
+    """Names of the train cases with labels from which no checkpoint has learned, neither itself nor through its g. states: path -> state"""
     used = set()
-    for path, stage in [*((path, "ssl") for path in runs), *([(qp, "qp")] if qp else [])]:
-        state = load_checkpoint(path, stage)
+    for path, state in states.items():
         if state["data"]["checksum"] != info.checksum:
             raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen")
-        used |= set(state["labeled"] if stage == "qp" else h5.choose_labeled(info, state["args"]["labeled"], state["args"]["labeled_seed"])[0])
+        used |= set(state["labeled"])
     names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
     if not names:
-        raise InputError(f"{info.path}: no train case has a label that the runs have not learned from; score --split val")
+        raise InputError(f"{info.path}: no train case has a label from which nobody has learned; score --split val")
     return names
 
 
+def check_runs(args, info, states):
+    """InputError if checkpoints of train_ssl.py do not fit the data, or cannot be compared by --qp. states: path -> state"""
+    for path, state in states.items():
+        for key in ("classes", "channels"):
+            if state["data"][key] != getattr(info, key):
+                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} has {getattr(info, key)}")
+    sizes = {state["args"]["size"]: path for path, state in states.items()}
+    if args.qp and len(sizes) > 1:
+        raise InputError("--qp compares outputs of one --size, but " + ", ".join(f"{path} has {size}" for size, path in sizes.items()))
+    if args.second and any(os.path.samefile(args.second, path) for path in args.checkpoints):
+        raise InputError(f"--second {args.second}: is among the runs that it should judge; give an independent one")
+
+
 def write_quality(args, info, groups, states, outputs, reference, slices, reference_case, cost):
-    """The tables, pictures and CSV of --qp."""
-    tables = compare_rows(groups, outputs, reference, slices.case, reference_case)
-    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(slices.case))} cases: mean over seeds. Calibrated: after "
-             f"a monotone map, fitted {'on the other cases' if reference is None else 'on val'}.\n{cost}")
+    """The tables, pictures and CSV of --qp. slices: those of the outputs; reference_case: cases of the reference, for each slice"""
+    patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
+    tables = compare_rows(groups, outputs, reference, slices.case, reference_case, patient)
+    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(slices.case))} cases: mean over seeds. MAE calibrated: after a "
+             f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
+             + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
         f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
     write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
@@ -519,12 +551,13 @@ def write_quality(args, info, groups, states, outputs, reference, slices, refere
     rows = [r for r in tables[first] if r["run"] == "mean of all"]
     print(f"\n{title}\n\nMean over all runs, {LEVELS[first]} (quality.md has all)\n\n"
           + markdown([{k: v for k, v in r.items() if k != "run"} for r in rows]))
+    true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
-         "present": outputs[i].present[n, k], "true": outputs[i].true[n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
+         "present": outputs[i].present[n, k], "true": true[i][n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
         for name, labeled, members in groups for i in members for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
     draw_quality(os.path.join(args.out, "quality.png"),
-                 {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], outputs[m[0]].true) for name, labeled, m in groups}, info.classes)
+                 {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
     draw_estimates(os.path.join(args.out, "estimates.png"), tables[first])
 
 
@@ -533,39 +566,36 @@ def main(argv=None):
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
     g = load_quality(args.qp, info, on)[0] if args.qp else None
+    heads = {path: {k: v for k, v in load_checkpoint(path, "ssl").items() if k in ("args", "data", "labeled")}
+             for path in [*args.checkpoints, *([args.second] if args.second else [])]}
+    check_runs(args, info, heads)
     split, names = args.split, None
     if split == "held_out":
-        split, names = "train", held_out(info, [*args.checkpoints, *([args.second] if args.second else [])], args.qp)
+        split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored")
+    states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
+    second = load_run(args.second, args.weights, on)[0] if args.second else None
+    val = None  # what --qp calibrates on
+    if g and split != "val" and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled]):
+        val = h5.load_slices(info, "val", size, labeled)
 
-    loaded = {}  # (split, network grid) -> slices and cases, of --second also its probabilities
-    def cases_of(split, size):
-        if (split, size) not in loaded:
-            slices, cases = load_cases(info, split, size, names if split != "val" else None)
-            second = predict(load_run(args.second, args.weights, on)[0], slices, on, args.batch) if args.second else None
-            loaded[split, size] = slices, cases, second
-        return loaded[split, size]
-
-    states, labels, scores, outputs, reference = [], [], [], [], []
-    for path in args.checkpoints:
-        net, state = load_run(path, args.weights, on)
-        for key in ("classes", "channels"):
-            if state["data"][key] != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {args.data} has {getattr(info, key)}")
-        size = state["args"]["size"]
-        slices, cases, second = cases_of(split, size)
+    labels, scores, outputs, reference = [], [], [], []
+    loaded = {}  # network grid -> slices and cases
+    for path, state in zip(args.checkpoints, states):
+        net, size = load_run(path, args.weights, on)[0], state["args"]["size"]
+        if size not in loaded:
+            loaded[size] = load_cases(info, split, size, names)
+        slices, cases = loaded[size]
         probability = predict(net, slices, on, args.batch)
         labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
-            teacher = load_run(path, "teacher", on)[0]
-            outputs.append(compare_estimates(g, probability, net, teacher, second, slices, on, args.batch))
-            if split != "val":
-                val, _, second = cases_of("val", size)
-                reference.append(compare_estimates(g, predict(net, val, on, args.batch), net, teacher, second, val, on, args.batch))
-        states.append({k: state[k] for k in ("args", "data")})
+            other = load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0]
+            outputs.append(compare_estimates(g, probability, net, other, second, slices, on, args.batch))
+            if val:
+                reference.append(compare_estimates(g, predict(net, val, on, args.batch), net, other, second, val, on, args.batch))
 
     groups = group_runs(states, args.checkpoints)
     known = all(e.spacing_known for e in entries)
@@ -584,7 +614,7 @@ def main(argv=None):
         x, mask = (torch.zeros(1, n, size, size, device=on.device) for n in (info.channels, K - 1))
         cost = (f"Cost of an image of {size} x {size}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
-        write_quality(args, info, groups, states, outputs, reference or None, slices, cases_of("val", size)[0].case if reference else None, cost)
+        write_quality(args, info, groups, states, outputs, reference or None, slices, val and val.case, cost)
 
     if args.pictures > 0:
         draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)

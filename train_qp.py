@@ -3,8 +3,7 @@
     python train_qp.py DATA.h5 --vqm runs/vqm/vqm.h5 --out runs/qp
 
 Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of corrupt.py.
-Writes OUT/qp.pt (the g that is best on val's real outputs), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report
-       on held-out cases: OUT/qp.json, OUT/qp.md, OUT/qp.png.
+Writes OUT/qp.pt (g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on val: OUT/qp.json, OUT/qp.md, OUT/qp.png.
 
 g answers with the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. --head dense predicts the
 truth from image and mask, and reads off the mask's expected Dice; --head scalar, the paper's, regresses it. The report tells apart
@@ -47,14 +46,15 @@ def parse_args(argv=None):
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0, help="dense: weight of the error in Dice beside that in pixels")
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
     p.add_argument("--pretrained", metavar="FILE", help="scalar: torchvision ResNet-18 state dict to start from")
-    # training: the paper's values for the scalar head
+    # training (epochs, masks, batch, decay, patience as in the paper)
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice in an epoch")
     p.add_argument("--batch", type=number(2), default=32, help="masks in a step")
     p.add_argument("--lr", type=number(0, 10, float), help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
-    p.add_argument("--patience", type=number(1), default=25, help="epochs without a smaller error on val's real outputs before stopping")
+    p.add_argument("--select", choices=("last", "best"), help="keep the last epoch, or the best on val's real outputs (default: dense last, scalar best)")
+    p.add_argument("--patience", type=number(1), default=25, help="--select best: epochs without a better one before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5, help="of augmentation: intensity, rotation, scale and shift")
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     # running
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.pretrained and args.head != "scalar":
         raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
-    for name, default in {"dense": dict(width=16, lr=1e-3), "scalar": dict(width=64, lr=3e-4)}[args.head].items():
+    for name, default in {"dense": dict(width=16, lr=1e-3, select="last"), "scalar": dict(width=64, lr=3e-4, select="best")}[args.head].items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     return args
@@ -150,16 +150,17 @@ def train_step(run, masks, rows, args, step):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
-    models.update_average(run.g, run.net, step, args.ema)
+    models.update_average(run.g, run.net, step, args.ema)  # also resets g's temperature; it is fitted before g is asked or kept
     return loss.detach()
 
 
-TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4: with few labels, networks are too sure of themselves on new images, never too unsure
+TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4; below 1, g would only get surer of itself for val's sake
 
 
 @torch.no_grad()
 def fit_temperature(g, masks, on, most=300):
-    """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`."""
+    """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
+    fit it by likelihood.)"""
     errors = torch.zeros(len(TEMPERATURES))
     for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(16):
         x, y = masks.slices.batch(masks.index[rows], on.device)
@@ -234,7 +235,7 @@ def main(argv=None):
                         labeled=sorted(set(train.slices.case)), data=info.describe(), **more)
 
     for epoch in range(first + 1, args.epochs + 1):
-        if epoch - best["epoch"] > args.patience:
+        if args.select == "best" and epoch - best["epoch"] > args.patience:
             break
         start, losses = time.perf_counter(), []
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
@@ -248,7 +249,7 @@ def main(argv=None):
         if args.head == "dense":
             fit_temperature(g, real, on)
         errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
-        if errors[1] < best["error"]:
+        if errors[1] < best["error"] or args.select == "last":
             best = dict(error=errors[1], epoch=epoch)
             save("qp.pt", epoch)
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
@@ -257,7 +258,8 @@ def main(argv=None):
 
     g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     rows, panels, image_dependence = report(g, synthetic, real, info, on)
-    text = (f"Quality predictor for {info.name}, best of epoch {best['epoch']}: predicted against true Dice on val\n\n{evaluate.markdown(rows)}\n\n"
+    chosen = " and ".join(["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")) or "nothing"
+    text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n{evaluate.markdown(rows)}\n\n"
             "Dependence on the image: correlation of g's answers with those for a "
             + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (the paper asks for less than .7)\n")
     evaluate.write_text(os.path.join(args.out, "qp.md"), text)

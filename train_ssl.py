@@ -331,7 +331,7 @@ def main(argv=None):
     def save(name, step):
         save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
                         teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(),
-                        scaler=run.scaler.state_dict(), data=info.describe())
+                        scaler=run.scaler.state_dict(), data=info.describe(), labeled=sorted({*labeled.case, *seen}))
 
     names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
     log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first)

@@ -24,7 +24,8 @@ def quality_target(mask, truth):
     (2 |m t| + s) / (|m| + |t| + s) with s = a ten thousandth of the pixels. Plain Dice jumps between 0 and 1 on one pixel where a
     class is absent from the truth; with s it is 1 for an empty mask and falls with the area of what was invented. With
     probabilities as the truth it is the expected Dice (expectations of numerator and denominator, one over the other), and for an empty
-    mask s / (s + expected area): near 1 only where nothing of the class is expected.
+    mask s / (s + expected area): near 1 only where nothing of the class is expected. The Dice that hard truths, drawn pixel by pixel from
+    the probabilities, have on average; doubts that pixels share (is the whole organ there?) are beyond it.
     """
     return soft_dice(mask, truth, smooth=SMOOTH * mask[0, 0].numel())
 
@@ -70,7 +71,7 @@ class DenseQualityPredictor(nn.Module):
     """The dense head: image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> expected Dice [B, K-1].
 
     M `members`, U-Nets, see the image and the mask and predict the truth; the answer is the expected Dice of the mask under the mean of
-    their probabilities, whose temperature is fitted on val (Guo et al., ICML 2017). A member sees the mask as K channels, the
+    their probabilities, at a temperature that train_qp.py fits on val. A member sees the mask as K channels, the
     background's among them; where the mask is withheld, all are 0. mask_dropout is the share of training samples whose mask is
     withheld; at 0 or 1 a member knows but one of the V = 2 views, else both are averaged.
     """
@@ -89,7 +90,7 @@ class DenseQualityPredictor(nn.Module):
 
     def logits(self, image, mask):
         """Every member's answer to every view, on the grid of `size`. -> [M, V, B, K, *S]"""
-        image, mask = resample(image, self.size), resample(mask, self.size)
+        image, mask = resample(image, self.size), resample(mask.to(image.dtype), self.size)
         views = ([torch.ones] if self.mask_dropout > 0 else []) + ([torch.zeros] if self.mask_dropout < 1 else [])
         x = torch.cat([self.show(image, mask, view(len(image), device=image.device)) for view in views])
         x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
@@ -100,7 +101,7 @@ class DenseQualityPredictor(nn.Module):
         return (self.logits(image, mask) / self.temperature).softmax(3).mean((0, 1))
 
     def forward(self, image, mask):
-        return quality_target(resample(mask, self.size), self.truth(image, mask)[:, 1:])
+        return quality_target(resample(mask.to(image.dtype), self.size), self.truth(image, mask)[:, 1:])
 
     def error(self, image, mask):
         """Probability that each pixel's class in the mask is wrong. -> [B, *S] on the mask's own grid"""
@@ -139,6 +140,6 @@ def expected_dice(p, other=None):
     return quality_target(foreground(p), (p if other is None else other)[:, 1:])
 
 
-def agreement(p, other):
-    """Dice of two outputs."""
+def overlap(p, other):
+    """Smoothed Dice of two outputs."""
     return quality_target(foreground(p), foreground(other))

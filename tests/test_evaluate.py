@@ -14,7 +14,7 @@ from scipy import stats
 import evaluate
 import models
 import train_ssl
-from data import h5
+from data import h5, phantom
 from data.files import save_checkpoint
 
 
@@ -105,7 +105,7 @@ def make_run(folder, info, **args):
     net = models.build("unet", channels=info.channels, classes=len(info.classes))
     full = vars(train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])) | args
     save_checkpoint(str(folder / "best.pt"), "ssl", model=net.config, nets=[net.state_dict()], teacher=net.state_dict(), args=full,
-                    step=1, data=info.describe())
+                    step=1, data=info.describe(), labeled=h5.choose_labeled(info, full["labeled"])[0])
     return str(folder / "best.pt")
 
 
@@ -127,7 +127,7 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     tables = (out / "quality.md").read_text()
     for estimate in ("g", "mean confidence", "mean certainty (entropy)", "region confidence", "f's own expected Dice",
-                     "agreement with an augmented pass", "agreement with the teacher"):
+                     "agreement with an augmented pass", "agreement of student and teacher"):
         assert f"| mean of all | {estimate} |" in tables and estimate in quality[0]
     assert ("Of each volume and class" in tables) == (kind == "gray") and "GFLOPs" in tables
     rows_of_g = [r for r in quality if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"]
@@ -139,18 +139,71 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     assert len(pictures) == 2 and all(cv2.imread(str(p)).std() > 5 for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"])
 
 
+class Says(torch.nn.Module):
+    """A network whose probability of the foreground is a function of the image [B, 1, H, W]."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        p = self.f(x).clamp(1e-6, 1 - 1e-6)
+        return torch.cat([1 - p, p], 1).log()
+
+
+def test_each_estimate_asks_whom_it_names():
+    """On two images whose left half is the object: networks that say left, right, all, each estimate by hand."""
+    half = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    half[:, :, :4] = 1
+    slices = h5.Slices(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [0, 0])
+    at = lambda columns, p=1.0: (lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p))
+    left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
+    on, net, asked = models.compute("cpu", "off"), Says(left), []
+    g = lambda x, mask: asked.append(mask) or torch.full((len(x), 1), 0.25)
+    p = evaluate.predict(net, slices, on)
+    found = evaluate.compare_estimates(g, p, net, Says(right), Says(everything), slices, on, 1)
+    assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(torch.cat(asked)[:, 0], half.float())
+    assert found.present.all() and (found.shared == 32).all() and (found.area == 32).all() and (found.total == 64).all()
+    says = {name: v.ravel().tolist() for name, v in found.estimates.items()}
+    assert says["g"] == [0.25, 0.25] and says["mean confidence"] == pytest.approx([1, 1], abs=1e-5)
+    assert says["f's own expected Dice"] == pytest.approx([1, 1], abs=1e-4) and says["agreement of student and teacher"] == pytest.approx([0, 0], abs=1e-3)
+    assert says["agreement with an augmented pass"] == pytest.approx([0, 0], abs=1e-3)   # it says left of the mirrored image, too
+    assert says["expected Dice under a second network"] == pytest.approx([2 * 24 / (32 + 48)] * 2, abs=1e-3)
+    assert "expected Dice under a second network" not in evaluate.compare_estimates(g, p, net, net, None, slices, on, 2).estimates
+
+
 def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused):
     """Train cases whose labels nobody has used, with a second network's opinion, calibrated on val."""
     info, out = h5.read_info(gray), tmp_path / "out"
-    run, other = (make_run(tmp_path / n, info, labeled="4", seed=s) for n, s in (("a", 0), ("b", 1)))
-    evaluate.main([gray, run, "--out", str(out), "--qp", gray_quality[1], "--split", "held_out", "--second", other, "--pictures", "1"])
+    names = [e.name for e in info.entries("train")]
+    run, other = (make_run(tmp_path / n, info, labeled=k, seed=s) for n, k, s in (("a", "2", 0), ("b", "5", 1)))
+    common = [gray, run, "--split", "held_out", "--pictures", "0"]
+    cases = lambda: list(dict.fromkeys(r["case"] for r in csv.DictReader(open(out / "cases.csv"))))
+    evaluate.main([*common, "--out", str(out)])
+    assert cases() == names[2:]
+    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1]])       # g has learned from 4
+    assert cases() == names[4:]
+    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1], "--second", other])
+    assert cases() == names[5:]
     found = list(csv.DictReader(open(out / "quality.csv")))
-    assert {r["case"] for r in found} == {e.name for e in info.entries("train")[4:]}       # g and the runs learned from the first 4
-    assert "expected Dice under a second network" in found[0] and "fitted on val" in (out / "quality.md").read_text()
-    assert {r["case"] for r in csv.DictReader(open(out / "cases.csv"))} == {r["case"] for r in found}
+    assert {r["case"] for r in found} == set(names[5:]) and "expected Dice under a second network" in found[0]
+    table = json.loads((out / "quality.json").read_text())
+    assert "fitted on val" in table["title"] and "other patients" not in table["title"]
+    g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
+    on = models.compute()                                                      # the calibrated error once more, by its parts
+    net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
+    on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.predict(net, val, on), net, net, None, val, on, 32)
+    map_ = evaluate.monotone(evaluate.at_level(on_val, "present", val.case, "g")[0], evaluate.at_level(on_val, "present", val.case)[0])
+    errors = [abs(map_(float(r["g"])) - float(r["true"])) for r in found if r["present"] == "True"]
+    assert g["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)
+
     everything = make_run(tmp_path / "c", info)
     refused(evaluate.main, [gray, everything, "--out", tmp_path / "o", "--split", "held_out"], "no train case", "--split val")
     refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--second", other], "--qp")
+    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", run], "among the runs")
+    larger = make_run(tmp_path / "e", info, size=48)
+    refused(evaluate.main, [gray, run, larger, "--out", tmp_path / "o", "--qp", gray_quality[1]], "--size", "48", "32")
+    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", larger], "--size", "48", "32")
     state = evaluate.load_checkpoint(run, "ssl")
     save_checkpoint(str(tmp_path / "d.pt"), "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")}
                     | dict(data=state["data"] | dict(checksum="another")))
@@ -158,8 +211,13 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     assert not (tmp_path / "o").exists()
 
 
+def test_a_second_network_of_other_classes_is_refused(gray, rgb, gray_quality, tmp_path, refused):
+    run, other = make_run(tmp_path / "a", h5.read_info(gray)), make_run(tmp_path / "b", h5.read_info(rgb))
+    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", other], "classes")
+
+
 def test_estimates_of_a_single_picture_without_foreground(rgb, rgb_quality, tmp_path, capsys):
-    """No class is present: nothing to correlate, but a table."""
+    """No class is present and there is no other patient: nothing to correlate and nothing to calibrate on, but a table."""
     shutil.copy(rgb, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         names = list(f["val"])
@@ -168,35 +226,51 @@ def test_estimates_of_a_single_picture_without_foreground(rgb, rgb_quality, tmp_
         f[f"val/{names[0]}/label"][:] = 0
     evaluate.main([str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1]])
     assert "each slice and class that is absent" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
+    row = json.loads((tmp_path / "o" / "quality.json").read_text())["levels"]["absent"][0]
+    assert row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and row["Dice"] in (0.0, 1.0)
 
 
-def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_case():
+def test_estimates_without_val(gray, gray_quality, tmp_path):
+    """A file with test alone: the map is fitted on the other patients of test."""
+    phantom.main(["--out", str(tmp_path / "f.h5"), "--train", "6", "--val", "2", "--test", "3", "--depth", "4", "--size", "48"])
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        del f["val"], f["train"]
+    run = make_run(tmp_path / "a", h5.read_info(gray))
+    evaluate.main([str(tmp_path / "f.h5"), run, "--out", str(tmp_path / "o"), "--qp", gray_quality[1], "--split", "test", "--weights", "teacher"])
+    found = json.loads((tmp_path / "o" / "quality.json").read_text())
+    assert "other patients" in found["title"] and found["levels"]["present"][0]["MAE calibrated"] is not None
+
+
+def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient():
     step = evaluate.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
     assert np.allclose(step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9])
+    for y in ([0, 0, 1, 1], [1, 1, 0, 0]):  # ties have one answer, their mean
+        assert evaluate.monotone(np.ones(4), np.array(y, float))(1.0) == 0.5
     rng = np.random.default_rng(0)
-    case, x = np.repeat(np.arange(12), 5).astype(str), rng.random(60)
+    patient, x = np.repeat(np.arange(12), 5).astype(str), rng.random(60)
     y = (x ** 2).round(2)
-    a = evaluate.calibrated(x, y, case, None)
+    a = evaluate.calibrated(x, y, patient, None)
     assert np.abs(a - y).mean() < 0.05 < np.abs(x - y).mean()
-    other = np.where(case == "3", rng.random(60), y)
-    b = evaluate.calibrated(x, other, case, None)
-    assert np.array_equal(a[case == "3"], b[case == "3"]) and not np.array_equal(a, b)
-    assert np.array_equal(evaluate.calibrated(x, y, case, (x, x / 2)), evaluate.monotone(x, x / 2)(x))
+    other = np.where(patient == "3", rng.random(60), y)
+    b = evaluate.calibrated(x, other, patient, None)
+    assert np.array_equal(a[patient == "3"], b[patient == "3"]) and not np.array_equal(a, b)
+    assert np.array_equal(evaluate.calibrated(x, y, patient, (x, x / 2)), evaluate.monotone(x, x / 2)(x))
+    assert evaluate.calibrated(x, y, np.zeros(60), None) is None and evaluate.calibrated(x, y, patient, (x[:0], y[:0])) is None
 
 
 def test_levels_by_hand():
     """Two volumes of two slices, two classes: a volume's Dice is that of all its pixels, its estimate is weighted with the area."""
     a = lambda *rows: np.array(rows, float)
-    outputs = evaluate.Outputs(true=a((1, 1), (0.5, 0), (0.2, 1), (0.4, 1)), present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0,
-                               shared=a((0, 0), (10, 0), (3, 0), (2, 0)), area=a((0, 0), (20, 4), (10, 0), (5, 0)),
-                               total=a((8, 0), (40, 14), (30, 0), (10, 0)), estimates={"g": a((0.9, 0.8), (0.6, 0.1), (0.3, 0.7), (0.6, 0.9))})
-    case, g = ["v", "v", "w", "w"], outputs.estimates["g"]
-    for level, values, expected in [("present", outputs.true, [1, 0.5, 0, 0.2, 0.4]), ("absent", g, [0.8, 0.7, 0.9]),
-                                    ("image", g, [0.85, 0.35, 0.5, 0.75]), ("volume", outputs.true, [20 / 48, 0, 10 / 40, 1]),
-                                    ("volume", g, [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8])]:
-        found, owner = evaluate.at_level(outputs, values, level, case)
+    outputs = evaluate.Outputs(present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0, shared=a((0, 0), (10, 0), (3, 0), (2, 0)),
+                               area=a((0, 0), (20, 4), (10, 0), (5, 0)), total=a((8, 0), (40, 14), (30, 0), (10, 0)),
+                               estimates={"g": a((0.9, 0.8), (0.6, 0.1), (0.3, 0.7), (0.6, 0.9))})
+    case = ["v", "v", "w", "w"]
+    for level, name, expected in [("present", None, [0, 0.5, 0, 0.2, 0.4]), ("absent", None, [1, 1, 1]), ("absent", "g", [0.8, 0.7, 0.9]),
+                                  ("image", "g", [0.85, 0.35, 0.5, 0.75]), ("image", None, [0.5, 0.25, 0.6, 0.7]),
+                                  ("volume", None, [20 / 48, 0, 10 / 40, 1]), ("volume", "g", [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8])]:
+        found, owner = evaluate.at_level(outputs, level, case, name)
         assert np.allclose(found, expected, atol=1e-5) and len(owner) == len(expected)
-    assert evaluate.at_level(outputs, g, "absent", case)[1].tolist() == ["v", "w", "w"]
+    assert evaluate.at_level(outputs, "absent", case, "g")[1].tolist() == ["v", "w", "w"]
 
 
 def test_share_of_the_worst_that_is_found():
@@ -205,6 +279,10 @@ def test_share_of_the_worst_that_is_found():
     half = true.copy()
     half[[2, 3, 10, 11]] = half[[10, 11, 2, 3]]
     assert evaluate.agreement(half, true)["worst"] == 0.5
+    tied = np.where(np.arange(20) < 8, 0.0, true)   # 8 of 20 are worst alike: 4 count, each by half
+    for order in (np.arange(20), np.arange(20)[::-1]):
+        assert evaluate.agreement(tied[order], tied[order])["worst"] == pytest.approx(8 * 0.25 / 4)
+        assert evaluate.agreement(true[order], tied[order])["worst"] == pytest.approx(0.5)
 
 
 def test_cost_of_a_pass():
@@ -257,7 +335,7 @@ def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
     refused(evaluate.main, [gray, run, *out, "--qp", rgb_quality[1]], "qp.pt", "classes")
     refused(evaluate.main, [gray, gray_quality[1], *out], "stage 'qp'", "'ssl' is needed")
     refused(evaluate.main, [gray, gray, *out], "not a readable checkpoint")
-    refused(evaluate.main, [rgb, run, *out, "--split", "test"], "'test' is empty")
+    refused(evaluate.main, [rgb, make_run(tmp_path / "b", h5.read_info(rgb)), *out, "--split", "test"], "'test' is empty")
     refused(evaluate.main, [gray, run, *out, "--device", "nonsense"], "--device")
     shutil.copy(gray, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:

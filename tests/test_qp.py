@@ -69,11 +69,28 @@ def test_report(kind, request):
     assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_which_epoch_is_kept(select, rgb, rgb_quality, tmp_path):
+    """With a huge learning rate the epochs differ widely; best stops after `patience` worse ones."""
+    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path), "--size", "32", "--width", "4", "--members", "1", "--epochs", "6",
+                   "--batch", "16", "--lr", "0.3", "--select", select, "--patience", "1"])
+    errors = [float(r["error_real"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
+    kept = torch.load(tmp_path / "qp.pt", weights_only=True)
+    if select == "last":
+        assert kept["epoch"] == len(errors) == 6
+    else:
+        best = int(np.argmin(errors))
+        assert kept["epoch"] == best + 1 and len(errors) == min(6, best + 2)
+    assert kept["best"]["error"] == pytest.approx(errors[kept["epoch"] - 1], abs=1e-4)
+
+
 def test_heads(rgb, rgb_quality, rgb_scalar):
     """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
     info, on = h5.read_info(rgb), evaluate.models.compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
         g, labeled = evaluate.load_quality(path, info, on)
+        saved = torch.load(path, weights_only=True)["weights"]
+        assert set(saved) == set(g.state_dict()) and all(torch.equal(v, saved[k]) for k, v in g.state_dict().items())
         assert isinstance(g, kind) and not g.training and not any(p.requires_grad for p in g.parameters()) and len(labeled) == 4
         assert g(torch.randn(2, 3, 40, 40), torch.rand(2, 1, 40, 40)).shape == (2, 1)
 
