@@ -397,7 +397,8 @@ def compare_rows(groups, outputs, reference, case, reference_case, patient):
     tables = {}
     for level in LEVELS:
         true, owner = at_level(outputs[0], level, case)
-        if not len(true) or (level == "volume" and len(set(case)) == len(case)):
+        alone = (level == "volume" and len(set(case)) == len(case)) or (level == "image" and outputs[0].area.shape[1] == 1)
+        if alone or not len(true):  # every volume is a slice, every slice a class: that table stands there already
             continue
         rows = []
         for name in outputs[0].estimates:
@@ -452,7 +453,7 @@ def draw_estimates(path, rows):
         for i, run in enumerate(runs):
             last = run == "mean of all"
             values = {r["estimate"]: r[column] for r in rows if r["run"] == run}
-            axis.scatter([np.nan if values[n] is None else values[n] for n in names], range(len(names)), label=run, zorder=3,
+            axis.scatter([np.nan if values.get(n) is None else values[n] for n in names], range(len(names)), label=run, zorder=3,
                          s=70 if last else 30, marker="|" if last else "o", color="black" if last else h5.COLORS[i % len(h5.COLORS)])
         axis.grid(axis="x", lw=0.4)
         axis.set_xlabel({"Pearson": "Pearson r (right is better)"}.get(column, "MAE after calibration (left is better)"))

@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from data import h5  # noqa: E402
+import evaluate  # noqa: E402
 from data.files import Parser, cli  # noqa: E402
 
 
@@ -32,27 +32,15 @@ def main():
         found[title] = {"g, dense": rows.pop("g")} | rows
         scalar = os.path.join(folder, "table_scalar", "quality.json")
         if os.path.exists(scalar):
-            found[title] = {"g, dense": found[title]["g, dense"], "g, scalar (the paper)": read(scalar)["g"]} | rows
+            found[title] = {"g, dense": found[title]["g, dense"], "g, scalar": read(scalar)["g"]} | rows
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-    names.sort(key=lambda name: (not name.startswith("g,"), name))
     show = lambda row: "-" if row is None else f"{row['Pearson'] or 0:.3f} / {row['MAE calibrated']:.3f}"
     print("| estimate | " + " | ".join(found) + " |\n|" + "---|" * (1 + len(found)))
     for name in names:
         print(f"| {name} | " + " | ".join(show(rows.get(name)) for rows in found.values()) + " |")
 
-    plt = h5.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.36 * len(names)), sharey=True, layout="constrained")
-    for axis, column, label in zip(axes, ("Pearson", "MAE calibrated"), ("Pearson r (right is better)", "MAE after calibration (left is better)")):
-        for i, (title, rows) in enumerate(found.items()):
-            shown = [(rows[name][column], y) for y, name in enumerate(names) if name in rows and rows[name][column] is not None]
-            axis.scatter(*zip(*shown), s=36, color=h5.COLORS[i % len(h5.COLORS)], marker="osD^vP"[i % 6], label=title, zorder=3)
-        axis.axhspan(-0.5, 0.5, color="0.93", zorder=0)
-        axis.grid(axis="x", lw=0.4)
-        axis.set_xlabel(label)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found), fontsize=8, frameon=False)
-    h5.save_figure(figure, args.out)
+    evaluate.draw_estimates(args.out, [{"run": title, "estimate": name, **{k: row[k] for k in ("Pearson", "MAE calibrated")}}
+                                       for title, rows in found.items() for name in names if (row := rows.get(name))])
 
 
 if __name__ == "__main__":
