@@ -29,8 +29,8 @@ def main():
     args = p.parse_args()
     on, info = models.compute(), h5.read_info(args.data)
     g, _ = evaluate.load_quality(args.qp, info, on)
-    size = load_checkpoint(args.checkpoints[0], "ssl")["args"]["size"]
-    slices = h5.load_slices(info, "train", size, evaluate.held_out(info, args.checkpoints, args.qp))
+    states = {path: load_checkpoint(path, "ssl") for path in args.checkpoints} | {args.qp: load_checkpoint(args.qp, "qp")}
+    slices = h5.load_slices(info, "train", states[args.checkpoints[0]]["args"]["size"], evaluate.held_out(info, states))
     truth = one_hot(slices.label, len(info.classes))[:, 1:]
     present, members, fitted = truth.flatten(2).any(2).numpy(), len(g.members), g.temperature.item()
     views = ["withheld", "shown"] if 0 < g.mask_dropout < 1 else ["withheld" if g.mask_dropout else "shown"]
