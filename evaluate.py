@@ -390,7 +390,7 @@ def calibrated(estimate, true, patient, reference, folds=5):
 
 
 def compare_rows(groups, outputs, reference, case, reference_case, patient):
-    """Agreement of every estimate with the truth, for each level and each group of runs, and the mean over all runs.
+    """Agreement of every estimate with the truth, for each level and each group of runs, the mean over all runs, and all outputs pooled.
 
     outputs: Outputs of each run; reference: those on val, for calibration, or None; patient: of each case. -> {level: rows}
     """
@@ -405,10 +405,12 @@ def compare_rows(groups, outputs, reference, case, reference_case, patient):
             pairs = [(at_level(o, level, case, name)[0], at_level(o, level, case)[0]) for o in outputs]
             # one map for all runs, since nobody knows how good a run is
             on_val = reference and [np.concatenate([at_level(o, level, reference_case, n)[0] for o in reference]) for n in (name, None)]
-            mapped = calibrated(*map(np.concatenate, zip(*pairs)), np.tile([patient[c] for c in owner], len(outputs)), on_val)
-            errors = [None] * len(outputs) if mapped is None else np.abs(mapped - np.concatenate([t for _, t in pairs])).reshape(len(outputs), -1).mean(1)
+            estimate, truth = map(np.concatenate, zip(*pairs))
+            mapped = calibrated(estimate, truth, np.tile([patient[c] for c in owner], len(outputs)), on_val)
+            errors = [None] * len(outputs) if mapped is None else np.abs(mapped - truth).reshape(len(outputs), -1).mean(1)
             found = [agreement(*pair) | dict(dice=pair[1].mean(), calibrated=error) for pair, error in zip(pairs, errors)]
-            for run, members in [*((f"{n}, labeled {l}", m) for n, l, m in groups), ("mean of all", range(len(outputs)))]:
+            found.append(agreement(estimate, truth) | dict(dice=truth.mean(), calibrated=None if mapped is None else np.mean(errors)))
+            for run, members in [*((f"{n}, labeled {l}", m) for n, l, m in groups), ("mean of all", range(len(outputs))), ("pooled", [-1])]:
                 known = {k: [found[i][k] for i in members if found[i][k] is not None] for k in found[0]}  # r is undefined for constants
                 mean = {k: float(np.mean(v)) if v else None for k, v in known.items()}
                 rows.append({"run": run, "estimate": name, "n": int(mean["n"]), "Dice": mean["dice"],
@@ -447,7 +449,8 @@ def draw_quality(path, panels, classes):
 def draw_estimates(path, rows):
     """Pearson r and calibrated MAE of every estimate (lines of the figure) for every group of runs (colors)."""
     plt = h5.pyplot()
-    names, runs = list(dict.fromkeys(r["estimate"] for r in rows)), list(dict.fromkeys(r["run"] for r in rows))
+    names = list(dict.fromkeys(r["estimate"] for r in rows))
+    runs = [run for run in dict.fromkeys(r["run"] for r in rows) if run != "pooled"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 1.6 + 0.34 * len(names)), sharey=True, layout="constrained")
     for axis, column in zip(axes, ("Pearson", "MAE calibrated")):
         for i, run in enumerate(runs):
@@ -549,9 +552,8 @@ def write_quality(args, info, groups, states, outputs, reference, slices, refere
         f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
     write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
     first = next(iter(tables))  # "present", unless no class is
-    rows = [r for r in tables[first] if r["run"] == "mean of all"]
     print(f"\n{title}\n\nMean over all runs, {LEVELS[first]} (quality.md has all)\n\n"
-          + markdown([{k: v for k, v in r.items() if k != "run"} for r in rows]))
+          + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"]))
     true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,

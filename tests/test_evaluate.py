@@ -133,6 +133,10 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     rows_of_g = [r for r in quality if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"]
     error = np.mean([abs(float(r["g"]) - float(r["true"])) for r in rows_of_g])
     second = np.mean([abs(float(r["g"]) - float(r["true"])) for r in quality if r["run"] == "supervised" and r["seed"] == "1" and r["present"] == "True"])
+    pooled = [r for r in quality if r["present"] == "True"]
+    r_of_all = stats.pearsonr(*([float(r[k]) for r in pooled] for k in ("g", "true")))[0]
+    row = next(r for r in json.loads((out / "quality.json").read_text())["levels"]["present"] if (r["run"], r["estimate"]) == ("pooled", "g"))
+    assert row["n"] == len(pooled) and row["Pearson"] == pytest.approx(r_of_all, abs=1e-4)
     assert f"| supervised, labeled all | g | {len(rows_of_g)} |" in tables and f"| {(error + second) / 2:.3f} |" in tables
     assert "| supervised |" in capsys.readouterr().out and "| supervised |" in (out / "summary.md").read_text()
     pictures = list((out / "cases").iterdir())
