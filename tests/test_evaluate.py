@@ -248,6 +248,7 @@ def test_estimates_without_val(gray, gray_quality, tmp_path):
 def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient():
     step = evaluate.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
     assert np.allclose(step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9])
+    assert np.allclose(evaluate.monotone(np.array([1.0, 1, 1, 2]), np.array([1.0, 1, 1, 0]))(np.array([1.0, 2])), 0.75)
     for y in ([0, 0, 1, 1], [1, 1, 0, 0]):  # ties have one answer, their mean
         assert evaluate.monotone(np.ones(4), np.array(y, float))(1.0) == 0.5
     rng = np.random.default_rng(0)

@@ -246,6 +246,13 @@ def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
     assert not list((tmp_path / "a").glob("step*.pt"))
 
 
+def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
+    """Its own 2 patients' labels, and through g those of 4."""
+    alone = train(gray, tmp_path / "a", "--labeled", 2)["labeled"]
+    guided = train(gray, tmp_path / "b", "--labeled", 2, "--qar", 0.01, "--qp", gray_quality[1])["labeled"]
+    assert len(alone) == 2 and len(guided) == 4 and set(alone) < set(guided)
+
+
 def test_same_seed_same_weights_and_another_seed_others(gray, gray_quality, tmp_path):
     more = ("--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1], "--qar", 0.01)
     a, b, c = (train(gray, tmp_path / n, *more, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
