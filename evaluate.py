@@ -63,10 +63,14 @@ class Score:
     one_empty: bool  # prediction or truth is empty, but not both
 
 
+def plain_dice(shared, total):
+    """2 |A and B| / (|A| + |B|) from numbers of pixels, arrays or not; 1 where both masks are empty."""
+    return np.where(total > 0, 2 * shared / np.maximum(total, 1), 1.0)
+
+
 def dice(mask, truth):
-    """2 |A and B| / (|A| + |B|) of two boolean arrays; 1 if both are empty."""
-    total = int(mask.sum()) + int(truth.sum())
-    return 2 * int((mask & truth).sum()) / total if total else 1.0
+    """Dice of two boolean arrays; 1 if both are empty."""
+    return float(plain_dice(int((mask & truth).sum()), int(mask.sum()) + int(truth.sum())))
 
 
 def score(mask, truth, spacing):
@@ -344,11 +348,6 @@ def compare_estimates(g, p, net, other, second, slices, on, batch):
 UNSCALED = {"mean confidence", "mean certainty (entropy)", "region confidence"}  # not estimates of a Dice
 LEVELS = {"present": "of each slice and class that is present", "absent": "of each slice and class that is absent (Dice is 0 or 1)",
           "image": "of each slice, mean over all classes, present or absent", "volume": "of each volume and class"}
-
-
-def plain_dice(shared, total):
-    """2 |A and B| / (|A| + |B|) from numbers of pixels; 1 where both masks are empty."""
-    return np.where(total > 0, 2 * shared / np.maximum(total, 1), 1.0)
 
 
 def at_level(outputs, level, case, name=None):
