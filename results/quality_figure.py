@@ -40,7 +40,7 @@ def main():
         print()
 
     evaluate.draw_estimates(args.out, [{"run": title, "estimate": name, **{k: row[k] for k in ("Pearson", "MAE calibrated")}}
-                                       for title, rows in found.items() for name in names if (row := rows.get(name))])
+                                       for name in names for title, rows in found.items() if (row := rows.get(name))])
 
 
 if __name__ == "__main__":
