@@ -1,4 +1,4 @@
-# make demo   from nothing to a results table on the embedded phantom: all four stages, about 8 minutes on two cores
+# make demo   from nothing to a results table on the embedded phantom: all four stages, about 10 minutes on two cores
 # make test   the test suite
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -19,7 +19,7 @@ demo: .venv/ready
 	$(PY) -m data.phantom --out $(DATA)
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
 	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --preview $(OUT)/masks.png
-	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --members 2 --per-image 20 --epochs 4 --overwrite
+	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --members 1 --batch 16 --per-image 50 --epochs 3 --overwrite
 	$(TRAIN) --out $(OUT)/sup --method supervised
 	$(TRAIN) --out $(OUT)/sup_all --method supervised --labeled all
 	$(TRAIN) --out $(OUT)/pl --method pseudo_label
