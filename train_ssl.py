@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import evaluate
 import models
 from data import augment, h5
 from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, numbers, save_checkpoint, start_run
-from models.losses import mse_loss, one_hot, seg_loss
+from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, weighted_mean
 
 
 def parse_args(argv=None):
@@ -41,11 +42,19 @@ def parse_args(argv=None):
     p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
     # method
     p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
-    p.add_argument("--conf-threshold", type=SHARE, default=0.9, help="pseudo_label: pixels of lower confidence are left out; 0 keeps all")
+    p.add_argument("--conf-threshold", type=SHARE, default=0.9,
+                   help="pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps all")
     p.add_argument("--lam", type=number(0, 1e6, float), default=0.25, help="lambda: weight of the unlabeled loss after its ramp")
     p.add_argument("--lam-warmup", type=SHARE, default=0.075, help="share of training before the unlabeled loss sets in")
     p.add_argument("--lam-ramp", type=SHARE, default=0.15, help="share of training over which lambda then grows")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.999, help="decay of the teacher")
+    p.add_argument("--mc-passes", type=number(1, 1000), default=8, help="ua_mt: noisy passes of the teacher")
+    p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0, help="ict: two images are blended by Beta(alpha, alpha)")
+    p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1, help="contrastive: weight of the contrast beside the pseudo-label's loss")
+    p.add_argument("--temperature", type=number(1e-3, 1e3, float), default=0.1, help="contrastive: of the similarities")
+    p.add_argument("--negatives", type=number(1, 100_000), default=256, help="contrastive: pixels of other classes for each class")
+    p.add_argument("--paste", type=SHARE, default=2 / 3, help="bcp: side of the pasted box, as a share of the image's")
+    p.add_argument("--largest-component", action="store_true", help="bcp: a pseudo-label keeps the largest component of each class")
     # quality guidance
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
@@ -111,8 +120,8 @@ class Term:
 # [0, 1]: progress of training. To add a method: one function, and its name in METHODS.
 
 def supervised(nets, teacher, batch, args, t):
-    """(cross-entropy + soft Dice) / 2 on the labeled images."""
-    return seg_loss(nets[0](batch.x), batch.y), []
+    """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
+    return sum(seg_loss(net(batch.x), batch.y) for net in nets), []
 
 
 def pseudo_label(nets, teacher, batch, args, t):
@@ -121,7 +130,7 @@ def pseudo_label(nets, teacher, batch, args, t):
     Deviation from Lee, who uses the student's own label. PL-C and PL-QW of the paper keep every pixel: --conf-threshold 0.
     """
     target = probabilities(teacher, batch.u)                                  # [U, K, S, S]
-    sure = (target.amax(1) >= args.conf_threshold).float()                    # [U, S, S]
+    sure = confident(target, args)                                            # [U, S, S]
     at_x, at_u = together(nets[0], batch.x, batch.u)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_u, harden(target), w * sure))]
 
@@ -136,7 +145,123 @@ def mean_teacher(nets, teacher, batch, args, t):
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w))]
 
 
-METHODS = {f.__name__: f for f in (supervised, pseudo_label, mean_teacher)}
+def ua_mt(nets, teacher, batch, args, t):
+    """UA-MT, Yu et al. 2019: mean teacher (Eq. 3) where the teacher is certain, by the entropy of 8 noisy passes (Eq. 2).
+
+    The limit grows from 3/4 to 1 of ln 2, the largest entropy of two classes, with the paper's Gaussian ramp; with more classes it stays
+    ln 2, as in the public multi-class implementations. Deviations: those of mean_teacher.
+    """
+    target = probabilities(teacher, batch.u)
+    limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
+    sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()    # [U, S, S]
+    at_x, at_s = together(nets[0], batch.x, batch.s1)
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w * sure))]
+
+
+def ict(nets, teacher, batch, args, t):
+    """ICT, Verma et al. 2019, Eq. 1 and 2: the student on a blend of two images agrees with the blend of the teacher's two answers.
+
+    Deviation: each pair has its own share from Beta(alpha, alpha), not the whole batch one.
+    """
+    target, perm = probabilities(teacher, batch.u), shuffled(batch.u)
+    share = torch.distributions.Beta(args.mix_alpha, args.mix_alpha).sample((len(perm),)).to(batch.u.device)  # [U] of the second
+    blend = lambda v: torch.lerp(v, v[perm], share[:, None, None, None])
+    at_x, at_blend = together(nets[0], batch.x, blend(batch.u))
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_blend, blend(target), w), mix=(perm, share))]
+
+
+def cps(nets, teacher, batch, args, t):
+    """CPS, Chen et al. 2021, Eq. 1 to 3: two students of different initialization, each taught by the other's hard label.
+
+    Deviations: the unlabeled loss is ours (the paper: cross-entropy alone), and not applied to the labeled images too.
+    """
+    (x1, u1), (x2, u2) = (together(net, batch.x, batch.u) for net in nets)
+    p1, p2 = (u.detach().float().softmax(1) for u in (u1, u2))
+    return seg_loss(x1, batch.y) + seg_loss(x2, batch.y), [Term(batch.u, p2, lambda w: seg_loss(u1, harden(p2), w)),
+                                                          Term(batch.u, p1, lambda w: seg_loss(u2, harden(p1), w))]
+
+
+def contrastive(nets, teacher, batch, args, t):
+    """CL of the paper: pseudo-label, plus .1 times the contrast of confident pixels between pseudo-classes (models.losses.pixel_contrast).
+
+    The paper gives weight, temperature, negatives and threshold; the rest is as in U2PL (Wang et al. 2022, Eq. 6): keys are the teacher's.
+    Deviations from U2PL: features are the middle level of the encoder (a quarter of the side in the U-Net), without a projection head;
+    every confident pixel is an anchor; negatives are drawn from the batch, not from a memory.
+    """
+    with torch.no_grad():
+        keys = teacher.encode(batch.u)
+        target = teacher.decode(keys).float().softmax(1)
+    sure, B, middle = confident(target, args), len(batch.x), len(keys) // 2
+    features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
+    at_x, at_u = nets[0].decode(features).split([B, len(batch.u)])
+    anchors = features[middle][B:]                                            # [U, F, s, s]
+    small = F.interpolate(target, size=anchors.shape[2:], mode="area")        # [U, K, s, s]
+    clear = confident(small, args)                                            # [U, s, s]
+    nce = pixel_contrast(anchors, keys[middle], small.argmax(1), clear > 0, negatives=args.negatives, temperature=args.temperature)
+
+    def loss(w):
+        near = F.interpolate(w[:, None], size=nce.shape[1:], mode="area")[:, 0]
+        return seg_loss(at_u, harden(target), w * sure) + args.contrast_weight * weighted_mean(nce, near * clear)
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, loss)]
+
+
+def fixmatch(nets, teacher, batch, args, t):
+    """FixMatch, Sohn et al. 2020, Eq. 4, for segmentation as the baseline of UniMatch: the student's own confident hard label on the weak
+    view teaches it on a strong view with CutMix.
+
+    Deviations: the label is made in eval mode; the loss is ours and relative to the confident pixels, not to all.
+    """
+    target, (cut, mix) = own_probabilities(nets[0], batch.u), cutmix(batch.u)
+    at_x, at_s = together(nets[0], batch.x, cut(batch.s1))
+    label, sure = cut(harden(target)), cut(confident(target, args))
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s, label, w * sure), mix=mix)]
+
+
+def unimatch(nets, teacher, batch, args, t):
+    """UniMatch, Yang et al. 2023: two strong views with CutMix, mu / 2 = 1/4 each, and one weak view with half of the encoder's feature
+    channels dropped, lambda = 1/2 (the paper's final loss of unlabeled images, lambda = mu = .5). Its L = (L_x + L_u) / 2 is --lam 1.
+
+    Deviations: those of fixmatch.
+    """
+    target, U = own_probabilities(nets[0], batch.u), len(batch.u)
+    label, sure = harden(target), confident(target, args)
+    (cut1, mix1), (cut2, mix2) = cutmix(batch.u), cutmix(batch.u)
+    images = models.channels_last(torch.cat([batch.x, cut1(batch.s1), cut2(batch.s2), batch.u]))
+    features = [torch.cat([f[:-U], torch.feature_dropout(f[-U:], 0.5, True)]) for f in nets[0].encode(images)]
+    at_x, at_s1, at_s2, at_dropped = nets[0].decode(features).split([len(batch.x), U, U, U])
+    label1, label2, sure1, sure2 = cut1(label), cut2(label), cut1(sure), cut2(sure)
+    return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s1, label1, w * sure1) / 4, mix=mix1),
+                                     Term(batch.u, target, lambda w: seg_loss(at_s2, label2, w * sure2) / 4, mix=mix2),
+                                     Term(batch.u, target, lambda w: seg_loss(at_dropped, label, w * sure) / 2)]
+
+
+def bcp(nets, teacher, batch, args, t):
+    """BCP, Bai et al. 2023, Eq. 1 to 7: a box of a labeled image on an unlabeled one, and the other way around; the labeled pixels are
+    taught by their labels, the unlabeled ones by the teacher's. Until lambda sets in, `copy_paste` trains on labeled images alone.
+
+    Half of the unlabeled images take part in each direction. The paper's alpha is --lam 0.5. Deviation: the mean, not the sum, over the two directions.
+    """
+    target = probabilities(teacher, batch.u)
+    if args.largest_component:
+        target = keep_largest(target)
+    x, y = (repeated(v, len(batch.u)) for v in (batch.x, batch.y))
+    box = augment.random_box(x, args.paste)                                   # [U, 1, S, S]
+    inward = (torch.arange(len(x), device=x.device) % 2 == 0)[:, None, None, None]
+    labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
+    logits = nets[0](models.channels_last(torch.where(labeled > 0, x, batch.u)))
+    return seg_loss(logits, y, labeled[:, 0]), [Term(batch.u, target, lambda w: seg_loss(logits, harden(target), w * (1 - labeled[:, 0])))]
+
+
+def copy_paste(nets, teacher, batch, args, t):
+    """The warm-up stage of BCP: a box of a labeled image on another labeled image, and of its label on the other's."""
+    box, perm = augment.random_box(batch.x, args.paste) > 0, shuffled(batch.x)
+    x, y = (torch.where(box, v[perm], v) for v in (batch.x, batch.y))
+    return seg_loss(nets[0](models.channels_last(x)), y), []
+
+
+METHODS = {f.__name__: f for f in (supervised, pseudo_label, mean_teacher, ua_mt, ict, cps, contrastive, fixmatch, unimatch, bcp)}
+STUDENTS = {"cps": 2}             # the others have one
+WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 
 @torch.no_grad()
@@ -153,6 +278,63 @@ def harden(p):
 def together(net, *images):
     """One pass over several batches: faster, and batch norm sees labeled and unlabeled images alike."""
     return net(models.channels_last(torch.cat(images))).split([len(i) for i in images])
+
+
+def own_probabilities(net, image):
+    """Those of a student itself, without its dropout and with the running statistics of batch norm."""
+    net.eval()
+    p = probabilities(net, image)
+    net.train()
+    return p
+
+
+def confident(p, args):
+    """1 where the largest probability reaches --conf-threshold, else 0. [B, K, S, S] -> [B, S, S]"""
+    return (p.amax(1) >= args.conf_threshold).float()
+
+
+def uncertainty(net, image, passes):
+    """Entropy, in nats, of the mean of `passes` predictions of a net in eval mode with its dropout on and noise added. -> [B, S, S]"""
+    dropouts = [m for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
+    for m in dropouts:
+        m.train()
+    p = sum(probabilities(net, image + (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2)) for _ in range(passes)) / passes
+    for m in dropouts:
+        m.eval()
+    return -(p * p.clamp_min(1e-6).log()).sum(1)
+
+
+def shuffled(x):
+    """A random order of a batch, [B]."""
+    return torch.randperm(len(x), device=x.device)
+
+
+def repeated(x, count):
+    """The first `count` of x, x, x, ... [B, ...] -> [count, ...]"""
+    return x[torch.arange(count, device=x.device) % len(x)]
+
+
+def cutmix(u):
+    """CutMix (French et al. 2020) with UniMatch's boxes: with p = .5, a box of 2 to 40% of the area shows another sample of the batch.
+
+    -> (a function that cuts [U, S, S] and [U, *, S, S] alike, the Term's mix)
+    """
+    perm, (U, dims) = shuffled(u), (len(u), u.dim() - 2)
+    rand = torch.rand(U, 2 + dims, device=u.device)
+    area = (0.02 + 0.38 * rand[:, :1]) * (rand[:, 1:2] < 0.5)                                        # [U, 1]
+    stretch = math.log(1 / 0.3) * (rand[:, 2:] - rand[:, 2:].mean(1, keepdim=True))                  # sides differ by up to 1 / .3
+    box = augment.random_box(u, area ** (1 / dims) * stretch.exp())                                  # [U, 1, S, S]
+
+    def cut(v):
+        return torch.where((box if v.dim() == u.dim() else box[:, 0]) > 0, v[perm], v)
+    return cut, (perm, box[:, 0])
+
+
+def keep_largest(p):
+    """Pseudo-labels without all but the largest component of each class: the rest becomes background. [B, K, S, S] twice"""
+    label = p.argmax(1).cpu().numpy()
+    kept = torch.stack([torch.from_numpy(evaluate.largest_component(one, p.shape[1]) == one) for one in label]).to(p.device)
+    return torch.where(kept[:, None], p, one_hot(torch.zeros_like(p[:, 0]), p.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------- the two quality hooks
@@ -208,8 +390,8 @@ def unlabeled_loss(g, terms, args, device):
 
 
 def quality_loss(g, nets, image):
-    """QAR: mean of 1 - g(u, softmax f(u)) over images, classes and students; the gradient flows through g into each student."""
-    return sum((1 - g(image, net(image).float().softmax(1)[:, 1:])).mean() for net in nets) / len(nets)
+    """QAR: mean of 1 - g(u, softmax f(u)) over images and classes, summed over students; the gradient flows through g into each."""
+    return sum((1 - g(image, net(image).float().softmax(1)[:, 1:])).mean() for net in nets)
 
 
 # ---------------------------------------------------------------------------------------------------- one training step
@@ -239,7 +421,8 @@ def lambdas(args, t):
 def total_loss(nets, teacher, g, batch, args, t):
     """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, share of samples that count]."""
     lam, lam_qar = lambdas(args, t)
-    sup, terms = (METHODS[args.method] if lam else supervised)(nets, teacher, batch, args, t)
+    method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
+    sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     qar = quality_loss(g, nets, batch.u) if lam_qar else torch.zeros((), device=sup.device)
     loss = sup.mean() + lam * unsup + lam_qar * qar
@@ -253,7 +436,8 @@ def train_step(run, batch, args, step):
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_([p for net in run.nets for p in net.parameters()], args.clip)
+    for net in run.nets:
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     models.update_average(run.teacher, run.nets[0], step, args.ema)
@@ -310,7 +494,7 @@ def main(argv=None):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
-    nets = [on.place(models.build(args.model, channels=info.channels, classes=K)).train()]
+    nets = [on.place(models.build(args.model, channels=info.channels, classes=K)).train() for _ in range(STUDENTS.get(args.method, 1))]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":

@@ -86,3 +86,21 @@ def blur(image, sigma):
         mode_pad = [p for q in reversed(pad) for p in (q, q)]
         x = conv(F.pad(x, mode_pad, mode="reflect"), weight.reshape(B * C, 1, *shape), groups=B * C)
     return x.reshape(image.shape)
+
+
+def random_box(image, share):
+    """1 inside a box at a random place of each sample, 0 outside. image [B, C, *S]; share of each side, one or [B, len(S)] -> [B, 1, *S]
+
+    Sides are rounded to whole pixels; shares above 1 fill the side.
+    """
+    B, _, *S = image.shape
+    share = torch.as_tensor(share, device=image.device).expand(B, len(S)).clamp(max=1)
+    box = torch.ones(B, 1, *S, device=image.device)
+    for axis, side in enumerate(S):
+        length = (share[:, axis, None] * side).round()                                                 # [B, 1]
+        start = (torch.rand(B, 1, device=image.device) * (side - length + 1)).floor()
+        at = torch.arange(side, device=image.device)                                                   # [side]
+        shape = [B, 1, *(1 for _ in S)]
+        shape[2 + axis] = side
+        box = box * ((at >= start) & (at < start + length)).reshape(shape)
+    return box

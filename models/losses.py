@@ -2,6 +2,7 @@
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
+import torch
 from torch.nn import functional as F
 
 
@@ -40,6 +41,26 @@ def mse_loss(logits, target, weight=None):
     """Squared difference of probabilities, mean over classes. logits, target probabilities [B, K, *S], weight [B, *S] -> [B]"""
     error = (logits.float().softmax(1) - target).square().mean(1)              # [B, *S]
     return error.flatten(1).mean(1) if weight is None else weighted_mean(error, weight)
+
+
+def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
+    """InfoNCE of each clear pixel: near the mean key of its class, far from keys of the others. -> [B, *S], 0 for pixels without a loss
+
+    anchors [B, F, *S] features that learn; keys [B, F, *S] features that do not; label [B, *S]; clear [B, *S] bool: the pixels that take part.
+    -log(exp(a.k+ / T) / (exp(a.k+ / T) + sum over negatives exp(a.k- / T))), a and k of unit length, k+ the mean of the class over the batch,
+    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class. van den Oord et al. 2018; Wang et al., U2PL, CVPR 2022, Eq. 6.
+    """
+    loss = torch.zeros(label.shape, device=label.device)
+    with torch.autocast(label.device.type, enabled=False):  # matrix products would drop to half precision
+        a, k = (F.normalize(x.float(), dim=1).movedim(1, -1) for x in (anchors, keys.detach()))          # [B, *S, F]
+        for c in label[clear].unique():
+            mine, others = clear & (label == c), k[clear & (label != c)]
+            if not len(others):
+                continue
+            k_pos, k_neg = F.normalize(k[mine].mean(0), dim=0), others[torch.randperm(len(others), device=k.device)[:negatives]]
+            positive, negative = a[mine] @ k_pos / temperature, a[mine] @ k_neg.T / temperature         # [N], [N, negatives]
+            loss[mine] = torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive
+    return loss
 
 
 def weighted_mean(value, weight):

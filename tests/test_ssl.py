@@ -27,15 +27,16 @@ def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
                                  "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", *qp, *more])
 
 
-def setting(kind, seed=1, count=3):
+def setting(kind, seed=1, count=3, students=1):
     """Students, teacher and a batch."""
     C, K = KINDS[kind]
     torch.manual_seed(seed)
-    nets = [models.build("unet", channels=C, classes=K)]
+    nets = [models.build("unet", channels=C, classes=K) for _ in range(students)]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
         for p in teacher.parameters():
             p.add_(0.05 * torch.randn_like(p))
+        teacher.head.weight.mul_(20)  # and a decided one: UA-MT asks for entropy below ln 2
     x, u, s1, s2 = (torch.randn(count, C, 32, 32) for _ in range(4))
     return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, 32, 32)), K), u, s1, s2)
 
@@ -55,7 +56,7 @@ class Constant(nn.Module):
 
 
 def loss_of(kind, g, args, seed=1):
-    nets, teacher, batch = setting(kind, seed)
+    nets, teacher, batch = setting(kind, seed, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
     return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
 
@@ -64,7 +65,7 @@ def loss_of(kind, g, args, seed=1):
 @pytest.mark.parametrize("method, weight, level, qar", [
     c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)) if c[1] != "none" or c[2] == "image"])
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
-    nets, teacher, batch = setting(kind)
+    nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     C, K = KINDS[kind]
     g = models.build("quality_dense", channels=C, classes=K, size=32, width=4, members=1).eval().requires_grad_(False)
     args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
@@ -84,7 +85,7 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", UNLABELED)
 def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
-    nets, teacher, batch = setting(kind)
+    nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     args = options("--conf-threshold", "0", method=method)
     _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
     train_ssl.unlabeled_loss(None, terms, args, CPU)[0].backward()
