@@ -146,9 +146,10 @@ def mean_teacher(nets, teacher, batch, args, t):
 
 
 def ua_mt(nets, teacher, batch, args, t):
-    """UA-MT, Yu et al. 2019: mean teacher (Eq. 3) where the teacher is certain, by the entropy of 8 noisy passes (Eq. 2).
+    """UA-MT, Yu et al. 2019: mean teacher where the teacher is certain, sum([h < H] |f(s1) - f'(u)|^2) / sum([h < H]) (their Eq. 3), h the
+    entropy of the mean of 8 passes with dropout and noise (their Eq. 2).
 
-    The limit grows from 3/4 to 1 of ln 2, the largest entropy of two classes, with the paper's Gaussian ramp; with more classes it stays
+    H grows from 3/4 to 1 of ln 2, the largest entropy of two classes, with the paper's Gaussian ramp; with more classes it stays
     ln 2, as in the public multi-class implementations. Deviations: those of mean_teacher.
     """
     target = probabilities(teacher, batch.u)
@@ -159,9 +160,9 @@ def ua_mt(nets, teacher, batch, args, t):
 
 
 def ict(nets, teacher, batch, args, t):
-    """ICT, Verma et al. 2019, Eq. 1 and 2: the student on a blend of two images agrees with the blend of the teacher's two answers.
+    """ICT, Verma et al. 2019: |f(mix(u_i, u_j)) - mix(f'(u_i), f'(u_j))|^2 with mix(a, b) = (1 - share) a + share b, share ~ Beta(alpha, alpha).
 
-    Deviation: each pair has its own share from Beta(alpha, alpha), not the whole batch one.
+    Deviations: each pair has its own share, not the whole batch one; the teacher is in eval mode.
     """
     target, perm = probabilities(teacher, batch.u), shuffled(batch.u)
     share = torch.distributions.Beta(args.mix_alpha, args.mix_alpha).sample((len(perm),)).to(batch.u.device)  # [U] of the second
@@ -171,9 +172,10 @@ def ict(nets, teacher, batch, args, t):
 
 
 def cps(nets, teacher, batch, args, t):
-    """CPS, Chen et al. 2021, Eq. 1 to 3: two students of different initialization, each taught by the other's hard label.
+    """CPS, Chen et al. 2021: two students of different initialization, L_s = l(p1, y) + l(p2, y), and each is taught by the other's hard
+    label, L_cps = l(p1, y2) + l(p2, y1).
 
-    Deviations: the unlabeled loss is ours (the paper: cross-entropy alone), and not applied to the labeled images too.
+    Deviations: l is our seg_loss (the paper: cross-entropy), and L_cps is not applied to the labeled images too.
     """
     (x1, u1), (x2, u2) = (together(net, batch.x, batch.u) for net in nets)
     p1, p2 = (u.detach().float().softmax(1) for u in (u1, u2))
@@ -184,7 +186,7 @@ def cps(nets, teacher, batch, args, t):
 def contrastive(nets, teacher, batch, args, t):
     """CL of the paper: pseudo-label, plus .1 times the contrast of confident pixels between pseudo-classes (models.losses.pixel_contrast).
 
-    The paper gives weight, temperature, negatives and threshold; the rest is as in U2PL (Wang et al. 2022, Eq. 6): keys are the teacher's.
+    The paper gives weight, temperature, negatives and threshold; the rest is as in U2PL (Wang et al. 2022): keys are the teacher's.
     Deviations from U2PL: features are the middle level of the encoder (a quarter of the side in the U-Net), without a projection head;
     every confident pixel is an anchor; negatives are drawn from the batch, not from a memory.
     """
@@ -206,8 +208,8 @@ def contrastive(nets, teacher, batch, args, t):
 
 
 def fixmatch(nets, teacher, batch, args, t):
-    """FixMatch, Sohn et al. 2020, Eq. 4, for segmentation as the baseline of UniMatch: the student's own confident hard label on the weak
-    view teaches it on a strong view with CutMix.
+    """FixMatch, Sohn et al. 2020, [max p(u) >= threshold] l(p(s1), argmax p(u)) (their Eq. 4): the student's own hard label on the weak view
+    teaches it on a strong one, for segmentation with CutMix, as the baseline of UniMatch.
 
     Deviations: the label is made in eval mode; the loss is ours and relative to the confident pixels, not to all.
     """
@@ -218,10 +220,10 @@ def fixmatch(nets, teacher, batch, args, t):
 
 
 def unimatch(nets, teacher, batch, args, t):
-    """UniMatch, Yang et al. 2023: two strong views with CutMix, mu / 2 = 1/4 each, and one weak view with half of the encoder's feature
-    channels dropped, lambda = 1/2 (the paper's final loss of unlabeled images, lambda = mu = .5). Its L = (L_x + L_u) / 2 is --lam 1.
+    """UniMatch, Yang et al. 2023: L_u = lambda l(p_fp, p_w) + mu / 2 (l(p_s1, p_w) + l(p_s2, p_w)), lambda = mu = 1/2 (their final loss of
+    unlabeled images): two strong views with CutMix, and the weak view with half of the encoder's feature channels dropped.
 
-    Deviations: those of fixmatch.
+    Deviations: those of fixmatch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
     """
     target, U = own_probabilities(nets[0], batch.u), len(batch.u)
     label, sure = harden(target), confident(target, args)
@@ -236,10 +238,10 @@ def unimatch(nets, teacher, batch, args, t):
 
 
 def bcp(nets, teacher, batch, args, t):
-    """BCP, Bai et al. 2023, Eq. 1 to 7: a box of a labeled image on an unlabeled one, and the other way around; the labeled pixels are
-    taught by their labels, the unlabeled ones by the teacher's. Until lambda sets in, `copy_paste` trains on labeled images alone.
+    """BCP, Bai et al. 2023: X_in = M x + (1 - M) u and X_out = M u + (1 - M) x with M a box of 2/3 of each side, L = l on the labeled pixels
+    against y + alpha l on the unlabeled ones against the teacher's hard label. Until lambda sets in, `copy_paste` trains on labeled images alone.
 
-    Half of the unlabeled images take part in each direction. The paper's alpha is --lam 0.5. Deviation: the mean, not the sum, over the two directions.
+    alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviation: the mean, not the sum, over the two.
     """
     target = probabilities(teacher, batch.u)
     if args.largest_component:

@@ -48,7 +48,7 @@ def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
 
     anchors [B, F, *S] features that learn; keys [B, F, *S] features that do not; label [B, *S]; clear [B, *S] bool: the pixels that take part.
     -log(exp(a.k+ / T) / (exp(a.k+ / T) + sum over negatives exp(a.k- / T))), a and k of unit length, k+ the mean of the class over the batch,
-    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class. van den Oord et al. 2018; Wang et al., U2PL, CVPR 2022, Eq. 6.
+    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class. van den Oord et al., CPC, 2018; Wang et al., U2PL, CVPR 2022.
     """
     loss = torch.zeros(label.shape, device=label.device)
     with torch.autocast(label.device.type, enabled=False):  # matrix products would drop to half precision

@@ -1,4 +1,6 @@
 """Views: image and mask move together, intensity leaves the mask alone, the generator's seed fixes everything."""
+import math
+
 import pytest
 import torch
 
@@ -64,3 +66,23 @@ def test_blur_keeps_constants_and_matches_scipy():
     for i, sigma in enumerate((0.7, 1.5)):  # one sigma per sample; the kernel reaches 2 sigma of the largest, 3 pixels
         theirs = gaussian_filter(image[i, 0].numpy(), sigma, radius=3, mode="mirror")
         assert abs(ours[i, 0].numpy() - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("S", [(30, 45), (12, 20, 16)])
+def test_random_box(S):
+    """One axis-aligned box per sample, of the asked size, anywhere in the image, out of it never."""
+    torch.manual_seed(0)
+    box = augment.random_box(torch.zeros(300, 2, *S), 2 / 3)
+    assert box.shape == (300, 1, *S) and set(box.unique().tolist()) == {0.0, 1.0}
+    want = [round(2 / 3 * s) for s in S]
+    assert (box.flatten(1).sum(1) == math.prod(want)).all()
+    starts = set()
+    for one in box[:, 0]:
+        where = one.nonzero()
+        low, high = where.amin(0), where.amax(0)
+        assert (high - low + 1).tolist() == want
+        starts.add((low[0].item(), high[0].item() == S[0] - 1))
+    assert {0} < {s for s, _ in starts} and any(end for _, end in starts)   # touches both borders, and lies in between
+    share = torch.tensor([[0.0] * len(S), [0.5] * len(S), [1.7] * len(S)])
+    sizes = augment.random_box(torch.zeros(3, 1, *S), share).flatten(1).sum(1)
+    assert sizes.tolist() == [0, math.prod(round(s / 2) for s in S), math.prod(S)]

@@ -1,10 +1,12 @@
 """Networks, losses and the target of g, against closed forms and published sizes."""
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import models
-from models.losses import mse_loss, one_hot, seg_loss, soft_dice
+from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (SMOOTH, certainty, confidence, expected_dice, foreground, overlap, quality_target, region_confidence,
                             true_dice, with_background)
 from models.resnet import ResNet
@@ -206,3 +208,36 @@ def test_losses_are_float32_whatever_comes_in():
     logits = torch.randn(2, 3, 8, 8).bfloat16()
     target = one_hot(torch.randint(3, (2, 8, 8)), 3)
     assert seg_loss(logits, target).dtype == mse_loss(logits, target).dtype == torch.float32
+
+
+@pytest.mark.parametrize("S", [(4, 5), (2, 3, 4)])
+def test_pixel_contrast_equals_a_double_loop(S):
+    torch.manual_seed(0)
+    anchors, keys = torch.randn(3, 6, *S, requires_grad=True), torch.randn(3, 6, *S, requires_grad=True)
+    label, clear = torch.randint(3, (3, *S)), torch.rand(3, *S) < 0.7
+    got = pixel_contrast(anchors, keys, label, clear, negatives=10_000, temperature=0.1)
+    unit = [x.detach().movedim(1, -1).reshape(-1, 6) for x in (anchors, keys)]
+    a, k = ([v / v.norm() for v in x] for x in unit)
+    flat, sure = label.flatten().tolist(), clear.flatten().tolist()
+    for i, value in enumerate(got.flatten().tolist()):
+        want = 0.0
+        if sure[i]:
+            mine = [k[j] for j in range(len(k)) if sure[j] and flat[j] == flat[i]]
+            mean = sum(mine) / len(mine)
+            up = math.exp(float(a[i] @ mean / mean.norm()) / 0.1)
+            down = sum(math.exp(float(a[i] @ k[j]) / 0.1) for j in range(len(k)) if sure[j] and flat[j] != flat[i])
+            want = -math.log(up / (up + down))
+        assert value == pytest.approx(want, abs=1e-4)
+    got.sum().backward()
+    assert anchors.grad.abs().sum() > 0 and keys.grad is None
+
+
+def test_pixel_contrast_draws_negatives_and_needs_two_classes():
+    torch.manual_seed(0)
+    anchors, label = torch.randn(2, 4, 9, 9), torch.randint(2, (2, 9, 9))
+    clear = torch.ones(2, 9, 9, dtype=torch.bool)
+    some, all_ = (pixel_contrast(anchors, anchors, label, clear, negatives=n, temperature=0.5) for n in (5, 1000))
+    assert (some < all_).all() and (some > 0).all()     # fewer terms in the denominator
+    one = pixel_contrast(anchors, anchors, torch.zeros_like(label), clear, negatives=5, temperature=0.5)
+    none = pixel_contrast(anchors, anchors, label, ~clear, negatives=5, temperature=0.5)
+    assert (one == 0).all() and (none == 0).all()

@@ -72,10 +72,12 @@ def test_own_data(tmp_path, monkeypatch):
 
 def test_rows_of_the_paper_parse(tmp_path):
     rows = re.findall(r"^\| ([^|]+) \| `(--method [^`]+)` \|$", README, re.M)
-    assert {"SUP", "MT", "MT-QW", "PL-QW", "QAR"} <= {name for name, _ in rows}
+    names = [name.split(",")[0] for name, _ in rows]
+    assert names[:14] == ["SUP", "PL-T", "PL-C", "MT", "UA-MT", "ICT", "CPS", "CL", "PL-QW", "MT-QW", "ICT-QW", "CPS-QW", "CL-QW", "QAR"]
+    assert {train_ssl.parse_args(["DATA.h5", "--out", "RUN", *options.split()]).method for _, options in rows} == set(train_ssl.METHODS)
     for name, options in rows:
         args = train_ssl.parse_args(["DATA.h5", "--out", "RUN", "--labeled", "7", *options.split()])
-        assert args.method in train_ssl.METHODS
+        assert (args.weight == "quality") == ("QW" in name) and (args.qar > 0) == ("QAR" in name)
         if name.startswith("PL-C"):
             assert (args.weight_threshold, args.weight_power, args.conf_threshold) == (0.9, 2.0, 0.0)
         if name == "PL-QW":

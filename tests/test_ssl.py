@@ -188,6 +188,238 @@ def test_formulas_of_the_methods():
     assert torch.allclose(term.loss(ones), seg_loss(nets[0](batch.u), one_hot(target.argmax(1), 4), sure), atol=1e-5)
 
 
+class Echo(nn.Module):
+    """A network whose logits are given, [B, K, S, S] or broadcast, and that keeps the images that it was shown."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.seen = nn.Parameter(logits), []
+
+    def encode(self, x):
+        self.seen.append(x)
+        return [x]
+
+    def decode(self, features):
+        return self.logits.expand(len(features[-1]), -1, *features[-1].shape[2:])
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+def step_of(method, nets, teacher, batch, *more, t=0.5):
+    torch.manual_seed(7)
+    return train_ssl.METHODS[method](nets, teacher, batch, options(*more, method=method), t)
+
+
+def test_ua_mt_trusts_by_entropy():
+    """Columns of p = .78, .8, .5, 1: entropies .527, .500, ln 2, 0 against limits of .521 at t = 0 and ln 2 at t = 1."""
+    p = torch.tensor([0.78, 0.8, 0.5, 1 - 1e-7])
+    teacher = Echo(torch.stack([p.log(), (1 - p).log()])[None, :, None])          # [1, 2, 1, 4]
+    image = torch.zeros(2, 1, 4, 4)
+    h = train_ssl.uncertainty(teacher, image, 8)
+    assert torch.allclose(h[0, 0], torch.tensor([0.5269, 0.5004, 0.6931, 0.0]), atol=1e-4)
+    assert len(teacher.seen) == 8 and all(0 < x.abs().max() <= 0.2 for x in teacher.seen)   # eight times other noise
+    assert not torch.equal(teacher.seen[0], teacher.seen[1])
+    batch = train_ssl.Batch(image, one_hot(torch.zeros(2, 4, 4), 2), image, image, image)
+    student = Echo(torch.zeros(1, 2, 1, 4))
+    error = ((p - 0.5) ** 2)
+    for t, sure in ((0.0, [1, 3]), (1.0, [0, 1, 3])):
+        _, [term] = step_of("ua_mt", [student], teacher, batch, t=t)
+        assert torch.allclose(term.loss(torch.ones(2, 4, 4)), error[sure].mean().expand(2), atol=1e-5), t
+
+
+def test_uncertainty_draws_dropout_and_leaves_the_teacher_as_it_was():
+    _, teacher, batch = setting("4-class gray")
+    before = copy.deepcopy(teacher.state_dict())
+    drops = [m for m in teacher.modules() if isinstance(m, nn.Dropout)]
+    hooks, modes = [], []
+    hooks = [m.register_forward_hook(lambda m, *_: modes.append(m.training)) for m in drops]
+    train_ssl.uncertainty(teacher, batch.u, 2)
+    assert all(modes) and len(modes) == 2 * len(drops) and not any(m.training for m in teacher.modules())
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    for hook in hooks:
+        hook.remove()
+
+
+def test_ict_blends_images_answers_and_weights_alike():
+    nets, teacher, batch = setting("4-class gray", count=4)
+    echo = Echo(torch.zeros(1, 4, 1, 1))
+    _, [term] = step_of("ict", [echo], teacher, batch)
+    perm, share = term.mix
+    p = teacher(batch.u).softmax(1)
+    for i, (j, s) in enumerate(zip(perm.tolist(), share.tolist())):
+        assert torch.allclose(echo.seen[0][4 + i], (1 - s) * batch.u[i] + s * batch.u[j], atol=1e-6)
+        error = ((1 - s) * p[i] + s * p[j] - 0.25).square().mean()
+        assert term.loss(torch.ones(4, 32, 32))[i].item() == pytest.approx(error.item(), abs=1e-6)
+    assert share.std() > 0.05 and torch.allclose(term.target, p) and term.image is batch.u
+
+
+def test_cps_is_symmetric_and_each_learns_from_the_other():
+    nets, teacher, batch = setting("4-class gray", students=2)
+    assert not torch.equal(nets[0].head.weight, nets[1].head.weight)
+    [net.eval() for net in nets]
+    sup, (a, b) = step_of("cps", nets, teacher, batch)
+    swapped, (c, d) = step_of("cps", nets[::-1], teacher, batch)
+    ones = torch.ones(3, 32, 32)
+    assert torch.equal(sup, swapped) and torch.equal(a.loss(ones), d.loss(ones)) and torch.equal(b.loss(ones), c.loss(ones))
+    logits = [net(batch.u) for net in nets]
+    assert torch.allclose(a.target, logits[1].softmax(1), atol=1e-5) and torch.allclose(b.target, logits[0].softmax(1), atol=1e-5)
+    assert torch.allclose(a.loss(ones), seg_loss(logits[0], one_hot(logits[1].argmax(1), 4)), atol=1e-5)
+    assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y) + seg_loss(nets[1](batch.x), batch.y), atol=1e-5)
+    a.loss(ones).sum().backward()
+    assert nets[0].head.weight.grad.abs().sum() > 0 and nets[1].head.weight.grad is None
+
+
+def test_contrastive_adds_a_tenth_of_the_contrast():
+    nets, teacher, batch = setting("4-class gray")
+    nets[0].eval()
+    answer = 5 * one_hot((torch.arange(32) // 8).repeat(3, 32, 1), 4)   # four classes side by side, p = .98
+    teacher.decode = lambda features: answer
+    ones = torch.ones(3, 32, 32)
+    _, [plain] = step_of("pseudo_label", nets, teacher, batch, "--conf-threshold", "0.5")
+    _, [without] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0")
+    _, [tenth] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5")
+    _, [whole] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1")
+    base, contrast = without.loss(ones), whole.loss(ones) - without.loss(ones)
+    assert torch.allclose(base, plain.loss(ones), atol=1e-5) and (contrast > 0.1).all()
+    assert torch.allclose(tenth.loss(ones) - base, 0.1 * contrast, atol=1e-5)
+    half = ones.clone()
+    half[:, :, 16:] = 0    # pixels of no weight have no contrast either
+    assert not torch.allclose(whole.loss(half) - without.loss(half), contrast, atol=1e-3)
+
+
+def test_cutmix_shows_another_sample_in_the_box_and_nowhere_else():
+    torch.manual_seed(0)
+    u = torch.arange(400.0)[:, None, None, None].expand(400, 2, 20, 20)
+    cut, (perm, box) = train_ssl.cutmix(u)
+    mixed, target = cut(u), cut(u[:, 0])
+    assert torch.equal(mixed[:, 0], target) and torch.equal(mixed[:, 1], target) and sorted(perm.tolist()) == list(range(400))
+    assert torch.equal(target, torch.where(box > 0, perm[:, None, None].float(), u[:, 0]))
+    area = box.mean((1, 2))
+    assert 0.42 < (area > 0).float().mean() < 0.58 and area[area > 0].min() < 0.1 and 0.3 < area.max() < 0.48
+    assert set(box.unique().tolist()) == {0.0, 1.0}
+
+
+def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
+    nets, teacher, batch = setting("4-class gray")
+    with torch.no_grad():
+        nets[0].head.weight.mul_(20)
+        p = copy.deepcopy(nets[0]).eval()(batch.u).softmax(1)
+    limit = p.amax(1).median().item()
+    nets[0].train()
+    _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", str(limit))
+    assert nets[0].training and torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
+    echo = Echo(torch.randn(1, 4, 1, 1))
+    hard = one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32)
+    _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", "0")
+    perm, box = term.mix
+    shown = echo.seen[1][3:]
+    assert torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
+    assert torch.allclose(term.loss(torch.ones(3, 32, 32)), seg_loss(echo.logits.expand(3, 4, 32, 32), hard), atol=1e-5)
+    certain = echo.logits.softmax(1).max().item() + 0.01   # nothing is confident: nothing is learned
+    _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", str(certain))
+    assert (term.loss(torch.ones(3, 32, 32)) == 0).all()
+
+
+def test_unimatch_weighs_its_three_streams_a_quarter_twice_and_a_half():
+    _, teacher, batch = setting("4-class gray")
+    echo = Echo(torch.randn(1, 4, 1, 1))
+    _, terms = step_of("unimatch", [echo], teacher, batch, "--conf-threshold", "0")
+    loss = seg_loss(echo.logits.expand(3, 4, 32, 32), one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32))
+    for term, weight in zip(terms, (0.25, 0.25, 0.5), strict=True):
+        assert torch.allclose(term.loss(torch.ones(3, 32, 32)), weight * loss, atol=1e-6)
+    shown = echo.seen[1][3:].split(3)
+    for strong, image, term in ((batch.s1, shown[0], terms[0]), (batch.s2, shown[1], terms[1])):
+        perm, box = term.mix
+        assert torch.equal(image, torch.where(box[:, None] > 0, strong[perm], strong))
+    assert torch.equal(shown[2], batch.u) and terms[2].mix is None
+
+
+def test_unimatch_drops_half_of_the_channels_of_the_weak_view_only():
+    nets, teacher, batch = setting("4-class gray")
+    seen = []
+    decode = nets[0].decode
+    nets[0].decode = lambda features: seen.append(features) or decode(features)
+    step_of("unimatch", nets, teacher, batch)
+    for f in seen[-1]:   # x, s1, s2, u
+        dropped = (f.flatten(2).abs().sum(2) == 0).float()
+        assert dropped[:9].mean() < 0.05 and 0.3 < dropped[9:].mean() < 0.75
+
+
+@pytest.mark.parametrize("B, U", [(4, 4), (2, 5), (5, 2), (3, 1)])
+def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
+    torch.manual_seed(3)
+    x, u = torch.full((B, 1, 30, 30), 1.0), torch.full((U, 1, 30, 30), -1.0)
+    y = one_hot(torch.ones(B, 30, 30), 2)
+    echo, teacher = Echo(torch.randn(1, 2, 30, 30)), Echo(torch.tensor([2.0, 0.0])[None, :, None, None])
+    sup, [term] = step_of("bcp", [echo], teacher, train_ssl.Batch(x, y, u, u, u))
+    labeled = (echo.seen[0][:, 0] == 1).float()                                   # [U, 30, 30]
+    assert labeled.shape == (U, 30, 30) and set(echo.seen[0].unique().tolist()) == {-1.0, 1.0}
+    for i, one in enumerate(labeled):   # a box of 20 x 20, of the labeled image or of the unlabeled one
+        box = one if i % 2 == 0 else 1 - one
+        rows, columns = box.nonzero(as_tuple=True)
+        assert box.sum() == 400 and rows.max() - rows.min() == columns.max() - columns.min() == 19
+    logits = echo.logits.expand(U, -1, -1, -1)
+    assert torch.allclose(sup, seg_loss(logits, y[:1].expand(U, -1, -1, -1), labeled))
+    assert torch.allclose(term.loss(torch.ones(U, 30, 30)), seg_loss(logits, one_hot(torch.zeros(U, 30, 30), 2), 1 - labeled))
+    assert term.image.shape == u.shape and term.target.shape == (U, 2, 30, 30)
+    weights = torch.rand(U, 30, 30)
+    assert torch.allclose(term.loss(weights), seg_loss(logits, one_hot(torch.zeros(U, 30, 30), 2), weights * (1 - labeled)))
+    assert torch.allclose(term.loss(torch.where(labeled > 0, 9.0, weights)), term.loss(weights), atol=1e-6)
+
+
+def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised():
+    _, teacher, batch = setting("4-class gray", count=5)
+    echo = Echo(torch.randn(1, 4, 32, 32))
+    before = ["--lam-warmup", "0.6"]
+    torch.manual_seed(0)
+    _, parts = train_ssl.total_loss([echo], teacher, None, batch, options(*before, method="bcp"), 0.5)
+    shown = echo.seen[0]
+    pasted = (shown != batch.x).any(1)
+    assert parts[1] == 0 and 0 < pasted.float().mean() < 0.45 and (pasted.flatten(1).sum(1) <= 21 * 21).all()
+    torch.manual_seed(5)
+    loss, _ = train_ssl.copy_paste([echo], teacher, batch, options(method="bcp"), 0.5)
+    shown, y = echo.seen[-1], torch.zeros_like(batch.y)
+    for i, image in enumerate(shown):   # every pixel's label comes from the image that it comes from
+        for j in range(5):
+            here = (image == batch.x[j]).all(0)
+            y[i][:, here] = batch.y[j][:, here]
+    assert torch.allclose(loss, seg_loss(echo.logits.expand(5, -1, -1, -1), y), atol=1e-6)
+    nets, teacher, batch = setting("4-class gray", students=2)
+    sup, _ = train_ssl.total_loss(nets, teacher, None, batch, options(*before, method="cps"), 0.5)
+    sup.backward()
+    assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)   # both students of CPS warm up
+
+
+def test_largest_component_of_a_pseudo_label():
+    label = torch.zeros(2, 12, 12, dtype=torch.long)
+    label[0, 1:5, 1:5], label[0, 8:10, 8:10], label[0, 6, 1:3] = 1, 1, 2
+    label[1, 3, 3] = 2
+    p = 0.7 * one_hot(label, 3) + 0.1
+    kept = train_ssl.keep_largest(p)
+    want = label.clone()
+    want[0, 8:10, 8:10] = 0
+    assert torch.equal(kept.argmax(1), want) and torch.allclose(kept.sum(1), torch.ones(2, 12, 12))
+    same = want == label
+    assert torch.equal(kept.movedim(1, -1)[same], p.movedim(1, -1)[same])
+    _, teacher, batch = setting("binary RGB")
+    _, [plain] = step_of("bcp", [teacher], teacher, batch)
+    _, [largest] = step_of("bcp", [teacher], teacher, batch, "--largest-component")
+    assert not torch.equal(plain.target, largest.target)
+    assert torch.equal(largest.target, train_ssl.keep_largest(plain.target))
+
+
+def test_every_student_is_clipped_by_itself():
+    """CPS with a huge gradient in one student leaves the other's step alone."""
+    nets, teacher, batch = setting("binary RGB", students=2)
+    args = options("--clip", "0.01", method="cps")
+    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], 0.0)
+    on = models.compute("cpu", "off")
+    train_ssl.train_step(train_ssl.Run(nets, teacher, None, optimizer, on.scaler(), on), batch, args, 3)
+    norms = [torch.stack([p.grad.norm() for p in net.parameters()]).norm().item() for net in nets]
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def test_schedules():
     ramp = train_ssl.ramp
     assert [ramp(t, 0.25, 0.5) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0, 0.5, 1, 1]
