@@ -321,6 +321,40 @@ def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
     assert (term.loss(torch.ones(3, 32, 32)) == 0).all()
 
 
+class Threshold(nn.Module):
+    """A network that answers pixel by pixel: logits (0, 3 x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def encode(self, x):
+        return [x]
+
+    def decode(self, features):
+        x = features[0][:, :1]
+        return torch.cat([0 * x, self.scale * x], 1)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "unimatch"])
+def test_labels_and_confidence_are_cut_like_the_image(method):
+    """Where strong views are the weak one, a net without context must find exactly its own answers on the cut image."""
+    _, teacher, batch = setting("binary RGB", count=8)
+    batch.s1 = batch.s2 = batch.u
+    net = Threshold()
+    _, terms = step_of(method, [net], teacher, batch, "--conf-threshold", "0.8")
+    for term, weight in zip(terms, {"fixmatch": (1,), "unimatch": (0.25, 0.25)}[method]):
+        perm, box = term.mix
+        assert box.sum() > 0
+        logits = net(torch.where(box[:, None] > 0, batch.u[perm], batch.u))
+        p = logits.softmax(1)
+        want = weight * seg_loss(logits, one_hot(p.argmax(1), 2), (p.amax(1) >= 0.8).float())
+        assert torch.allclose(term.loss(torch.ones(8, 32, 32)), want, atol=1e-6)
+
+
 def test_unimatch_weighs_its_three_streams_a_quarter_twice_and_a_half():
     _, teacher, batch = setting("4-class gray")
     echo = Echo(torch.randn(1, 4, 1, 1))
