@@ -50,7 +50,7 @@ def parse_args(argv=None):
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.999, help="decay of the teacher")
     p.add_argument("--mc-passes", type=number(1, 1000), default=8, help="ua_mt: noisy passes of the teacher")
     p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0, help="ict: two images are blended by Beta(alpha, alpha)")
-    p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1, help="contrastive: weight of the contrast beside the pseudo-label's loss")
+    p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1, help="contrastive: weight of the contrast")
     p.add_argument("--temperature", type=number(1e-3, 1e3, float), default=0.1, help="contrastive: of the similarities")
     p.add_argument("--negatives", type=number(1, 100_000), default=256, help="contrastive: pixels of other classes for each class")
     p.add_argument("--paste", type=SHARE, default=2 / 3, help="bcp: side of the pasted box, as a share of the image's")
@@ -110,14 +110,15 @@ class Term:
     image: torch.Tensor                             # [U, C, S, S] clean image: what g sees
     target: torch.Tensor                            # [U, K, S, S] probabilities of its pseudo-label, no gradient
     loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, S, S] -> loss [U], relative to the sum of these weights
-    weight: torch.Tensor | float = 1.0              # [U] the method's own weight of a sample
+    weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, S, S] of its pixels
     mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
 #                                                     share [U] or [U, S, S] of the second
 
 
 # ---------------------------------------------------------------------------------------------------- methods
-# method(nets, teacher, batch, args, t) -> supervised loss [B], [Term, ...].  nets: the students; teacher: their EMA, in eval mode; t in
-# [0, 1]: progress of training. To add a method: one function, and its name in METHODS.
+# method(nets, teacher, batch, args, t) -> supervised loss of each sample, [Term, ...].  nets: the students; teacher: EMA of the first, in
+# eval mode; t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two.
+# Common deviation: a loss is the mean over a sample's pixels that count and then over samples, where most papers pool the pixels of the batch.
 
 def supervised(nets, teacher, batch, args, t):
     """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
@@ -150,7 +151,8 @@ def ua_mt(nets, teacher, batch, args, t):
     entropy of the mean of 8 passes with dropout and noise (their Eq. 2).
 
     H grows from 3/4 to 1 of ln 2, the largest entropy of two classes, with the paper's Gaussian ramp; with more classes it stays
-    ln 2, as in the public multi-class implementations. Deviations: those of mean_teacher.
+    ln 2, as in the public multi-class implementations. A network without dropout (resnet_unet) leaves the noise alone.
+    Deviations: the student sees a strong view, not noise, and the target comes from one clean pass in eval mode.
     """
     target = probabilities(teacher, batch.u)
     limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
@@ -186,9 +188,9 @@ def cps(nets, teacher, batch, args, t):
 def contrastive(nets, teacher, batch, args, t):
     """CL of the paper: pseudo-label, plus .1 times the contrast of confident pixels between pseudo-classes (models.losses.pixel_contrast).
 
-    The paper gives weight, temperature, negatives and threshold; the rest is as in U2PL (Wang et al. 2022): keys are the teacher's.
-    Deviations from U2PL: features are the middle level of the encoder (a quarter of the side in the U-Net), without a projection head;
-    every confident pixel is an anchor; negatives are drawn from the batch, not from a memory.
+    The paper gives weight, temperature, negatives and threshold. The rest is ours, near U2PL (Wang et al. 2022): keys are the teacher's
+    features; all are those of the middle level of the encoder (a quarter of the side in the U-Net), without a projection head; every confident
+    pixel is an anchor; negatives are confident pixels of other classes (U2PL: unreliable ones) of the batch. Pixels of no weight take no part.
     """
     with torch.no_grad():
         keys = teacher.encode(batch.u)
@@ -199,11 +201,11 @@ def contrastive(nets, teacher, batch, args, t):
     anchors = features[middle][B:]                                            # [U, F, s, s]
     small = F.interpolate(target, size=anchors.shape[2:], mode="area")        # [U, K, s, s]
     clear = confident(small, args)                                            # [U, s, s]
-    nce = pixel_contrast(anchors, keys[middle], small.argmax(1), clear > 0, negatives=args.negatives, temperature=args.temperature)
 
     def loss(w):
-        near = F.interpolate(w[:, None], size=nce.shape[1:], mode="area")[:, 0]
-        return seg_loss(at_u, harden(target), w * sure) + args.contrast_weight * weighted_mean(nce, near * clear)
+        near = F.interpolate(w[:, None], size=anchors.shape[2:], mode="area")[:, 0] * clear
+        nce = pixel_contrast(anchors, keys[middle], small.argmax(1), near > 0, negatives=args.negatives, temperature=args.temperature)
+        return seg_loss(at_u, harden(target), w * sure) + args.contrast_weight * weighted_mean(nce, near)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, loss)]
 
 
@@ -241,17 +243,20 @@ def bcp(nets, teacher, batch, args, t):
     """BCP, Bai et al. 2023: X_in = M x + (1 - M) u and X_out = M u + (1 - M) x with M a box of 2/3 of each side, L = l on the labeled pixels
     against y + alpha l on the unlabeled ones against the teacher's hard label. Until lambda sets in, `copy_paste` trains on labeled images alone.
 
-    alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviation: the mean, not the sum, over the two.
+    alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviations: the mean, not the sum, over the two; a
+    box for each pair; the second stage goes on from the first one's last weights, not its best.
     """
     target = probabilities(teacher, batch.u)
     if args.largest_component:
         target = keep_largest(target)
-    x, y = (repeated(v, len(batch.u)) for v in (batch.x, batch.y))
-    box = augment.random_box(x, args.paste)                                   # [U, 1, S, S]
-    inward = (torch.arange(len(x), device=x.device) % 2 == 0)[:, None, None, None]
+    n = max(len(batch.x), len(batch.u))
+    x, y, u, target = (repeated(v, n) for v in (batch.x, batch.y, batch.u, target))
+    box = augment.random_box(x, args.paste)                                   # [n, 1, S, S]
+    inward = (torch.arange(n, device=x.device) % 2 == 0)[:, None, None, None]
     labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
-    logits = nets[0](models.channels_last(torch.where(labeled > 0, x, batch.u)))
-    return seg_loss(logits, y, labeled[:, 0]), [Term(batch.u, target, lambda w: seg_loss(logits, harden(target), w * (1 - labeled[:, 0])))]
+    seen = (1 - labeled[:, 0]) / (1 - labeled[:, 0]).mean((1, 2), keepdim=True).clamp_min(1e-8)     # [n, S, S] of u, mean 1
+    logits = nets[0](models.channels_last(torch.where(labeled > 0, x, u)))
+    return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen)]
 
 
 def copy_paste(nets, teacher, batch, args, t):
@@ -317,7 +322,7 @@ def repeated(x, count):
 
 
 def cutmix(u):
-    """CutMix (French et al. 2020) with UniMatch's boxes: with p = .5, a box of 2 to 40% of the area shows another sample of the batch.
+    """CutMix (French et al. 2020), boxes like UniMatch's: with p = .5, one of 2 to 40% of the area shows another sample of the batch.
 
     -> (a function that cuts [U, S, S] and [U, *, S, S] alike, the Term's mix)
     """
@@ -333,10 +338,12 @@ def cutmix(u):
 
 
 def keep_largest(p):
-    """Pseudo-labels without all but the largest component of each class: the rest becomes background. [B, K, S, S] twice"""
-    label = p.argmax(1).cpu().numpy()
-    kept = torch.stack([torch.from_numpy(evaluate.largest_component(one, p.shape[1]) == one) for one in label]).to(p.device)
-    return torch.where(kept[:, None], p, one_hot(torch.zeros_like(p[:, 0]), p.shape[1]))
+    """Pseudo-labels with only the largest component of each class; elsewhere class and background swap probabilities. [B, K, S, S] twice"""
+    label = p.argmax(1)
+    kept = torch.stack([torch.from_numpy(evaluate.largest_component(one, p.shape[1]) == one) for one in label.cpu().numpy()]).to(p.device)
+    background = p.scatter(1, label[:, None], p[:, :1])
+    background[:, 0] = p.amax(1)
+    return torch.where(kept[:, None], p, background)
 
 
 # ---------------------------------------------------------------------------------------------------- the two quality hooks
@@ -363,28 +370,34 @@ def scores(g, term, args):
 
 
 def pixel_weights(g, term, args):
-    """QW: the weight of each pixel of a term, w = q^2 [q >= .5] for its image, its pseudo-class or itself. -> [U, S, S], no gradient"""
+    """QW: the weight of each pixel of a clean image, w = q^2 [q >= .5] for its image, its pseudo-class or itself. -> [U, S, S], no gradient"""
     shape = term.target[:, 0].shape
     if args.weight == "none":
-        w = torch.ones(shape, device=term.target.device)
-    else:
-        q = scores(g, term, args)
-        w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)     # NaN weighs nothing
-        if args.weight_level == "image":
-            w = w[:, :, None].expand(shape)
-        elif args.weight_level == "class":
-            w = w[:, :, None, None].expand(-1, -1, *shape[1:]).gather(1, term.target.argmax(1, keepdim=True))[:, 0]
+        return torch.ones(shape, device=term.target.device)
+    q = scores(g, term, args)
+    w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)         # NaN weighs nothing
+    if args.weight_level == "image":
+        return w[:, :, None].expand(shape)
+    if args.weight_level == "class":
+        return w[:, :, None, None].expand(-1, -1, *shape[1:]).gather(1, term.target.argmax(1, keepdim=True))[:, 0]
+    return w
+
+
+def as_seen(w, term):
+    """Weights [U, S, S] blended like the images that the loss saw, times the method's own weight."""
     if term.mix is not None:
         perm, share = term.mix
         w = torch.lerp(w, w[perm], share if share.dim() == 3 else share[:, None, None])
-    return w * (term.weight[:, None, None] if torch.is_tensor(term.weight) else term.weight)
+    return w * (term.weight[:, None, None] if torch.is_tensor(term.weight) and term.weight.dim() == 1 else term.weight)
 
 
 def unlabeled_loss(g, terms, args, device):
     """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, share of samples that count]"""
-    total, seen = torch.zeros((), device=device), []
+    total, seen, known = torch.zeros((), device=device), [], {}
     for term in terms:
-        pixels = pixel_weights(g, term, args)                                # [U, S, S]
+        if id(term.target) not in known:                                     # UniMatch has three terms of one pseudo-label
+            known[id(term.target)] = pixel_weights(g, term, args)
+        pixels = as_seen(known[id(term.target)], term)                       # [U, S, S]
         w = pixels.flatten(1).mean(1)                                        # [U]
         total = total + (w * term.loss(pixels)).sum() / w.sum().clamp_min(1e-8)
         seen.append(torch.stack([w.mean(), (w > 0).float().mean()]))

@@ -48,7 +48,8 @@ def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
 
     anchors [B, F, *S] features that learn; keys [B, F, *S] features that do not; label [B, *S]; clear [B, *S] bool: the pixels that take part.
     -log(exp(a.k+ / T) / (exp(a.k+ / T) + sum over negatives exp(a.k- / T))), a and k of unit length, k+ the mean of the class over the batch,
-    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class. van den Oord et al., CPC, 2018; Wang et al., U2PL, CVPR 2022.
+    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class.
+    van den Oord et al., CPC, 2018; Wang et al., U2PL, CVPR 2022.
     """
     loss = torch.zeros(label.shape, device=label.device)
     with torch.autocast(label.device.type, enabled=False):  # matrix products would drop to half precision
@@ -58,8 +59,8 @@ def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
             if not len(others):
                 continue
             k_pos, k_neg = F.normalize(k[mine].mean(0), dim=0), others[torch.randperm(len(others), device=k.device)[:negatives]]
-            positive, negative = a[mine] @ k_pos / temperature, a[mine] @ k_neg.T / temperature         # [N], [N, negatives]
-            loss[mine] = torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive
+            similar = a[mine] @ torch.cat([k_pos[None], k_neg]).T / temperature                             # [N, 1 + negatives]
+            loss[mine] = similar.logsumexp(1) - similar[:, 0]
     return loss
 
 

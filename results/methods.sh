@@ -30,7 +30,7 @@ case $method in
   sup)      flags="--method supervised $flags" ;;
   pl)       flags="--method pseudo_label --conf-threshold 0 $flags" ;;
   pl_t)     flags="--method pseudo_label --conf-threshold 0.9 $flags" ;;
-  pl_c)     flags="--method pseudo_label --conf-threshold 0 --weight confidence" ;;
+  pl_c)     flags="--method pseudo_label --conf-threshold 0 $flags --weight confidence" ;;
   mt)       flags="--method mean_teacher $flags" ;;
   ua_mt|ict|cps) flags="--method $method $flags" ;;
   cl)       flags="--method contrastive $flags" ;;
