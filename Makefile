@@ -1,4 +1,4 @@
-# make demo   from nothing to a results table on the embedded phantom: all four stages, about 10 minutes on two cores
+# make demo   from nothing to a results table on the embedded phantom: all four stages, about 9 minutes on two cores
 # make test   the test suite
 PYTHON ?= python3
 PY = .venv/bin/python
