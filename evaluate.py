@@ -316,11 +316,19 @@ class Outputs:
     estimates: dict      # name -> [N, K-1]
 
 
+@dataclass
+class Opinions:
+    """Networks that answer for an image: the judged one, its teacher (of a teacher, its student), and an independent one or None."""
+    net: torch.nn.Module
+    other: torch.nn.Module
+    second: torch.nn.Module | None = None
+
+
 @torch.no_grad()
-def compare_estimates(g, p, net, other, second, slices, on, batch):
+def compare_estimates(g, p, by, slices, on, batch):
     """What g, and every estimate of quality that needs no g, says of a network's outputs for slices with labels. -> Outputs
 
-    p: the network's probabilities [N, K, S, S]; other: its teacher (of a teacher, its student); second: an independent network or None
+    p: the probabilities [N, K, S, S] of by.net; by: Opinions
     """
     def run(network, x):
         with on.autocast():
@@ -335,10 +343,10 @@ def compare_estimates(g, p, net, other, second, slices, on, batch):
             says = {"g": g(x, mask)}
         says |= {"mean confidence": quality.confidence(mine), "mean certainty (entropy)": quality.certainty(mine),
                  "region confidence": quality.region_confidence(mine), "f's own expected Dice": quality.expected_dice(mine),
-                 "agreement with an augmented pass": quality.overlap(mine, run(net, augment.strong(x.flip(-1), 0.5)).flip(-1)),
-                 "agreement of student and teacher": quality.overlap(mine, run(other, x))}
-        if second is not None:
-            says["expected Dice under a second network"] = quality.expected_dice(mine, run(second, x))
+                 "agreement with an augmented pass": quality.overlap(mine, run(by.net, augment.strong(x.flip(-1), 0.5)).flip(-1)),
+                 "agreement of student and teacher": quality.overlap(mine, run(by.other, x))}
+        if by.second is not None:
+            says["expected Dice under a second network"] = quality.expected_dice(mine, run(by.second, x))
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
     present, shared, area, total, *estimates = (np.concatenate(v) for v in zip(*parts))
@@ -594,10 +602,10 @@ def main(argv=None):
         labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
-            other = load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0]
-            outputs.append(compare_estimates(g, probability, net, other, second, slices, on, args.batch))
+            by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
+            outputs.append(compare_estimates(g, probability, by, slices, on, args.batch))
             if val:
-                reference.append(compare_estimates(g, predict(net, val, on, args.batch), net, other, second, val, on, args.batch))
+                reference.append(compare_estimates(g, predict(net, val, on, args.batch), by, val, on, args.batch))
 
     groups = group_runs(states, args.checkpoints)
     known = all(e.spacing_known for e in entries)

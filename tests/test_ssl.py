@@ -317,6 +317,10 @@ def test_contrastive_adds_a_tenth_of_the_contrast():
     assert (whole.loss(half) - without.loss(half) < contrast).all()
     half[:, :, 8:] = 0     # one class remains: none
     assert torch.allclose(whole.loss(half), without.loss(half), atol=1e-6)
+    answer[..., 8:] *= 0.1   # the other classes are not confident: one class remains again
+    _, [without] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0")
+    _, [whole] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1")
+    assert torch.allclose(whole.loss(ones), without.loss(ones), atol=1e-6)
 
 
 def test_cutmix_shows_another_sample_in_the_box_and_nowhere_else():
