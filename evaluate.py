@@ -1,31 +1,36 @@
 """Stage 4: scores checkpoints on a split, case by case.
 
     python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--qp runs/qp/qp.pt [--second runs/other/best.pt]]
+    python evaluate.py DATA.h5 runs/mt_qw/best.pt --split test --out runs/masks --predict
 
 Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), optionally the qp.pt of train_qp.py.
 Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on the screen), OUT/compare.png,
        OUT/cases/*.png (image, truth, each run's outlines); with --qp, which compares g and simpler estimates of the outputs' quality
-       with the truth, also OUT/quality.csv (a row per run, slice and class), quality.md, .json, quality.png (g) and estimates.png (all).
+       with the truth, also OUT/quality.csv (a row per run, sample and class), quality.md, .json, quality.png (g) and estimates.png (all).
+       With --predict only OUT/masks/*, one for each case, labeled or not: .nii.gz on the grid of the source for a volume, .png for an image.
 
 Runs that differ only in their seed form one row: mean and standard deviation. Every score is taken on the case's own grid; volumes
-that were segmented slice by slice are scored as volumes. The estimates of quality are compared on the network's grid.
+are scored as volumes, also those that were segmented slice by slice. The estimates of quality are compared on the network's grid, for
+slices or for patches that cover the volumes.
 
-Legend: N slices, B batch, K classes, D depth, H height, W width, S side of the network's grid.
+Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the network's grid: S, S or D, H, W.
 """
 import csv
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
 
+import cv2
 import numpy as np
 import torch
-from scipy import ndimage, optimize, stats
+from scipy import ndimage, optimize, spatial, stats
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from data import augment, h5
-from data.files import InputError, Parser, cli, load_checkpoint, number, replacing
+from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing
 from models import quality
 from models.losses import one_hot
 
@@ -34,21 +39,33 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs")
-    p.add_argument("--split", choices=("train", "val", "test", "held_out"), default="val",
+    p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), default="val",
                    help="cases to score, which need labels; held_out: train cases whose labels no run and no g has learned from")
+    p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels")
     p.add_argument("--out", required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
-    p.add_argument("--batch", type=number(1), default=32, help="slices in one pass")
+    p.add_argument("--batch", type=number(1), help="slices (default 32) or windows of a volume (default 2) in one pass")
+    add_window_options(p)
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
+    if args.predict and (len(args.checkpoints) > 1 or args.qp):
+        raise InputError("--predict writes the masks of one checkpoint, without --qp")
     return args
+
+
+def add_window_options(p):
+    """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
+    p.add_argument("--window", choices=("sliding", "whole"), default="sliding",
+                   help="volumes: overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)")
+    p.add_argument("--stride", type=grid, metavar="D,H,W", help="volumes: between windows (default: half of the window)")
+    p.add_argument("--blend", choices=("gaussian", "uniform"), default="gaussian", help="volumes: weights of a window's voxels where windows overlap")
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -70,7 +87,7 @@ def plain_dice(shared, total):
 
 def dice(mask, truth):
     """Dice of two boolean arrays; 1 if both are empty."""
-    return float(plain_dice(int((mask & truth).sum()), int(mask.sum()) + int(truth.sum())))
+    return float(plain_dice(np.count_nonzero(mask & truth), np.count_nonzero(mask) + np.count_nonzero(truth)))
 
 
 def score(mask, truth, spacing):
@@ -79,13 +96,13 @@ def score(mask, truth, spacing):
     Both empty: Dice 1, distances 0. One empty: Dice 0, distances = the diagonal of the grid, the worst that is possible.
     HD95 is medpy's (95th percentile of both directed surface distance sets, pooled); ASD is medpy's asd (mask to truth).
     """
-    a, b = int(mask.sum()), int(truth.sum())
+    a, b = np.count_nonzero(mask), np.count_nonzero(truth)
     if a == 0 or b == 0:
         diagonal = float(np.linalg.norm(np.multiply(mask.shape, spacing)))
         return Score(1.0, 1.0, 0.0, 0.0, False) if a == b else Score(0.0, 0.0, diagonal, diagonal, True)
-    both = int((mask & truth).sum())
+    both = np.count_nonzero(mask & truth)
     to_truth, to_mask = surface_distances(mask, truth, spacing)
-    return Score(dice(mask, truth), both / (a + b - both), float(np.percentile(np.concatenate([to_truth, to_mask]), 95)),
+    return Score(float(plain_dice(both, a + b)), float(both / (a + b - both)), float(np.percentile(np.concatenate([to_truth, to_mask]), 95)),
                  float(to_truth.mean()), False)
 
 
@@ -94,12 +111,29 @@ def surface_distances(a, b, spacing):
 
     The surface of a mask are its elements that have a face neighbor outside of it (or outside of the grid).
     """
-    box = ndimage.find_objects((a | b).astype(np.uint8))[0]  # both masks lie inside, so that distances stay the same
-    a, b = (np.pad(m[box], 1) for m in (a, b))
-    edge_a, edge_b = (m & ~ndimage.binary_erosion(m) for m in (a, b))
+    box = bounding_box(a | b)  # distances within are the same
+    edge_a, edge_b = surface(a[box]), surface(b[box])
+    if np.count_nonzero(edge_a) + np.count_nonzero(edge_b) < 0.1 * edge_a.size:  # a search tree of few points beats a map of all distances
+        points_a, points_b = (np.argwhere(edge) * np.asarray(spacing, np.float64) for edge in (edge_a, edge_b))
+        return spatial.cKDTree(points_b).query(points_a)[0], spatial.cKDTree(points_a).query(points_b)[0]
     to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
     to_a = ndimage.distance_transform_edt(~edge_a, sampling=spacing)[edge_b]
     return to_b, to_a
+
+
+def bounding_box(mask):
+    """The slices that hold all of a boolean array that is not empty."""
+    hit = [np.flatnonzero(mask.any(tuple(i for i in range(mask.ndim) if i != axis))) for axis in range(mask.ndim)]
+    return tuple(slice(at[0], at[-1] + 1) for at in hit)
+
+
+def surface(mask):
+    """The elements of a boolean array with a face neighbor outside of it; ndimage.binary_erosion takes six times as long."""
+    inner, padded, middle = mask.copy(), np.pad(mask, 1), [slice(1, -1)] * mask.ndim
+    for axis in range(mask.ndim):
+        for side in (slice(-2), slice(2, None)):
+            inner &= padded[(*middle[:axis], side, *middle[axis + 1:])]
+    return mask & ~inner
 
 
 def score_case(label, truth, entry, K):
@@ -132,31 +166,105 @@ def lowest(values):
 # ---------------------------------------------------------------------------------------------------- prediction
 
 def load_cases(info, split, size, names=None):
-    """What scoring needs, read once: Slices on the network's grid, and entry and label (D, H, W) of the named cases (default: of all)."""
+    """What scoring needs, read once: the network's view (Samples of all slices, or Volumes), and entry and label (D, H, W) of the named cases
+    (default: of all)."""
     entries = [e for e in info.entries(split) if names is None or e.name in names]
-    slices = h5.load_slices(info, split, size, [e.name for e in entries])
+    names, labels = [e.name for e in entries], all(e.labeled for e in entries)
+    images = h5.load_slices(info, split, size, names, labels) if info.dims == 2 else h5.load_volumes(info, split, size, names, labels=False)
     with h5.open_file(info.path) as f:
-        return slices, [(e, h5.read_case(f, info, split, e.name)[1]) for e in entries]
+        return images, [(e, h5.read_case(f, info, split, e.name)[1] if e.labeled else None) for e in entries]
 
 
 @torch.no_grad()
-def predict(net, slices, on, batch=32):
-    """Probabilities of every slice, in batches. -> [N, K, S, S] float32 on the CPU; restores the network's mode."""
+def predict(net, samples, on, batch=32):
+    """Probabilities of every sample, in batches. -> [N, K, *S] float32 on the CPU; restores the network's mode."""
     training = net.training
     net.eval()
     out = []
-    for start in range(0, len(slices), batch):
-        x, _ = slices.batch(slice(start, start + batch), on.device)
+    for start in range(0, len(samples), batch):
+        x, _ = samples.batch(slice(start, start + batch), on.device)
         with on.autocast():
             out.append(net(models.channels_last(x)).float().softmax(1).cpu())
     net.train(training)
     return torch.cat(out)
 
 
-def to_grid(probability, grid):
-    """Probabilities of a case's slices [D, K, S, S] -> labels (D, H, W) uint8 on the case's own grid."""
-    back = F.interpolate(probability, size=grid[-2:], mode="bilinear", align_corners=False)
-    return back.argmax(1).to(torch.uint8).numpy()
+@dataclass
+class Window:
+    """How a network sees a volume."""
+    size: tuple              # (D, H, W)
+    stride: tuple            # (D, H, W)
+    gaussian: bool = True    # weights of a window's voxels: a Gaussian of an eighth of each side, or all alike
+    whole: bool = False      # one window of the volume's own size instead
+    batch: int = 2           # windows in one pass
+
+
+def window(size, args, batch=2):
+    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices."""
+    if isinstance(size, int):
+        return None
+    stride = args.stride * 3 if args.stride and len(args.stride) == 1 else args.stride or tuple(max(1, s // 2) for s in size)
+    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch)
+
+
+def blending(size, gaussian):
+    """Weights of a window's voxels. -> [D, H, W]"""
+    weight = torch.ones(())
+    for side in size:
+        at = (torch.arange(side) - (side - 1) / 2) / (side / 8)
+        weight = weight[..., None] * (torch.exp(-at ** 2 / 2) if gaussian else torch.ones(side))
+    return weight
+
+
+def sliding_window(net, x, cut, on):
+    """Yields the mean probabilities of overlapping windows of a volume x [D, H, W], as slabs [K, d, H, W] from front to back.
+
+    A slab is ready when no window to come reaches it, so that the map of scores is never deeper than one window.
+    """
+    depth, weight = cut.size[0], blending(cut.size, cut.gaussian).to(on.device)
+    zs, *others = (h5.starts(n, s, step) for n, s, step in zip(x.shape, cut.size, cut.stride))
+    places = [tuple(slice(c, c + s) for c, s in zip(corner, cut.size[1:])) for corner in itertools.product(*others)]
+    total = None                                                             # [K + 1, depth, H, W]: weighted probabilities, and weights
+    for z, following in zip(zs, [*zs[1:], None]):
+        for start in range(0, len(places), cut.batch):
+            here = places[start:start + cut.batch]
+            windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[:, None]    # [B, 1, *S]
+            with on.autocast():
+                logits = net(models.channels_last(windows))
+            if total is None:
+                total = torch.zeros(logits.shape[1] + 1, depth, *x.shape[1:], device=on.device)
+            for p, place in zip(logits.float().softmax(1), here):
+                total[(slice(-1), slice(None), *place)] += p * weight
+                total[(-1, slice(None), *place)] += weight
+        done = depth if following is None else following - z
+        yield total[:-1, :done] / total[-1, :done]
+        total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
+
+
+@torch.no_grad()
+def labels_of_volumes(net, volumes, cases, on, cut):
+    """Yields the label (D, H, W) of every case on its own grid. cut: Window"""
+    training = net.training
+    net.eval()
+    for image, mean, std, (entry, _) in zip(volumes.image, volumes.mean, volumes.std, cases):
+        this = cut
+        if cut.whole:  # networks halve the grid up to four times
+            shape = tuple(-(-n // 16) * 16 for n in entry.grid)
+            image, this = torch.from_numpy(h5.at_least(h5.cut_back(image.numpy(), entry.grid), shape)), Window(shape, shape, gaussian=False)
+        x = (image.to(on.device, torch.float32) - mean) / std
+        label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)])
+        yield h5.cut_back(label.numpy(), entry.grid)
+    net.train(training)
+
+
+def labels_of_slices(probability, cases):
+    """Yields the label (D, H, W) of every case on its own grid, from the probabilities of all slices [N, K, S, S], in order."""
+    start = 0
+    for entry, _ in cases:
+        count = entry.grid[0] if len(entry.grid) == 3 else 1
+        back = F.interpolate(probability[start:start + count], size=entry.grid[-2:], mode="bilinear", align_corners=False)
+        start += count
+        yield back.argmax(1).to(torch.uint8).numpy()
 
 
 def largest_component(label, K):
@@ -169,21 +277,13 @@ def largest_component(label, K):
     return out
 
 
-def predict_cases(probability, cases, K, largest=False):
-    """Labels of every case on its own grid, from the slices' probabilities [N, K, S, S], in order."""
-    start = 0
-    for entry, truth in cases:
-        label = to_grid(probability[start:start + len(truth)], entry.grid)
-        start += len(truth)
-        yield largest_component(label, K) if largest else label
+def evaluate(net, images, cases, on, K, cut=None, batch=32):
+    """Mean Dice over cases and then classes, and per class: what the table shows, and what training selects by.
 
-
-def evaluate(net, slices, cases, on, batch=32):
-    """Mean Dice over cases and then classes, and per class: what the table shows, and what training selects by."""
-    probability = predict(net, slices, on, batch)
-    K = probability.shape[1]
-    table = [[dice(label == k, truth == k) for k in range(1, K)]
-             for label, (_, truth) in zip(predict_cases(probability, cases, K), cases)]
+    images, cases: of load_cases(); cut: Window, for volumes
+    """
+    labels = labels_of_volumes(net, images, cases, on, cut) if cut else labels_of_slices(predict(net, images, on, batch), cases)
+    table = [[dice(label == k, truth == k) for k in range(1, K)] for label, (_, truth) in zip(labels, cases)]
     per_class = np.mean(table, 0)
     return float(per_class.mean()), per_class.tolist()
 
@@ -197,16 +297,19 @@ def load_run(path, weights, on):
     return on.place(net).eval(), state
 
 
-def load_quality(path, info, on):
+def load_quality(path, info, on, size=None):
     """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
 
-    InputError if it was trained for other classes or channels.
+    InputError if it was trained for other classes or channels, or for patches of another size than `size`, those of f: it would see
+    them at another scale.
     """
     state = load_checkpoint(path, "qp")
     theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
     for key, value in ours.items():
         if theirs[key] != value:
             raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
+    if info.dims == 3 and size is not None and tuple(state["patch"]) != tuple(size):
+        raise InputError(f"{path}: has learned from patches of {tuple(state['patch'])}, but f sees {tuple(size)}; give both the same --size")
     g = models.rebuild(state["model"], state["weights"])
     return on.place(g).eval().requires_grad_(False), state["labeled"]
 
@@ -272,14 +375,14 @@ def markdown(rows):
 # ---------------------------------------------------------------------------------------------------- predicted against true quality
 
 @torch.no_grad()
-def estimate_quality(g, slices, index, mask, on, change=lambda x: x):
+def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
     """g's estimate and the true Dice of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
 
-    index [N]: the slice of each mask [N, S, S] in slices, which have labels; change: what to do to the images first.
+    index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
     """
-    predicted, true, present, K = [], [], [], g.config["classes"]
-    for rows, m in zip(index.split(64), mask.split(64)):
-        x, y = slices.batch(rows, on.device)
+    predicted, true, present, K, batch = [], [], [], g.config["classes"], 64 if mask.dim() == 3 else 4
+    for rows, m in zip(index.split(batch), mask.split(batch)):
+        x, y = samples.batch(rows, on.device)
         m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
         with on.autocast():
             predicted.append(g(change(x), m).cpu())
@@ -291,7 +394,7 @@ def estimate_masks(g, masks, on, most=None, **how):
     """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`; how: another index or change for it."""
     rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
     index = how.pop("index", masks.index)
-    return estimate_quality(g, masks.slices, index[rows], masks.mask[rows], on, **how)
+    return estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
 
 
 def quality_rows(title, predicted, true, present, classes):
@@ -308,7 +411,7 @@ def quality_rows(title, predicted, true, present, classes):
 
 @dataclass
 class Outputs:
-    """A run's outputs, slice by slice: what is true of them on the network's grid, and what each estimate says."""
+    """A run's outputs, sample by sample: what is true of them on the network's grid, and what each estimate says."""
     present: np.ndarray  # [N, K-1] whether the truth holds the class
     shared: np.ndarray   # [N, K-1] pixels of both output and truth
     area: np.ndarray     # [N, K-1] pixels of the output
@@ -325,20 +428,20 @@ class Opinions:
 
 
 @torch.no_grad()
-def compare_estimates(g, p, by, slices, on, batch):
-    """What g, and every estimate of quality that needs no g, says of a network's outputs for slices with labels. -> Outputs
+def compare_estimates(g, p, by, samples, on, batch):
+    """What g, and every estimate of quality that needs no g, says of a network's outputs for samples with labels. -> Outputs
 
-    p: the probabilities [N, K, S, S] of by.net; by: Opinions
+    p: the probabilities [N, K, *S] of by.net; by: Opinions
     """
     def run(network, x):
         with on.autocast():
             return network(models.channels_last(x)).float().softmax(1)
     torch.manual_seed(0)  # of the augmented pass
     parts = []
-    for rows in torch.arange(len(slices)).split(batch):
-        x, y = slices.batch(rows, on.device)
-        mine = p[rows].to(on.device)                                              # [B, K, S, S]
-        mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, S, S]
+    for rows in torch.arange(len(samples)).split(batch):
+        x, y = samples.batch(rows, on.device)
+        mine = p[rows].to(on.device)                                              # [B, K, *S]
+        mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
         says |= {"mean confidence": quality.confidence(mine), "mean certainty (entropy)": quality.certainty(mine),
@@ -354,14 +457,14 @@ def compare_estimates(g, p, by, slices, on, batch):
 
 
 UNSCALED = {"mean confidence", "mean certainty (entropy)", "region confidence"}  # not estimates of a Dice
-LEVELS = {"present": "of each slice and class that is present", "absent": "of each slice and class that is absent (Dice is 0 or 1)",
-          "image": "of each slice, mean over all classes, present or absent", "volume": "of each volume and class"}
+LEVELS = {"present": "of each {0} and class that is present", "absent": "of each {0} and class that is absent (Dice is 0 or 1)",
+          "image": "of each {0}, mean over all classes, present or absent", "volume": "of each volume and class"}
 
 
 def at_level(outputs, level, case, name=None):
     """The entries of a level, [n]: of the estimate of that name, or of the true Dice; and the case that each belongs to.
 
-    A volume's true Dice is that of all its pixels; its estimate is the mean of its slices', weighted with the output's area.
+    A volume's true Dice is that of all pixels of its samples; its estimate is the mean of theirs, weighted with the output's area.
     """
     case, values = np.asarray(case), plain_dice(outputs.shared, outputs.total) if name is None else outputs.estimates[name]    # [N, K-1]
     if level == "image":
@@ -538,9 +641,9 @@ def held_out(info, states):
 def check_runs(args, info, states):
     """InputError if checkpoints of train_ssl.py do not fit the data, or cannot be compared by --qp. states: path -> state"""
     for path, state in states.items():
-        for key in ("classes", "channels"):
-            if state["data"][key] != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} has {getattr(info, key)}")
+        for key in ("classes", "channels", "dims", "standardize"):
+            if state["data"].get(key, True) != getattr(info, key):
+                raise InputError(f"{path}: trained for {key} {state['data'].get(key, True)}, but {info.path} has {getattr(info, key)}")
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         raise InputError("--qp compares outputs of one --size, but " + ", ".join(f"{path} has {size}" for size, path in sizes.items()))
@@ -548,62 +651,88 @@ def check_runs(args, info, states):
         raise InputError(f"--second {args.second}: is among the runs that it should judge; give an independent one")
 
 
-def write_quality(args, info, groups, states, outputs, reference, slices, reference_case, cost):
-    """The tables, pictures and CSV of --qp. slices: those of the outputs; reference_case: cases of the reference, for each slice"""
+def write_quality(args, info, groups, states, outputs, reference, samples, reference_case, cost):
+    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample"""
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
-    tables = compare_rows(groups, outputs, reference, slices.case, reference_case, patient)
-    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(slices.case))} cases: mean over seeds. MAE calibrated: after a "
+    sample = "slice" if info.dims == 2 else "patch"
+    levels = {level: text.format(sample) for level, text in LEVELS.items()}
+    tables = compare_rows(groups, outputs, reference, samples.case, reference_case, patient)
+    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(samples.case))} cases: mean over seeds. MAE calibrated: after a "
              f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
              + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
-        f"\n{LEVELS[level][0].upper() + LEVELS[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
+        f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
     write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
     first = next(iter(tables))  # "present", unless no class is
-    print(f"\n{title}\n\nMean over all runs, {LEVELS[first]} (quality.md has all)\n\n"
+    print(f"\n{title}\n\nMean over all runs, {levels[first]} (quality.md has all)\n\n"
           + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"]))
     true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": slices.case[n], "slice": slices.z[n], "class": c,
+        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": samples.case[n], sample: " ".join(map(str, samples.at[n])), "class": c,
          "present": outputs[i].present[n, k], "true": true[i][n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
-        for name, labeled, members in groups for i in members for n in range(len(slices)) for k, c in enumerate(info.classes[1:])])
+        for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(info.classes[1:])])
     draw_quality(os.path.join(args.out, "quality.png"),
                  {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
     draw_estimates(os.path.join(args.out, "estimates.png"), tables[first])
+
+
+def write_masks(args, info, entries, split, on):
+    """--predict: the mask of every case, of a volume as NIfTI on its source's grid, of an image as PNG (0 and 255, or class numbers)."""
+    from data import nifti  # brings SimpleITK, which nothing else here needs
+    net, state = load_run(args.checkpoints[0], args.weights, on)
+    size, K, folder = state["args"]["size"], len(info.classes), os.path.join(args.out, "masks")
+    for entry in entries:  # one after the other: a large archive need not fit in memory
+        images, cases = load_cases(info, split, size, [entry.name])
+        label, = labels_of_slices(predict(net, images, on, args.batch), cases) if info.dims == 2 else labels_of_volumes(
+            net, images, cases, on, window(size, args, args.batch))
+        label = largest_component(label, K) if args.largest_component else label
+        if len(entry.grid) == 3:
+            nifti.write_mask(os.path.join(folder, f"{entry.name}.nii.gz"), label, entry)
+        else:
+            with replacing(os.path.join(folder, f"{entry.name}.png")) as temporary, open(temporary, "wb") as f:
+                f.write(cv2.imencode(".png", label[0] * (255 if K == 2 else 1))[1].tobytes())
+    print(f"wrote {len(entries)} masks in {folder}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
-    g = load_quality(args.qp, info, on)[0] if args.qp else None
     heads = {path: {k: v for k, v in load_checkpoint(path, "ssl").items() if k in ("args", "data", "labeled")}
              for path in [*args.checkpoints, *([args.second] if args.second else [])]}
     check_runs(args, info, heads)
+    states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
+    g = load_quality(args.qp, info, on, size)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
+    args.batch = args.batch or {2: 32, 3: 2}[info.dims]
+    if args.predict:
+        return write_masks(args, info, entries, split, on)
     if missing := [e.name for e in entries if not e.labeled]:
-        raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored")
-    states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
+        raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels")
     second = load_run(args.second, args.weights, on)[0] if args.second else None
     val = None  # what --qp calibrates on
     if g and split != "val" and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled]):
-        val = h5.load_slices(info, "val", size, labeled)
+        val = h5.load_samples(info, "val", size, labeled)
 
     labels, scores, outputs, reference = [], [], [], []
-    loaded = {}  # network grid -> slices and cases
+    loaded = {}  # network grid -> samples, volumes, and cases
     for path, state in zip(args.checkpoints, states):
         net, size = load_run(path, args.weights, on)[0], state["args"]["size"]
         if size not in loaded:
-            loaded[size] = load_cases(info, split, size, names)
-        slices, cases = loaded[size]
-        probability = predict(net, slices, on, args.batch)
-        labels.append(list(predict_cases(probability, cases, K, args.largest_component)))
+            images, cases = load_cases(info, split, size, names)
+            samples = h5.load_samples(info, split, size, [e.name for e in entries]) if g and info.dims == 3 else images
+            loaded[size] = samples, images, cases
+        samples, images, cases = loaded[size]
+        probability = predict(net, samples, on, args.batch) if g or info.dims == 2 else None
+        found = labels_of_slices(probability, cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, window(size, args, args.batch))
+        labels.append([largest_component(label, K) if args.largest_component else label for label in found])
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
             by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
-            outputs.append(compare_estimates(g, probability, by, slices, on, args.batch))
+            outputs.append(compare_estimates(g, probability, by, samples, on, args.batch))
             if val:
                 reference.append(compare_estimates(g, predict(net, val, on, args.batch), by, val, on, args.batch))
 
@@ -621,10 +750,10 @@ def main(argv=None):
     print(f"{title}\n\n{markdown(rows)}")
 
     if g:
-        x, mask = (torch.zeros(1, n, size, size, device=on.device) for n in (info.channels, K - 1))
-        cost = (f"Cost of an image of {size} x {size}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
+        x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
+        cost = (f"Cost of an image of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
-        write_quality(args, info, groups, states, outputs, reference or None, slices, val and val.case, cost)
+        write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
 
     if args.pictures > 0:
         draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)

@@ -9,7 +9,7 @@ g answers with the smoothed Dice (models/quality.py) of the mask that it sees, h
 truth from image and mask, and reads off the mask's expected Dice; --head scalar, the paper's, regresses it. The report tells apart
 synthetic masks and real outputs: predictions of the weak networks on val cases, which none of them has seen.
 
-Legend: N masks, B batch, K classes, C channels, S side.
+Legend: N masks, B batch, K classes, C channels, *S the grid that g sees: S, S of slices, or D, H, W of patches of volumes.
 """
 import copy
 import json
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, vqm
-from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, save_checkpoint, start_run
+from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, save_checkpoint, start_run
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
 
@@ -37,10 +37,10 @@ def parse_args(argv=None):
     p.add_argument("data", help="dataset file")
     p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--size", type=number(32), default=224, help="side of the images that g sees")
+    p.add_argument("--size", type=grid, help="side of the images that g sees, or D,H,W that patches are resized to (default: the masks' own)")
     # network
     p.add_argument("--head", choices=HEADS, default="dense", help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18")
-    p.add_argument("--width", type=number(1), help="channels of the first stage (default: dense 16, scalar 64)")
+    p.add_argument("--width", type=number(1), help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)")
     p.add_argument("--members", type=number(1), default=3, help="dense: U-Nets whose predictions of the truth are averaged")
     p.add_argument("--mask-dropout", type=SHARE, default=0.5, help="dense: share of training samples whose mask is withheld")
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0, help="dense: weight of the error in Dice beside that in pixels")
@@ -48,8 +48,8 @@ def parse_args(argv=None):
     p.add_argument("--pretrained", metavar="FILE", help="scalar: torchvision ResNet-18 state dict to start from")
     # training (epochs, masks, batch, decay, patience as in the paper)
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
-    p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice in an epoch")
-    p.add_argument("--batch", type=number(2), default=32, help="masks in a step")
+    p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch")
+    p.add_argument("--batch", type=number(2), help="masks in a step (default: 32, of volumes 4)")
     p.add_argument("--lr", type=number(0, 10, float), help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
@@ -66,43 +66,48 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.pretrained and args.head != "scalar":
         raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
-    for name, default in {"dense": dict(width=16, lr=1e-3, select="last"), "scalar": dict(width=64, lr=3e-4, select="best")}[args.head].items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
     return args
+
+
+def set_defaults(args, dims):
+    """Fills in what depends on the head and on the data."""
+    defaults = {"dense": dict(width={2: 16, 3: 8}, lr=1e-3, select="last"), "scalar": dict(width={2: 64, 3: 32}, lr=3e-4, select="best")}[args.head]
+    for name, value in (defaults | dict(batch={2: 32, 3: 4})).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value[dims] if isinstance(value, dict) else value)
 
 
 # ---------------------------------------------------------------------------------------------------- batches
 
 def epoch_rows(masks, per_image):
-    """Random mask numbers for an epoch: per_image of every slice, shuffled. -> [slices * per_image]"""
-    rows = torch.argsort(masks.index + 0.999 * torch.rand(len(masks.index), dtype=torch.float64))          # by slice, random inside
-    rows = rows.reshape(len(masks.slices), -1)[:, :per_image].flatten()
+    """Random mask numbers for an epoch: per_image of every sample, shuffled. -> [samples * per_image]"""
+    rows = torch.argsort(masks.index + 0.999 * torch.rand(len(masks.index), dtype=torch.float64))          # by sample, random inside
+    rows = rows.reshape(len(masks.samples), -1)[:, :per_image].flatten()
     return rows[torch.randperm(len(rows))]
 
 
 def draw(masks, rows, K, device, args):
-    """One augmented batch. -> image [B, C, S, S], mask [B, K-1, S, S] hard or soft, truth [B, K-1, S, S]
+    """One augmented batch. -> image [B, C, *S], mask [B, K-1, *S] hard or soft, truth [B, K-1, *S]
 
     Geometry moves image, mask and truth together, intensity changes the image alone. A share --soft of the masks is soft: a weak
     network's probabilities where there are some, else a blurred mask.
     """
-    x, y = masks.slices.batch(masks.index[rows], device)
-    grid = augment.random_geometry(x, rotate=45 * args.strength, scale=0.3 * args.strength, shift=0.15 * args.strength)
-    mask, truth = (one_hot(augment.move(v.to(device), grid), K)[:, 1:] for v in (masks.mask[rows].long(), y))
+    x, y = masks.samples.batch(masks.index[rows], device)
+    way = augment.random_geometry(x, rotate=45 * args.strength, scale=0.3 * args.strength, shift=0.15 * args.strength)
+    mask, truth = (one_hot(augment.move(v.to(device), way), K)[:, 1:] for v in (masks.mask[rows].long(), y))
     chosen = torch.rand(len(rows)) < args.soft
     harvested = chosen & (masks.prob_index[rows] >= 0)
     if harvested.any():
         p = torch.stack([masks.prob[i] for i in masks.prob_index[rows][harvested].tolist()]).to(device).float() / 255
-        mask[harvested.to(device)] = augment.move(p, grid[harvested.to(device)])
+        mask[harvested.to(device)] = augment.move(p, way[harvested.to(device)])
     if (blurred := (chosen & ~harvested).to(device)).any():
         m = mask[blurred]
         mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
-    return augment.strong(augment.move(x, grid), args.strength), mask, truth
+    return augment.strong(augment.move(x, way), args.strength), mask, truth
 
 
 # ---------------------------------------------------------------------------------------------------- the two heads' losses
-# loss(g, views, args) -> a number. views: (x [B, C, S, S], mask [B, K-1, S, S], truth [B, K-1, S, S]) of one batch, augmented anew in each
+# loss(g, views, args) -> a number. views: (x [B, C, *S], mask [B, K-1, *S], truth [B, K-1, *S]) of one batch, augmented anew in each
 
 def scalar_loss(g, views, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
@@ -116,7 +121,7 @@ def dense_loss(g, views, args):
     total = 0.0
     for member, (x, mask, truth) in zip(g.members, views):
         withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
-        logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, S, S]
+        logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, *S]
         expected = quality_target(mask, logits.float().softmax(1)[:, 1:])               # [B, K-1]
         total = total + (seg_loss(logits, with_background(truth)).mean()
                          + args.quality_loss * F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1))
@@ -162,11 +167,11 @@ def fit_temperature(g, masks, on, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
     fit it by likelihood.)"""
     errors = torch.zeros(len(TEMPERATURES))
-    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(16):
-        x, y = masks.slices.batch(masks.index[rows], on.device)
+    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(16 if masks.mask.dim() == 3 else 2):
+        x, y = masks.samples.batch(masks.index[rows], on.device)
         mask, truth = (one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y))
         with on.autocast():
-            logits = g.logits(x, mask)                                     # [M, V, B, K, S, S]
+            logits = g.logits(x, mask)                                     # [M, V, B, K, *S]
         mask, true = resample(mask, g.size), true_dice(mask, truth)
         for i, t in enumerate(TEMPERATURES):
             errors[i] += (quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs().sum().cpu()
@@ -176,9 +181,9 @@ def fit_temperature(g, masks, on, most=300):
 # ---------------------------------------------------------------------------------------------------- report
 
 def of_another_case(masks):
-    """For each mask a random slice of another case (of its own if there is no other). -> [N]"""
+    """For each mask a random sample of another case (of its own if there is no other). -> [N]"""
     torch.manual_seed(0)
-    case = np.unique(masks.slices.case, return_inverse=True)[1]
+    case = np.unique(masks.samples.case, return_inverse=True)[1]
     others = [np.flatnonzero(case != c) for c in range(case.max() + 1)]
     return torch.tensor([int(others[c][torch.randint(len(others[c]), ())]) if len(others[c]) else i
                          for i, c in ((int(i), case[i]) for i in masks.index)])
@@ -203,12 +208,15 @@ def report(g, synthetic, real, info, on):
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    set_defaults(args, info.dims)
     resumed = start_run("qp", args, info.describe(), free=("vqm",))
-    train = vqm.load(args.vqm, "train", info, args.size, probabilities=args.soft > 0)
-    synthetic, real = (vqm.load(args.vqm, split, info, args.size) for split in ("val", "real"))
+    size = args.size and h5.network_grid(info, args.size)
+    train = vqm.load(args.vqm, "train", info, size, probabilities=args.soft > 0)
+    synthetic, real = (vqm.load(args.vqm, split, info, size) for split in ("val", "real"))
+    seen = tuple(train.mask.shape[1:])
 
     torch.manual_seed(args.seed)
-    shape = dict(channels=info.channels, classes=len(info.classes), size=args.size, width=args.width)
+    shape = dict(channels=info.channels, classes=len(info.classes), dims=info.dims, size=seen[0] if info.dims == 2 else seen, width=args.width)
     if args.head == "dense":
         net = models.build("quality_dense", **shape, members=args.members, mask_dropout=args.mask_dropout)
     else:
@@ -218,7 +226,7 @@ def main(argv=None):
     net = on.place(net).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
-    steps = -(-len(train.slices) * min(args.per_image, len(train.mask) // len(train.slices)) // args.batch)
+    steps = -(-len(train.samples) * min(args.per_image, len(train.mask) // len(train.samples)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     run = Run(net, g, optimizer, schedule, on.scaler(), on)
     first, best = 0, dict(error=float("inf"), epoch=0)
@@ -227,12 +235,12 @@ def main(argv=None):
             part.load_state_dict(resumed[name])
         first, best = resumed["epoch"], resumed["best"]
     log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
-    print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.slices)} slices, "
-          f"{steps} steps an epoch, {on}")
+    print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
+          f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}")
 
     def save(name, epoch, **more):
         save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
-                        labeled=sorted(set(train.slices.case)), data=info.describe(), **more)
+                        labeled=sorted(set(train.samples.case)), patch=train.patch, data=info.describe(), **more)
 
     for epoch in range(first + 1, args.epochs + 1):
         if args.select == "best" and epoch - best["epoch"] > args.patience:
@@ -267,8 +275,8 @@ def main(argv=None):
         dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
     evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
-          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size", str(args.size), "--method",
-                                 "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
+          "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
+                                 ",".join(map(str, train.patch or seen[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
 
 
 def load_pretrained(g, path):

@@ -10,10 +10,13 @@ One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) Q
            QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i)
            QAR  1 - g(u, softmax f(u)), whose gradient flows through g into f
 
-Legend: B batch, K classes, C channels, S side; x, y labeled images and labels, u unlabeled images, s1, s2 strong views of u.
+Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid that f sees: S, S of slices, or D, H, W of patches of volumes; x, y labeled
+images and labels, u unlabeled images, s1, s2 strong views of u.
 """
 import copy
+import functools
 import math
+import operator
 import os
 import shlex
 import sys
@@ -28,8 +31,8 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5
-from data.files import SEED, SHARE, InputError, Log, Parser, cli, number, numbers, save_checkpoint, start_run
-from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, weighted_mean
+from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, numbers, save_checkpoint, start_run
+from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 
 
 def parse_args(argv=None):
@@ -66,17 +69,20 @@ def parse_args(argv=None):
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
-    p.add_argument("--model", choices=models.segmentation_networks(), default="unet", help="network f")
-    p.add_argument("--size", type=number(32), default=224, help="side of the images that f sees")
+    p.add_argument("--model", choices=models.segmentation_networks(), help="network f (default: unet, of volumes vnet)")
+    p.add_argument("--width", type=number(1), help="channels of the network's first level (default: its own)")
+    p.add_argument("--dropout", type=number(0, 0.99, float), help="vnet: at the bottom and before the head (default: 0.5)")
+    p.add_argument("--size", type=grid, help="side of the images that f sees (default 224); of volumes D,H,W of a patch (default 80,112,112)")
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
-    p.add_argument("--batch", type=number(1), default=32, help="labeled images in a step")
-    p.add_argument("--batch-unlabeled", type=number(1), default=64, help="unlabeled images in a step")
+    p.add_argument("--batch", type=number(1), help="labeled images in a step (default 32, of volumes 2)")
+    p.add_argument("--batch-unlabeled", type=number(1), help="unlabeled images in a step (default 64, of volumes 2)")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer")
     p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient")
     p.add_argument("--eval-every", type=number(1), default=200, help="steps between validations, log rows and checkpoints")
     p.add_argument("--patience", type=number(1), default=30, help="validations without a better Dice before stopping")
+    evaluate.add_window_options(p)
     p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[], help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     # running
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
@@ -97,22 +103,22 @@ def parse_args(argv=None):
 @dataclass
 class Batch:
     """What a method sees. No labels of u."""
-    x: torch.Tensor   # [B, C, S, S] labeled images, weak view
-    y: torch.Tensor   # [B, K, S, S] their labels, one-hot
-    u: torch.Tensor   # [U, C, S, S] unlabeled images, weak view
-    s1: torch.Tensor  # [U, C, S, S] two strong views of u: other intensity, the same geometry
+    x: torch.Tensor   # [B, C, *S] labeled images, weak view
+    y: torch.Tensor   # [B, K, *S] their labels, one-hot
+    u: torch.Tensor   # [U, C, *S] unlabeled images, weak view
+    s1: torch.Tensor  # [U, C, *S] two strong views of u: other intensity, the same geometry
     s2: torch.Tensor
 
 
 @dataclass
 class Term:
     """One unlabeled loss of a method, not yet weighted."""
-    image: torch.Tensor                             # [U, C, S, S] clean image: what g sees
-    target: torch.Tensor                            # [U, K, S, S] probabilities of its pseudo-label, no gradient
-    loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, S, S] -> loss [U], relative to the sum of these weights
-    weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, S, S] of its pixels
+    image: torch.Tensor                             # [U, C, *S] clean image: what g sees
+    target: torch.Tensor                            # [U, K, *S] probabilities of its pseudo-label, no gradient
+    loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, *S] -> loss [U], relative to the sum of these weights
+    weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, *S] of its pixels
     mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
-#                                                     share [U] or [U, S, S] of the second
+#                                                     share [U] or [U, *S] of the second
 
 
 # ---------------------------------------------------------------------------------------------------- methods
@@ -130,8 +136,8 @@ def pseudo_label(nets, teacher, batch, args, t):
 
     Deviation from Lee, who uses the student's own label. PL-C and PL-QW of the paper keep every pixel: --conf-threshold 0.
     """
-    target = probabilities(teacher, batch.u)                                  # [U, K, S, S]
-    sure = confident(target, args)                                            # [U, S, S]
+    target = probabilities(teacher, batch.u)                                  # [U, K, *S]
+    sure = confident(target, args)                                            # [U, *S]
     at_x, at_u = together(nets[0], batch.x, batch.u)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_u, harden(target), w * sure))]
 
@@ -156,7 +162,7 @@ def ua_mt(nets, teacher, batch, args, t):
     """
     target = probabilities(teacher, batch.u)
     limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
-    sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()    # [U, S, S]
+    sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()    # [U, *S]
     at_x, at_s = together(nets[0], batch.x, batch.s1)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w * sure))]
 
@@ -168,7 +174,7 @@ def ict(nets, teacher, batch, args, t):
     """
     target, perm = probabilities(teacher, batch.u), shuffled(batch.u)
     share = torch.distributions.Beta(args.mix_alpha, args.mix_alpha).sample((len(perm),)).to(batch.u.device)  # [U] of the second
-    blend = lambda v: torch.lerp(v, v[perm], share[:, None, None, None])
+    blend = lambda v: torch.lerp(v, v[perm], to_samples(share, v))
     at_x, at_blend = together(nets[0], batch.x, blend(batch.u))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_blend, blend(target), w), mix=(perm, share))]
 
@@ -198,9 +204,9 @@ def contrastive(nets, teacher, batch, args, t):
     sure, B, middle = confident(target, args), len(batch.x), len(keys) // 2
     features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
     at_x, at_u = nets[0].decode(features).split([B, len(batch.u)])
-    anchors = features[middle][B:]                                            # [U, F, s, s]
-    small = F.interpolate(target, size=anchors.shape[2:], mode="area")        # [U, K, s, s]
-    clear = confident(small, args)                                            # [U, s, s]
+    anchors = features[middle][B:]                                            # [U, F, *s]
+    small = F.interpolate(target, size=anchors.shape[2:], mode="area")        # [U, K, *s]
+    clear = confident(small, args)                                            # [U, *s]
 
     def loss(w):
         near = F.interpolate(w[:, None], size=anchors.shape[2:], mode="area")[:, 0] * clear
@@ -251,10 +257,11 @@ def bcp(nets, teacher, batch, args, t):
         target = keep_largest(target)
     n = max(len(batch.x), len(batch.u))
     x, y, u, target = (repeated(v, n) for v in (batch.x, batch.y, batch.u, target))
-    box = augment.random_box(x, args.paste)                                   # [n, 1, S, S]
-    inward = (torch.arange(n, device=x.device) % 2 == 0)[:, None, None, None]
+    box = augment.random_box(x, args.paste)                                   # [n, 1, *S]
+    inward = to_samples(torch.arange(n, device=x.device) % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
-    seen = (1 - labeled[:, 0]) / (1 - labeled[:, 0]).mean((1, 2), keepdim=True).clamp_min(1e-8)     # [n, S, S] of u, mean 1
+    seen = 1 - labeled[:, 0]                                                  # [n, *S] of u
+    seen = seen / to_samples(seen.flatten(1).mean(1).clamp_min(1e-8), seen)   # mean 1
     logits = nets[0](models.channels_last(torch.where(labeled > 0, x, u)))
     return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen)]
 
@@ -273,12 +280,12 @@ WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 @torch.no_grad()
 def probabilities(net, image):
-    """Softmax of a network that gets no gradient here. [B, C, S, S] -> [B, K, S, S] float32"""
+    """Softmax of a network that gets no gradient here. [B, C, *S] -> [B, K, *S] float32"""
     return net(image).float().softmax(1)
 
 
 def harden(p):
-    """The one-hot label of the most probable class. [B, K, S, S] -> [B, K, S, S]"""
+    """The one-hot label of the most probable class. [B, K, *S] -> [B, K, *S]"""
     return one_hot(p.argmax(1), p.shape[1])
 
 
@@ -296,12 +303,12 @@ def own_probabilities(net, image):
 
 
 def confident(p, args):
-    """1 where the largest probability reaches --conf-threshold, else 0. [B, K, S, S] -> [B, S, S]"""
+    """1 where the largest probability reaches --conf-threshold, else 0. [B, K, *S] -> [B, *S]"""
     return (p.amax(1) >= args.conf_threshold).float()
 
 
 def uncertainty(net, image, passes):
-    """Entropy, in nats, of the mean of `passes` predictions of a net in eval mode with its dropout on and noise added. -> [B, S, S]"""
+    """Entropy, in nats, of the mean of `passes` predictions of a net in eval mode with its dropout on and noise added. -> [B, *S]"""
     dropouts = [m for m in net.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
     for m in dropouts:
         m.train()
@@ -324,13 +331,13 @@ def repeated(x, count):
 def cutmix(u):
     """CutMix (French et al. 2020), boxes like UniMatch's: with p = .5, one of 2 to 40% of the area shows another sample of the batch.
 
-    -> (a function that cuts [U, S, S] and [U, *, S, S] alike, the Term's mix)
+    -> (a function that cuts [U, *S] and [U, channels, *S] alike, the Term's mix)
     """
     perm, (U, dims) = shuffled(u), (len(u), u.dim() - 2)
     rand = torch.rand(U, 2 + dims, device=u.device)
     area = (0.02 + 0.38 * rand[:, :1]) * (rand[:, 1:2] < 0.5)                                        # [U, 1]
     stretch = math.log(1 / 0.3) * (rand[:, 2:] - rand[:, 2:].mean(1, keepdim=True))                  # sides differ by up to 1 / .3
-    box = augment.random_box(u, area ** (1 / dims) * stretch.exp())                                  # [U, 1, S, S]
+    box = augment.random_box(u, area ** (1 / dims) * stretch.exp())                                  # [U, 1, *S]
 
     def cut(v):
         return torch.where((box if v.dim() == u.dim() else box[:, 0]) > 0, v[perm], v)
@@ -338,7 +345,7 @@ def cutmix(u):
 
 
 def keep_largest(p):
-    """Pseudo-labels with only the largest component of each class; elsewhere class and background swap probabilities. [B, K, S, S] twice"""
+    """Pseudo-labels with only the largest component of each class; elsewhere class and background swap probabilities. [B, K, *S] twice"""
     label = p.argmax(1)
     kept = torch.stack([torch.from_numpy(evaluate.largest_component(one, p.shape[1]) == one) for one in label.cpu().numpy()]).to(p.device)
     background = p.scatter(1, label[:, None], p[:, :1])
@@ -349,13 +356,13 @@ def keep_largest(p):
 # ---------------------------------------------------------------------------------------------------- the two quality hooks
 
 def scores(g, term, args):
-    """Quality of a pseudo-label at --weight-level. -> q [U, 1] of the image, [U, K] of its classes, or [U, S, S] of its pixels
+    """Quality of a pseudo-label at --weight-level. -> q [U, 1] of the image, [U, K] of its classes, or [U, *S] of its pixels
 
     quality: g's answer for the hard label (Eq. 7); for the image the mean over the foreground classes, and so for the background's pixels;
     for a pixel the probability that its class is right. confidence: the largest probability of the pixel; its mean over all pixels
     (PL-C of the paper), and over those of each pseudo-class. An absent class counts with g's answer for its empty mask.
     """
-    hard = harden(term.target)                                               # [U, K, S, S]
+    hard = harden(term.target)                                               # [U, K, *S]
     if args.weight == "quality":
         with torch.no_grad():
             if args.weight_level == "pixel":
@@ -363,32 +370,32 @@ def scores(g, term, args):
             q = g(term.image, hard[:, 1:])                                   # [U, K-1]
         whole = q.mean(1, keepdim=True)
         return whole if args.weight_level == "image" else torch.cat([whole, q], 1)
-    confidence = term.target.amax(1, keepdim=True)                           # [U, 1, S, S]
+    confidence = term.target.amax(1, keepdim=True)                           # [U, 1, *S]
     if args.weight_level == "class":
-        return (confidence * hard).sum((2, 3)) / hard.sum((2, 3)).clamp_min(1)
-    return confidence[:, 0] if args.weight_level == "pixel" else confidence.mean((2, 3))
+        return (confidence * hard).flatten(2).sum(2) / hard.flatten(2).sum(2).clamp_min(1)
+    return confidence[:, 0] if args.weight_level == "pixel" else confidence.flatten(2).mean(2)
 
 
 def pixel_weights(g, term, args):
-    """QW: the weight of each pixel of a clean image, w = q^2 [q >= .5] for its image, its pseudo-class or itself. -> [U, S, S], no gradient"""
+    """QW: the weight of each pixel of a clean image, w = q^2 [q >= .5] for its image, its pseudo-class or itself. -> [U, *S], no gradient"""
     shape = term.target[:, 0].shape
     if args.weight == "none":
         return torch.ones(shape, device=term.target.device)
     q = scores(g, term, args)
     w = torch.nan_to_num(q) ** args.weight_power * (q >= args.weight_threshold)         # NaN weighs nothing
     if args.weight_level == "image":
-        return w[:, :, None].expand(shape)
+        return to_samples(w[:, 0], term.target[:, 0]).expand(shape)
     if args.weight_level == "class":
-        return w[:, :, None, None].expand(-1, -1, *shape[1:]).gather(1, term.target.argmax(1, keepdim=True))[:, 0]
+        return w.gather(1, term.target.argmax(1).flatten(1)).reshape(shape)
     return w
 
 
 def as_seen(w, term):
-    """Weights [U, S, S] blended like the images that the loss saw, times the method's own weight."""
+    """Weights [U, *S] blended like the images that the loss saw, times the method's own weight."""
     if term.mix is not None:
         perm, share = term.mix
-        w = torch.lerp(w, w[perm], share if share.dim() == 3 else share[:, None, None])
-    return w * (term.weight[:, None, None] if torch.is_tensor(term.weight) and term.weight.dim() == 1 else term.weight)
+        w = torch.lerp(w, w[perm], share if share.dim() > 1 else to_samples(share, w))
+    return w * (to_samples(term.weight, w) if torch.is_tensor(term.weight) and term.weight.dim() == 1 else term.weight)
 
 
 def unlabeled_loss(g, terms, args, device):
@@ -397,7 +404,7 @@ def unlabeled_loss(g, terms, args, device):
     for term in terms:
         if id(term.target) not in known:                                     # UniMatch has three terms of one pseudo-label
             known[id(term.target)] = pixel_weights(g, term, args)
-        pixels = as_seen(known[id(term.target)], term)                       # [U, S, S]
+        pixels = as_seen(known[id(term.target)], term)                       # [U, *S]
         w = pixels.flatten(1).mean(1)                                        # [U]
         total = total + (w * term.loss(pixels)).sum() / w.sum().clamp_min(1e-8)
         seen.append(torch.stack([w.mean(), (w > 0).float().mean()]))
@@ -462,10 +469,10 @@ def train_step(run, batch, args, step):
 # ---------------------------------------------------------------------------------------------------- batches
 
 def draw(labeled, unlabeled, args, K, step, device):
-    """The random batch of a step: labeled and unlabeled slices by index, augmented on the device."""
-    def some(slices, count):  # without repetition while there are enough
-        order = torch.cat([torch.randperm(len(slices)) for _ in range(-(-count // len(slices)))])
-        return slices.batch(order[:count], device)
+    """The random batch of a step: labeled and unlabeled slices, or patches of volumes, augmented on the device."""
+    def some(images, count):  # without repetition while there are enough
+        order = torch.cat([torch.randperm(len(images)) for _ in range(-(-count // len(images)))])
+        return images.batch(order[:count], device)
     x, y = augment.weak(*some(labeled, args.batch))
     x = models.channels_last(x)
     lam, lam_qar = lambdas(args, (step - 1) / args.steps)
@@ -476,32 +483,45 @@ def draw(labeled, unlabeled, args, K, step, device):
 
 
 def load_data(info, args):
-    """Labeled and unlabeled slices in memory, and val. Labels of unlabeled cases are never read."""
+    """Labeled and unlabeled slices or volumes in memory, and val. Labels of unlabeled cases are never read."""
+    load = h5.load_slices if info.dims == 2 else h5.load_volumes
     labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
-    parts = [h5.load_slices(info, "train", args.size, others, labels=False)] if others else []
+    parts = [load(info, "train", args.size, others, labels=False)] if others else []
     if info.splits.get("unlabeled"):
-        parts.append(h5.load_slices(info, "unlabeled", args.size, labels=False))
+        parts.append(load(info, "unlabeled", args.size, labels=False))
     if args.unlabeled:
         other = h5.read_info(args.unlabeled)
-        if other.channels != info.channels:
-            raise InputError(f"{args.unlabeled}: {other.channels} channel(s), but {info.path} has {info.channels}")
-        parts += [h5.load_slices(other, split, args.size, labels=False) for split in ("train", "unlabeled") if other.splits.get(split)]
-    train = h5.load_slices(info, "train", args.size, labeled)
+        for key in ("channels", "dims", "standardize"):
+            if getattr(other, key) != getattr(info, key):
+                raise InputError(f"{args.unlabeled}: has {key} {getattr(other, key)}, but {info.path} has {getattr(info, key)}")
+        parts += [load(other, split, args.size, labels=False) for split in ("train", "unlabeled") if other.splits.get(split)]
+    train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
-    return train, h5.join(parts or [train]), evaluate.load_cases(info, "val", args.size)
+    return train, functools.reduce(operator.add, parts or [train]), evaluate.load_cases(info, "val", args.size)
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
+def set_defaults(args, info):
+    """Fills in what depends on the data: published settings for slices (the paper's) and for volumes (the left-atrium baselines')."""
+    args.size = h5.network_grid(info, args.size)
+    for name, value in (dict(model="unet", batch=32, batch_unlabeled=64) if info.dims == 2 else dict(model="vnet", batch=2, batch_unlabeled=2)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.dropout is not None and args.model != "vnet":
+        raise InputError("--dropout is an option of --model vnet")
+
+
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
-    K = len(info.classes)
+    set_defaults(args, info)
+    K, cut = len(info.classes), evaluate.window(args.size, args)
     resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep"))
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
-    g, seen = evaluate.load_quality(args.qp, info, on) if args.qp else (None, [])
+    g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
     if g and args.weight == "quality" and args.weight_level == "pixel" and not hasattr(g, "error"):
         raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; --weight-level pixel needs train_qp.py --head dense")
     labeled, unlabeled, val = load_data(info, args)
@@ -509,7 +529,8 @@ def main(argv=None):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
-    nets = [on.place(models.build(args.model, channels=info.channels, classes=K)).train() for _ in range(STUDENTS.get(args.method, 1))]
+    options = {name: value for name, value in dict(width=args.width, dropout=args.dropout).items() if value is not None}
+    nets = [on.place(models.build(args.model, channels=info.channels, classes=K, dims=info.dims, **options)).train() for _ in range(STUDENTS.get(args.method, 1))]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":
@@ -535,7 +556,7 @@ def main(argv=None):
     names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
     log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first)
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
-          f"slices, {on}" + (f", from step {first}" if first else ""))
+          f"{'slices' if info.dims == 2 else 'volumes'}, {on}" + (f", from step {first}" if first else ""))
     sums, start = torch.zeros(len(names), device=on.device), time.perf_counter()
     for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty()):
         if step - best["step"] > args.patience * args.eval_every and best["step"]:
@@ -555,7 +576,7 @@ def main(argv=None):
                 raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
             milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.evaluate(nets[0], *val, on)
+            dice, per_class = evaluate.evaluate(nets[0], *val, on, K, cut)
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)

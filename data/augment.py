@@ -18,13 +18,14 @@ def uniform(low, high, like):
 def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=True):
     """A random affine map per sample, as a sampling grid [B, *S, 2 or 3] for `move`.
 
-    rotate: degrees, in the plane of the last two axes; scale: +- share; shift: +- share of the side; flip: every axis, p = .5.
+    rotate: degrees, in the plane of the last two axes (depth is often coarser); scale: +- share; shift: +- share of the side; flip: every axis, p = .5.
     """
     B, d = len(image), image.dim() - 2
     angle = torch.deg2rad(uniform(-rotate, rotate, image[:, 0].flatten(1)))[:, 0]
     linear = torch.eye(d, device=image.device).repeat(B, 1, 1)  # acts on (x, y[, z]) in [-1, 1]
-    linear[:, 0, 0], linear[:, 0, 1] = angle.cos(), -angle.sin()
-    linear[:, 1, 0], linear[:, 1, 1] = angle.sin(), angle.cos()
+    stretch = image.shape[-2] / image.shape[-1]                 # a unit of y, in units of x
+    linear[:, 0, 0], linear[:, 0, 1] = angle.cos(), -angle.sin() * stretch
+    linear[:, 1, 0], linear[:, 1, 1] = angle.sin() / stretch, angle.cos()
     factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=image.device) - 1)
     sign = 1 - 2 * torch.randint(2, (B, d, 1), device=image.device) if flip else 1
     offset = 2 * shift * (2 * torch.rand(B, d, 1, device=image.device) - 1)

@@ -50,6 +50,14 @@ def numbers(text):
     return sorted({number(1)(part) for part in text.split(",")})
 
 
+def grid(text):
+    """argparse type: one whole number of at least 1, or three joined by commas. -> a tuple"""
+    sizes = tuple(number(1)(part) for part in text.split(","))
+    if len(sizes) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"{text} is neither one number nor three, as in 80,112,112")
+    return sizes
+
+
 SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 

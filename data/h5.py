@@ -2,14 +2,17 @@
 
     python -m data.h5 FILE [--preview FILE.png]
 
-    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1 or 3)
+    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1 or 3),
+           standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
-             attrs         patient, spacing (mm per axis), spacing_known, source
+             attrs         patient, spacing (mm per axis), spacing_known, source;
+                           affine and source_grid where the source has a place in space (data/nifti.py)
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
-Legend: N slices, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid.
+Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of a patch.
 """
+import itertools
 import os
 import zlib
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ import cv2
 import h5py
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from data.files import FORMAT, InputError, Parser, cli, replacing
 
@@ -36,6 +40,8 @@ class Case:
     patient: str
     spacing: tuple | None = None  # mm per axis, None if the source has none
     source: str = ""
+    affine: np.ndarray | None = None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
+    source_grid: tuple | None = None  # (D, H, W) of the source, where the image was resampled from another grid
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Entry:
     spacing_known: bool
     source: str
     checksum: int     # CRC-32 of image and label, taken when they were written
+    affine: np.ndarray | None = None  # of the source, see Case
+    source_grid: tuple | None = None
 
 
 @dataclass
@@ -61,10 +69,12 @@ class Info:
     channels: int
     splits: dict
     checksum: int  # of all cases, as written
+    standardize: bool = True
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return dict(name=self.name, classes=self.classes, channels=self.channels, dims=self.dims, checksum=self.checksum)
+        return dict(name=self.name, classes=self.classes, channels=self.channels, dims=self.dims, checksum=self.checksum,
+                    standardize=self.standardize)
 
     def entries(self, split):
         """The entries of a split; an absent or empty one is an error."""
@@ -75,18 +85,17 @@ class Info:
 
 # ---------------------------------------------------------------------------------------------------- writing
 
-def write(path, cases, *, name, classes, dims, channels):
+def write(path, cases, *, name, classes, dims, channels, standardize=True):
     """Writes cases (an iterable of Case) to `path`, whole or not at all, and returns its Info.
 
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
-    if len(classes) < 2 or dims not in (2, 3) or channels not in (1, 3):
-        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 or more, 2|3, 1|3")
+    _check_layout(path, classes, dims, channels)
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True) as f:
-            f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels)
+            f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels, standardize=standardize)
             for case in cases:
-                _check_case(path, case, len(classes), channels)
+                _check_case(path, case, len(classes), channels, dims)
                 group = f.require_group(case.split) if case.split in f else f.create_group(case.split, track_order=True)
                 if case.name in group:
                     raise InputError(f"{path}: case '{case.name}' comes twice in split '{case.split}'")
@@ -98,7 +107,13 @@ def write(path, cases, *, name, classes, dims, channels):
     return read_info(path)
 
 
-def _check_case(path, case, K, channels):
+def _check_layout(path, classes, dims, channels):
+    if len(classes) < 2 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
+        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs two classes or more, and dims 2 with 1 or 3 "
+                         "channels, or dims 3 with 1")
+
+
+def _check_case(path, case, K, channels, dims):
     where = f"{path}: case '{case.name}'"
     grid = case.image.shape[:-1] if channels == 3 else case.image.shape
     if not case.name or "/" in case.name or case.name.startswith("."):
@@ -109,6 +124,8 @@ def _check_case(path, case, K, channels):
         raise InputError(f"{where}: image of type {case.image.dtype}; uint8 or float32 is needed")
     if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and case.image.shape[-1] != 3):
         raise InputError(f"{where}: image of shape {case.image.shape} does not fit {channels} channel(s)")
+    if dims == 3 and len(grid) != 3:
+        raise InputError(f"{where}: image of shape {case.image.shape}, but a file that is segmented in 3D (dims=3) holds volumes (D, H, W)")
     if not np.isfinite(case.image).all():
         raise InputError(f"{where}: image has NaN or infinite pixels")
     if case.label is not None:
@@ -131,7 +148,7 @@ def _write_case(group, case, channels):
         group.create_dataset("label", data=case.label, chunks=whole_slice, **pack)
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
-                       source=case.source, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
+                       source=case.source, **{k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None}, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
 
 
 def _check_patients(path, patients):
@@ -162,27 +179,27 @@ def read_info(path):
         if a.get("format") != FORMAT or not {"name", "classes", "dims", "channels"} <= set(a):
             raise InputError(f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 --help")
         classes = [c.decode() if isinstance(c, bytes) else str(c) for c in a["classes"]]
-        name, dims, channels = str(a["name"]), int(a["dims"]), int(a["channels"])
-        if len(classes) < 2 or dims not in (2, 3) or channels not in (1, 3):
-            raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 or more, 2|3, 1|3")
+        name, dims, channels, standardize = str(a["name"]), int(a["dims"]), int(a["channels"]), bool(a.get("standardize", True))
+        _check_layout(path, classes, dims, channels)
         try:
-            splits = {s: [_entry(path, s, n, g, channels) for n, g in f[s].items()] for s in SPLITS if s in f}
+            splits = {s: [_entry(path, s, n, g, channels, dims) for n, g in f[s].items()] for s in SPLITS if s in f}
         except (KeyError, AttributeError, RuntimeError, OSError) as error:
             raise InputError(f"{path}: damaged or incomplete ({error}); convert the data again") from None
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
     checksum = zlib.crc32(repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode())
-    return Info(path, name, classes, dims, channels, splits, checksum)
+    return Info(path, name, classes, dims, channels, splits, checksum, standardize)
 
 
-def _entry(path, split, name, group, channels):
+def _entry(path, split, name, group, channels, dims):
     image, where = group["image"], f"{path}: /{split}/{name}"
     grid = tuple(image.shape[:-1] if channels == 3 else image.shape)
-    if image.dtype not in (np.uint8, np.float32) or len(grid) not in (2, 3):
-        raise InputError(f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s)")
+    if image.dtype not in (np.uint8, np.float32) or len(grid) not in (dims, 3) or min(grid) < 1:
+        raise InputError(f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D")
     if "label" in group and group["label"].shape != grid:
         raise InputError(f"{where}/label: shape {group['label'].shape}, but the image has {grid}")
     return Entry(name, str(group.attrs["patient"]), grid, "label" in group, tuple(map(float, group.attrs["spacing"])),
-                 bool(group.attrs["spacing_known"]), str(group.attrs["source"]), int(group.attrs.get("checksum", 0)))
+                 bool(group.attrs["spacing_known"]), str(group.attrs["source"]), int(group.attrs.get("checksum", 0)), group.attrs.get("affine"),
+                 tuple(map(int, group.attrs["source_grid"])) if "source_grid" in group.attrs else None)
 
 
 def read_case(f, info, split, name, label=True):
@@ -226,76 +243,202 @@ def choose_labeled(info, spec, seed=None):
     return labeled, [e.name for e in train if e.name not in set(labeled)]
 
 
-# ---------------------------------------------------------------------------------------------------- slices for 2D networks
+# ---------------------------------------------------------------------------------------------------- what networks see
 
 @dataclass
-class Slices:
-    """2D slices on one S x S grid, in memory. A plain image is one slice; a volume gives D."""
-    image: torch.Tensor         # [N, C, S, S] uint8 or float32, as stored
-    mean: torch.Tensor          # [N] intensity of the slice's whole case
+class Samples:
+    """2D slices, or patches of volumes, on one grid, in memory. A plain image is one slice; a volume gives D."""
+    image: torch.Tensor         # [N, C, *S] uint8 or float32, as stored
+    mean: torch.Tensor          # [N] intensity of the sample's whole case
     std: torch.Tensor           # [N]
-    label: torch.Tensor | None  # [N, S, S] uint8
+    label: torch.Tensor | None  # [N, *S] uint8
     case: list                  # [N] names
-    z: list                     # [N] index in the case
+    at: list                    # [N] where in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
 
     def __len__(self):
         return len(self.image)
 
     def batch(self, index, device="cpu"):
-        """Standardized images [B, C, S, S] float32, and labels [B, S, S] int64 or None."""
+        """Standardized images [B, C, *S] float32, and labels [B, *S] int64 or None."""
         x = self.image[index].to(device, torch.float32)
-        mean, std = (v[index].to(device)[:, None, None, None] for v in (self.mean, self.std))
+        mean, std = (v[index].to(device).reshape(-1, *[1] * (x.dim() - 1)) for v in (self.mean, self.std))
         y = None if self.label is None else self.label[index].to(device, torch.int64)
         return (x - mean) / std, y
 
+    def __add__(self, other):
+        """Both, one after the other (images of mixed types become float32); labels are kept only if both have them."""
+        same = self.image.dtype == other.image.dtype
+        return Samples(torch.cat([s.image if same else s.image.float() for s in (self, other)]), torch.cat([self.mean, other.mean]),
+                       torch.cat([self.std, other.std]), None if self.label is None or other.label is None else torch.cat([self.label, other.label]),
+                       self.case + other.case, self.at + other.at)
 
-def standard(image):
-    """Mean and standard deviation of a case's intensities (all channels together: color is kept)."""
-    return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
+
+@dataclass
+class Volumes:
+    """Whole volumes in memory, each on its own grid of at least `size`, from which batch() cuts patches at random."""
+    image: list         # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
+    mean: list          # N
+    std: list           # N
+    label: list | None  # N of [D, H, W] uint8
+    case: list          # N names
+    size: tuple         # (D, H, W) of a patch
+
+    def __len__(self):
+        return len(self.image)
+
+    def batch(self, index, device="cpu"):
+        """A patch of each of some volumes, at a place that torch's global generator draws, as Samples.batch() gives it."""
+        x, y = [], []
+        for i in index.tolist():
+            corner = [int(torch.randint(n - s + 1, ())) for n, s in zip(self.image[i].shape, self.size)]
+            part = tuple(slice(c, c + s) for c, s in zip(corner, self.size))
+            x.append((self.image[i][part].to(device, torch.float32) - self.mean[i]) / self.std[i])
+            y.append(None if self.label is None else self.label[i][part].to(device, torch.int64))
+        return torch.stack(x)[:, None], None if self.label is None else torch.stack(y)
+
+    def __add__(self, other):
+        """Both, one after the other; labels are kept only if both have them."""
+        return Volumes(self.image + other.image, self.mean + other.mean, self.std + other.std,
+                       None if self.label is None or other.label is None else self.label + other.label, self.case + other.case, self.size)
+
+
+def standard(image, info):
+    """Mean and standard deviation of a case's intensities (all channels together: color is kept); 0 and 1 where they are ready."""
+    return (float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)) if info.standardize else (0.0, 1.0)
+
+
+def network_grid(info, size):
+    """What --size means for a file: the side of slices (default 224), or the (D, H, W) of patches (default 80, 112, 112).
+
+    size: a tuple of one or three whole numbers, or None. InputError if it does not fit the file's dims.
+    """
+    if info.dims == 2:
+        if size is not None and len(size) != 1:
+            raise InputError(f"--size {','.join(map(str, size))}: {info.path} is segmented slice by slice (dims=2), which takes one side")
+        return size[0] if size else 224
+    size = size or (80, 112, 112)
+    size = size * 3 if len(size) == 1 else size
+    if min(size) < 16:
+        raise InputError(f"--size {','.join(map(str, size))}: a patch needs at least 16 voxels per axis")
+    volumes = [e for entries in info.splits.values() for e in entries]
+    if small := [e for e in volumes if any(n < s for n, s in zip(e.grid, size))]:
+        print(f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
+              f"{' x '.join(map(str, small[0].grid))}; they are mirrored at their ends")
+    return size
+
+
+def shape_of(size):
+    """The *S of a network's grid: (S, S) of the side of slices, (D, H, W) of a patch as it is."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def resize_image(image, size):
-    """(H, W[, 3]) -> (S, S[, 3]); averages when shrinking."""
-    if image.shape[:2] == (size, size):
+    """(H, W[, 3]) -> (S, S[, 3]), or (D, H, W) -> (*S,) where size is a tuple of three; averages when shrinking."""
+    shape = shape_of(size)
+    if image.shape[:len(shape)] == shape:
         return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if min(image.shape[:2]) >= size else cv2.INTER_LINEAR)
+    if len(shape) == 3:
+        smaller = all(n >= s for n, s in zip(image.shape, shape))
+        x = torch.from_numpy(image)[None, None].float()
+        x = F.interpolate(x, shape, mode="area") if smaller else F.interpolate(x, shape, mode="trilinear", align_corners=False)
+        return (x.round() if image.dtype == np.uint8 else x)[0, 0].numpy().astype(image.dtype)
+    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA if min(image.shape[:2]) >= size else cv2.INTER_LINEAR)
 
 
 def resize_label(label, size):
-    """(H, W) -> (S, S), nearest."""
-    return cv2.resize(label, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+    """(H, W) -> (S, S), or (D, H, W) -> (*S,); nearest."""
+    shape = shape_of(size)
+    if label.shape == shape:
+        return label
+    if len(shape) == 3:
+        return F.interpolate(torch.from_numpy(label)[None, None], shape, mode="nearest-exact")[0, 0].numpy()
+    return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
-def load_slices(info, split, size, names=None, labels=True):
-    """All slices of the named cases of a split (default: every case), resized to size x size."""
-    if info.dims != 2:
-        raise InputError(f"{info.path}: made to be segmented in 3D (dims=3), but only 2D networks exist here so far; "
-                         "convert it with --dims 2 to train on its slices")
-    images, ys, means, stds, cases, zs = [], [], [], [], [], []
+def read_cases(info, split, names=None, labels=True):
+    """Yields name, image (D, H, W[, 3]), label (D, H, W) or None, mean and deviation of the named cases (default: of all).
+
+    InputError for a case that has no label, where labels are asked for, and where there is no case at all.
+    """
+    names = [e.name for e in info.entries(split)] if names is None else list(names)
+    if not names:
+        raise InputError(f"{info.path}: no case to read in split '{split}'")
     with open_file(info.path) as f:
-        for name in [e.name for e in info.entries(split)] if names is None else names:
+        for name in names:
             image, label = read_case(f, info, split, name, labels)
             if labels and label is None:
                 raise InputError(f"{info.path}: /{split}/{name} has no label, but one is needed here")
-            mean, std = standard(image)
-            for z in range(len(image)):
-                images.append(resize_image(image[z], size).reshape(size, size, -1).transpose(2, 0, 1))
-                ys.append(resize_label(label[z], size) if labels else None)
-                means.append(mean), stds.append(std), cases.append(name), zs.append(z)
-    if not images:
-        raise InputError(f"{info.path}: no case to read in split '{split}'")
-    return Slices(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),
-                  torch.from_numpy(np.stack(ys)) if labels else None, cases, zs)
+            yield name, image, label, *standard(image, info)
 
 
-def join(parts):
-    """Several Slices as one (images of mixed types become float32); labels are kept only if all have them."""
-    same = len({p.image.dtype for p in parts}) == 1
-    labeled = all(p.label is not None for p in parts)
-    return Slices(torch.cat([p.image if same else p.image.float() for p in parts]),
-                  torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]),
-                  torch.cat([p.label for p in parts]) if labeled else None,
-                  sum((p.case for p in parts), []), sum((p.z for p in parts), []))
+def load_slices(info, split, size, names=None, labels=True):
+    """All slices of the named cases of a split (default: every case), resized to size x size. -> Samples"""
+    images, ys, means, stds, cases, at = [], [], [], [], [], []
+    for name, image, label, mean, std in read_cases(info, split, names, labels):
+        for z in range(len(image)):
+            images.append(resize_image(image[z], size).reshape(size, size, -1).transpose(2, 0, 1))
+            ys.append(resize_label(label[z], size) if labels else None)
+            means.append(mean), stds.append(std), cases.append(name), at.append((z,))
+    return Samples(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),
+                   torch.from_numpy(np.stack(ys)) if labels else None, cases, at)
+
+
+def at_least(volume, size):
+    """A volume (D, H, W), mirrored on both sides of an axis that is shorter than in size."""
+    missing = [max(0, s - n) for n, s in zip(volume.shape, size)]
+    return np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric") if any(missing) else volume
+
+
+def cut_back(volume, grid):
+    """What at_least() added is taken away again. (..., *larger) -> (..., D, H, W)"""
+    first = [(n - g) // 2 for n, g in zip(volume.shape[-3:], grid)]
+    return volume[(..., *(slice(f, f + g) for f, g in zip(first, grid)))]
+
+
+def load_patches(info, split, size, corners, labels=True, grid=None):
+    """Patches of `size` (D, H, W) of volumes, resized to `grid` (default: as they are). corners: {case: [(z, y, x), ...]}. -> Samples"""
+    images, ys, means, stds, cases, at = [], [], [], [], [], []
+    for name, image, label, mean, std in read_cases(info, split, corners, labels):
+        image, label = at_least(image, size), at_least(label, size) if labels else None
+        for corner in corners[name]:
+            part = tuple(slice(c, c + s) for c, s in zip(corner, size))
+            if image[part].shape != tuple(size):
+                raise InputError(f"{info.path}: /{split}/{name} has no patch of {size} at {corner}")
+            images.append(resize_image(image[part], grid or size)[None])
+            ys.append(resize_label(label[part], grid or size) if labels else None)
+            means.append(mean), stds.append(std), cases.append(name), at.append(tuple(corner))
+    return Samples(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),
+                   torch.from_numpy(np.stack(ys)) if labels else None, cases, at)
+
+
+def load_samples(info, split, size, names=None, labels=True):
+    """What stands for whole cases on the network's grid: all their slices, or patches that cover their volumes. -> Samples"""
+    if info.dims == 2:
+        return load_slices(info, split, size, names, labels)
+    return load_patches(info, split, size, {e.name: tiles(e.grid, size) for e in info.entries(split) if names is None or e.name in names}, labels)
+
+
+def load_volumes(info, split, size, names=None, labels=True):
+    """The named volumes of a split (default: every one), for patches of `size` (D, H, W). -> Volumes"""
+    names, images, ys, means, stds = zip(*((name, torch.from_numpy(at_least(image, size)), torch.from_numpy(at_least(label, size)) if labels else None,
+                                           mean, std) for name, image, label, mean, std in read_cases(info, split, names, labels)))
+    return Volumes(list(images), list(means), list(stds), list(ys) if labels else None, list(names), tuple(size))
+
+
+def starts(length, size, stride):
+    """First positions of windows of `size` along an axis of `length`, `stride` apart, the last one moved back to end with the axis."""
+    last = max(0, length - size)
+    return [*range(0, last, stride), last]
+
+
+def tiles(grid, size):
+    """Corners of the fewest patches of `size` that cover a volume of `grid`. -> [(z, y, x), ...]"""
+    return list(itertools.product(*(starts(n, s, s) for n, s in zip(grid, size))))
+
+
+def random_corners(grid, size, count, rng):
+    """Corners of `count` patches at random places of a volume, of fewer where they coincide. -> [(z, y, x), ...]"""
+    return list(dict.fromkeys(tuple(int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size)) for _ in range(count)))
 
 
 # ---------------------------------------------------------------------------------------------------- showing
@@ -315,13 +458,13 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def draw(axis, image, label=None, title="", style="-"):
-    """Shows a slice (H, W) or (H, W, 3) on a matplotlib axis with the outline of each class of label (H, W)."""
+def draw(axis, image, label=None, title="", aspect=1.0):
+    """Shows a slice (H, W) or (H, W, 3) on a matplotlib axis with the outline of each class of label (H, W). aspect: pixel height / width"""
     low, high = float(image.min()), float(image.max())
-    axis.imshow((image - low) / max(high - low, 1e-6), cmap="gray", vmin=0, vmax=1)
+    axis.imshow((image - low) / max(high - low, 1e-6), cmap="gray", vmin=0, vmax=1, aspect=aspect)
     for k in range(1, 0 if label is None else int(label.max()) + 1):
         if 0 < (label == k).sum():
-            axis.contour(label == k, [0.5], colors=[COLORS[(k - 1) % len(COLORS)]], linewidths=1.4, linestyles=style)
+            axis.contour(label == k, [0.5], colors=[COLORS[(k - 1) % len(COLORS)]], linewidths=1.4)
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 
@@ -336,6 +479,12 @@ def legend(figure, classes):
 def middle(label, depth):
     """The slice to show: the one with the most foreground, or the middle one."""
     return depth // 2 if label is None or not label.any() else int((label > 0).sum((1, 2)).argmax())
+
+
+def planes(image, label, spacing):
+    """Three planes of a volume (D, H, W), across each axis where the foreground is largest. -> [(image, label, aspect of its pixels), ...]"""
+    at = [middle(np.moveaxis(label, axis, 0), label.shape[axis]) for axis in range(3)]
+    return [(image.take(i, axis), label.take(i, axis), np.divide(*np.delete(spacing, axis))) for axis, i in enumerate(at)]
 
 
 def preview(info, path, count=4):

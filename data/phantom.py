@@ -13,7 +13,7 @@ from data import h5
 from data.files import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
-SPACING = (8.0, 1.5, 1.5)  # mm
+DEPTH, PIXEL = 64.0, 1.5  # mm: of a volume, however many slices it has, and of a slice's pixels
 
 
 def smooth_noise(shape, sigma, rng):
@@ -31,14 +31,14 @@ def ellipse(grid, center, radii, angle):
 
 def patient(rng, depth, side):
     """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8."""
-    grid = np.mgrid[:side, :side] / side - 0.5
+    grid, slices = np.mgrid[:side, :side] / side - 0.5, depth / 8  # slices: of 8 mm
     center = rng.uniform(-0.12, 0.12, 2)
     cavity, wall = rng.uniform(0.07, 0.14), rng.uniform(0.025, 0.06)
     squeeze, turn = rng.uniform(0.8, 1.25), rng.uniform(0, 2 * np.pi)
     right_size, right_gap = rng.uniform(0.8, 1.5), rng.uniform(0.75, 1.05)
     blood, muscle, tissue, lung = rng.uniform(0.6, 0.9), rng.uniform(0.25, 0.45), rng.uniform(0.3, 0.55), rng.uniform(0.05, 0.2)
     first, last = rng.integers(0, 2), depth - rng.integers(0, 3)  # slices beyond base and apex hold no heart
-    drift, wobble = rng.uniform(-0.06, 0.06, 2), smooth_noise((2, depth, side, side), (0, 1.5, side / 14, side / 14), rng)
+    drift, wobble = rng.uniform(-0.06, 0.06, 2), smooth_noise((2, depth, side, side), (0, 1.5 * slices, side / 14, side / 14), rng)
     clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(5)]
 
     image, label = np.empty((depth, side, side)), np.zeros((depth, side, side), np.uint8)
@@ -46,7 +46,7 @@ def patient(rng, depth, side):
         warped = grid + 0.012 * wobble[:, z]
         image[z] = np.where(ellipse(warped, (0, 0), (0.46, 0.38), 0) < 0, tissue, lung)
         for place, radii, angle, kind in clutter:
-            distance = ellipse(warped, place + 0.03 * np.sin(z / 3 + kind * 6), radii, angle)
+            distance = ellipse(warped, place + 0.03 * np.sin(z / slices / 3 + kind * 6), radii, angle)
             if kind < 0.25:    # a ring with a bright cavity, as the heart has
                 image[z][distance < 0.5], image[z][distance < 0] = muscle, blood
             else:              # a blob with the intensity of blood, muscle or lung
@@ -68,7 +68,7 @@ def patient(rng, depth, side):
             papillary = ellipse(warped, middle + 0.45 * r * rng.uniform(-1, 1, 2), (0.2 * r, 0.3 * r), turn)
             image[z][(papillary < 0) & (label[z] == 3)] = muscle  # dark, but the cavity by convention
     image = ndimage.gaussian_filter(image, (0, side / 160, side / 160))
-    bias = np.exp(rng.uniform(0.1, 0.35) * smooth_noise((depth, side, side), (4, side / 3, side / 3), rng))
+    bias = np.exp(rng.uniform(0.1, 0.35) * smooth_noise((depth, side, side), (4 * slices, side / 3, side / 3), rng))
     texture = rng.uniform(0.02, 0.06) * smooth_noise(image.shape, (0, 1, 1), rng)
     image = image * bias + texture + rng.uniform(0.02, 0.06) * rng.standard_normal(image.shape)
     low, high = np.percentile(image, (0.5, 99.5))
@@ -91,7 +91,8 @@ def main(argv=None):
     def cases():
         for i, split in enumerate(splits):
             image, label = patient(np.random.default_rng([args.seed, i]), args.depth, args.size)
-            yield h5.Case(split, f"phantom{i:03d}", image, label, f"phantom{i:03d}", SPACING, f"seed {args.seed}, patient {i}")
+            yield h5.Case(split, f"phantom{i:03d}", image, label, f"phantom{i:03d}",
+                          (DEPTH / args.depth, PIXEL, PIXEL), f"seed {args.seed}, patient {i}")
     info = h5.write(args.out, cases(), name="phantom", classes=CLASSES, dims=args.dims, channels=1)
     print(h5.summary(info))
 

@@ -7,7 +7,7 @@
     LA    train.list, val.list | test.list; */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
 
 The slices of a frame become one volume again; the order of patients in the list is kept, because `--labeled 7` means the first 7.
-Neither layout holds the voxel spacing: pass --spacing if you know it.
+Neither layout holds the voxel spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
 """
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import h5
-from data.files import InputError, Parser, cli
+from data.files import InputError, Parser, cli, number
 
 ACDC_CLASSES, LA_CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"], ["background", "left atrium"]
 
@@ -52,17 +52,18 @@ def acdc_cases(src, spacing):
             yield h5.Case(split, frame, image, label, frame.split("_")[0], spacing, f"data/{frame}.h5")
 
 
-def la_cases(src, spacing):
-    """Volumes of the LA layout as cases."""
+def la_cases(src, spacing, shrink):
+    """Volumes of the LA layout as cases, each axis shrunk to a part."""
     files = {p.parent.name: p for p in sorted(src.rglob("mri_norm2.h5"))}
     for split in ("train", "val", "test"):
         for name in lines(src / f"{split}.list"):
             if name not in files:
                 raise InputError(f"{src}: {split}.list names '{name}', but there is no {name}/mri_norm2.h5")
             image, label = read(files[name])
-            label = None if label is None else np.ascontiguousarray((label > 0).astype(np.uint8).transpose(2, 0, 1))
-            yield h5.Case(split, name, np.ascontiguousarray(image.transpose(2, 0, 1)), label, name, spacing,
-                          str(files[name].relative_to(src)))
+            image, label = (v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label))
+            size = tuple(max(1, n // shrink) for n in image.shape)
+            image, label = h5.resize_image(image, size), None if label is None else h5.resize_label((label > 0).astype(np.uint8), size)
+            yield h5.Case(split, name, image, label, name, spacing and tuple(s * shrink for s in spacing), str(files[name].relative_to(src)))
 
 
 def main(argv=None):
@@ -71,17 +72,20 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument("--dims", type=int, choices=(2, 3), help="segmented as slices or volumes (default: ACDC 2, LA 3)")
     p.add_argument("--spacing", metavar="D,H,W", help="voxel spacing in mm, if it is known")
+    p.add_argument("--shrink", type=number(1), default=1, metavar="N", help="LA: average blocks of N x N x N voxels, for quick experiments")
     args = p.parse_args(argv)
     src = Path(args.src)
     if args.spacing and not re.fullmatch(r"(\d+\.?\d*,){2}\d+\.?\d*", args.spacing):
         raise InputError(f"--spacing {args.spacing}: three numbers in mm are needed, as in 10,1.25,1.25")
     spacing = tuple(map(float, args.spacing.split(","))) if args.spacing else None
     if (src / "train_slices.list").is_file():
+        if args.shrink > 1:
+            raise InputError("--shrink is for the volumes of the LA layout; --size of the scripts shrinks slices")
         layout = dict(name="ACDC", classes=ACDC_CLASSES, dims=args.dims or 2)
         cases = acdc_cases(src, spacing)
     elif (src / "train.list").is_file():
         layout = dict(name="LA", classes=LA_CLASSES, dims=args.dims or 3)
-        cases = la_cases(src, spacing)
+        cases = la_cases(src, spacing, args.shrink)
     else:
         raise InputError(f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there")
     print(h5.summary(h5.write(args.out, cases, channels=1, **layout)))

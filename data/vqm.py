@@ -1,10 +1,11 @@
 """vqm.h5, the masks of variable quality that corrupt.py hands to train_qp.py.
 
     attrs                    format, stage="vqm", data's name, checksum, classes, channels; catalog, seed, size, command, spec
-    /train, /val, /real      mask [N, S, S] uint8, dice [N, K-1], case, slice, source (corruption or network), draw (its random seed)
-                             prob [M, K-1, S, S] uint8: probabilities of the foreground classes in 1/255, of weak networks' outputs
+    /train, /val, /real      mask [N, *S] uint8, dice [N, K-1], case, source (corruption or network), draw (its random seed)
+                             at [N, 1] the mask's slice, or [N, 3] the first corner (z, y, x) of its patch
+                             prob [M, K-1, *S] uint8: probabilities of the foreground classes in 1/255, of weak networks' outputs
                              prob_index [N]: the row of prob that belongs to a mask, -1 where there is none
-    spec: the --labeled (and --labeled-seed) of corrupt.py
+    size: S, the side of slices, or *S, the (D, H, W) of patches; spec: the --labeled (and --labeled-seed) of corrupt.py
 """
 import zlib
 from dataclasses import dataclass
@@ -23,35 +24,40 @@ def describe(f, info, **more):
 
 
 def create(f, split, n, K, size, probabilities=0):
-    """The empty datasets of a split of vqm.h5."""
-    group, text = f.create_group(split), h5py.string_dtype()
-    group.create_dataset("mask", (n, size, size), "uint8", chunks=(1, size, size), compression="gzip", compression_opts=1)
-    group.create_dataset("prob", (probabilities, K - 1, size, size), "uint8", chunks=(1, K - 1, size, size), compression="gzip",
-                         compression_opts=1, maxshape=(None, K - 1, size, size))
+    """The empty datasets of a split of vqm.h5. size: the side of slices, or (D, H, W) of patches"""
+    group, text, shape = f.create_group(split), h5py.string_dtype(), h5.shape_of(size)
+    pack = dict(compression="gzip", compression_opts=1)
+    group.create_dataset("mask", (n, *shape), "uint8", chunks=(1, *shape), **pack)
+    group.create_dataset("prob", (probabilities, K - 1, *shape), "uint8", chunks=(1, K - 1, *shape), maxshape=(None, K - 1, *shape), **pack)
     group.create_dataset("dice", (n, K - 1), "float32")
-    for name, kind in dict(case=text, slice="int32", source=text, draw="int32", prob_index="int32").items():
+    group.create_dataset("at", (n, 1 if len(shape) == 2 else 3), "int32")
+    for name, kind in dict(case=text, source=text, draw="int32", prob_index="int32").items():
         group.create_dataset(name, (n,), kind, fillvalue=None if kind is text else -1)
     return group
 
 
 def chunk(mask):
-    """A mask [S, S] uint8 as the bytes of its chunk in the file, so that the processes that make masks also compress them."""
+    """A mask [*S] uint8 as the bytes of its chunk in the file, so that the processes that make masks also compress them."""
     return zlib.compress(mask.tobytes(), 1)
 
 
 @dataclass
 class Masks:
-    """The masks of one split on an S x S grid, in memory, beside the slices that they belong to."""
-    mask: torch.Tensor        # [N, S, S] uint8
-    index: torch.Tensor       # [N] each mask's slice in slices
-    slices: h5.Slices         # with labels
-    prob: list                # M of [K-1, S, S] uint8
+    """The masks of one split on one grid, in memory, beside the slices or patches that they belong to."""
+    mask: torch.Tensor        # [N, *S] uint8
+    index: torch.Tensor       # [N] each mask's slice or patch in samples
+    samples: h5.Samples       # with labels
+    prob: list                # M of [K-1, *S] uint8
     prob_index: torch.Tensor  # [N] into prob, -1: none
     spec: str                 # --labeled of corrupt.py
+    patch: tuple | None       # (D, H, W) of the patches of a volume, before they were resized
 
 
 def load(path, split, info, size, probabilities=False):
-    """Reads a split on a size x size grid. -> Masks. InputError if it belongs to other data than info's, or is damaged."""
+    """Reads a split on the grid `size` (the side of slices, (D, H, W) of patches; None: its own). -> Masks
+
+    InputError if it belongs to other data than info's, or is damaged.
+    """
     source = "val" if split == "real" else split
     with h5.open_file(path) as f:
         if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm":
@@ -63,13 +69,20 @@ def load(path, split, info, size, probabilities=False):
             raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
         try:
             group, spec = f[split], str(f.attrs["spec"])
-            cases, zs, prob_index = group["case"].asstr()[:], group["slice"][:], group["prob_index"][:]
+            cases, at, prob_index = group["case"].asstr()[:], list(map(tuple, group["at"][:].tolist())), group["prob_index"][:]
+            own = tuple(map(int, group["mask"].shape[1:]))
+            if len(own) != info.dims:
+                raise InputError(f"{path}: holds masks in {len(own)}D, but {info.path} is segmented in {info.dims}D; run corrupt.py on this file")
+            patch, size = own if info.dims == 3 else None, size or (own if info.dims == 3 else own[0])
             mask = np.stack([h5.resize_label(m, size) for m in group["mask"]])
             prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] if probabilities else []
         except (KeyError, OSError) as error:
             raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
-    known = set(cases)
-    slices = h5.load_slices(info, source, size, [e.name for e in info.entries(source) if e.name in known])
-    where = {key: i for i, key in enumerate(zip(slices.case, slices.z))}
-    index = torch.tensor([where[key] for key in zip(cases, zs.tolist())])
-    return Masks(torch.from_numpy(mask), index, slices, prob, torch.from_numpy(prob_index).long(), spec)
+    wanted = {e.name: [] for e in info.entries(source)}
+    for case, place in dict.fromkeys(zip(cases, at)):
+        wanted[case].append(place)
+    wanted = {case: places for case, places in wanted.items() if places}
+    samples = h5.load_patches(info, source, patch, wanted, grid=size) if patch else h5.load_slices(info, source, size, wanted)
+    where = {key: i for i, key in enumerate(zip(samples.case, samples.at))}
+    index = torch.tensor([where[key] for key in zip(cases, at)])
+    return Masks(torch.from_numpy(mask), index, samples, prob, torch.from_numpy(prob_index).long(), spec, patch)

@@ -13,8 +13,9 @@ import torch
 from models.quality import DenseQualityPredictor, QualityPredictor
 from models.resnet import ResNetUNet
 from models.unet import UNet
+from models.vnet import VNet
 
-NETWORKS = {"unet": UNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor, "quality_dense": DenseQualityPredictor}
+NETWORKS = {"unet": UNet, "vnet": VNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor, "quality_dense": DenseQualityPredictor}
 
 
 def segmentation_networks():
@@ -82,8 +83,8 @@ def device_name(text):
 
 
 def channels_last(x):
-    """The memory layout that 2D convolutions prefer on CPU and GPU."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """The memory layout that convolutions prefer on CPU and GPU. [B, C, *S], two or three axes"""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 @torch.no_grad()

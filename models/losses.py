@@ -64,6 +64,11 @@ def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
     return loss
 
 
+def to_samples(value, like):
+    """One number per sample [B], shaped [B, 1, ...] to broadcast over `like` [B, ...]."""
+    return value.reshape(-1, *(1,) * (like.dim() - 1))
+
+
 def weighted_mean(value, weight):
     """sum(w v) / sum(w) over space, 0 where all weights are. [B, *S] twice -> [B]"""
     value, weight = value.flatten(1), weight.flatten(1)
@@ -73,4 +78,4 @@ def weighted_mean(value, weight):
 def relative(weight):
     """Weights scaled to a largest value of 1 per sample, so that the smoothing of Dice means the same for all. [B, *S]"""
     most = weight.flatten(1).amax(1).clamp_min(1e-8)
-    return weight / most.reshape(-1, *(1,) * (weight.dim() - 1))
+    return weight / to_samples(most, weight)

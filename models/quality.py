@@ -41,10 +41,14 @@ def with_background(mask):
 
 
 def resample(x, size):
-    """x [B, C, *S], differentiably, on a grid of `size` per axis; as it is where size is None."""
-    if size is None or x.shape[2:] == torch.Size([size] * (x.dim() - 2)):
+    """x [B, C, *S], differentiably, on a grid of `size` (a side, or one per axis); as it is where size is None. Averages when shrinking."""
+    shape = x.shape[2:] if size is None else torch.Size([size] * (x.dim() - 2) if isinstance(size, int) else size)
+    if x.shape[2:] == shape:
         return x
-    return F.interpolate(x, [size] * (x.dim() - 2), mode="bilinear" if x.dim() == 4 else "trilinear", antialias=x.dim() == 4)
+    if x.dim() == 4:
+        return F.interpolate(x, shape, mode="bilinear", antialias=True)
+    smaller = all(s <= n for s, n in zip(shape, x.shape[2:]))
+    return F.interpolate(x, shape, mode="area") if smaller else F.interpolate(x, shape, mode="trilinear")
 
 
 # ---------------------------------------------------------------------------------------------------- the two heads
@@ -79,8 +83,7 @@ class DenseQualityPredictor(nn.Module):
     def __init__(self, channels, classes, dims=2, size=None, width=16, members=3, mask_dropout=0.5):
         super().__init__()
         self.size, self.mask_dropout = size, mask_dropout
-        widths = [width * 2 ** i for i in range(5)]
-        self.members = nn.ModuleList(UNet(channels + classes, classes, dims, widths) for _ in range(members))
+        self.members = nn.ModuleList(UNet(channels + classes, classes, dims, width) for _ in range(members))
         self.register_buffer("temperature", torch.ones(()))
 
     def show(self, image, mask, withheld):

@@ -1,4 +1,4 @@
-"""The U-Net of the ACDC baselines: 16 to 256 channels, dropout that grows with depth in the encoder, 1.8 million parameters.
+"""The U-Net of the ACDC baselines: 16 to 256 channels, dropout that grows with depth in the encoder, 1.8 million parameters (5.3 in 3D).
 
 Ronneberger et al., U-Net, MICCAI 2015; widths, dropout and bilinear upsampling as in the SSL4MIS baselines (Luo et al.).
 """
@@ -22,8 +22,9 @@ def upsample(x, like):
 class UNet(nn.Module):
     """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis."""
 
-    def __init__(self, channels, classes, dims=2, widths=(16, 32, 64, 128, 256), dropout=(0.05, 0.1, 0.2, 0.3, 0.5)):
+    def __init__(self, channels, classes, dims=2, width=16, dropout=(0.05, 0.1, 0.2, 0.3, 0.5)):
         super().__init__()
+        widths = [width * 2 ** i for i in range(5)]
         Conv, Pool = ((nn.Conv2d, nn.MaxPool2d), (nn.Conv3d, nn.MaxPool3d))[dims - 2]
         self.down = nn.ModuleList(conv_block(dims, i, o, d) for i, o, d in zip((channels, *widths), widths, dropout))
         self.pool = Pool(2)

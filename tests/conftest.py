@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,19 @@ def gray(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def volumes(tmp_path_factory):
+    """Phantom: 6 + 2 + 1 patients, volumes of 20 x 40 x 36, 4 classes, segmented in 3D."""
+    path = tmp_path_factory.mktemp("volumes") / "volumes.h5"
+    phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
+    with h5py.File(path, "a") as f:  # no cube: axes must not be confused
+        for case in (case for split in f.values() for case in split.values()):
+            image, label = case["image"][:, :, :36], case["label"][:, :, :36]
+            del case["image"], case["label"]
+            case["image"], case["label"] = image, label
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def rgb(tmp_path_factory):
     """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
     folder = tmp_path_factory.mktemp("rgb")
@@ -49,18 +63,22 @@ def rgb(tmp_path_factory):
     return str(folder / "rgb.h5")
 
 
-def quality(data, folder):
+def quality(data, folder, size="32"):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", "32", "--masks", "8", "--val-masks", "4", "--folds", "2",
+    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", "4", "--folds", "2",
                   "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--size", "32", "--width", "4", "--members", "2",
-                   "--epochs", "2", "--batch", "16"])
+    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", "2", "--epochs", "2", "--batch", "16"])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
 @pytest.fixture(scope="session")
 def gray_quality(gray, tmp_path_factory):
     return quality(gray, tmp_path_factory.mktemp("gray_quality"))
+
+
+@pytest.fixture(scope="session")
+def volumes_quality(volumes, tmp_path_factory):
+    return quality(volumes, tmp_path_factory.mktemp("volumes_quality"), "16,16,32")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from conftest import python
 
 import corrupt
-from data import h5
+from data import h5, shapes
 
 EVERY_LINE = corrupt.SINGLE + corrupt.HEAVY + corrupt.BLOB + corrupt.CATASTROPHIC
 
@@ -54,8 +54,8 @@ def test_lines_do_what_they_say():
     tilted = cv2.ellipse(np.zeros((224, 224), np.uint8), (100, 120), (70, 25), 35, 0, 360, 1, -1)
     assert plain_dice(corrupt.ellipse(tilted, rng), tilted) > 0.97
     assert 0.75 ** 2 - 0.05 < corrupt.scale(m, rng, 0.75, 0.9).sum() / area < 0.9 ** 2 + 0.05
-    moved = corrupt.center(corrupt.shift(m, rng, 0.2)) - np.array(corrupt.center(m))
-    assert abs(np.linalg.norm(moved) - 0.2 * corrupt.extent(m)) < 1.5
+    moved = shapes.center(corrupt.shift(m, rng, 0.2)) - np.array(shapes.center(m))
+    assert abs(np.linalg.norm(moved) - 0.2 * shapes.extent(m)) < 1.5
     assert (corrupt.inverted(m, rng) == 1 - m).all() and not corrupt.empty(m, rng).any() and corrupt.full(m, rng).all()
     assert abs(corrupt.noise(m, rng, 0.5).mean() - 0.5) < 0.02
     assert (corrupt.holes(m, rng, 3, 8, 15) <= m).all() and (corrupt.islands(m, rng, 2, 3, 8) >= m).all()
@@ -146,10 +146,10 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
         names = {c.decode() for c in found[f"{split}/case"]}
         assert names == set(labeled if source == "train" else [e.name for e in info.entries("val")])
         slices = h5.load_slices(info, source, 40, sorted(names))
-        where = {key: slices.label[i].numpy() for i, key in enumerate(zip(slices.case, slices.z))}
+        where = {key: slices.label[i].numpy() for i, key in enumerate(zip(slices.case, slices.at))}
         assert len(found[f"{split}/mask"]) == len(slices) * dict(train=10, val=3, real=3)[split]
-        for mask, dice, name, z in zip(*(found[f"{split}/{n}"] for n in ("mask", "dice", "case", "slice"))):
-            truth = where[name.decode(), z]
+        for mask, dice, name, z in zip(*(found[f"{split}/{n}"] for n in ("mask", "dice", "case", "at"))):
+            truth = where[name.decode(), tuple(z)]
             assert dice == pytest.approx([plain_dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6)
     harvested = found["train/prob_index"] >= 0
     assert harvested.mean() == pytest.approx(0.3) and len(found["train/prob"]) == harvested.sum()
@@ -172,9 +172,9 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     info, seen = h5.read_info(gray), {}
     labeled, _ = h5.choose_labeled(info, "4")
     slices = h5.load_slices(info, "train", 32, labeled)
-    original = h5.Slices.batch
-    monkeypatch.setattr(h5.Slices, "batch", lambda self, index, *a: seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a))
-    args = corrupt.parse_args([gray, "--out", str(tmp_path), "--folds", "2", "--harvest-epochs", "3", "--harvest-steps", "4"])
+    original = h5.Samples.batch
+    monkeypatch.setattr(h5.Samples, "batch", lambda self, index, *a: seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a))
+    args = corrupt.parse_args([gray, "--out", str(tmp_path), "--folds", "2", "--harvest-epochs", "3", "--harvest-steps", "4", "--harvest-batch", "16"])
     corrupt.train_weak(slices, slices.case, info, 1, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
 

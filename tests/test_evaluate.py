@@ -93,7 +93,7 @@ def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request)
     info = h5.read_info(request.getfixturevalue(kind))
     slices, cases = evaluate.load_cases(info, "val", 48)
     net = Copycat(slices.label, len(info.classes))
-    mean, per_class = evaluate.evaluate(net, slices, cases, models.compute("cpu", "off"), batch=batch)
+    mean, per_class = evaluate.evaluate(net, slices, cases, models.compute("cpu", "off"), len(info.classes), batch=batch)
     assert len(per_class) == len(info.classes) - 1
     assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
 
@@ -103,7 +103,9 @@ def make_run(folder, info, **args):
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.get("seed", 0))
     net = models.build("unet", channels=info.channels, classes=len(info.classes))
-    full = vars(train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])) | args
+    full = train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])
+    train_ssl.set_defaults(full, info)
+    full = vars(full) | args
     save_checkpoint(str(folder / "best.pt"), "ssl", model=net.config, nets=[net.state_dict()], teacher=net.state_dict(), args=full,
                     step=1, data=info.describe(), labeled=h5.choose_labeled(info, full["labeled"])[0])
     return str(folder / "best.pt")
@@ -159,7 +161,7 @@ def test_each_estimate_asks_whom_it_names():
     """On two images whose left half is the object: networks that say left, right, all, each estimate by hand."""
     half = torch.zeros(2, 8, 8, dtype=torch.uint8)
     half[:, :, :4] = 1
-    slices = h5.Slices(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [0, 0])
+    slices = h5.Samples(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [(0,), (0,)])
     at = lambda columns, p=1.0: (lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p))
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
     on, net, asked = models.compute("cpu", "off"), Says(left), []
@@ -301,14 +303,14 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
     evaluate.main([gray, run, "--out", str(out), "--pictures", "0"])
     slices, cases = evaluate.load_cases(info, "val", 32)
     net, _ = evaluate.load_run(run, "student", models.compute())
-    labels = list(evaluate.predict_cases(evaluate.predict(net, slices, models.compute()), cases, 4))
+    labels = list(evaluate.labels_of_slices(evaluate.predict(net, slices, models.compute()), cases))
     found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv"))}
     for label, (entry, truth) in zip(labels, cases):
         for k in range(1, 4):
             a, b = label == k, truth == k
             row = found[entry.name, info.classes[k]]
             if a.any() and b.any():
-                assert float(row["hd95"]) == pytest.approx(binary.hd95(a, b, voxelspacing=(8, 1.5, 1.5)), abs=1e-9)
+                assert float(row["hd95"]) == pytest.approx(binary.hd95(a, b, voxelspacing=entry.spacing), abs=1e-9)
                 assert float(row["dice"]) == pytest.approx(binary.dc(a, b))
             else:
                 assert row["one_empty"] == str(a.any() != b.any())

@@ -19,6 +19,12 @@ from data.vqm import load
 from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
 
 
+def options_of(argv, dims=2):
+    args = train_qp.parse_args(argv)
+    train_qp.set_defaults(args, dims)
+    return args
+
+
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_batches_show_what_they_should(kind, request):
     data, (path, _) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
@@ -26,14 +32,14 @@ def test_batches_show_what_they_should(kind, request):
     masks = load(path, "train", info, 32, probabilities=True)
     torch.manual_seed(0)
     order, K = train_qp.epoch_rows(masks, 4), len(info.classes)
-    counts = np.bincount(masks.index[order], minlength=len(masks.slices))
+    counts = np.bincount(masks.index[order], minlength=len(masks.samples))
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
-    options = lambda *more: train_qp.parse_args([data, "--vqm", path, "--out", "o", *more])
+    options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
     x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "0"))
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (len(rows), len(info.classes) - 1, 32, 32)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    identical = (masks.mask == masks.slices.label[masks.index]).flatten(1).all(1)
+    identical = (masks.mask == masks.samples.label[masks.index]).flatten(1).all(1)
     assert identical.any() and (quality_target(mask, truth)[identical] == 1).all()   # moved together, an identity stays perfect
     _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
@@ -103,7 +109,7 @@ def test_losses_of_the_heads_fall_when_they_are_right():
     truth = torch.zeros(2, 1, 16, 16)
     truth[..., 4:12, 4:12] = 1
     mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
-    options = lambda weight: train_qp.parse_args(["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)])
+    options = lambda weight: options_of(["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)])
     loss = lambda certainty, weight: train_qp.dense_loss(Knows(truth, certainty), [(x, mask, truth)], options(weight)).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
     p = torch.full((2, 1, 16, 16), 0.5)
@@ -129,7 +135,7 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality):
 def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
-    case = masks.slices.case
+    case = masks.samples.case
     assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))
 
 

@@ -12,11 +12,11 @@ from torch import nn
 import models
 import train_ssl
 from conftest import python
-from data import phantom
+from data import h5, phantom
 from models.losses import mse_loss, one_hot, seg_loss
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
-KINDS = {"binary RGB": (3, 2), "4-class gray": (1, 4)}
+KINDS = {"binary RGB": (3, 2, (32, 32)), "4-class gray": (1, 4, (32, 32)), "3-class volumes": (1, 3, (16, 20, 32))}  # channels, classes, grid
 CPU = torch.device("cpu")
 LEVELS = ("image", "class", "pixel")
 
@@ -29,16 +29,17 @@ def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
 
 def setting(kind, seed=1, count=3, students=1):
     """Students, teacher and a batch."""
-    C, K = KINDS[kind]
+    C, K, S = KINDS[kind]
     torch.manual_seed(seed)
-    nets = [models.build("unet", channels=C, classes=K) for _ in range(students)]
+    network = dict(name="unet") if len(S) == 2 else dict(name="vnet", width=4)
+    nets = [models.build(channels=C, classes=K, dims=len(S), **network) for _ in range(students)]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
         for p in teacher.parameters():
             p.add_(0.05 * torch.randn_like(p))
         teacher.head.weight.mul_(20)  # and a decided one: UA-MT asks for entropy below ln 2
-    x, u, s1, s2 = (torch.randn(count, C, 32, 32) for _ in range(4))
-    return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, 32, 32)), K), u, s1, s2)
+    x, u, s1, s2 = (torch.randn(count, C, *S) for _ in range(4))
+    return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, *S)), K), u, s1, s2)
 
 
 class Constant(nn.Module):
@@ -66,8 +67,8 @@ def loss_of(kind, g, args, seed=1):
     c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)) if c[1] != "none" or c[2] == "image"])
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
-    C, K = KINDS[kind]
-    g = models.build("quality_dense", channels=C, classes=K, size=32, width=4, members=1).eval().requires_grad_(False)
+    C, K, S = KINDS[kind]
+    g = models.build("quality_dense", channels=C, classes=K, dims=len(S), size=S, width=4, members=1).eval().requires_grad_(False)
     args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
     loss.backward()
@@ -77,15 +78,16 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
     _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
     assert len(terms) > 0 or method == "supervised"
     for term in terms:
-        loss = term.loss(torch.ones(3, 32, 32))
+        loss = term.loss(torch.ones(3, *S))
         assert loss.shape == (3,) and loss.requires_grad and not term.target.requires_grad
-        assert torch.allclose(term.target.sum(1), torch.ones(3, 32, 32), atol=1e-5)
+        assert torch.allclose(term.target.sum(1), torch.ones(3, *S), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["4-class gray", "3-class volumes"])
 @pytest.mark.parametrize("method", train_ssl.METHODS)
-def test_gradient_under_mixed_precision(method):
+def test_gradient_under_mixed_precision(kind, method):
     """In bf16 losses stay float32, and a pass without gradient before the student's own leaves its casts usable."""
-    nets, teacher, batch = setting("4-class gray", students=train_ssl.STUDENTS.get(method, 1))
+    nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = train_ssl.total_loss(nets, teacher, None, batch, options("--conf-threshold", "0", method=method), 0.5)
     loss.backward()
@@ -121,14 +123,14 @@ def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(k
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
-    C, K = KINDS[kind]
+    C, K, S = KINDS[kind]
     value, _ = loss_of(kind, Constant(0.7, K), options(qar=0.1))
     plain, _ = loss_of(kind, None, options())
     assert value.item() - plain.item() == pytest.approx(0.1 * 0.3, abs=1e-6)
 
     class LikesForeground(nn.Module):
         def forward(self, image, mask):
-            return mask.mean((2, 3))
+            return mask.flatten(2).mean(2)
     nets, _, batch = setting(kind)
     before = nets[0](batch.u).softmax(1)[:, 1:].mean().item()
     optimizer = torch.optim.SGD(nets[0].parameters(), 0.5)
@@ -518,8 +520,8 @@ def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 def train(data, out, *more):
-    train_ssl.main([data, "--out", str(out), "--labeled", "2", "--size", "32", "--batch", "3", "--batch-unlabeled", "3", "--steps", "5",
-                    "--eval-every", "2", "--lr", "1e-3", "--lam-warmup", "0", *map(str, more)])
+    size = ["--size", "32"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4"]
+    train_ssl.main([data, "--out", str(out), "--labeled", "2", *size, "--batch", "3", "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "2", "--lr", "1e-3", "--lam-warmup", "0", *map(str, more)])
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -527,7 +529,7 @@ def same(a, b):
     return all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
 
 
-@pytest.mark.parametrize("kind", ["gray", "rgb"])
+@pytest.mark.parametrize("kind", ["gray", "rgb", "volumes"])
 @pytest.mark.parametrize("method, hooks", list(itertools.product(
     train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
                         ("--weight", "quality", "--weight-level", "pixel")])))

@@ -1,0 +1,332 @@
+"""Folders of NIfTI volumes, as of the Medical Segmentation Decathlon and of nnU-Net -> one HDF5 file; and masks back to NIfTI.
+
+    python -m data.nifti Task02_Heart --out heart.h5
+    python -m data.nifti Task09_Spleen --out spleen.h5 --intensity ct --spacing 2,1,1
+    python -m data.nifti ACDC --out acdc.h5 --patient '(patient\\d+)_'
+
+What is read under SRC (.nii or .nii.gz):
+    imagesTr, labelsTr   train and val; a case without a label stays unlabeled in train
+    imagesTs             test, with labels where labelsTs has them
+    dataset.json         its "labels" name the classes; without it they are numbered
+    Decathlon: NAME.nii.gz for image and label; nnU-Net: NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
+
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed. Volumes are stored as (D, H, W).
+"""
+import gzip
+import json
+import math
+import os
+import re
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from data import h5
+from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing
+from data.images import assign_splits, read_lists
+
+NAME = re.compile(r"([^.].*)\.nii(\.gz)?")  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+
+
+# ---------------------------------------------------------------------------------------------------- finding cases
+
+def volumes(folder):
+    """Name without ending -> path, for the NIfTI files directly in a folder, in order of their names."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            if match[1] in found:
+                raise InputError(f"{path}: {found[match[1]].name} is there too; remove one of the two")
+            found[match[1]] = path
+    return found
+
+
+def find(src, channel):
+    """The cases of SRC. -> [(name, image path, label path or None, patient = name, "test" or None)]"""
+    rows, channels = [], set()
+    layout = {s: (volumes(src / f"images{s}"), volumes(src / f"labels{s}")) for s in ("Tr", "Ts")}
+    images, labels = layout["Tr"]
+    if not images:
+        raise InputError(f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help")
+    nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
+    for part, (images, labels) in layout.items():
+        cases = {}  # name -> {channel: path}
+        for name, path in images.items():
+            cases.setdefault(name[:-5] if nnunet else name, {})[int(name[-4:]) if nnunet else channel or 0] = path
+        for name, paths in cases.items():
+            channels |= set(paths)
+            if (channel or 0) not in paths:
+                raise InputError(f"{src / f'images{part}'}: case '{name}' has no channel {channel or 0} "
+                                 f"(it has: {', '.join(map(str, paths))})")
+            rows.append((name, paths[channel or 0], labels.get(name), name, "test" if part == "Ts" else None))
+        if lost := sorted(set(labels) - set(cases)):
+            raise InputError(f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} ({len(lost)} such labels)")
+    if both := {r[0] for r in rows if r[4]} & {r[0] for r in rows if not r[4]}:
+        raise InputError(f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of the two")
+    if channel is None and len(channels) > 1:
+        print(f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose with --channel)")
+    return rows
+
+
+def name_patients(rows, regex):
+    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
+    if pattern.groups != 1:
+        raise InputError(f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'")
+    found = [pattern.search(r[0]) for r in rows]
+    if lost := [r[0] for r, match in zip(rows, found) if not match or not match[1]]:
+        raise InputError(f"--patient {regex}: finds nothing in the name of case '{lost[0]}' ({len(lost)} such cases)")
+    return [(*r[:3], match[1], r[4]) for r, match in zip(rows, found)]
+
+
+def split_cases(rows, lists, args):
+    """Gives every case its split. -> rows in their final order; says what has no label and what is left out"""
+    bare = [r[0] for r in rows if not (r[2] or r[4])]
+    if not any(r[2] for r in rows):
+        raise InputError(f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such as {rows[0][0]}.nii.gz")
+    if bare:
+        print(f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: {bare[0]})")
+    if lists:
+        out = assign_splits(rows, lists, args)
+        if lost := [r[0] for r in out if r[4] == "val" and not r[2]]:
+            raise InputError(f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in train.txt or unlabeled.txt")
+        named = {r[0] for r in out}
+        out += [r for r in rows if r[4] and r[0] not in named]
+    else:
+        print(f"no list of splits: by patient, with seed {args.seed}")
+        out = assign_splits([r for r in rows if r[2] and not r[4]], None, args)
+        held_out = {r[3] for r in out if r[4] != "train"}
+        out += [(*r[:4], "train") for r in rows if not (r[2] or r[4] or r[3] in held_out)] + [r for r in rows if r[4]]
+    if len(out) < len(rows):
+        print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: "
+              + ("they are in no list" if lists else "they have no label, and their patients are in val or test"))
+    return out
+
+
+def name_classes(src, given, labels):
+    """Class names, background first: from --classes, from dataset.json, or numbered up to the largest value in the labels."""
+    if given:
+        return given.split(",")
+    path, table = src / "dataset.json", None
+    if path.is_file():
+        try:
+            table = json.loads(path.read_text(encoding="utf-8")).get("labels")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: not a readable JSON object ({error}); mend it, or give --classes") from None
+    if not table:
+        top = max(int(to_label(read(p), p).max()) for p in labels)
+        return ["background", *(f"class {k}" for k in range(1, max(top, 1) + 1))]
+    try:
+        by_value = {int(k): v for k, v in table.items()} if all(k.isdigit() for k in table) else {int(v): k for k, v in table.items()}
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}: \"labels\" must map one number to each name; regions (lists of numbers) are not supported") from None
+    if "ignore" in by_value.values():
+        raise InputError(f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or give --classes")
+    if sorted(by_value) != list(range(len(table))):
+        raise InputError(f"{path}: label values {', '.join(map(str, sorted(by_value)))}; they must be 0, 1, 2 and so on, each once")
+    return [str(by_value[k]) for k in range(len(by_value))]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+def check_bytes(path):
+    """Refuses what ITK mends without a word: it fills up a truncated file, takes a spacing of 0 or NaN for 1 mm, and NaN voxels for 0."""
+    with open(path, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+    try:
+        with (gzip.open if packed else open)(path, "rb") as f:
+            raw = f.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise InputError(f"{path}: truncated or damaged; copy it again") from None
+    order = next((o for o in "<>" if len(raw) > 348 and struct.unpack_from(f"{o}i", raw)[0] == 348), None)
+    if order is None:
+        raise InputError(f"{path}: not a NIfTI-1 file (or truncated); copy it again, or save it as NIfTI-1")
+    fields = ("8h", 40), ("2h", 70), ("8f", 76), ("f", 108)
+    dim, (kind, bits), pixdim, (start,) = (struct.unpack_from(order + form, raw, at) for form, at in fields)
+    count, start = math.prod(max(n, 1) for n in dim[1:dim[0] + 1]), int(start)
+    if len(raw) < start + count * bits // 8:
+        raise InputError(f"{path}: truncated, {len(raw)} of {start + count * bits // 8} bytes; copy it again")
+    if not all(0 < s < math.inf for s in pixdim[1:min(dim[0], 3) + 1]):
+        raise InputError(f"{path}: the header has a spacing (pixdim) of {' x '.join(f'{s:g}' for s in pixdim[1:4])}; mend the header")
+    if kind in (16, 64) and not np.isfinite(np.frombuffer(raw, f"{order}f{bits // 8}", count, start)).all():  # float32, float64
+        raise InputError(f"{path}: NaN or infinite voxels; replace them")
+
+
+def read(path, channel=None):
+    """One volume of a file as a SimpleITK image; InputError if it is not there, or if there are several and channel is None."""
+    check_bytes(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size = reader.GetSize()
+        if reader.GetNumberOfComponents() > 1 or len(size) not in (3, 4):
+            raise InputError(f"{path}: {len(size)}D with {reader.GetNumberOfComponents()} value(s) per voxel; "
+                             "a volume of plain numbers is needed")
+        if len(size) == 4:
+            if channel is None:
+                raise InputError(f"{path}: 4D, {size[3]} volumes in one file; choose an image's with --channel; a label must have one")
+            if channel >= size[3]:
+                raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
+            reader.SetExtractSize([*size[:3], 0])
+            reader.SetExtractIndex([0, 0, 0, channel])
+        elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
+            raise InputError(f"{path}: has no channel {channel}; it holds one volume")
+        return reader.Execute()
+    except RuntimeError as error:
+        raise InputError(f"{path}: ITK cannot read it: {str(error).strip().splitlines()[-1].split('ERROR: ')[-1]}") from None
+
+
+def to_label(image, path):
+    """A label's values (D, H, W) uint8; InputError if they are not class numbers."""
+    values = sitk.GetArrayFromImage(image)
+    if len(wrong := values[~((values >= 0) & (values <= 255) & (values == np.round(values)))]):
+        raise InputError(f"{path}: label value {wrong[0]:g}; class numbers, whole and from 0 to 255, are needed")
+    return values.astype(np.uint8)
+
+
+def check_grids(image, label, image_path, label_path):
+    """InputError if the two are not on one grid: a label is never moved onto its image by guessing."""
+    for what in ("Size", "Spacing", "Origin", "Direction"):
+        a, b = (np.array(getattr(v, f"Get{what}")()) for v in (image, label))
+        if np.abs(a - b).max() > 1e-3:
+            sizes = [" x ".join(map(str, v.GetSize()[::-1])) for v in (image, label)]
+            raise InputError(f"{label_path} ({sizes[1]}) is on another grid than {image_path} ({sizes[0]}): {what.lower()} "
+                             f"{np.round(b, 4).tolist()}, not {np.round(a, 4).tolist()}; resample the label to its image")
+
+
+# ---------------------------------------------------------------------------------------------------- space and intensity
+
+def affine_of(image):
+    """[4, 4]: voxel (x, y, z) -> mm in NIfTI's axes (right, anterior, superior); ITK's point to the left and posterior."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1
+    return affine
+
+
+def resample(image, size, spacing, how):
+    """A SimpleITK image on a grid of other size and spacing (x, y, z), with the same origin and direction."""
+    f = sitk.ResampleImageFilter()
+    f.SetOutputOrigin(image.GetOrigin()), f.SetOutputDirection(image.GetDirection())
+    f.SetOutputSpacing(spacing), f.SetSize(size), f.SetInterpolator(how)
+    f.SetUseNearestNeighborExtrapolator(True)  # a finer grid ends beyond the last voxel's center, where ITK would put zeros
+    return f.Execute(image)
+
+
+def scale(image, window):
+    """MR (no window): clipped to its .5 and 99.5 percentile, then mean 0 and standard deviation 1. CT: the window becomes [-1, 1]."""
+    low, high = window or np.percentile(image, (0.5, 99.5))
+    image = image.clip(low, high).astype(np.float64)
+    scaled = (image - low) / (high - low) * 2 - 1 if window else (image - image.mean()) / max(image.std(), 1e-6)
+    return scaled.astype(np.float32)
+
+
+def read_case(row, args, src, window):
+    """A row of split_cases() as an h5.Case."""
+    name, image_path, label_path, patient, split = row
+    image, source_grid = sitk.Cast(read(image_path, args.channel), sitk.sitkFloat32), None
+    if label_path:
+        label = read(label_path)
+        check_grids(image, label, image_path, label_path)
+        label = sitk.GetImageFromArray(to_label(label, label_path))
+        label.CopyInformation(image)
+    affine = affine_of(image)
+    if args.spacing:
+        source_grid, spacing = image.GetSize()[::-1], args.spacing[::-1]
+        size = [max(1, round(n * old / new)) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing)]
+        image = resample(image, size, spacing, sitk.sitkLinear)
+        label = resample(label, size, spacing, sitk.sitkNearestNeighbor) if label_path else None
+    return h5.Case(split, name, scale(sitk.GetArrayFromImage(image), window), sitk.GetArrayFromImage(label) if label_path else None,
+                   patient, image.GetSpacing()[::-1], str(image_path.relative_to(src)), affine, source_grid)
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+def write_mask(path, label, entry):
+    """Writes a mask as NIfTI on its source's grid, whole or not at all.
+
+    label: (D, H, W) uint8 on the grid of entry (h5.Entry). Where the entry has no affine, the spacing alone places the mask.
+    """
+    if label.shape[-len(entry.grid):] != entry.grid:
+        raise ValueError(f"{path}: label of shape {label.shape}, but case '{entry.name}' has {entry.grid}")
+    spacing = [*entry.spacing[::-1], 1.0][:3]  # (x, y, z); a plain image is one slice
+    affine = np.diag([*spacing, 1.0]) if entry.affine is None else np.array(entry.affine)
+    affine[:2] *= -1  # see affine_of()
+    source_spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    mask = sitk.GetImageFromArray(np.ascontiguousarray(label, np.uint8))
+    mask.SetOrigin(affine[:3, 3].tolist()), mask.SetDirection((affine[:3, :3] / source_spacing).ravel().tolist())
+    if entry.source_grid:
+        mask.SetSpacing(spacing)
+        mask = resample(mask, entry.source_grid[::-1], source_spacing.tolist(), sitk.sitkNearestNeighbor)
+    mask.SetSpacing(source_spacing.tolist())
+    with replacing(path) as temporary, tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(temporary)) as folder:
+        whole = os.path.join(folder, os.path.basename(path))  # ITK goes by the ending
+        sitk.WriteImage(mask, whole, useCompression=True)
+        os.replace(whole, temporary)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def decimals(option, text, count, low=-math.inf):
+    """`count` numbers above `low`, joined by commas. -> tuple"""
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        values = ()
+    if len(values) != count or not all(low < v < math.inf for v in values):
+        raise InputError(f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined by commas, are needed")
+    return values
+
+
+def main(argv=None):
+    p = Parser(__doc__, prog="python -m data.nifti")
+    p._negative_number_matcher = re.compile(r"-[\d.]+,")  # else argparse takes the value of --clip -175,250 for an option
+    p.add_argument("src", help="folder that holds imagesTr and labelsTr")
+    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--spacing", metavar="D,H,W", help="resample to this spacing in mm; default: each case keeps its own")
+    p.add_argument("--intensity", choices=("mr", "ct"), default="mr",
+                   help="mr: each case to mean 0, deviation 1; ct: one window for all")
+    p.add_argument("--clip", metavar="LOW,HIGH", help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)")
+    p.add_argument("--channel", type=number(0), help="which channel (nnU-Net) or volume (of a 4D file) to take")
+    p.add_argument("--patient", metavar="REGEX", help="its one group gives the patient from a case's name; default: a case is a patient")
+    p.add_argument("--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes")
+    p.add_argument("--lists", metavar="DIR", help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them")
+    p.add_argument("--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says")
+    p.add_argument("--test", type=SHARE, default=0.0, help="share of the imagesTr patients for test, where no list says")
+    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
+    p.add_argument("--classes", help="names, background first; default: those of dataset.json")
+    args = p.parse_args(argv)
+    src = Path(args.src)
+    if not src.is_dir():
+        raise InputError(f"{src}: no such folder")
+    if args.val + args.test >= 1:
+        raise InputError("--val and --test are shares that must leave something to train on")
+    if args.clip and args.intensity == "mr":
+        raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
+    args.spacing = decimals("--spacing", args.spacing, 3, low=0) if args.spacing else None
+    window = decimals("--clip", args.clip or "-175,250", 2) if args.intensity == "ct" else None
+    if window and window[0] >= window[1]:
+        raise InputError(f"--clip {args.clip}: the first number must be the lower one")
+    rows = find(src, args.channel)
+    rows = name_patients(rows, args.patient) if args.patient else rows
+    lists = read_lists(Path(args.lists) if args.lists else src)
+    if args.lists and not lists:
+        raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
+    rows = split_cases(rows, lists, args)
+    classes = name_classes(src, args.classes, [r[2] for r in rows if r[2]])
+    info = h5.write(args.out, (read_case(row, args, src, window) for row in rows), name=src.resolve().name, classes=classes,
+                    dims=args.dims, channels=1, standardize=window is None)
+    print(h5.summary(info))
+
+
+if __name__ == "__main__":
+    cli(main)
