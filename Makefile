@@ -29,23 +29,20 @@ demo: .venv/ready
 	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --out $(OUT)/table --split test
 
-OUT3D = runs/demo3d
-STEPS3D = 200
-DATA3D = $(OUT3D)/phantom.h5
-TRAIN3D = $(PY) train_ssl.py $(DATA3D) --labeled 4 --qp $(OUT3D)/qp/qp.pt --size 32,48,48 --width 8 --steps $(STEPS3D) --eval-every 100 --lr 2e-3 \
-          --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
-
+demo3d: OUT = runs/demo3d
+demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 200 --eval-every 100 --lr 2e-3 \
+        --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
 demo3d: .venv/ready
-	$(PY) -m data.phantom --out $(DATA3D) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
-	$(PY) -m data.h5 $(DATA3D) --preview $(OUT3D)/phantom.png
-	$(PY) corrupt.py $(DATA3D) --out $(OUT3D)/vqm --labeled 4 --size 32,48,48 --patches 6 --masks 30 --val-masks 4 --preview $(OUT3D)/masks.png
-	$(PY) train_qp.py $(DATA3D) --vqm $(OUT3D)/vqm/vqm.h5 --out $(OUT3D)/qp --size 16,24,24 --width 16 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
-	$(TRAIN3D) --out $(OUT3D)/sup --method supervised
-	$(TRAIN3D) --out $(OUT3D)/mt --method mean_teacher
-	$(TRAIN3D) --out $(OUT3D)/mt_qw --method mean_teacher --weight quality --weight-level class
-	$(TRAIN3D) --out $(OUT3D)/ua_mt_qw --method ua_mt --weight quality --weight-level class
-	$(TRAIN3D) --out $(OUT3D)/qar --method supervised --qar 0.01
-	$(PY) evaluate.py $(DATA3D) $(OUT3D)/*/best.pt --qp $(OUT3D)/qp/qp.pt --window whole --out $(OUT3D)/table --split test
+	$(PY) -m data.phantom --out $(DATA) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
+	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
+	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 6 --masks 30 --val-masks 4 --preview $(OUT)/masks.png
+	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 16,24,24 --width 16 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
+	$(TRAIN) --out $(OUT)/sup --method supervised
+	$(TRAIN) --out $(OUT)/mt --method mean_teacher
+	$(TRAIN) --out $(OUT)/mt_qw --method mean_teacher --weight quality --weight-level class
+	$(TRAIN) --out $(OUT)/ua_mt_qw --method ua_mt --weight quality --weight-level class
+	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
+	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/table --split test
 
 test: .venv/ready
 	$(PY) -m pytest -q -n 2 tests

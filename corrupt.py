@@ -11,8 +11,8 @@ Writes OUT/weak/*.pt, partly trained networks f, and OUT/vqm.h5:
 
 The masks depend on --seed alone, not on --workers.
 
-Legend: N masks, K classes, D depth, H height, W width, *S the masks' grid: S, S of slices, or D, H, W of patches of volumes; m a binary mask or
-a label map, uint8 [H, W] or [D, H, W].
+Legend: N masks, K classes, D depth, H height, W width, *S the masks' grid: S, S of slices, or D, H, W of patches of volumes; m a binary mask
+or a label map, uint8 [H, W] or [D, H, W].
 """
 import argparse
 import functools
@@ -35,7 +35,7 @@ from data import augment, h5, shapes, vqm
 from data.files import SEED, SHARE, InputError, Parser, cli, grid, number, numbers, replacing, save_checkpoint
 from models.losses import dice_loss, one_hot
 
-CATALOG_VERSION = 1
+CATALOG_VERSION = 2
 
 
 def parse_args(argv=None):
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=grid, help="side of the masks' grid (default 224); of volumes D,H,W of a patch (default 80,112,112)")
     p.add_argument("--patches", type=number(1), default=8, help="volumes: patches of each labeled train volume, at random places")
     p.add_argument("--masks", type=number(1), help="masks of each labeled train slice (default 200) or patch (default 50)")
-    p.add_argument("--val-masks", type=number(1), default=20, help="synthetic masks of each val slice, or of each patch of those that cover a volume")
+    p.add_argument("--val-masks", type=number(1), default=20, help="synthetic masks of each val slice, or of each patch that tiles a val volume")
     p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
                    help="draw train masks so that the histogram of Dice is flat; the paper does not")
     # harvest
@@ -517,7 +517,7 @@ def outputs(weights, samples, tasks, info, args):
     net = on.place(models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims))
     net.load_state_dict(weights)
     net.eval()
-    batch = 32 if info.dims == 2 else 2
+    batch = models.samples_in(32, samples.image.shape[2:])
     for start in range(0, len(tasks), batch):
         rows, index, change = zip(*tasks[start:start + batch])
         x, _ = samples.batch(torch.tensor(index), on.device)

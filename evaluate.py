@@ -44,11 +44,12 @@ def parse_args(argv=None):
     p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels")
     p.add_argument("--out", required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
-    p.add_argument("--largest-component", action="store_true", help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
+    p.add_argument("--largest-component", action="store_true",
+                   help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
-    p.add_argument("--batch", type=number(1), help="slices (default 32) or windows of a volume (default 2) in one pass")
+    p.add_argument("--batch", type=number(1), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
     add_window_options(p)
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
@@ -65,7 +66,8 @@ def add_window_options(p):
     p.add_argument("--window", choices=("sliding", "whole"), default="sliding",
                    help="volumes: overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)")
     p.add_argument("--stride", type=grid, metavar="D,H,W", help="volumes: between windows (default: half of the window)")
-    p.add_argument("--blend", choices=("gaussian", "uniform"), default="gaussian", help="volumes: weights of a window's voxels where windows overlap")
+    p.add_argument("--blend", choices=("gaussian", "uniform"), default="gaussian",
+                   help="volumes: weights of a window's voxels where windows overlap")
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -113,7 +115,7 @@ def surface_distances(a, b, spacing):
     """
     box = bounding_box(a | b)  # distances within are the same
     edge_a, edge_b = surface(a[box]), surface(b[box])
-    if np.count_nonzero(edge_a) + np.count_nonzero(edge_b) < 0.1 * edge_a.size:  # a search tree of few points beats a map of all distances
+    if np.count_nonzero(edge_a) + np.count_nonzero(edge_b) < 0.2 * edge_a.size:  # a search tree of few points beats a map of all distances
         points_a, points_b = (np.argwhere(edge) * np.asarray(spacing, np.float64) for edge in (edge_a, edge_b))
         return spatial.cKDTree(points_b).query(points_a)[0], spatial.cKDTree(points_a).query(points_b)[0]
     to_b = ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
@@ -199,12 +201,13 @@ class Window:
     batch: int = 2           # windows in one pass
 
 
-def window(size, args, batch=2):
-    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices."""
+def window(size, args, batch=None):
+    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices. batch: windows in a pass"""
     if isinstance(size, int):
         return None
-    stride = args.stride * 3 if args.stride and len(args.stride) == 1 else args.stride or tuple(max(1, s // 2) for s in size)
-    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch)
+    stride = tuple(args.stride or (max(1, s // 2) for s in size))
+    stride = stride * 3 if len(stride) == 1 else stride
+    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch or models.samples_in(32, size))
 
 
 def blending(size, gaussian):
@@ -244,8 +247,7 @@ def sliding_window(net, x, cut, on):
 @torch.no_grad()
 def labels_of_volumes(net, volumes, cases, on, cut):
     """Yields the label (D, H, W) of every case on its own grid. cut: Window"""
-    training = net.training
-    net.eval()
+    net = models.fused(net)
     for image, mean, std, (entry, _) in zip(volumes.image, volumes.mean, volumes.std, cases):
         this = cut
         if cut.whole:  # networks halve the grid up to four times
@@ -254,7 +256,6 @@ def labels_of_volumes(net, volumes, cases, on, cut):
         x = (image.to(on.device, torch.float32) - mean) / std
         label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)])
         yield h5.cut_back(label.numpy(), entry.grid)
-    net.train(training)
 
 
 def labels_of_slices(probability, cases):
@@ -277,11 +278,12 @@ def largest_component(label, K):
     return out
 
 
-def evaluate(net, images, cases, on, K, cut=None, batch=32):
+def evaluate(net, loaded, on, K, cut=None, batch=32):
     """Mean Dice over cases and then classes, and per class: what the table shows, and what training selects by.
 
-    images, cases: of load_cases(); cut: Window, for volumes
+    loaded: of load_cases(); cut: Window, for volumes
     """
+    images, cases = loaded
     labels = labels_of_volumes(net, images, cases, on, cut) if cut else labels_of_slices(predict(net, images, on, batch), cases)
     table = [[dice(label == k, truth == k) for k in range(1, K)] for label, (_, truth) in zip(labels, cases)]
     per_class = np.mean(table, 0)
@@ -380,7 +382,7 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
 
     index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
     """
-    predicted, true, present, K, batch = [], [], [], g.config["classes"], 64 if mask.dim() == 3 else 4
+    predicted, true, present, K, batch = [], [], [], g.config["classes"], models.samples_in(64, mask.shape[1:])
     for rows, m in zip(index.split(batch), mask.split(batch)):
         x, y = samples.batch(rows, on.device)
         m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
@@ -681,10 +683,11 @@ def write_masks(args, info, entries, split, on):
     from data import nifti  # brings SimpleITK, which nothing else here needs
     net, state = load_run(args.checkpoints[0], args.weights, on)
     size, K, folder = state["args"]["size"], len(info.classes), os.path.join(args.out, "masks")
+    cut = window(size, args, args.batch)
     for entry in entries:  # one after the other: a large archive need not fit in memory
         images, cases = load_cases(info, split, size, [entry.name])
-        label, = labels_of_slices(predict(net, images, on, args.batch), cases) if info.dims == 2 else labels_of_volumes(
-            net, images, cases, on, window(size, args, args.batch))
+        found = labels_of_slices(predict(net, images, on, args.batch), cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, cut)
+        label, = found
         label = largest_component(label, K) if args.largest_component else label
         if len(entry.grid) == 3:
             nifti.write_mask(os.path.join(folder, f"{entry.name}.nii.gz"), label, entry)
@@ -707,7 +710,7 @@ def main(argv=None):
     if split == "held_out":
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
-    args.batch = args.batch or {2: 32, 3: 2}[info.dims]
+    args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
     if args.predict:
         return write_masks(args, info, entries, split, on)
     if missing := [e.name for e in entries if not e.labeled]:
@@ -727,7 +730,8 @@ def main(argv=None):
             loaded[size] = samples, images, cases
         samples, images, cases = loaded[size]
         probability = predict(net, samples, on, args.batch) if g or info.dims == 2 else None
-        found = labels_of_slices(probability, cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, window(size, args, args.batch))
+        cut = window(size, args, args.batch)
+        found = labels_of_slices(probability, cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, cut)
         labels.append([largest_component(label, K) if args.largest_component else label for label in found])
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:

@@ -167,7 +167,7 @@ def fit_temperature(g, masks, on, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
     fit it by likelihood.)"""
     errors = torch.zeros(len(TEMPERATURES))
-    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(16 if masks.mask.dim() == 3 else 2):
+    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(models.samples_in(16, masks.mask.shape[1:])):
         x, y = masks.samples.batch(masks.index[rows], on.device)
         mask, truth = (one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y))
         with on.autocast():

@@ -576,7 +576,7 @@ def main(argv=None):
                 raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
             milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.evaluate(nets[0], *val, on, K, cut)
+            dice, per_class = evaluate.evaluate(nets[0], val, on, K, cut)
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)

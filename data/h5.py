@@ -10,7 +10,8 @@
                            affine and source_grid where the source has a place in space (data/nifti.py)
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
-Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of a patch.
+Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of
+a patch.
 """
 import itertools
 import os
@@ -148,7 +149,8 @@ def _write_case(group, case, channels):
         group.create_dataset("label", data=case.label, chunks=whole_slice, **pack)
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
-                       source=case.source, **{k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None}, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
+                       source=case.source, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
+    group.attrs.update({k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None})
 
 
 def _check_patients(path, patients):
@@ -396,7 +398,7 @@ def cut_back(volume, grid):
 
 
 def load_patches(info, split, size, corners, labels=True, grid=None):
-    """Patches of `size` (D, H, W) of volumes, resized to `grid` (default: as they are). corners: {case: [(z, y, x), ...]}. -> Samples"""
+    """Patches of `size` (D, H, W) of volumes, resized to `grid` (default: as they are). corners: {case: [(z, y, x), ...]} -> Samples"""
     images, ys, means, stds, cases, at = [], [], [], [], [], []
     for name, image, label, mean, std in read_cases(info, split, corners, labels):
         image, label = at_least(image, size), at_least(label, size) if labels else None

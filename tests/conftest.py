@@ -63,9 +63,9 @@ def rgb(tmp_path_factory):
     return str(folder / "rgb.h5")
 
 
-def quality(data, folder, size="32"):
+def quality(data, folder, size="32", val=4):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", "4", "--folds", "2",
+    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", str(val), "--folds", "2",
                   "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
     train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", "2", "--epochs", "2", "--batch", "16"])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
@@ -78,7 +78,7 @@ def gray_quality(gray, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def volumes_quality(volumes, tmp_path_factory):
-    return quality(volumes, tmp_path_factory.mktemp("volumes_quality"), "16,16,32")
+    return quality(volumes, tmp_path_factory.mktemp("volumes_quality"), "16,16,32", val=1)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request)
     info = h5.read_info(request.getfixturevalue(kind))
     slices, cases = evaluate.load_cases(info, "val", 48)
     net = Copycat(slices.label, len(info.classes))
-    mean, per_class = evaluate.evaluate(net, slices, cases, models.compute("cpu", "off"), len(info.classes), batch=batch)
+    mean, per_class = evaluate.evaluate(net, (slices, cases), models.compute("cpu", "off"), len(info.classes), batch=batch)
     assert len(per_class) == len(info.classes) - 1
     assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
 

@@ -52,10 +52,19 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
 
 
+def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
+    for command in commands(next(b for b in blocks("bash") if "--dims 3" in b)):
+        execute(command, tmp_path, monkeypatch)
+    assert "| mean_teacher + QW |" in capsys.readouterr().out and (tmp_path / "runs" / "masks3d.png").exists()
+    assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == ["phantom010.nii.gz"]
+
+
 def test_own_data(tmp_path, monkeypatch):
     from test_data import make_ssl4mis
+    from test_nifti import make as make_nifti
+    from test_volumes import make_la
     make_pictures(tmp_path / "MINE", 6)
-    make_ssl4mis(tmp_path / "ACDC")
+    make_ssl4mis(tmp_path / "ACDC"), make_la(tmp_path / "LA"), make_nifti(tmp_path / "Task09_Spleen", ["a", "b", "c", "d", "e"])
     for name, p in (("IMD001", 1), ("IMD002", 2), ("IMD003", 3)):
         src = make_pictures(tmp_path / "tmp" / name, 1, seed=p)
         for kind, suffix in (("images", "_Dermoscopic_Image"), ("masks", "_lesion")):
@@ -65,7 +74,7 @@ def test_own_data(tmp_path, monkeypatch):
     block = next(b for b in blocks("bash") if "data.images" in b)
     for command in commands(block):
         execute(command, tmp_path, monkeypatch)
-    for name, n in (("mine", 6), ("ph2", 3), ("acdc", 3)):
+    for name, n in (("mine", 6), ("ph2", 3), ("acdc", 3), ("la", 4), ("spleen", 5)):
         info = h5.read_info(tmp_path / f"{name}.h5")
         assert sum(len(e) for e in info.splits.values()) == n
 
@@ -82,7 +91,9 @@ def test_rows_of_the_paper_parse(tmp_path):
             assert (args.weight_threshold, args.weight_power, args.conf_threshold) == (0.9, 2.0, 0.0)
         if name == "PL-QW":
             assert (args.weight_threshold, args.weight_power, args.conf_threshold) == (0.5, 2.0, 0.0)
-    usual = re.search(r"`(--optimizer sgd [^`]+)`", README.replace("\n", " ")).group(1)
+    left_atrium = re.search(r"`(--optimizer sgd [^`]+6000)`", README).group(1)
+    assert train_ssl.parse_args(["DATA.h5", "--out", "RUN", *left_atrium.split()]).lr == 0.01
+    usual = re.search(r"`(--optimizer sgd [^`]+30000)`", README.replace("\n", " ")).group(1)
     assert train_ssl.parse_args(["DATA.h5", "--out", "RUN", *usual.split()]).steps == 30000
 
 
@@ -125,13 +136,16 @@ def test_example_network(gray, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
-def test_make_demo_in_miniature(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("target, count, rows", [
+    ("demo", 11, ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR")),
+    ("demo3d", 10, ("supervised", "mean_teacher", "mean_teacher + QW (class)", "ua_mt + QW (class)", "supervised + QAR"))])
+def test_make_demo_in_miniature(target, count, rows, tmp_path, monkeypatch, capsys):
     """The recipe of `make demo`, line by line, each shrunk; the real one takes minutes."""
-    recipe = subprocess.run(["make", "-n", "demo", f"OUT={tmp_path}/demo", "STEPS=2", "-o", ".venv/ready"], cwd=ROOT, capture_output=True, text=True)
+    recipe = subprocess.run(["make", "-n", target, f"OUT={tmp_path}/demo", "-o", ".venv/ready"], cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in recipe.stdout.replace("\\\n", " ").split("\n") if line.startswith(".venv/bin/python")]
-    assert len(lines) == 11
+    assert len(lines) == count
     for line in lines:
         words = [w for pattern in shlex.split(line) for w in (sorted(glob.glob(pattern)) if "*" in pattern else [pattern])]
         execute(shlex.join(words), ROOT, monkeypatch)
     table = capsys.readouterr().out
-    assert all(f"| {row} |" in table for row in ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR"))
+    assert all(f"| {row} |" in table for row in rows)

@@ -99,15 +99,16 @@ def test_intensities_that_are_ready_stay_as_they_are(tmp_path):
 
 
 def test_rotation_is_rigid_on_a_grid_that_is_no_square():
-    """A disc stays a disc, in image and label, and turns by the angle."""
+    """A disc stays a disc (beyond it lie mirror images)."""
     y, x = np.mgrid[:40, :96]
-    disc = torch.tensor(((y - 19.5) ** 2 + (x - 47.5) ** 2 < 15 ** 2).astype(np.float32))[None, None]
+    distance = np.hypot(y - 19.5, x - 47.5)
+    disc = torch.tensor((distance < 15).astype(np.float32))[None, None]
     torch.manual_seed(0)
     for volume in (disc, disc[:, :, None].expand(1, 1, 4, 40, 96)):
-        moved = augment.move(volume, augment.random_geometry(volume, rotate=90, scale=0, shift=0, flip=False)) > 0.5
-        on = moved[0, 0].reshape(-1, 40, 96)[0].nonzero()
-        area, sides = len(on), on.amax(0) - on.amin(0) + 1
-        assert abs(area / (np.pi * 15 ** 2) - 1) < 0.05 and (sides - 29).abs().max() <= 2
+        for _ in range(5):
+            moved = augment.move(volume, augment.random_geometry(volume, rotate=90, scale=0, shift=0, flip=False)) > 0.5
+            on, near = moved[0, 0].reshape(-1, 40, 96)[0].numpy(), distance < 19
+            assert distance[on & near].max() < 16.5 and distance[~on & near].min() > 13.5
 
 
 @pytest.mark.parametrize("size, words", [("96,96,96", "takes one side"), ("96,96", "neither one number nor three"), ("0", "--size"), ("a", "--size")])
@@ -149,6 +150,18 @@ def test_vnet_takes_any_size(side):
     assert net(torch.zeros(1, 1, side, 16, side + 3)).shape == (1, 3, side, 16, side + 3)
 
 
+@pytest.mark.parametrize("name", ["vnet", "unet"])
+def test_a_fused_network_answers_alike(name):
+    net = models.build(name, channels=1, classes=3, dims=3, width=4)
+    for _ in range(3):   # running statistics of their own
+        net(torch.randn(2, 1, 16, 16, 32) * 3 + 1)
+    before = [v.clone() for v in net.state_dict().values()]
+    fused, x = models.fused(net), torch.randn(1, 1, 16, 16, 32)
+    norms = lambda n: sum(isinstance(m, nn.BatchNorm3d) for m in n.modules())
+    assert net.training and norms(fused) == {"vnet": 4, "unet": 0}[name] and norms(net) > 10   # V-Net's transposed convolutions keep theirs
+    assert torch.allclose(fused(x), net.eval()(x), atol=1e-4) and all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values()))
+
+
 def test_g_fits_beside_vnet():
     for width, size in ((16, 2.1e6), (32, 8.3e6)):
         assert models.parameters(models.build("quality", channels=1, classes=2, dims=3, width=width)) == pytest.approx(size, rel=0.01)
@@ -165,14 +178,16 @@ def test_resampling_of_patches_averages():
 class Near(nn.Module):
     """A network of one 5 x 5 x 5 convolution: what it answers depends on where a window ends."""
 
+    seen = []   # shapes, also of a copy
+
     def __init__(self, K=3):
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv3d(1, K, 5, padding=2)
-        self.depths = []
+        self.seen.clear()
 
     def forward(self, x):
-        self.depths.append(tuple(x.shape))
+        self.seen.append(tuple(x.shape))
         return self.conv(x)
 
 
@@ -201,11 +216,11 @@ def test_sliding_window_equals_a_plain_loop(shape, size, stride, gaussian, batch
     axes = [np.exp(-(np.arange(s) - (s - 1) / 2) ** 2 / 2 / (s / 8) ** 2) if gaussian else np.ones(s) for s in size]
     with torch.no_grad():
         slabs = list(evaluate.sliding_window(net, x, cut, ON))
-    calls = len(net.depths)
+    calls = len(net.seen)
     want = plain_loop(net, x, size, stride, axes[0][:, None, None] * axes[1][:, None] * axes[2])
     assert np.abs(torch.cat(slabs, 1).numpy() - want).max() < 1e-5
     assert all(slab.shape[1] <= size[0] for slab in slabs)               # the map of scores is never deeper than a window
-    assert calls <= -(-(len(net.depths) - calls) // batch) + len(slabs)  # and windows go in batches
+    assert calls <= -(-(len(net.seen) - calls) // batch) + len(slabs)  # and windows go in batches
 
 
 class Voxelwise(nn.Module):
@@ -229,7 +244,7 @@ def test_labels_come_back_on_the_grid_of_the_case(shape, whole, tmp_path):
     net = Voxelwise().train()
     for case, label in zip(cases, evaluate.labels_of_volumes(net, found, loaded, ON, cut)):
         assert label.dtype == np.uint8 and (label == case.label).all()
-    assert net.training and evaluate.evaluate(net, found, loaded, ON, 2, cut) == (1.0, [1.0])
+    assert net.training and evaluate.evaluate(net, (found, loaded), ON, 2, cut) == (1.0, [1.0])
 
 
 def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
@@ -237,12 +252,12 @@ def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
     found, cases = evaluate.load_cases(info, "val", SIZE)
     net = Near(4).eval()
     labels = list(evaluate.labels_of_volumes(net, found, cases, ON, evaluate.Window(SIZE, SIZE, whole=True)))
-    assert net.depths == [(1, 1, 32, 48, 48)] * 2 and all(label.shape == (20, 40, 36) for label in labels)
+    assert net.seen == [(1, 1, 32, 48, 48)] * 2 and all(label.shape == (20, 40, 36) for label in labels)
 
 
 def test_options_of_windows(volumes):
     args = evaluate.parse_args(["d", "c", "--out", "o"])
-    assert evaluate.window(SIZE, args) == evaluate.Window(SIZE, (8, 8, 16)) and evaluate.window(96, args) is None
+    assert evaluate.window(SIZE, args, 2) == evaluate.Window(SIZE, (8, 8, 16)) and evaluate.window(96, args) is None
     args = evaluate.parse_args(["d", "c", "--out", "o", "--stride", "4,5,6", "--blend", "uniform", "--window", "whole"])
     assert evaluate.window(SIZE, args, 7) == evaluate.Window(SIZE, (4, 5, 6), False, True, 7)
 
@@ -309,11 +324,11 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
     info = h5.read_info(volumes)
     for size in (None, (16, 16, 24)):
         masks = vqm.load(volumes_quality[0], "train", info, size, probabilities=True)
-        same_as_truth = (masks.mask == masks.samples.label[masks.index]).flatten(1).all(1)
-        assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE) and same_as_truth.any()
+        assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE)
+        masks.mask[::2] = masks.samples.label[masks.index[::2]]
         rows = torch.arange(len(masks.mask))
         x, mask, truth = train_qp.draw(masks, rows, 4, torch.device("cpu"), options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "0"], dims=3))
-        assert x.shape == (len(rows), 1, *(size or SIZE)) and (quality_target(mask, truth)[same_as_truth] == 1).all()
+        assert x.shape == (len(rows), 1, *(size or SIZE)) and (quality_target(mask, truth)[::2] == 1).all() and (quality_target(mask, truth)[1::2] < 1).any()
         _, soft, _ = train_qp.draw(masks, rows, 4, torch.device("cpu"), options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "1"], dims=3))
         assert ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1).float().mean() > 0.5
 
@@ -329,9 +344,9 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
             yield h5.Case("train" if i < 18 else "val", f"b{i}", image, label, f"b{i}")
     data = str(tmp_path / "f.h5")
     h5.write(data, cases(), name="balls", classes=["background", "ball"], dims=3, channels=1)
-    corrupt.main([data, "--out", str(tmp_path), "--size", "24,32,32", "--patches", "1", "--masks", "30", "--val-masks", "20", "--harvest-epochs", "1",
+    corrupt.main([data, "--out", str(tmp_path), "--size", "24,32,32", "--patches", "1", "--masks", "30", "--val-masks", "10", "--harvest-epochs", "1",
                   "--harvest-steps", "2"])
-    train_qp.main([data, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "16,16,16", "--epochs", "4", "--batch", "16", "--per-image", "20",
+    train_qp.main([data, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "16,16,16", "--epochs", "6", "--batch", "16", "--per-image", "25",
                    "--lr", "3e-3", "--width", "4", "--members", "1"])
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
@@ -497,9 +512,9 @@ def test_predicted_masks_of_slices_and_pictures(kind, request, tmp_path):
     with h5py.File(tmp_path / "f.h5", "a") as f:
         for case in f["val"].values():
             del case["label"]
-    info = h5.read_info(tmp_path / "f.h5")
+    info = h5.read_info(str(tmp_path / "f.h5"))
     run = make_run(tmp_path / "run", info)
-    evaluate.main([str(tmp_path / "f.h5"), run, "--predict", "--out", str(tmp_path / "out")])
+    evaluate.main([info.path, run, "--predict", "--out", str(tmp_path / "out")])
     net, _ = evaluate.load_run(run, "student", ON)
     found, cases = evaluate.load_cases(info, "val", 32)
     for label, (entry, _) in zip(evaluate.labels_of_slices(evaluate.predict(net, found, ON), cases), cases):
