@@ -172,7 +172,10 @@ def load_cases(info, split, size, names=None):
     (default: of all)."""
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     names, labels = [e.name for e in entries], all(e.labeled for e in entries)
-    images = h5.load_slices(info, split, size, names, labels) if info.dims == 2 else h5.load_volumes(info, split, size, names, labels=False)
+    if info.dims == 3:
+        images = h5.load_volumes(info, split, size, names, labels)
+        return images, [(e, h5.cut_back(images.label[i].numpy(), e.grid) if labels else None) for i, e in enumerate(entries)]
+    images = h5.load_slices(info, split, size, names, labels)
     with h5.open_file(info.path) as f:
         return images, [(e, h5.read_case(f, info, split, e.name)[1] if e.labeled else None) for e in entries]
 
