@@ -582,8 +582,9 @@ def draw_preview(path, vqm_path, info, samples):
         group = f["train"]
         for axis, row in zip(axes.reshape(-1, views), np.random.default_rng(0).permutation(len(group["mask"]))):
             case, mask = group["case"].asstr()[row], group["mask"][row]
-            image = samples.image[where[case, tuple(group["at"][row].tolist())]].numpy()                 # [C, *S]
-            shown = [(image.transpose(1, 2, 0).squeeze(), mask, 1.0)] if views == 1 else h5.planes(image[0], mask, spacing[case])
+            i = where[case, tuple(group["at"][row].tolist())]
+            image, truth = samples.image[i].numpy(), samples.label[i].numpy()                            # [C, *S], [*S]
+            shown = [(image.transpose(1, 2, 0).squeeze(), mask, 1.0)] if views == 1 else h5.planes(image[0], mask, truth, spacing[case])
             for one, (picture, outline, aspect) in zip(axis, shown):
                 h5.draw(one, picture, outline, aspect=aspect)
             axis[views // 2].set_title(f"{group['source'].asstr()[row][:30]}\n{' '.join(f'{d:.2f}' for d in group['dice'][row])}", fontsize=6.5)

@@ -203,13 +203,20 @@ class Window:
     whole: bool = False      # one window of the volume's own size instead
     batch: int = 2           # windows in one pass
 
+    def __str__(self):
+        return "whole volumes" if self.whole else f"windows of {' x '.join(map(str, self.size))}, stride {' x '.join(map(str, self.stride))}"
+
 
 def window(size, args, batch=None):
     """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices. batch: windows in a pass"""
     if isinstance(size, int):
+        if args.stride or args.window != "sliding" or args.blend != "gaussian":
+            raise InputError("--window, --stride and --blend are for volumes (dims=3); these networks see slices")
         return None
     stride = tuple(args.stride or (max(1, s // 2) for s in size))
     stride = stride * 3 if len(stride) == 1 else stride
+    if any(step > side for step, side in zip(stride, size)):
+        raise InputError(f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps")
     return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch or models.samples_in(32, size))
 
 
@@ -225,7 +232,7 @@ def blending(size, gaussian):
 def sliding_window(net, x, cut, on):
     """Yields the mean probabilities of overlapping windows of a volume x [D, H, W], as slabs [K, d, H, W] from front to back.
 
-    A slab is ready when no window to come reaches it, so that the map of scores is never deeper than one window.
+    A slab is ready when no window to come reaches it, so that the map of scores is never deeper than one window. cut: Window
     """
     depth, weight = cut.size[0], blending(cut.size, cut.gaussian).to(on.device)
     zs, *others = (h5.starts(n, s, step) for n, s, step in zip(x.shape, cut.size, cut.stride))
@@ -271,6 +278,11 @@ def labels_of_slices(probability, cases):
         yield back.argmax(1).to(torch.uint8).numpy()
 
 
+def predict_cases(net, images, cases, on, cut=None, batch=32):
+    """Yields the label (D, H, W) of every case on its own grid. images, cases: of load_cases(); cut: Window, for volumes"""
+    return labels_of_volumes(net, images, cases, on, cut) if cut else labels_of_slices(predict(net, images, on, batch), cases)
+
+
 def largest_component(label, K):
     """Keeps the largest face-connected component of each class. (D, H, W) -> (D, H, W)"""
     out = np.zeros_like(label)
@@ -287,8 +299,8 @@ def evaluate(net, loaded, on, K, cut=None, batch=32):
     loaded: of load_cases(); cut: Window, for volumes
     """
     images, cases = loaded
-    labels = labels_of_volumes(net, images, cases, on, cut) if cut else labels_of_slices(predict(net, images, on, batch), cases)
-    table = [[dice(label == k, truth == k) for k in range(1, K)] for label, (_, truth) in zip(labels, cases)]
+    table = [[dice(label == k, truth == k) for k in range(1, K)]
+             for label, (_, truth) in zip(predict_cases(net, images, cases, on, cut, batch), cases)]
     per_class = np.mean(table, 0)
     return float(per_class.mean()), per_class.tolist()
 
@@ -314,7 +326,8 @@ def load_quality(path, info, on, size=None):
         if theirs[key] != value:
             raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
     if info.dims == 3 and size is not None and tuple(state["patch"]) != tuple(size):
-        raise InputError(f"{path}: has learned from patches of {tuple(state['patch'])}, but f sees {tuple(size)}; give both the same --size")
+        theirs, ours = (",".join(map(str, s)) for s in (state["patch"], size))
+        raise InputError(f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size")
     g = models.rebuild(state["model"], state["weights"])
     return on.place(g).eval().requires_grad_(False), state["labeled"]
 
@@ -335,7 +348,7 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep"}}
+        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend"}}
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
@@ -433,11 +446,8 @@ class Opinions:
 
 
 @torch.no_grad()
-def compare_estimates(g, p, by, samples, on, batch):
-    """What g, and every estimate of quality that needs no g, says of a network's outputs for samples with labels. -> Outputs
-
-    p: the probabilities [N, K, *S] of by.net; by: Opinions
-    """
+def compare_estimates(g, by, samples, on, batch):
+    """What g, and every estimate of quality that needs no g, says of by.net's outputs for samples with labels. by: Opinions. -> Outputs"""
     def run(network, x):
         with on.autocast():
             return network(models.channels_last(x)).float().softmax(1)
@@ -445,7 +455,7 @@ def compare_estimates(g, p, by, samples, on, batch):
     parts = []
     for rows in torch.arange(len(samples)).split(batch):
         x, y = samples.batch(rows, on.device)
-        mine = p[rows].to(on.device)                                              # [B, K, *S]
+        mine = run(by.net, x)                                                     # [B, K, *S]
         mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
@@ -469,7 +479,8 @@ LEVELS = {"present": "of each {0} and class that is present", "absent": "of each
 def at_level(outputs, level, case, name=None):
     """The entries of a level, [n]: of the estimate of that name, or of the true Dice; and the case that each belongs to.
 
-    A volume's true Dice is that of all pixels of its samples; its estimate is the mean of theirs, weighted with the output's area.
+    A volume's true Dice is that of all pixels of its samples (where patches overlap, they count twice); its estimate is the mean of theirs,
+    weighted with the output's area.
     """
     case, values = np.asarray(case), plain_dice(outputs.shared, outputs.total) if name is None else outputs.estimates[name]    # [N, K-1]
     if level == "image":
@@ -689,8 +700,7 @@ def write_masks(args, info, entries, split, on):
     cut = window(size, args, args.batch)
     for entry in entries:  # one after the other: a large archive need not fit in memory
         images, cases = load_cases(info, split, size, [entry.name])
-        found = labels_of_slices(predict(net, images, on, args.batch), cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, cut)
-        label, = found
+        label, = predict_cases(net, images, cases, on, cut, args.batch)
         label = largest_component(label, K) if args.largest_component else label
         if len(entry.grid) == 3:
             nifti.write_mask(os.path.join(folder, f"{entry.name}.nii.gz"), label, entry)
@@ -732,16 +742,15 @@ def main(argv=None):
             samples = h5.load_samples(info, split, size, [e.name for e in entries]) if g and info.dims == 3 else images
             loaded[size] = samples, images, cases
         samples, images, cases = loaded[size]
-        probability = predict(net, samples, on, args.batch) if g or info.dims == 2 else None
         cut = window(size, args, args.batch)
-        found = labels_of_slices(probability, cases) if info.dims == 2 else labels_of_volumes(net, images, cases, on, cut)
+        found = predict_cases(net, images, cases, on, cut, args.batch)
         labels.append([largest_component(label, K) if args.largest_component else label for label in found])
         scores.append([score_case(label, truth, entry, K) for label, (entry, truth) in zip(labels[-1], cases)])
         if g:
             by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
-            outputs.append(compare_estimates(g, probability, by, samples, on, args.batch))
+            outputs.append(compare_estimates(g, by, samples, on, args.batch))
             if val:
-                reference.append(compare_estimates(g, predict(net, val, on, args.batch), by, val, on, args.batch))
+                reference.append(compare_estimates(g, by, val, on, args.batch))
 
     groups = group_runs(states, args.checkpoints)
     known = all(e.spacing_known for e in entries)
@@ -751,14 +760,14 @@ def main(argv=None):
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
         for name, labeled, members in groups for i in members for path in [args.checkpoints[i]]
         for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
-    title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds"
+    title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
     write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
     write_text(os.path.join(args.out, "summary.md"), f"{title}\n\n{markdown(rows)}\n")
     print(f"{title}\n\n{markdown(rows)}")
 
     if g:
         x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
-        cost = (f"Cost of an image of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
+        cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
         write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
 

@@ -518,7 +518,7 @@ def main(argv=None):
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
-    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep"))
+    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep", "window", "stride", "blend"))
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
     g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
@@ -586,7 +586,10 @@ def main(argv=None):
             save("last.pt", step)
             sums, start = torch.zeros_like(sums), time.perf_counter()
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
-          "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table"]))
+          "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",
+                                 *(["--window", "whole"] if args.window == "whole" else []),
+                                 *(["--stride", ",".join(map(str, args.stride))] if args.stride else []),
+                                 *(["--blend", args.blend] if args.blend != "gaussian" else [])]))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def grid(text):
     return sizes
 
 
+grid.__name__ = "size"
 SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 

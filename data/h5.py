@@ -2,7 +2,7 @@
 
     python -m data.h5 FILE [--preview FILE.png]
 
-    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1 or 3),
+    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1, or 3 where dims is 2),
            standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
@@ -80,7 +80,8 @@ class Info:
     def entries(self, split):
         """The entries of a split; an absent or empty one is an error."""
         if not self.splits.get(split):
-            raise InputError(f"{self.path}: split '{split}' is empty (it has: {', '.join(self.splits) or 'nothing'})")
+            raise InputError(f"{self.path}: split '{split}' is empty (it has: {', '.join(self.splits) or 'nothing'}); convert the data again with "
+                             "lists or shares that fill it")
         return self.splits[split]
 
 
@@ -348,10 +349,14 @@ def resize_image(image, size):
 
 
 def resize_label(label, size):
-    """(H, W) -> (S, S), or (D, H, W) -> (*S,); nearest."""
+    """(H, W) -> (S, S), nearest; or (D, H, W) -> (*S,) where size is a tuple of three: the class of most voxels, nearest where it grows."""
     shape = shape_of(size)
     if label.shape == shape:
         return label
+    if len(shape) == 3 and all(n >= s for n, s in zip(label.shape, shape)):
+        classes = np.unique(label)
+        shares = [F.interpolate(torch.from_numpy(label == k)[None, None].float(), shape, mode="area")[0, 0] for k in classes]
+        return classes[torch.stack(shares).argmax(0).numpy()]
     if len(shape) == 3:
         return F.interpolate(torch.from_numpy(label)[None, None], shape, mode="nearest-exact")[0, 0].numpy()
     return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
@@ -483,9 +488,9 @@ def middle(label, depth):
     return depth // 2 if label is None or not label.any() else int((label > 0).sum((1, 2)).argmax())
 
 
-def planes(image, label, spacing):
-    """Three planes of a volume (D, H, W), across each axis where the foreground is largest. -> [(image, label, aspect of its pixels), ...]"""
-    at = [middle(np.moveaxis(label, axis, 0), label.shape[axis]) for axis in range(3)]
+def planes(image, label, truth, spacing):
+    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [(image, label, aspect of its pixels), ...]"""
+    at = [middle(np.moveaxis(truth, axis, 0), truth.shape[axis]) for axis in range(3)]
     return [(image.take(i, axis), label.take(i, axis), np.divide(*np.delete(spacing, axis))) for axis, i in enumerate(at)]
 
 
@@ -520,7 +525,7 @@ def summary(info):
                 if label is not None:
                     count += np.bincount(label.ravel(), minlength=len(count))
             size = " to ".join(dict.fromkeys(" x ".join(map(str, g)) for g in (min(sizes), max(sizes)))) if sizes else "-"
-            shares = ", ".join(f"{c} {n / max(count.sum(), 1):.3f}" for c, n in zip(info.classes, count))
+            shares = ", ".join(f"{c} {n / count.sum():.3f}" for c, n in zip(info.classes, count)) if count.any() else "no labels"
             lines.append(f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
                          f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}")
             lines.append(f"  {'':10s} share of pixels: {shares}")

@@ -93,7 +93,7 @@ def assign_splits(rows, lists, args):
         return [(*r[:4], r[4] or "train") for r in rows]
     patients = sorted({r[3] for r in rows})
     order = np.random.default_rng(args.seed).permutation(len(patients))
-    n_val, n_test = (round(share * len(patients)) for share in (args.val, args.test))
+    n_val, n_test = (max(round(share * len(patients)), int(share > 0 and len(patients) > 2)) for share in (args.val, args.test))
     split = {patients[i]: "val" if j < n_val else "test" if j < n_val + n_test else "train" for j, i in enumerate(order)}
     rank = {patients[i]: j for j, i in enumerate(order)}  # train order is random too: --labeled takes the first patients
     return [(*r[:4], split[r[3]]) for r in sorted(rows, key=lambda r: rank[r[3]])]

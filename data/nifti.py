@@ -54,6 +54,8 @@ def find(src, channel):
         raise InputError(f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help")
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
     for part, (images, labels) in layout.items():
+        if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
+            raise InputError(f"{images[lost[0]]}: imagesTr has names of nnU-Net, NAME_0000, and this has no channel; rename it")
         cases = {}  # name -> {channel: path}
         for name, path in images.items():
             cases.setdefault(name[:-5] if nnunet else name, {})[int(name[-4:]) if nnunet else channel or 0] = path
@@ -230,8 +232,8 @@ def scale(image, window):
     return scaled.astype(np.float32)
 
 
-def read_case(row, args, src, window):
-    """A row of split_cases() as an h5.Case."""
+def read_case(row, args, src, window, axes):
+    """A row of split_cases() as an h5.Case. axes: a set that notes along which body axes its voxels lie"""
     name, image_path, label_path, patient, split = row
     image, source_grid = sitk.Cast(read(image_path, args.channel), sitk.sitkFloat32), None
     if label_path:
@@ -240,6 +242,7 @@ def read_case(row, args, src, window):
         label = sitk.GetImageFromArray(to_label(label, label_path))
         label.CopyInformation(image)
     affine = affine_of(image)
+    axes.add(tuple(np.abs(affine[:3, :3]).argmax(0).tolist()))
     if args.spacing:
         source_grid, spacing = image.GetSize()[::-1], args.spacing[::-1]
         size = [max(1, round(n * old / new)) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing)]
@@ -323,9 +326,12 @@ def main(argv=None):
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
     rows = split_cases(rows, lists, args)
     classes = name_classes(src, args.classes, [r[2] for r in rows if r[2]])
-    info = h5.write(args.out, (read_case(row, args, src, window) for row in rows), name=src.resolve().name, classes=classes,
+    axes = set()
+    info = h5.write(args.out, (read_case(row, args, src, window, axes) for row in rows), name=src.resolve().name, classes=classes,
                     dims=args.dims, channels=1, standardize=window is None)
     print(h5.summary(info))
+    if len(axes) > 1:
+        print("note: the volumes' axes point along different body axes (axial and sagittal scans, say), so D, H, W do not mean the same in all")
 
 
 if __name__ == "__main__":

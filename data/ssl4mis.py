@@ -4,9 +4,10 @@
     python -m data.ssl4mis LA --out la.h5
 
     ACDC  train_slices.list, val.list[, test.list]; data/slices/patientNNN_frameNN_slice_N.h5, data/patientNNN_frameNN.h5 (D, H, W)
-    LA    train.list, val.list | test.list; */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
+    LA    train.list, val.list and/or test.list; */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
 
-The slices of a frame become one volume again; the order of patients in the list is kept, because `--labeled 7` means the first 7.
+The slices of a frame become one volume again; the order of patients in the list is kept, because `--labeled 7` means the first 7. Where there is
+no val.list (LA comes without), the last --val volumes of train.list validate, so that nothing is chosen on test.
 Neither layout holds the voxel spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
 """
 import re
@@ -52,18 +53,30 @@ def acdc_cases(src, spacing):
             yield h5.Case(split, frame, image, label, frame.split("_")[0], spacing, f"data/{frame}.h5")
 
 
-def la_cases(src, spacing, shrink):
+def la_splits(src, val):
+    """{split: names} of the LA layout's lists; the last `val` of train validate where no list says who does."""
+    splits = {split: lines(src / f"{split}.list") for split in ("train", "val", "test")}
+    if not splits["val"]:
+        if val >= len(splits["train"]):
+            raise InputError(f"--val {val}: train.list of {src} has only {len(splits['train'])} volumes")
+        splits["train"], splits["val"] = splits["train"][:len(splits["train"]) - val], splits["train"][len(splits["train"]) - val:]
+        print(f"no val.list: the last {val} of train.list validate (--val)")
+    return splits
+
+
+def la_cases(src, spacing, shrink, val):
     """Volumes of the LA layout as cases, each axis shrunk to a part."""
     files = {p.parent.name: p for p in sorted(src.rglob("mri_norm2.h5"))}
-    for split in ("train", "val", "test"):
-        for name in lines(src / f"{split}.list"):
+    for split, names in la_splits(src, val).items():
+        for name in names:
             if name not in files:
                 raise InputError(f"{src}: {split}.list names '{name}', but there is no {name}/mri_norm2.h5")
             image, label = read(files[name])
             image, label = (v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label))
             size = tuple(max(1, n // shrink) for n in image.shape)
+            wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
             image, label = h5.resize_image(image, size), None if label is None else h5.resize_label((label > 0).astype(np.uint8), size)
-            yield h5.Case(split, name, image, label, name, spacing and tuple(s * shrink for s in spacing), str(files[name].relative_to(src)))
+            yield h5.Case(split, name, image, label, name, wide, str(files[name].relative_to(src)))
 
 
 def main(argv=None):
@@ -72,7 +85,8 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument("--dims", type=int, choices=(2, 3), help="segmented as slices or volumes (default: ACDC 2, LA 3)")
     p.add_argument("--spacing", metavar="D,H,W", help="voxel spacing in mm, if it is known")
-    p.add_argument("--shrink", type=number(1), default=1, metavar="N", help="LA: average blocks of N x N x N voxels, for quick experiments")
+    p.add_argument("--shrink", type=number(1), default=1, metavar="N", help="LA: average blocks of about N x N x N voxels, for quick experiments")
+    p.add_argument("--val", type=number(1), default=8, help="LA without a val.list: how many of train.list validate, the last ones")
     args = p.parse_args(argv)
     src = Path(args.src)
     if args.spacing and not re.fullmatch(r"(\d+\.?\d*,){2}\d+\.?\d*", args.spacing):
@@ -85,7 +99,7 @@ def main(argv=None):
         cases = acdc_cases(src, spacing)
     elif (src / "train.list").is_file():
         layout = dict(name="LA", classes=LA_CLASSES, dims=args.dims or 3)
-        cases = la_cases(src, spacing, args.shrink)
+        cases = la_cases(src, spacing, args.shrink, args.val)
     else:
         raise InputError(f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there")
     print(h5.summary(h5.write(args.out, cases, channels=1, **layout)))

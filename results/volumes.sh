@@ -7,7 +7,7 @@
 # PY names the Python.
 set -eu
 PY=${PY:-.venv/bin/python}
-row=$1 labeled=$2 seed=${3:-0} data=runs/la2.h5 out=runs/v/$2
+row=${1:?which row? see the head of this file} labeled=${2:?4 or 8 labeled volumes?} seed=${3:-0} data=runs/la2.h5 out=runs/v/$labeled
 mkdir -p "$out"
 case $row in
   g)      $PY corrupt.py $data --out "$out/vqm" --labeled "$labeled" --size 32,48,48 --patches 4 --masks 60 --val-masks 5 --harvest-epochs 1,3,5,10,15

@@ -23,7 +23,6 @@ from data import h5  # noqa: E402
 from data.files import Parser, cli, number  # noqa: E402
 
 
-
 def timed(f, repeat=1):
     """The shortest of `repeat` times, and what f returned."""
     times = []

@@ -166,8 +166,7 @@ def test_each_estimate_asks_whom_it_names():
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
     on, net, asked = models.compute("cpu", "off"), Says(left), []
     g = lambda x, mask: asked.append(mask) or torch.full((len(x), 1), 0.25)
-    p = evaluate.predict(net, slices, on)
-    found = evaluate.compare_estimates(g, p, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1)
+    found = evaluate.compare_estimates(g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1)
     assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(torch.cat(asked)[:, 0], half.float())
     assert found.present.all() and (found.shared == 32).all() and (found.area == 32).all() and (found.total == 64).all()
     says = {name: v.ravel().tolist() for name, v in found.estimates.items()}
@@ -175,7 +174,7 @@ def test_each_estimate_asks_whom_it_names():
     assert says["f's own expected Dice"] == pytest.approx([1, 1], abs=1e-4) and says["agreement of student and teacher"] == pytest.approx([0, 0], abs=1e-3)
     assert says["agreement with an augmented pass"] == pytest.approx([0, 0], abs=1e-3)   # it says left of the mirrored image, too
     assert says["expected Dice under a second network"] == pytest.approx([2 * 24 / (32 + 48)] * 2, abs=1e-3)
-    assert "expected Dice under a second network" not in evaluate.compare_estimates(g, p, evaluate.Opinions(net, net), slices, on, 2).estimates
+    assert "expected Dice under a second network" not in evaluate.compare_estimates(g, evaluate.Opinions(net, net), slices, on, 2).estimates
 
 
 def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused):
@@ -198,7 +197,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
     on = models.compute()                                                      # the calibrated error once more, by its parts
     net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
-    on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.predict(net, val, on), evaluate.Opinions(net, net), val, on, 32)
+    on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.Opinions(net, net), val, on, 32)
     map_ = evaluate.monotone(evaluate.at_level(on_val, "present", val.case, "g")[0], evaluate.at_level(on_val, "present", val.case)[0])
     errors = [abs(map_(float(r["g"])) - float(r["true"])) for r in found if r["present"] == "True"]
     assert g["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)

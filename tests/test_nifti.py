@@ -393,3 +393,24 @@ def test_as_a_command(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "spacing" in done.stderr
     refusal = python("-m", "data.nifti", tmp_path / "nothing", "--out", tmp_path / "g.h5")
     assert refusal.returncode == 2 and "no such folder" in refusal.stderr
+
+
+def test_nnunet_images_without_a_channel(tmp_path, refused):
+    src = make(tmp_path / "src", ["a", "b", "c"], suffix="_0000")
+    make(src, ["late"], tr="Ts", labels=False)
+    refused(nifti.main, [src, "--out", tmp_path / "f.h5"], "late.nii.gz", "no channel")
+
+
+def test_few_labeled_volumes_still_have_one_to_validate_on(tmp_path):
+    src = make(tmp_path / "src", ["a", "b", "c"])
+    make(src, ["d", "e", "f"], labels=False)
+    assert {s: len(es) for s, es in convert(src).splits.items()} == {"train": 5, "val": 1}
+
+
+def test_volumes_of_different_orientation_are_pointed_out(tmp_path, capsys):
+    src = make(tmp_path / "src", ["a", "b", "c"])
+    convert(src)
+    assert "body axes" not in capsys.readouterr().out
+    make(src, ["d"], direction=[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    convert(src)
+    assert "body axes" in capsys.readouterr().out

@@ -82,7 +82,10 @@ def test_patches_resized_to_another_grid_average_images_and_keep_classes(volumes
     whole, half = (h5.load_patches(info, "train", SIZE, {name: [(2, 5, 1), (0, 0, 0)]}, grid=g) for g in (None, (8, 8, 16)))
     assert whole.at == half.at == [(2, 5, 1), (0, 0, 0)]
     blocks = whole.image.unflatten(4, (16, 2)).unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5, 7))
-    assert torch.allclose(half.image, blocks, atol=1e-6) and half.label.shape == (2, 8, 8, 16) and set(half.label.unique().tolist()) <= {0, 1, 2, 3}
+    assert torch.allclose(half.image, blocks, atol=1e-6) and half.label.shape == (2, 8, 8, 16)
+    votes = nn.functional.avg_pool3d(nn.functional.one_hot(whole.label.long(), 4).movedim(-1, 1).float(), 2)
+    assert (votes.gather(1, half.label[:, None].long())[:, 0] == votes.amax(1)).all()   # the class of most voxels
+    assert (h5.resize_label(whole.label[0].numpy(), (32, 16, 32))[::2] == whole.label[0].numpy()).all()
     with h5.open_file(volumes) as f:
         image, label = h5.read_case(f, info, "train", name)
     assert (whole.image[0, 0].numpy() == image[2:18, 5:21, 1:33]).all() and (whole.label[0].numpy() == label[2:18, 5:21, 1:33]).all()
@@ -262,6 +265,15 @@ def test_options_of_windows(volumes):
     assert evaluate.window(SIZE, args, 7) == evaluate.Window(SIZE, (4, 5, 6), False, True, 7)
 
 
+def test_strides_that_leave_gaps_and_windows_of_slices_are_refused(volumes, gray, tmp_path, refused):
+    out = ["--out", tmp_path / "o"]
+    refused(train_ssl.main, [volumes, *out, "--size", "16,16,32", "--stride", "8,24,16"], "--stride 8,24,16", "larger than the window", "16,16,32")
+    refused(train_ssl.main, [volumes, *out, "--stride", "0"], "--stride")
+    for option in (["--window", "whole"], ["--stride", "8"], ["--blend", "uniform"]):
+        refused(train_ssl.main, [gray, *out, *option], option[0], "dims=3")
+    assert not (tmp_path / "o").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- metrics
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (8.0, 1.4, 1.4), (0.625, 1.25, 2.0)])
@@ -389,6 +401,7 @@ def test_resumed_equals_uninterrupted(volumes, volumes_quality, tmp_path, monkey
         train(volumes, tmp_path / "parts", *more)
     monkeypatch.setattr(train_ssl, "train_step", step)
     assert same(whole, train(volumes, tmp_path / "parts", *more, "--resume"))
+    train(volumes, tmp_path / "parts", *more, "--window", "sliding", "--resume")   # which may change: memory may not suffice
 
 
 def test_labels_of_unlabeled_volumes_have_no_influence(volumes, tmp_path):
@@ -438,6 +451,7 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
     label, *_ = evaluate.labels_of_volumes(net, *evaluate.load_cases(info, "val", SIZE), ON, evaluate.Window(SIZE, (8, 8, 16)))
     with h5.open_file(volumes) as f:
         _, truth = h5.read_case(f, info, "val", "phantom006")
+    assert "windows of 16 x 16 x 32, stride 8 x 8 x 16" in (tmp_path / "val" / "summary.md").read_text()
     row = next(c for c in cases if (c["checkpoint"], c["case"], c["class"]) == (runs[0], "phantom006", "right ventricle"))
     ours = evaluate.score(label == 1, truth == 1, info.entries("val")[0].spacing)
     assert float(row["dice"]) == pytest.approx(ours.dice) and float(row["hd95"]) == pytest.approx(ours.hd95)
@@ -445,7 +459,7 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
 
 def test_refusals(volumes, gray, volumes_quality, gray_quality, tmp_path, refused):
     out = ["--out", tmp_path / "o"]
-    refused(train_ssl.main, [volumes, *out, "--size", "16,32,32", "--qar", "0.1", "--qp", volumes_quality[1]], "(16, 16, 32)", "(16, 32, 32)", "--size")
+    refused(train_ssl.main, [volumes, *out, "--size", "16,32,32", "--qar", "0.1", "--qp", volumes_quality[1]], "16,16,32", "16,32,32", "--size")
     refused(train_ssl.main, [volumes, *out, "--size", "16", "--qar", "0.1", "--qp", gray_quality[1]], "dims")
     refused(train_ssl.main, [volumes, *out, "--size", "16,16,32", "--unlabeled", gray], "dims")
     refused(train_ssl.main, [volumes, *out, "--stride", "1,2"], "--stride")
@@ -536,7 +550,7 @@ def make_la(folder, shape=(24, 20, 18)):
     return folder
 
 
-def test_left_atrium_layout(tmp_path, refused):
+def test_left_atrium_layout(tmp_path, capsys, refused):
     src = make_la(tmp_path / "src")
     ssl4mis.main([str(src), "--out", str(tmp_path / "a.h5"), "--spacing", "1,0.5,0.25"])
     ssl4mis.main([str(src), "--out", str(tmp_path / "b.h5"), "--spacing", "1,0.5,0.25", "--shrink", "2"])
@@ -548,6 +562,12 @@ def test_left_atrium_layout(tmp_path, refused):
         whole, small = f["val/ID3/image"][:], g["val/ID3/image"][:]
         assert (whole == source["image"][:].transpose(2, 0, 1)).all() and (f["val/ID3/label"][:] == (source["label"][:] > 0).transpose(2, 0, 1)).all()
         assert np.allclose(small, whole.reshape(9, 2, 12, 2, 10, 2).mean((1, 3, 5)), atol=1e-6)
+        assert (g["val/ID3/label"][:] == (f["val/ID3/label"][:].reshape(9, 2, 12, 2, 10, 2).mean((1, 3, 5)) > 0.5)).all()
+    (src / "val.list").rename(src / "test.list")   # as it is published: train and test
+    ssl4mis.main([str(src), "--out", str(tmp_path / "c.h5"), "--val", "1"])
+    assert {s: [e.name for e in es] for s, es in h5.read_info(tmp_path / "c.h5").splits.items()} == {"train": ["ID0", "ID1"], "val": ["ID2"], "test": ["ID3"]}
+    assert "the last 1 of train.list validate" in capsys.readouterr().out
+    refused(ssl4mis.main, [src, "--out", tmp_path / "d.h5"], "--val 8", "only 3 volumes")
     from test_data import make_ssl4mis
     refused(ssl4mis.main, [make_ssl4mis(tmp_path / "acdc"), "--out", tmp_path / "c.h5", "--shrink", "2"], "--shrink")
 
