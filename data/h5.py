@@ -318,6 +318,8 @@ def network_grid(info, size):
     if info.dims == 2:
         if size is not None and len(size) != 1:
             raise InputError(f"--size {','.join(map(str, size))}: {info.path} is segmented slice by slice (dims=2), which takes one side")
+        if size is not None and size[0] < 32:
+            raise InputError(f"--size {size[0]}: slices need a side of at least 32 pixels")
         return size[0] if size else 224
     size = size or (80, 112, 112)
     size = size * 3 if len(size) == 1 else size

@@ -31,13 +31,13 @@ def setting(kind, seed=1, count=3, students=1):
     """Students, teacher and a batch."""
     C, K, S = KINDS[kind]
     torch.manual_seed(seed)
-    network = dict(name="unet") if len(S) == 2 else dict(name="vnet", width=4)
+    network = dict(name="unet") if len(S) == 2 else dict(name="vnet", width=4, dropout=0.1)
     nets = [models.build(channels=C, classes=K, dims=len(S), **network) for _ in range(students)]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
         for p in teacher.parameters():
             p.add_(0.05 * torch.randn_like(p))
-        teacher.head.weight.mul_(20)  # and a decided one: UA-MT asks for entropy below ln 2
+        teacher.head.weight.mul_(20 if len(S) == 2 else 200)  # and a decided one: UA-MT asks for entropy below ln 2
     x, u, s1, s2 = (torch.randn(count, C, *S) for _ in range(4))
     return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, *S)), K), u, s1, s2)
 
@@ -520,7 +520,7 @@ def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 def train(data, out, *more):
-    size = ["--size", "32"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4"]
+    size = ["--size", "32"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
     train_ssl.main([data, "--out", str(out), "--labeled", "2", *size, "--batch", "3", "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "2", "--lr", "1e-3", "--lam-warmup", "0", *map(str, more)])
     return torch.load(out / "last.pt", weights_only=True)
 
