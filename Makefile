@@ -30,13 +30,13 @@ demo: .venv/ready
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --out $(OUT)/table --split test
 
 demo3d: OUT = runs/demo3d
-demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 200 --eval-every 100 --lr 2e-3 \
+demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 \
         --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
 demo3d: .venv/ready
 	$(PY) -m data.phantom --out $(DATA) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 6 --masks 30 --val-masks 4 --preview $(OUT)/masks.png
-	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 16,24,24 --width 16 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
+	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6 --preview $(OUT)/masks.png
+	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
 	$(TRAIN) --out $(OUT)/sup --method supervised
 	$(TRAIN) --out $(OUT)/mt --method mean_teacher
 	$(TRAIN) --out $(OUT)/mt_qw --method mean_teacher --weight quality --weight-level class
