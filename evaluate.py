@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from data import augment, h5
 from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing
-from models import quality
+from models import distributed, quality
 from models.losses import one_hot
 
 
@@ -328,8 +328,8 @@ def load_quality(path, info, on, size=None):
     if info.dims == 3 and size is not None and tuple(state["patch"]) != tuple(size):
         theirs, ours = (",".join(map(str, s)) for s in (state["patch"], size))
         raise InputError(f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size")
-    g = models.rebuild(state["model"], state["weights"])
-    return on.place(g).eval().requires_grad_(False), state["labeled"]
+    g = models.fused(on.place(models.rebuild(state["model"], state["weights"])))
+    return g.requires_grad_(False), state["labeled"]
 
 
 def run_name(args):
@@ -348,7 +348,7 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend"}}
+        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}}
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
@@ -409,10 +409,16 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
 
 
 def estimate_masks(g, masks, on, most=None, **how):
-    """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`; how: another index or change for it."""
-    rows = torch.arange(len(masks.mask)) if most is None else torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long()
-    index = how.pop("index", masks.index)
-    return estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
+    """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`, by all processes together; how: another index or change
+    for it."""
+    rows, index = thinned(len(masks.mask), most)[distributed.rank()::distributed.world()], how.pop("index", masks.index)
+    found = estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
+    return [np.stack(v) for v in zip(*distributed.gather(list(zip(*found))))]
+
+
+def thinned(n, most=None):
+    """Numbers below n, all or `most` that are evenly spread."""
+    return torch.arange(n) if most is None else torch.linspace(0, n - 1, min(most, n)).long()
 
 
 def quality_rows(title, predicted, true, present, classes):

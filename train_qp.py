@@ -1,6 +1,7 @@
 """Stage 2: trains the quality predictor g(image, mask) -> Dice of each foreground class.
 
     python train_qp.py DATA.h5 --vqm runs/vqm/vqm.h5 --out runs/qp
+    torchrun --nproc_per_node=4 train_qp.py ...    # the same training, each step's --batch shared by four processes, or GPUs
 
 Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of corrupt.py.
 Writes OUT/qp.pt (g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on val: OUT/qp.json, OUT/qp.md, OUT/qp.png.
@@ -28,6 +29,7 @@ import evaluate
 import models
 from data import augment, h5, vqm
 from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, save_checkpoint, start_run
+from models import distributed
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
 
@@ -61,6 +63,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on GPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -99,10 +102,11 @@ def draw(masks, rows, K, device, args):
     harvested = chosen & (masks.prob_index[rows] >= 0)
     if harvested.any():
         p = torch.stack([masks.prob[i] for i in masks.prob_index[rows][harvested].tolist()]).to(device).float() / 255
-        mask[harvested.to(device)] = augment.move(p, way[harvested.to(device)])
-    if (blurred := (chosen & ~harvested).to(device)).any():
-        m = mask[blurred]
-        mask[blurred] = augment.blur(m, augment.uniform(0.5, 0.02 * m.shape[-1] + 0.5, m))
+        at = harvested.nonzero()[:, 0].to(device)
+        mask[at] = augment.move(p, way[at])
+    if (blurred := chosen & ~harvested).any():
+        at, most = blurred.nonzero()[:, 0].to(device), 0.02 * mask.shape[-1] + 0.5
+        mask[at] = augment.blur(mask[at], augment.uniform(0.5, most, mask[at]), most)
     return augment.strong(augment.move(x, way), args.strength), mask, truth
 
 
@@ -152,6 +156,7 @@ def train_step(run, masks, rows, args, step):
         loss = HEADS[args.head](run.net, views, args)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    distributed.average_gradients(run.net.parameters())
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
@@ -166,16 +171,15 @@ TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4; below 1, g would only 
 def fit_temperature(g, masks, on, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
     fit it by likelihood.)"""
-    errors = torch.zeros(len(TEMPERATURES))
-    for rows in torch.linspace(0, len(masks.mask) - 1, min(most, len(masks.mask))).long().split(models.samples_in(16, masks.mask.shape[1:])):
+    errors, rows = [], evaluate.thinned(len(masks.mask), most)
+    for rows in rows[distributed.rank()::distributed.world()].split(models.samples_in(16, masks.mask.shape[1:])):
         x, y = masks.samples.batch(masks.index[rows], on.device)
         mask, truth = (one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y))
         with on.autocast():
             logits = g.logits(x, mask)                                     # [M, V, B, K, *S]
         mask, true = resample(mask, g.size), true_dice(mask, truth)
-        for i, t in enumerate(TEMPERATURES):
-            errors[i] += (quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs().sum().cpu()
-    g.temperature.fill_(TEMPERATURES[errors.argmin()])
+        errors += torch.stack([(quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs().sum(1) for t in TEMPERATURES], 1).cpu()
+    g.temperature.fill_(TEMPERATURES[torch.stack(distributed.gather(errors)).sum(0).argmin()])
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -208,8 +212,12 @@ def report(g, synthetic, real, info, on):
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    distributed.start(on.device)
     set_defaults(args, info.dims)
     resumed = start_run("qp", args, info.describe(), free=("vqm",))
+    if resumed and resumed["finished"]:
+        print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
+        return
     size = args.size and h5.network_grid(info, args.size)
     train = vqm.load(args.vqm, "train", info, size, probabilities=args.soft > 0)
     synthetic, real = (vqm.load(args.vqm, split, info, size) for split in ("val", "real"))
@@ -223,9 +231,12 @@ def main(argv=None):
         net = models.build("quality", **shape, dropout=args.dropout)
         if args.pretrained:
             load_pretrained(net, args.pretrained)
-    net = on.place(net).train()
+    net = on.place(distributed.synced(net)).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.compile:
+        for part in (net.members if args.head == "dense" else [net.backbone]):
+            models.compiled(part)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     steps = -(-len(train.samples) * min(args.per_image, len(train.mask) // len(train.samples)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     run = Run(net, g, optimizer, schedule, on.scaler(), on)
@@ -234,24 +245,32 @@ def main(argv=None):
         for name, part in (("net", net), ("weights", g), ("optimizer", optimizer), ("schedule", schedule), ("scaler", run.scaler)):
             part.load_state_dict(resumed[name])
         first, best = resumed["epoch"], resumed["best"]
-    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first)
+    distributed.wait()  # until all have looked at what is in OUT
+    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, distributed.rank() == 0)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
-          f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}")
+          f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}" + (f", {distributed.world()} processes" if distributed.world() > 1 else ""))
 
-    def save(name, epoch, **more):
-        save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
-                        labeled=sorted(set(train.samples.case)), patch=train.patch, data=info.describe(), **more)
+    def save(name, epoch, finished=False):
+        if distributed.rank() == 0:
+            more = {} if name == "qp.pt" else dict(net=net.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                                                   scaler=run.scaler.state_dict(), finished=finished)
+            save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
+                            labeled=sorted(set(train.samples.case)), patch=train.patch, data=info.describe(), **more)
 
-    for epoch in range(first + 1, args.epochs + 1):
-        if args.select == "best" and epoch - best["epoch"] > args.patience:
-            break
+    epoch = first
+    while epoch < args.epochs and not (args.select == "best" and epoch - best["epoch"] >= args.patience):
+        epoch += 1
         start, losses = time.perf_counter(), []
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
         order = epoch_rows(train, args.per_image)
-        batches = [rows for rows in order.split(args.batch) if len(rows) > 1]  # batch norm needs two
-        for step, rows in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty()), (epoch - 1) * steps + 1):
+        rank, world = distributed.rank(), distributed.world()
+        if rank:
+            torch.manual_seed(args.seed * 1_000_003 + epoch + rank * 2 ** 41)  # the same masks, other views
+        batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= 2 * world]  # batch norm needs two
+        bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty() or rank > 0)
+        for step, rows in enumerate(bar, (epoch - 1) * steps + 1):
             losses.append(train_step(run, train, rows, args, step))
-        loss = torch.stack(losses).mean().item()
+        loss = distributed.mean(torch.stack(losses).mean()).item()
         if not np.isfinite(loss):
             raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
         if args.head == "dense":
@@ -262,18 +281,21 @@ def main(argv=None):
             save("qp.pt", epoch)
         log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
                   seconds=time.perf_counter() - start)
-        save("last.pt", epoch, net=net.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), scaler=run.scaler.state_dict())
+        save("last.pt", epoch)
 
+    distributed.wait()  # for qp.pt
     g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     rows, panels, image_dependence = report(g, synthetic, real, info, on)
     chosen = " and ".join(["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")) or "nothing"
     text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n{evaluate.markdown(rows)}\n\n"
             "Dependence on the image: correlation of g's answers with those for a "
             + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (the paper asks for less than .7)\n")
-    evaluate.write_text(os.path.join(args.out, "qp.md"), text)
-    evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
-        dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
-    evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
+    if distributed.rank() == 0:
+        evaluate.write_text(os.path.join(args.out, "qp.md"), text)
+        evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
+            dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
+        evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
+    save("last.pt", epoch, finished=True)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
                                  ",".join(map(str, train.patch or seen[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))

@@ -1,6 +1,7 @@
 """Stage 3: semi-supervised training of a segmentation network f, guided by the frozen quality predictor g.
 
     python train_ssl.py DATA.h5 --out runs/mt_qw --labeled 7 --method mean_teacher --weight quality --qp runs/qp/qp.pt
+    torchrun --nproc_per_node=4 train_ssl.py ...    # the same training, each step's --batch shared by four processes, or GPUs
 
 Reads  DATA.h5: labels of the labeled train cases and of val; images of all other train cases, of the split `unlabeled`, and of
        --unlabeled OTHER.h5; with --weight quality or --qar also the qp.pt of train_qp.py.
@@ -30,8 +31,9 @@ from tqdm import tqdm
 
 import evaluate
 import models
-from data import augment, h5
+from data import augment, h5, stored
 from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, numbers, save_checkpoint, start_run
+from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 
 
@@ -66,6 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
+    p.add_argument("--qar-share", type=SHARE, default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken; 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
@@ -88,6 +91,10 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
+    p.add_argument("--cache", choices=("auto", "device", "ram", "off"), default="auto",
+                   help="where images are kept: on the device, in memory, or nowhere, but read for each step; auto: the first that they fit into")
+    p.add_argument("--workers", type=number(0), default=2, help="--cache off: processes that read the images of the next steps")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on GPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -399,14 +406,17 @@ def as_seen(w, term):
 
 
 def unlabeled_loss(g, terms, args, device):
-    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, share of samples that count]"""
+    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, share of samples that count]
+
+    sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
+    """
     total, seen, known = torch.zeros((), device=device), [], {}
     for term in terms:
         if id(term.target) not in known:                                     # UniMatch has three terms of one pseudo-label
             known[id(term.target)] = pixel_weights(g, term, args)
         pixels = as_seen(known[id(term.target)], term)                       # [U, *S]
         w = pixels.flatten(1).mean(1)                                        # [U]
-        total = total + (w * term.loss(pixels)).sum() / w.sum().clamp_min(1e-8)
+        total = total + (w * term.loss(pixels)).sum() / distributed.mean(w.sum()).clamp_min(1e-8)
         seen.append(torch.stack([w.mean(), (w > 0).float().mean()]))
     return total, torch.stack(seen).mean(0) if seen else torch.zeros(2, device=device)
 
@@ -446,7 +456,7 @@ def total_loss(nets, teacher, g, batch, args, t):
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
-    qar = quality_loss(g, nets, batch.u) if lam_qar else torch.zeros((), device=sup.device)
+    qar = quality_loss(g, nets, batch.u[:math.ceil(args.qar_share * len(batch.u))]) if lam_qar else torch.zeros((), device=sup.device)
     loss = sup.mean() + lam * unsup + lam_qar * qar
     return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
 
@@ -457,6 +467,7 @@ def train_step(run, batch, args, step):
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, (step - 1) / args.steps)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    distributed.average_gradients(p for net in run.nets for p in net.parameters())
     run.scaler.unscale_(run.optimizer)
     for net in run.nets:
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
@@ -468,37 +479,77 @@ def train_step(run, batch, args, step):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-def draw(labeled, unlabeled, args, K, step, device):
-    """The random batch of a step: labeled and unlabeled slices, or patches of volumes, augmented on the device."""
-    def some(images, count):  # without repetition while there are enough
-        order = torch.cat([torch.randperm(len(images)) for _ in range(-(-count // len(images)))])
-        return images.batch(order[:count], device)
-    x, y = augment.weak(*some(labeled, args.batch))
-    x = models.channels_last(x)
+def seed_of(args, step, stream):
+    """The seed of a step's random numbers, the same whether the run was resumed or not. stream 0: which images; 1, 2, ...: the views of each process"""
+    return args.seed * 1_000_003 + step + stream * 2 ** 41
+
+
+def needs_unlabeled(args, step):
+    """Whether anybody will look at a step's unlabeled images."""
     lam, lam_qar = lambdas(args, (step - 1) / args.steps)
-    if not lam_qar and (not lam or args.method == "supervised"):  # nobody will look at unlabeled images
+    return bool(lam_qar or (lam and args.method != "supervised"))
+
+
+class Feed(torch.utils.data.Dataset):
+    """Item n are the images of step n, as they are stored: labeled, and unlabeled ones or None. The same whoever reads them, and whether before or
+    after other steps; of several processes, each takes its share."""
+
+    def __init__(self, labeled, unlabeled, args):
+        self.labeled, self.unlabeled, self.args, self.rank, self.world = labeled, unlabeled, args, distributed.rank(), distributed.world()
+
+    def __getitem__(self, step):
+        generator = torch.Generator().manual_seed(seed_of(self.args, step, 0))
+
+        def some(images, count):  # without repetition while there are enough
+            order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-count // len(images)))])
+            mine, place = slice(self.rank, count, self.world), torch.rand(count, 3, generator=generator)
+            return images.fetch(order[mine], place[mine])
+        try:
+            return some(self.labeled, self.args.batch), some(self.unlabeled, self.args.batch_unlabeled) if needs_unlabeled(self.args, step) else None
+        except InputError as error:  # raised in a worker, it would come with the worker's traceback
+            return error
+
+
+def views(fetched, K, device):
+    """The batch of a step from what the feed has read: standardized and augmented on the device."""
+    if isinstance(fetched, InputError):
+        raise fetched
+    labeled, unlabeled = fetched
+    x, y = augment.weak(*h5.standardized(labeled, device))
+    x = models.channels_last(x)
+    if unlabeled is None:
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
-    u = models.channels_last(augment.weak(some(unlabeled, args.batch_unlabeled)[0]))
+    u = models.channels_last(augment.weak(h5.standardized(unlabeled, device)[0]))
     return Batch(x, one_hot(y, K), u, *(models.channels_last(augment.strong(u)) for _ in range(2)))
 
 
-def load_data(info, args):
-    """Labeled and unlabeled slices or volumes in memory, and val. Labels of unlabeled cases are never read."""
-    load = h5.load_slices if info.dims == 2 else h5.load_volumes
+def load_data(info, args, on):
+    """Labeled and unlabeled slices or volumes, kept as --cache says. Labels of unlabeled cases are never read."""
     labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
-    parts = [load(info, "train", args.size, others, labels=False)] if others else []
-    if info.splits.get("unlabeled"):
-        parts.append(load(info, "unlabeled", args.size, labels=False))
+    parts = [(info, "train", others)] if others else []
+    parts += [(info, "unlabeled", None)] if info.splits.get("unlabeled") else []
     if args.unlabeled:
         other = h5.read_info(args.unlabeled)
         for key in ("channels", "dims", "standardize"):
             if getattr(other, key) != getattr(info, key):
                 raise InputError(f"{args.unlabeled}: has {key} {getattr(other, key)}, but {info.path} has {getattr(info, key)}")
-        parts += [load(other, split, args.size, labels=False) for split in ("train", "unlabeled") if other.splits.get(split)]
+        parts += [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
+    if args.cache == "auto":
+        args.cache = where_it_fits(sum(stored.bytes_in_memory(i, s, args.size, n) for i, s, n in [(info, "train", labeled), *parts]), on.device)
+    load = stored.Stored if args.cache == "off" else h5.load_slices if info.dims == 2 else h5.load_volumes
     train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
-    return train, functools.reduce(operator.add, parts or [train]), evaluate.load_cases(info, "val", args.size)
+    unlabeled = functools.reduce(operator.add, [load(i, split, args.size, names, labels=False) for i, split, names in parts]) if parts else train
+    return (train.to(on.device), unlabeled.to(on.device)) if args.cache == "device" else (train, unlabeled)
+
+
+def where_it_fits(size, device):
+    """--cache auto for `size` bytes: the GPU if they take less than a quarter of its free memory, which training needs too; memory if they
+    take less than half of this process's share, since loading takes twice as much; else off."""
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
+        return "device"
+    return "ram" if size < stored.free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2 else "off"
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -509,6 +560,9 @@ def set_defaults(args, info):
     for name, value in (dict(model="unet", batch=32, batch_unlabeled=64) if info.dims == 2 else dict(model="vnet", batch=2, batch_unlabeled=2)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in ("batch", "batch_unlabeled"):
+        if getattr(args, name) % distributed.world():
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be shared evenly by {distributed.world()} processes")
     if args.dropout is not None and args.model != "vnet":
         raise InputError("--dropout is an option of --model vnet")
 
@@ -516,28 +570,37 @@ def set_defaults(args, info):
 def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    distributed.start(on.device)
     set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
-    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep", "window", "stride", "blend"))
+    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep", "window", "stride", "blend", "cache", "workers"))
+    if resumed and resumed["finished"]:
+        print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "
+              "--overwrite trains it again")
+        return
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
     g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
     if g and args.weight == "quality" and args.weight_level == "pixel" and not hasattr(g, "error"):
         raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; --weight-level pixel needs train_qp.py --head dense")
-    labeled, unlabeled, val = load_data(info, args)
+    labeled, unlabeled = load_data(info, args, on)
+    val = evaluate.load_cases(info, "val", args.size)
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
     options = {name: value for name, value in dict(width=args.width, dropout=args.dropout).items() if value is not None}
-    nets = [on.place(models.build(args.model, channels=info.channels, classes=K, dims=info.dims, **options)).train() for _ in range(STUDENTS.get(args.method, 1))]
+    build = lambda: models.build(args.model, channels=info.channels, classes=K, dims=info.dims, **options)
+    nets = [on.place(distributed.synced(build())).train() for _ in range(STUDENTS.get(args.method, 1))]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
+    if args.compile:
+        nets, teacher = [models.compiled(net) for net in nets], models.compiled(teacher)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps))
     else:
-        optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: (1 - step / args.steps) ** 0.9
     run = Run(nets, teacher, g, optimizer, on.scaler(), on)
     first, best = 0, dict(dice=-1.0, step=0)
@@ -548,30 +611,34 @@ def main(argv=None):
         run.scaler.load_state_dict(resumed["scaler"])
         first, best = resumed["step"], resumed["best"]
 
-    def save(name, step):
-        save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
-                        teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(),
-                        scaler=run.scaler.state_dict(), data=info.describe(), labeled=sorted({*labeled.case, *seen}))
+    def save(name, step, finished=False):
+        if distributed.rank() == 0:
+            save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
+                            teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(), finished=finished,
+                            scaler=run.scaler.state_dict(), data=info.describe(), labeled=sorted({*labeled.case, *seen}))
 
     names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
-    log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first)
+    distributed.wait()  # until all have looked at what is in OUT
+    log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0)
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
-          f"{'slices' if info.dims == 2 else 'volumes'}, {on}" + (f", from step {first}" if first else ""))
+          f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
+          + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
+    steps = range(first + 1, args.steps + 1)
+    feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache == "off" and on.device.type == "cuda",
+                                       num_workers=args.workers if args.cache == "off" else 0)
+    bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
     sums, start = torch.zeros(len(names), device=on.device), time.perf_counter()
-    for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty()):
-        if step - best["step"] > args.patience * args.eval_every and best["step"]:
-            break
-        torch.manual_seed(args.seed * 1_000_003 + step)  # a step draws the same whether the run was resumed or not
+    for step, fetched in bar:
+        torch.manual_seed(seed_of(args, step, 1 + distributed.rank()))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor(step - 1)
-        batch = draw(labeled, unlabeled, args, K, step, on.device)
-        sums += train_step(run, batch, args, step)
+        sums += train_step(run, views(fetched, K, on.device), args, step)
 
         if step in args.keep:
             save(f"step{step}.pt", step)
         if step % args.eval_every == 0 or step == args.steps:
             done = (step - 1) % args.eval_every + 1
-            means = dict(zip(names, (sums / done).tolist()))
+            means = dict(zip(names, (distributed.mean(sums) / done).tolist()))
             if not math.isfinite(means["loss"]):
                 raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
@@ -583,7 +650,10 @@ def main(argv=None):
             log.write(step, **means, lam=lambdas(args, (step - 1) / args.steps)[0],
                       lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                       **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
-            save("last.pt", step)
+            finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
+            save("last.pt", step, finished)
+            if finished:
+                break
             sums, start = torch.zeros_like(sums), time.perf_counter()
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
           "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",

@@ -57,7 +57,7 @@ def strong(image, strength=1.0):
     if image.shape[1] > 1:  # a color cast
         x = x + 0.4 * s * (2 * channel - 1)
     x = gamma(x, torch.exp(uniform(-0.5 * s, 0.5 * s, image)))
-    x = torch.where(uniform(0, 1, x) < 0.5, blur(x, uniform(0.3, 0.3 + 1.2 * s, x)), x)
+    x = torch.where(uniform(0, 1, x) < 0.5, blur(x, uniform(0.3, 0.3 + 1.2 * s, x), 0.3 + 1.2 * s), x)
     return x + uniform(0, 0.15 * s, x) * torch.randn_like(x)
 
 
@@ -69,10 +69,10 @@ def gamma(image, power):
     return ((image - low) / width).clamp(1e-6, 1) ** power * width + low
 
 
-def blur(image, sigma):
-    """Gaussian blur, separable, with one sigma (pixels) per sample, [B, 1, ...]. Reaches 2 sigma of the largest."""
+def blur(image, sigma, most):
+    """Gaussian blur, separable, with one sigma (pixels) per sample, [B, 1, ...], that is at most `most`, twice which the kernel reaches."""
     B, C, *S = image.shape
-    radius = max(1, math.ceil(2 * float(sigma.max())))
+    radius = max(1, math.ceil(2 * most))
     offset = torch.arange(-radius, radius + 1, device=image.device)
     kernel = torch.exp(-0.5 * (offset / sigma.reshape(B, 1)) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # [BC, 2 radius + 1]

@@ -122,8 +122,12 @@ def load_checkpoint(path, stage):
 class Log:
     """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
 
-    def __init__(self, out, columns, after=0):
-        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped. 0 removes a former run."""
+    def __init__(self, out, columns, after=0, writes=True):
+        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped. 0 removes a former run.
+        writes: False for all but one of several processes, which keep no records."""
+        self.writes = writes
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter
         if not after:
             for path in [p for name in ("*.pt", "log.csv", "events.*") for p in glob.glob(os.path.join(glob.escape(out), name))]:
@@ -140,6 +144,8 @@ class Log:
 
     def write(self, step, **values):
         """One record; columns that are not given stay empty."""
+        if not self.writes:
+            return
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
         with open(self.path, "a", newline="") as f:
             csv.DictWriter(f, self.columns).writerow({"step": step, **shown})
@@ -149,25 +155,27 @@ class Log:
 
 
 def start_run(stage, args, data, free=()):
-    """Looks at OUT/last.pt before a training run. -> the state to resume from, or None for a fresh start
+    """Looks at OUT/last.pt before a training run. -> the state to resume from, or of a run that is finished (state["finished"]), or None for a
+    fresh start
 
-    data: what describes the data now. InputError if OUT holds a run already and neither --resume nor --overwrite is given, or if --resume
-    comes with other data or options than the run was started with (those named in `free` may differ).
+    data: what describes the data now. InputError if OUT holds an unfinished run and neither --resume nor --overwrite is given, or a run that
+    was started with other data or options (those named in `free` may differ).
     """
-    last = os.path.join(args.out, "last.pt")
+    last, found = os.path.join(args.out, "last.pt"), glob.glob(os.path.join(glob.escape(args.out), "*.pt"))
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
-    if args.resume and os.path.isfile(last):
-        state = load_checkpoint(last, stage)
-        for key, value in vars(args).items():
-            if key not in {"resume", "overwrite", "out", "data", "device", *free} and state["args"].get(key) != value:
-                raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}")
-        for key, value in data.items():
-            if state["data"][key] != value:
-                raise InputError(f"{last}: was started on other data ({key} {state['data'][key]}, not {value})")
-        return state
-    if args.resume and glob.glob(os.path.join(glob.escape(args.out), "*.pt")):
-        raise InputError(f"{last}: is not there, so the run cannot go on; start again with --overwrite")
-    if not args.overwrite and glob.glob(os.path.join(glob.escape(args.out), "*.pt")):
-        raise InputError(f"{args.out}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
-    return None
+    if args.overwrite or not found:
+        return None
+    if not os.path.isfile(last):
+        raise InputError(f"{args.out}: holds a run, but no last.pt to go on from; start again with --overwrite, or choose another --out")
+    state = load_checkpoint(last, stage)
+    for key, value in vars(args).items():
+        if key not in {"resume", "overwrite", "out", "data", "device", *free} and state["args"].get(key) != value:
+            raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}; "
+                             "replace it with --overwrite, or choose another --out")
+    for key, value in data.items():
+        if state["data"][key] != value:
+            raise InputError(f"{last}: was started on other data ({key} {state['data'][key]}, not {value})")
+    if not args.resume and not state["finished"]:
+        raise InputError(f"{args.out}: holds an unfinished run; go on with --resume, replace it with --overwrite, or choose another --out")
+    return state

@@ -6,7 +6,7 @@
            standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
-             attrs         patient, spacing (mm per axis), spacing_known, source;
+             attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and std of the image;
                            affine and source_grid where the source has a place in space (data/nifti.py)
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
@@ -58,6 +58,7 @@ class Entry:
     checksum: int     # CRC-32 of image and label, taken when they were written
     affine: np.ndarray | None = None  # of the source, see Case
     source_grid: tuple | None = None
+    itemsize: int = 1  # bytes of a number of the image
 
 
 @dataclass
@@ -101,7 +102,7 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True):
                 group = f.require_group(case.split) if case.split in f else f.create_group(case.split, track_order=True)
                 if case.name in group:
                     raise InputError(f"{path}: case '{case.name}' comes twice in split '{case.split}'")
-                _write_case(group.create_group(case.name), case, channels)
+                _write_case(group.create_group(case.name), case, channels, dims)
             patients = {s: {g.attrs["patient"] for g in f[s].values()} for s in f}
         if not patients:
             raise InputError(f"{path}: no case was found, so nothing was written")
@@ -141,16 +142,18 @@ def _check_case(path, case, K, channels, dims):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
 
 
-def _write_case(group, case, channels):
+def _write_case(group, case, channels, dims):
     grid = case.image.shape[:-1] if channels == 3 else case.image.shape
     pack = dict(compression="gzip", compression_opts=1, shuffle=True)
-    whole_slice = (1, *grid[1:]) if len(grid) == 3 else grid  # a slice of a volume is read alone
-    group.create_dataset("image", data=case.image, chunks=(*whole_slice, 3) if channels == 3 else whole_slice, **pack)
+    # what is read alone: a slice of a volume, or the blocks that a patch touches
+    chunk = grid if len(grid) == 2 else (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
+    group.create_dataset("image", data=case.image, chunks=(*chunk, 3) if channels == 3 else chunk, **pack)
     if case.label is not None:
-        group.create_dataset("label", data=case.label, chunks=whole_slice, **pack)
+        group.create_dataset("label", data=case.label, chunks=chunk, **pack)
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
                        source=case.source, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
+    group.attrs["mean"], group.attrs["std"] = moments(case.image)
     group.attrs.update({k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None})
 
 
@@ -202,15 +205,18 @@ def _entry(path, split, name, group, channels, dims):
         raise InputError(f"{where}/label: shape {group['label'].shape}, but the image has {grid}")
     return Entry(name, str(group.attrs["patient"]), grid, "label" in group, tuple(map(float, group.attrs["spacing"])),
                  bool(group.attrs["spacing_known"]), str(group.attrs["source"]), int(group.attrs.get("checksum", 0)), group.attrs.get("affine"),
-                 tuple(map(int, group.attrs["source_grid"])) if "source_grid" in group.attrs else None)
+                 tuple(map(int, group.attrs["source_grid"])) if "source_grid" in group.attrs else None, image.dtype.itemsize)
 
 
-def read_case(f, info, split, name, label=True):
-    """Pixels of one case of an open file. -> image (D, H, W[, 3]) (D = 1 for an image), label (D, H, W) or None."""
+def read_case(f, info, split, name, label=True, part=()):
+    """Pixels of one case of an open file. -> image (D, H, W[, 3]) (D = 1 for an image), label (D, H, W) or None.
+
+    part: slices of its first axes, which alone are read.
+    """
     group, where = f[split][name], f"{info.path}: /{split}/{name}"
     try:
-        image = group["image"][:]
-        y = group["label"][:] if label and "label" in group else None
+        image = group["image"][part]
+        y = group["label"][part] if label and "label" in group else None
     except (OSError, KeyError) as error:
         raise InputError(f"{where}: cannot be read ({error}); convert the data again") from None
     if image.dtype == np.float32 and not np.isfinite(image).all():
@@ -261,12 +267,20 @@ class Samples:
     def __len__(self):
         return len(self.image)
 
+    def fetch(self, index, place=None):
+        """What batch() standardizes. -> image [B, C, *S] and label [B, *S] or None, as stored, mean [B], std [B]. place: of Volumes"""
+        return self.image[index], None if self.label is None else self.label[index], self.mean[index], self.std[index]
+
     def batch(self, index, device="cpu"):
         """Standardized images [B, C, *S] float32, and labels [B, *S] int64 or None."""
-        x = self.image[index].to(device, torch.float32)
-        mean, std = (v[index].to(device).reshape(-1, *[1] * (x.dim() - 1)) for v in (self.mean, self.std))
-        y = None if self.label is None else self.label[index].to(device, torch.int64)
-        return (x - mean) / std, y
+        return standardized(self.fetch(index), device)
+
+    def to(self, device):
+        """Itself, held by a device."""
+        for name in ("image", "mean", "std", "label"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.to(device))
+        return self
 
     def __add__(self, other):
         """Both, one after the other (images of mixed types become float32); labels are kept only if both have them."""
@@ -278,7 +292,7 @@ class Samples:
 
 @dataclass
 class Volumes:
-    """Whole volumes in memory, each on its own grid of at least `size`, from which batch() cuts patches at random."""
+    """Whole volumes in memory, each on its own grid of at least `size`, from which patches are cut."""
     image: list         # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
     mean: list          # N
     std: list           # N
@@ -289,15 +303,21 @@ class Volumes:
     def __len__(self):
         return len(self.image)
 
+    def fetch(self, index, place):
+        """A patch of each of some volumes, as Samples.fetch() gives it. place [B, 3]: of its corner, as a share of where it could be, in [0, 1)"""
+        parts = [part_at(self.image[i].shape, self.size, at) for i, at in zip(index.tolist(), place)]
+        x, y = (None if v is None else torch.stack([v[i][part] for i, part in zip(index.tolist(), parts)]) for v in (self.image, self.label))
+        mean, std = (torch.tensor([v[i] for i in index.tolist()], device=x.device) for v in (self.mean, self.std))
+        return x[:, None], y, mean, std
+
     def batch(self, index, device="cpu"):
-        """A patch of each of some volumes, at a place that torch's global generator draws, as Samples.batch() gives it."""
-        x, y = [], []
-        for i in index.tolist():
-            corner = [int(torch.randint(n - s + 1, ())) for n, s in zip(self.image[i].shape, self.size)]
-            part = tuple(slice(c, c + s) for c, s in zip(corner, self.size))
-            x.append((self.image[i][part].to(device, torch.float32) - self.mean[i]) / self.std[i])
-            y.append(None if self.label is None else self.label[i][part].to(device, torch.int64))
-        return torch.stack(x)[:, None], None if self.label is None else torch.stack(y)
+        """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
+        return standardized(self.fetch(index, torch.rand(len(index), 3)), device)
+
+    def to(self, device):
+        """Itself, held by a device."""
+        self.image, self.label = (None if v is None else [one.to(device) for one in v] for v in (self.image, self.label))
+        return self
 
     def __add__(self, other):
         """Both, one after the other; labels are kept only if both have them."""
@@ -305,9 +325,22 @@ class Volumes:
                        None if self.label is None or other.label is None else self.label + other.label, self.case + other.case, self.size)
 
 
-def standard(image, info):
-    """Mean and standard deviation of a case's intensities (all channels together: color is kept); 0 and 1 where they are ready."""
-    return (float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)) if info.standardize else (0.0, 1.0)
+def standardized(fetched, device):
+    """What fetch() gave, on a device. -> images [B, C, *S] float32 of mean 0 and deviation 1 of their cases, labels [B, *S] int64 or None"""
+    image, label, mean, std = (None if v is None else v.to(device, non_blocking=True) for v in fetched)
+    mean, std = (v.reshape(-1, *[1] * (image.dim() - 1)) for v in (mean, std))
+    return (image.float() - mean) / std, None if label is None else label.long()
+
+
+def part_at(grid, size, place):
+    """The slices of a patch of `size` in a grid that is no smaller. place [3] in [0, 1): of its corner, as a share of where it could be"""
+    corner = [int(p * (n - s + 1)) for p, n, s in zip(place.tolist(), grid, size)]
+    return tuple(slice(c, c + s) for c, s in zip(corner, size))
+
+
+def moments(image):
+    """Mean and standard deviation of a case's intensities, all channels together: color is kept."""
+    return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
 
 
 def network_grid(info, size):
@@ -377,7 +410,7 @@ def read_cases(info, split, names=None, labels=True):
             image, label = read_case(f, info, split, name, labels)
             if labels and label is None:
                 raise InputError(f"{info.path}: /{split}/{name} has no label, but one is needed here")
-            yield name, image, label, *standard(image, info)
+            yield name, image, label, *(moments(image) if info.standardize else (0.0, 1.0))
 
 
 def load_slices(info, split, size, names=None, labels=True):
