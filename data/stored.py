@@ -101,13 +101,23 @@ def bytes_in_memory(info, split, size, names=None):
 
 def free_memory():
     """Bytes of main memory that this process may still take: of the machine, and of its control groups (containers, batch systems)."""
-    free = psutil.virtual_memory().available
-    try:
-        with open("/proc/self/cgroup") as f:
-            mine = Path("/sys/fs/cgroup", f.read().strip().rpartition("::/")[2])  # version 2; of version 1, nothing is found
-        for group in (mine, *mine.parents):
-            if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()) != "max":
-                free = min(free, int(most) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
+    free, mine = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+    for limit in group_limits():
+        free = min(free, limit - mine)
     return max(0, free)
+
+
+def group_limits(root="/sys/fs/cgroup", mine="/proc/self/cgroup"):
+    """Memory limits in bytes of the control groups around this process, of version 1 and 2; none where there are no groups."""
+    try:
+        with open(mine) as f:
+            lines = [line.rstrip("\n").split(":", 2) for line in f]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        version = 2 if controllers == "" else 1 if "memory" in controllers.split(",") else None
+        top = Path(root, *["memory"] * (version == 1))
+        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents) if version else ():
+            file = group / ("memory.max" if version == 2 else "memory.limit_in_bytes")
+            if top in (group, *group.parents) and file.is_file() and (limit := file.read_text().strip()) != "max":
+                yield int(limit)

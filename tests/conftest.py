@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
-from data import images, phantom  # noqa: E402
+from data import h5, images, phantom  # noqa: E402
 from data.files import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
@@ -52,6 +52,7 @@ def volumes(tmp_path_factory):
             image, label = case["image"][:, :, :36], case["label"][:, :, :36]
             del case["image"], case["label"]
             case["image"], case["label"] = image, label
+            case.attrs["mean"], case.attrs["std"] = h5.moments(image)
     return str(path)
 
 

@@ -60,9 +60,9 @@ def test_same_seed_same_views():
 
 def test_blur_keeps_constants_and_matches_scipy():
     from scipy.ndimage import gaussian_filter
-    assert torch.allclose(augment.blur(torch.ones(2, 2, 20, 20), torch.full((2, 1, 1, 1), 2.0)), torch.ones(2, 2, 20, 20), atol=1e-5)
+    assert torch.allclose(augment.blur(torch.ones(2, 2, 20, 20), torch.full((2, 1, 1, 1), 2.0), 2.0), torch.ones(2, 2, 20, 20), atol=1e-5)
     image = torch.randn(2, 1, 24, 30)
-    ours = augment.blur(image, torch.tensor([0.7, 1.5])[:, None, None, None])
+    ours = augment.blur(image, torch.tensor([0.7, 1.5])[:, None, None, None], 1.5)
     for i, sigma in enumerate((0.7, 1.5)):  # one sigma per sample; the kernel reaches 2 sigma of the largest, 3 pixels
         theirs = gaussian_filter(image[i, 0].numpy(), sigma, radius=3, mode="mirror")
         assert abs(ours[i, 0].numpy() - theirs).max() < 1e-4

@@ -1,8 +1,10 @@
 """README's commands and examples work as printed."""
 import glob
 import importlib
+import os
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -59,6 +61,43 @@ def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
         execute(command, tmp_path, monkeypatch)
     assert "| mean_teacher + QW |" in capsys.readouterr().out and (tmp_path / "runs" / "masks3d.png").exists()
     assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == ["phantom010.nii.gz"]
+
+
+def stubs(folder, *names):
+    """Programs that only note how they were called, in folder/calls.txt. -> the environment that finds them first"""
+    (folder / "bin").mkdir()
+    for name in names:
+        (folder / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $@" >> {folder}/calls.txt\n')
+        (folder / "bin" / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+def test_sweeps(tmp_path, monkeypatch, capsys):
+    """The shell hands every line's options to a run, through xargs and, where it is installed, GNU parallel; the runs are one table, and stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    env, block = stubs(tmp_path, "python"), next(b for b in blocks("bash") if "xargs" in b)
+    (tmp_path / "runs" / "sweep").mkdir(parents=True)
+    subprocess.run(["bash", "-eu"], input=block, text=True, env=env, check=True)
+    *runs, table = (tmp_path / "calls.txt").read_text().split("\n")[:-1]
+    assert len(runs) == 4 and all(run.startswith("python train_ssl.py runs/phantom.h5 --resume --method ") for run in runs)
+    if shutil.which("parallel"):
+        (tmp_path / "calls.txt").unlink()
+        subprocess.run(["bash", "-eu"], input=next(line for b in blocks("sh") for line in b.split("\n") if line.startswith("parallel")), text=True, env=env, check=True)
+        assert sorted((tmp_path / "calls.txt").read_text().split("\n")[:-1]) == sorted(runs)
+    execute("python data.phantom --out runs/phantom.h5", tmp_path, monkeypatch)
+    for _ in range(2):
+        for run in runs:
+            execute(run, tmp_path, monkeypatch)
+    assert capsys.readouterr().out.count("this run is finished") == 4
+    execute("python evaluate.py runs/phantom.h5 runs/sweep/*/best.pt --baseline supervised --out runs/sweep_table", tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert table.startswith("python evaluate.py runs/phantom.h5 runs/sweep/") and "| mean_teacher |" in out and " ± " in out
+
+
+def test_torchrun(tmp_path):
+    """Its command is one that torchrun and train_ssl.py take (tests/test_distributed.py runs it)."""
+    command = shlex.split(next(line for b in blocks("bash") for line in b.split("\n") if line.startswith("torchrun")))
+    assert command[:4] == ["torchrun", "--standalone", "--nproc_per_node=2", "train_ssl.py"] and train_ssl.parse_args(command[4:]).batch == 16
 
 
 def test_own_data(tmp_path, monkeypatch):

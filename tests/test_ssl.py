@@ -586,6 +586,53 @@ def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp
     assert rows[0] == rows[1]
 
 
+def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monkeypatch, refused):
+    train(gray, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for again in ([], ["--resume"]):
+        capsys.readouterr()
+        train(gray, tmp_path, *again)
+        assert "this run is finished (step 5, best val Dice" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    early = tmp_path / "early"
+    train(gray, early, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2)   # stopped before its last step: finished, too
+    capsys.readouterr()
+    train(gray, early, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2, "--resume")
+    assert "this run is finished" in capsys.readouterr().out
+    step, calls = train_ssl.train_step, []
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(train_ssl, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(gray, tmp_path, "--overwrite")
+    refused(lambda argv: train(gray, tmp_path), [], "unfinished run", "--resume", "--overwrite")
+
+
+def test_qar_is_taken_on_a_share_of_the_images():
+    seen = []
+    class Watching(Constant):
+        def forward(self, image, mask):
+            seen.append(image)
+            return super().forward(image, mask)
+    nets, teacher, batch = setting("4-class gray", count=5)
+    for share, count in ((1, 5), (1 / 3, 2), (0.4, 2), (0.01, 1)):
+        seen.clear()
+        train_ssl.total_loss(nets, teacher, Watching(0.3, 4), batch, options("--qar-share", str(share), qar=0.1), 0.5)
+        assert len(seen) == 1 and torch.equal(seen[0], batch.u[:count])
+
+
+def test_compiled_networks_train_alike(gray, tmp_path, monkeypatch):
+    """With a compiler that only traces; the weights are those of the plain network."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
+    for method in ("mean_teacher", "unimatch"):
+        a, b = (train(gray, tmp_path / f"{method}{len(more)}", "--method", method, "--steps", 2, *more) for more in ((), ("--compile",)))
+        assert all(torch.allclose(u[k].float(), v[k].float(), atol=1e-5) for u, v in zip(a["nets"], b["nets"]) for k in u)
+
+
 def test_labels_of_unlabeled_cases_have_no_influence(gray, tmp_path):
     shutil.copy(gray, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
@@ -647,7 +694,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     refused(train_ssl.main, [tmp_path / "no_val.h5", *out], "'val' is empty")
     assert not (tmp_path / "o").exists()
     train(gray, tmp_path / "o")
-    refused(train_ssl.main, [gray, *out], "--resume", "--overwrite")
+    refused(train_ssl.main, [gray, *out], "was started with --", "--overwrite", "another --out")
     refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--lr", "0.5"], "--lr 0.001, not 0.5")
     refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one")
     phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--depth", "4", "--size", "48", "--seed", "1"])
