@@ -498,7 +498,9 @@ def load_data(info, args):
     train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
-    return train, functools.reduce(operator.add, parts or [train]), evaluate.load_cases(info, "val", args.size)
+    val = evaluate.Cases(info, "val", args.size)
+    list(val)  # read now: a damaged case should not end the run at its first validation
+    return train, functools.reduce(operator.add, parts or [train]), val
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -576,7 +578,7 @@ def main(argv=None):
                 raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
             milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.evaluate(nets[0], val, on, K, cut)
+            dice, per_class = evaluate.mean_dice(evaluate.dice_table(nets[0], val, on, K, cut))
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)
