@@ -1,11 +1,13 @@
 """Metrics of masks, and how well estimates of quality agree with them: formulas on numpy arrays.
 
+Nothing but numpy and scipy is imported, so that a process that only scores masks (evaluate.py --workers) starts in half a second.
+
 Legend: N samples (slices or patches), K classes, D depth, H height, W width, n entries of a list.
 """
 from dataclasses import dataclass
 
 import numpy as np
-import scipy
+import scipy  # stats and optimize load when they are first used: processes that score masks need neither
 from scipy import ndimage, spatial
 
 # ---------------------------------------------------------------------------------------------------- masks

@@ -1,13 +1,16 @@
 """Metrics against medpy, the rules for empty masks, cases one by one, and the tables and pictures of evaluate.py."""
 import csv
 import json
+import re
 import shutil
+import types
 
 import cv2
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import python
 from medpy.metric import binary
 from scipy import stats
 
@@ -401,6 +404,58 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
     mean = np.mean([float(found[name, c]["dice"]) for c in info.classes[1:]])
     assert name == entry.name and len(looked) == 1 and (drawn == truth).all() and title.endswith(f"Dice {mean:.3f}")
     assert (outline == label[(truth > 0).sum((1, 2)).argmax()]).all() and (label != label[:1]).any()
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monkeypatch):
+    """evaluate.py as a command on a split that is large enough for processes, and without them."""
+    rng = np.random.default_rng(0)
+    def cases():
+        for i in range(6):
+            label = np.zeros((400, 500 + i), np.uint8)
+            label[100:250 + 20 * i, 150:300], label[300:, :60] = 1, 1
+            yield h5.Case("val", f"c{i}", (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8), label, f"p{i % 4}")
+    info = h5.write(str(tmp_path / "f.h5"), [*cases(), h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t")],
+                    name="f", classes=["background", "a"], dims=2, channels=1)
+    common = [info.path, make_run(tmp_path / "a", info), "--largest-component", "--pictures", "0", "--out"]
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    done = python("evaluate.py", *common, tmp_path / "pool", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\| +torch$", done.stderr, re.M)) == 1 and len(re.findall(r"\| +data\.metrics$", done.stderr, re.M)) == 3
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", None)
+    evaluate.main([*common, str(tmp_path / "here"), "--workers", "0"])
+    a, b = ((tmp_path / n / "cases.csv").read_text() for n in ("pool", "here"))
+    assert a == b and [r["case"] for r in csv.DictReader(a.splitlines())] == [f"c{i}" for i in range(6)]
+    monkeypatch.setattr(evaluate, "SMALL", 10 ** 9)   # and a small set starts none
+    evaluate.main([*common, str(tmp_path / "small"), "--workers", "2"])
+
+
+def test_a_process_that_dies_is_one_clear_error(gray, tmp_path, monkeypatch, refused):
+    (tmp_path / "killer.py").write_text("import os\ndef score_case(*_):\n    os._exit(9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import killer
+    monkeypatch.setattr(evaluate, "score_case", killer.score_case)
+    monkeypatch.setattr(evaluate, "SMALL", 0)
+    refused(evaluate.main, [gray, make_run(tmp_path / "a", h5.read_info(gray)), "--out", tmp_path / "o", "--workers", "1"], "has died", "--workers")
+    assert not (tmp_path / "o").exists()
+
+
+def test_few_cases_are_under_way():
+    under_way, most = [], []
+
+    class Pool:
+        """Whose work is done when it is asked for."""
+
+        def submit(self, function, *task):
+            under_way.append(task)
+            return types.SimpleNamespace(result=lambda: under_way.remove(task) or function(*task))
+
+    for i, value in enumerate(evaluate.in_order(Pool(), pow, ((i, 2) for i in range(20)), 3)):
+        assert value == i ** 2
+        most.append(len(under_way))
+    assert max(most) == 3 and most[-1] == 0
+    assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
 
 
 # ---------------------------------------------------------------------------------------------------- rows
