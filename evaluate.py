@@ -1,6 +1,6 @@
 """Stage 4: scores checkpoints on a split, case by case.
 
-    python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--qp runs/qp/qp.pt [--second runs/other/best.pt]]
+    python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--baseline supervised] [--qp runs/qp/qp.pt [--second runs/other/best.pt]]
     python evaluate.py DATA.h5 runs/mt_qw/best.pt --split test --out runs/masks --predict
 
 Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), optionally the qp.pt of train_qp.py.
@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from data import augment, h5
 from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing
-from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, plain_dice, quality_rows, score,  # noqa: F401
+from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
                           score_case)
 from models import quality
 from models.losses import one_hot
@@ -52,6 +52,8 @@ def parse_args(argv=None):
     p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels")
     p.add_argument("--out", required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
+    p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
+                   "difference in Dice, patient by patient, with its interval and a test")
     p.add_argument("--largest-component", action="store_true",
                    help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
@@ -66,8 +68,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
-    if args.predict and (len(args.checkpoints) > 1 or args.qp):
-        raise InputError("--predict writes the masks of one checkpoint, without --qp")
+    if args.predict and (len(args.checkpoints) > 1 or args.qp or args.baseline):
+        raise InputError("--predict writes the masks of one checkpoint, without --qp or --baseline")
     return args
 
 
@@ -352,8 +354,28 @@ def case_dice(scores, members):
     return np.mean([[np.mean([s.dice for s in case]) for case in scores[i]] for i in members], 0)
 
 
+def find_baseline(name, groups, paths):
+    """The index of the group that --baseline names, by its row or by one of its checkpoints. InputError if there is none, or more than one."""
+    found = [i for i, (_, _, members) in enumerate(groups) if os.path.abspath(name) in [os.path.abspath(paths[m]) for m in members]][:1]
+    found = found or [i for i, (row, _, _) in enumerate(groups) if row == name]
+    if not found:
+        raise InputError(f"--baseline {name}: neither a checkpoint nor a row of the table; its rows: {', '.join(dict.fromkeys(row for row, _, _ in groups))}")
+    if len(found) > 1:
+        raise InputError(f"--baseline {name}: rows of labeled {', '.join(groups[i][1] for i in found)} have this name; give the path of a checkpoint of one")
+    return found[0]
+
+
+def against(baseline, groups, scores, patient):
+    """Columns that compare each group with that of index `baseline`, where labeled is the same. patient: of each case -> a dict per group"""
+    columns, base = ("Δ Dice", "95% interval", "p"), 100 * case_dice(scores, groups[baseline][2])
+    return [dict(zip(columns, paired(100 * case_dice(scores, members), base, patient) if i != baseline and labeled == groups[baseline][1] else (None,) * 3))
+            for i, (_, labeled, members) in enumerate(groups)]
+
+
 def show(value):
-    """A table's cell: values over seeds become 'mean ± deviation' (n - 1)."""
+    """A table's cell: values over seeds become 'mean ± deviation' (n - 1), an interval 'low to high'."""
+    if isinstance(value, tuple):
+        return " to ".join(f"{v:.3f}" for v in value)
     if isinstance(value, list):
         return f"{np.mean(value):.2f}" + (f" ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else "")
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -545,12 +567,17 @@ def write_scores(args, info, entries, groups, states, scores, cut):
     """The table, on the screen too, and a CSV with a row per run, case and class. scores[run][case][class]; cut: Window or None"""
     rows = summarize(info, groups, scores, "mm" if all(e.spacing_known for e in entries) else "px")
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
+    if args.baseline:
+        base, patient = find_baseline(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
+        rows = [row | columns for row, columns in zip(rows, against(base, groups, scores, patient))]
+        title += (f"\nΔ Dice: points above {groups[base][0]}, labeled {groups[base][1]}; mean and 95% interval (bootstrap, percentiles) over {len(set(patient))} "
+                  "patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
     write_csv(os.path.join(args.out, "cases.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
         for name, labeled, members in groups for i in members for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
     write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
-    text = f"{title}\n\n" + markdown(rows)
+    text = f"{title}\n\n" + markdown([row | {"p": "< 0.001"} if (row.get("p") or 1) < 0.001 else row for row in rows])
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
 
@@ -605,6 +632,8 @@ def main(argv=None):
     check_runs(args, info, heads)
     states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
     groups = group_runs(states, args.checkpoints)
+    if args.baseline:
+        find_baseline(args.baseline, groups, args.checkpoints)  # fails before the work begins
     g = load_quality(args.qp, info, on, size)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":

@@ -1,4 +1,4 @@
-"""Metrics of masks, and how well estimates of quality agree with them: formulas on numpy arrays.
+"""Metrics of masks, how well estimates of quality agree with them, and how two runs compare: formulas on numpy arrays.
 
 Nothing but numpy and scipy is imported, so that a process that only scores masks (evaluate.py --workers) starts in half a second.
 
@@ -217,3 +217,32 @@ def quality_rows(title, predicted, true, present, classes):
         rows += [dict(run=title, entries=c, **agreement(predicted[:, k][present[:, k]], true[:, k][present[:, k]]))
                  for k, c in enumerate(classes[1:])]
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------- two runs on the same cases
+
+def paired(values, base, patient):
+    """How much higher values are than base, both of the same n cases, over patients: these are independent, their cases are not.
+
+    -> the mean difference; its 95% interval (low, high), None for a single patient; p of no difference, also None where there is none at all
+    """
+    difference = patient_means(np.subtract(values, base), patient)
+    several = len(difference) > 1
+    return float(difference.mean()), bootstrap_interval(difference) if several else None, signed_rank(difference) if several and difference.any() else None
+
+
+def patient_means(values, patient):
+    """The mean over each patient's cases. n values, n names -> [patients]"""
+    index = np.unique(patient, return_inverse=True)[1]
+    return np.bincount(index, values) / np.bincount(index)
+
+
+def bootstrap_interval(values, resamples=10_000, seed=0):
+    """The 95% interval of the mean of independent values [n], n > 1: the bootstrap's percentile interval (Efron and Tibshirani 1993, chapter 13)."""
+    found = scipy.stats.bootstrap((values,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed))
+    return tuple(map(float, found.confidence_interval))
+
+
+def signed_rank(difference):
+    """Two-sided p of the signed-rank test (Wilcoxon 1945): independent differences [n], not all zero, lie symmetrically around zero."""
+    return float(scipy.stats.wilcoxon(difference).pvalue)

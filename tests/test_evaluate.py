@@ -191,7 +191,7 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     info, out = h5.read_info(data), tmp_path / "out"
     runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [make_run(tmp_path / "b", info, seed=2, method="mean_teacher")]
-    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2"])
+    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2", "--baseline", "supervised"])
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [(r["run"], len(r["Dice %"])) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
     cases = list(csv.DictReader(open(out / "cases.csv")))
@@ -200,7 +200,13 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
     assert rows[0]["Dice %"] == pytest.approx(means)
     text = (out / "summary.md").read_text()
-    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text
+    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text and "Δ Dice: points above supervised, labeled all" in text
+    mean = lambda run, case: np.mean([float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)])
+    assert len({e.patient for e in info.entries("val")}) == n                 # so that cases are patients here
+    difference = [100 * (mean("mean_teacher", e.name) - mean("supervised", e.name)) for e in info.entries("val")]
+    assert [rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3 and rows[1]["Δ Dice"] == pytest.approx(np.mean(difference))
+    assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1]["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert f"| {np.mean(difference):.3f} | {min(difference):.3f} to {max(difference):.3f} | {rows[1]['p']:.3f} |" in text and "| - | - | - |" in text
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     tables = (out / "quality.md").read_text()
@@ -456,6 +462,55 @@ def test_few_cases_are_under_way():
         most.append(len(under_way))
     assert max(most) == 3 and most[-1] == 0
     assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
+
+
+# ---------------------------------------------------------------------------------------------------- against a baseline
+
+def test_a_paired_comparison_by_hand():
+    """Patients, not cases: a has two cases. Differences 2, 1, -4: ranks 2 and 1 against 3; with all of one sign p is 2 / 2^n."""
+    values, base, patient = np.array([2.0, 4.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 4.0]), ["a", "a", "b", "c"]
+    assert metrics.patient_means(values, patient).tolist() == [3, 1, 0]
+    mean, (low, high), p = metrics.paired(values, base, patient)
+    assert mean == pytest.approx(-1 / 3) and (low, high) == (-4, 2) and p == 1.0
+    assert metrics.paired(np.arange(1.0, 6), np.zeros(5), list("abcde"))[2] == pytest.approx(2 / 2 ** 5)
+    assert metrics.paired([1.0, 2.0], [0.0, 0.0], ["a", "a"]) == (1.5, None, None)
+    assert metrics.paired([1.0, 2.0], [1.0, 2.0], ["a", "b"]) == (0.0, (0.0, 0.0), None)
+
+
+def test_a_paired_comparison_equals_scipy_and_brackets_a_shift():
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(60), 3).astype(str)
+    base = rng.random(180)
+    values = base + 0.5 + rng.normal(0, 1, 180)
+    mean, (low, high), p = metrics.paired(values, base, patient)
+    difference = (values - base)[np.argsort(patient, kind="stable")].reshape(60, 3).mean(1)
+    assert mean == pytest.approx(difference.mean()) and p == pytest.approx(stats.wilcoxon(difference).pvalue, rel=1e-9)
+    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * difference.std() / 60 ** 0.5, rel=0.06)
+    own = np.percentile([rng.choice(difference, 60).mean() for _ in range(4000)], [2.5, 97.5])
+    assert (low, high) == pytest.approx(own, abs=0.02) and metrics.paired(values, base, patient)[1] == (low, high)   # seeded
+    assert metrics.paired(base, values, patient)[2] == pytest.approx(p)
+
+
+def test_rows_are_compared_with_those_of_the_same_labels():
+    dices = lambda *cases: [[metrics.Score(d, 0, 0, 0, False) for d in case] for case in cases]
+    scores = [dices((0.2, 0.4), (0.5, 0.5)), dices((0.4, 0.4), (0.7, 0.7)), dices((0.4, 0.6), (0.5, 0.5)), dices((1, 1), (1, 1))]
+    groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
+    found = evaluate.against(0, groups, scores, ["a", "b"])
+    assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
+    assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1]["95% interval"] == pytest.approx((-10, 15))
+    paths = ["a/best.pt", "b/best.pt", "c/best.pt", "d/best.pt"]
+    assert [evaluate.find_baseline(name, groups, paths) for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt")] == [1, 0, 2]
+
+
+def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch):
+    """Before any work."""
+    monkeypatch.setattr(evaluate, "load_run", None)
+    info, out = h5.read_info(gray), ["--out", tmp_path / "o"]
+    runs = [make_run(tmp_path / n, info, labeled=l, method=m) for n, l, m in (("a", "2", "supervised"), ("b", "all", "supervised"), ("c", "2", "ict"))]
+    refused(evaluate.main, [gray, *runs, *out, "--baseline", "fixmatch"], "--baseline fixmatch", "supervised, ict")
+    refused(evaluate.main, [gray, *runs, *out, "--baseline", "supervised"], "labeled 2, all", "path")
+    refused(evaluate.main, [gray, runs[0], *out, "--baseline", "supervised", "--predict"], "--predict", "--baseline")
+    assert not (tmp_path / "o").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- rows
