@@ -584,7 +584,9 @@ def main(argv=None):
     if g and args.weight == "quality" and args.weight_level == "pixel" and not hasattr(g, "error"):
         raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; --weight-level pixel needs train_qp.py --head dense")
     labeled, unlabeled = load_data(info, args, on)
-    val = evaluate.load_cases(info, "val", args.size)
+    mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
+    val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")
+    list(val)  # read now: a damaged case should not end the run at its first validation
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
@@ -643,7 +645,7 @@ def main(argv=None):
                 raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
                                  "try a lower --lr, --amp off, or a lower --lam")
             milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.evaluate(nets[0], val, on, K, cut)
+            dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
             if dice > best["dice"]:
                 best = dict(dice=dice, step=step)
                 save("best.pt", step)

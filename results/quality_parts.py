@@ -38,7 +38,8 @@ def main():
     variants = [(m, name, t) for m in sorted({1, members}) for name in picks for t in sorted({1.0, fitted})]
     found = {v: [] for v in variants}
     for path in args.checkpoints:
-        mask = foreground(evaluate.predict(evaluate.load_run(path, "student", on)[0], slices, on))
+        net = evaluate.load_run(path, "student", on)[0]
+        mask = torch.cat([foreground(evaluate.probabilities(net, slices.batch(rows, on.device)[0], on)).cpu() for rows in torch.arange(len(slices)).split(32)])
         true, says = true_dice(mask, truth).numpy()[present], {v: [] for v in variants}
         for rows in torch.arange(len(slices)).split(32):
             with on.autocast():

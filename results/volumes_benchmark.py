@@ -57,11 +57,11 @@ def main():
     size, stride = ((40, 56, 56), (2, 9, 9)) if args.half else ((80, 112, 112), (4, 18, 18))
     info, on = h5.read_info(args.data), models.compute("cpu", args.amp)
     entry = info.entries("val")[args.case]
-    volumes, cases = evaluate.load_cases(info, "val", size, [entry.name])
-    truth = cases[0][1]
+    cases = evaluate.Cases(info, "val", size, [entry.name])
+    (_, (volume, mean, std), truth), = cases
     print(f"{entry.name}, {' x '.join(map(str, entry.grid))}; {on}, {torch.get_num_threads()} threads")
     plain = evaluate.load_run(args.checkpoint, "student", models.compute("cpu", "off"))[0].to(memory_format=torch.contiguous_format)
-    x = ((h5.cut_back(volumes.image[0].numpy(), entry.grid) - volumes.mean[0]) / volumes.std[0]).astype(np.float32)
+    x = ((volume - mean) / std).astype(np.float32)
     base, (loop, patches) = timed(functools.partial(plain_loop, plain, x, size, stride))
     net, rows = evaluate.load_run(args.checkpoint, "student", on)[0], []
     show = lambda label: f"Dice {100 * evaluate.dice(label > 0, truth > 0):.2f}"
@@ -69,7 +69,7 @@ def main():
     half, whole = evaluate.Window(size, tuple(n // 2 for n in size)), evaluate.Window(size, size, whole=True)
     for name, cut in ((f"--stride {','.join(map(str, stride))} --blend uniform", evaluate.Window(size, stride, False)),
                       ("--window sliding (default)", half), ("--window whole", whole)):
-        seconds, label = timed(lambda: list(evaluate.labels_of_volumes(net, volumes, cases, on, cut))[0], 1 if cut.stride == stride else 3)
+        seconds, label = timed(lambda: next(evaluate.predict_cases(net, cases, on, cut))[1], 1 if cut.stride == stride else 3)
         rows.append({"what": name, "seconds": seconds, "ratio": base / seconds,
                      "result": f"{show(label)}, Dice with the loop {100 * evaluate.dice(label > 0, loop > 0):.2f}"})
 

@@ -1,20 +1,23 @@
-"""Metrics against medpy, the rules for empty masks, and the tables and pictures of evaluate.py."""
+"""Metrics against medpy, the rules for empty masks, cases one by one, and the tables and pictures of evaluate.py."""
 import csv
 import json
+import re
 import shutil
+import types
 
 import cv2
 import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import python
 from medpy.metric import binary
 from scipy import stats
 
 import evaluate
 import models
 import train_ssl
-from data import h5, phantom
+from data import h5, metrics, phantom
 from data.files import save_checkpoint
 
 
@@ -53,9 +56,9 @@ def test_masks_that_touch_the_border_equal_medpy():
 
 def test_empty_masks():
     none, some = np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)
-    assert evaluate.score(none, none, (1, 1)) == evaluate.Score(1.0, 1.0, 0.0, 0.0, False)
+    assert evaluate.score(none, none, (1, 1)) == metrics.Score(1.0, 1.0, 0.0, 0.0, False)
     for a, b in ((none, some), (some, none)):
-        assert evaluate.score(a, b, (2.0, 3.0)) == evaluate.Score(0.0, 0.0, (6 ** 2 + 12 ** 2) ** 0.5, (6 ** 2 + 12 ** 2) ** 0.5, True)
+        assert evaluate.score(a, b, (2.0, 3.0)) == metrics.Score(0.0, 0.0, (6 ** 2 + 12 ** 2) ** 0.5, (6 ** 2 + 12 ** 2) ** 0.5, True)
 
 
 def test_agreement_equals_scipy_and_survives_constants():
@@ -72,6 +75,10 @@ def test_largest_component():
     label[0, :3, :3], label[0, 6, 6], label[0, 5:, 0], label[0, 4, 7] = 1, 1, 2, 2
     out = evaluate.largest_component(label, 3)
     assert (out == 1).sum() == 9 and (out == 2).sum() == 3
+    for spacing in ((2.0, 1.0), (5.0, 2.0, 1.0)):   # a picture, and a volume of one slice
+        kept, all_of_it = (metrics.score_case(label, out, spacing, 3, largest=largest) for largest in (True, False))
+        assert [s.dice for s in kept] == [1, 1] and [round(s.dice, 3) for s in all_of_it] == [round(18 / 19, 3), round(6 / 7, 3)]
+    assert metrics.score_case(label * 0, out, (2.0, 1.0), 2)[0].hd95 == (16 ** 2 + 8 ** 2) ** 0.5
 
 
 class Copycat(torch.nn.Module):
@@ -91,11 +98,79 @@ class Copycat(torch.nn.Module):
 @pytest.mark.parametrize("batch", [3, 32])
 def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request):
     info = h5.read_info(request.getfixturevalue(kind))
-    slices, cases = evaluate.load_cases(info, "val", 48)
-    net = Copycat(slices.label, len(info.classes))
-    mean, per_class = evaluate.evaluate(net, (slices, cases), models.compute("cpu", "off"), len(info.classes), batch=batch)
+    net = Copycat(h5.load_slices(info, "val", 48).label, len(info.classes))
+    table = evaluate.dice_table(net, evaluate.Cases(info, "val", 48), models.compute("cpu", "off"), len(info.classes), batch=batch)
+    mean, per_class = evaluate.mean_dice(table)
+    assert len(table) == len(info.entries("val")) and mean == pytest.approx(np.mean(table)) and per_class == pytest.approx(np.mean(table, 0))
     assert len(per_class) == len(info.classes) - 1
     assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the cases that are read from a file, in order."""
+    names, read = [], h5.read_case
+    monkeypatch.setattr(h5, "read_case", lambda f, info, split, name, label=True: names.append(name) or read(f, info, split, name, label))
+    return names
+
+
+class Passes(torch.nn.Module):
+    """A network that notes how many samples each of its passes has, also of a copy."""
+
+    counts = []
+
+    def __init__(self, channels, K):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(channels, K, 5, padding=2)
+        self.counts.clear()
+
+    def forward(self, x):
+        self.counts.append(len(x))
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("kind, batch, passes", [("gray", 3, [3, 3, 2]), ("gray", 4, [4, 4]), ("gray", 32, [8]), ("rgb", 1, [1, 1, 1]), ("rgb", 2, [2, 1])])
+def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
+    """Two volumes of 4 slices, and three pictures."""
+    info, on = h5.read_info(request.getfixturevalue(kind)), models.compute("cpu", "off")
+    net = Passes(info.channels, len(info.classes)).train()
+    found = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 40), on, batch=batch))
+    assert net.counts == passes and net.training and [e.name for e, _, _ in found] == [e.name for e in info.entries("val")]
+    for entry, label, truth in found:
+        slices = h5.load_slices(info, "val", 40, [entry.name])
+        with torch.no_grad():
+            p = torch.stack([net(slices.batch(slice(z, z + 1))[0])[0].softmax(0) for z in range(len(slices))])
+        want = torch.nn.functional.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False).argmax(1).numpy()
+        assert label.dtype == truth.dtype == np.uint8 and label.shape == want.shape and (label == want).mean() > 0.999
+        with h5.open_file(info.path) as f:
+            assert (truth == h5.read_case(f, info, "val", entry.name)[1]).all()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind, cut", [("gray", None), ("rgb", None), ("volumes", evaluate.Window((16, 16, 32), (16, 16, 32)))])
+def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
+    """The next one only when it is asked for; in a second pass again, unless they are kept. Whoever stops early loses nothing."""
+    info, on = h5.read_info(request.getfixturevalue(kind)), models.compute("cpu", "off")
+    names, size = [e.name for e in info.entries("val")], cut.size if cut else 32
+    net = models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims, width=2).eval()
+    reads.clear()
+    cases, first = evaluate.Cases(info, "val", size, keep=keep), []
+    assert len(cases) == len(names) and reads == []
+    for i, (entry, label, _) in enumerate(evaluate.predict_cases(net, cases, on, cut, batch=4 if kind == "gray" else 1)):
+        assert reads == names[:i + 1] and entry.name == names[i]
+        first.append(label)
+    again = [label for _, label, _ in evaluate.predict_cases(net, cases, on, cut, batch=2)]
+    assert reads == names * (1 if keep else 2) and len(cases.kept) == (len(names) if keep else 0)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    half = evaluate.Cases(info, "val", size, names[1:], keep)
+    next(iter(half))
+    assert [entry.name for entry, _, _ in half] == names[1:]
+
+
+def test_no_case_has_an_empty_table(gray):
+    cases = evaluate.Cases(h5.read_info(gray), "val", 32, [])
+    assert len(cases) == 0 and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, models.compute("cpu", "off"), 4) == []
 
 
 def make_run(folder, info, **args):
@@ -116,7 +191,7 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     info, out = h5.read_info(data), tmp_path / "out"
     runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [make_run(tmp_path / "b", info, seed=2, method="mean_teacher")]
-    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2"])
+    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2", "--baseline", "supervised"])
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [(r["run"], len(r["Dice %"])) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
     cases = list(csv.DictReader(open(out / "cases.csv")))
@@ -124,7 +199,14 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {"mm" if kind == "gray" else "px"}
     means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
     assert rows[0]["Dice %"] == pytest.approx(means)
-    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in (out / "summary.md").read_text()
+    text = (out / "summary.md").read_text()
+    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text and "Δ Dice: points above supervised, labeled all" in text
+    mean = lambda run, case: np.mean([float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)])
+    assert len({e.patient for e in info.entries("val")}) == n                 # so that cases are patients here
+    difference = [100 * (mean("mean_teacher", e.name) - mean("supervised", e.name)) for e in info.entries("val")]
+    assert [rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3 and rows[1]["Δ Dice"] == pytest.approx(np.mean(difference))
+    assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1]["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert f"| {np.mean(difference):.3f} | {min(difference):.3f} to {max(difference):.3f} | {rows[1]['p']:.3f} |" in text and "| - | - | - |" in text
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     tables = (out / "quality.md").read_text()
@@ -177,7 +259,14 @@ def test_each_estimate_asks_whom_it_names():
     assert "expected Dice under a second network" not in evaluate.compare_estimates(g, evaluate.Opinions(net, net), slices, on, 2).estimates
 
 
-def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing takes most of a small table's time."""
+    for name in ("draw_quality", "draw_estimates"):
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
+
+
+def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused, undrawn):
     """Train cases whose labels nobody has used, with a second network's opinion, calibrated on val."""
     info, out = h5.read_info(gray), tmp_path / "out"
     names = [e.name for e in info.entries("train")]
@@ -198,7 +287,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     on = models.compute()                                                      # the calibrated error once more, by its parts
     net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
     on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.Opinions(net, net), val, on, 32)
-    map_ = evaluate.monotone(evaluate.at_level(on_val, "present", val.case, "g")[0], evaluate.at_level(on_val, "present", val.case)[0])
+    map_ = metrics.monotone(metrics.at_level(on_val, "present", val.case, "g")[0], metrics.at_level(on_val, "present", val.case)[0])
     errors = [abs(map_(float(r["g"])) - float(r["true"])) for r in found if r["present"] == "True"]
     assert g["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)
 
@@ -229,39 +318,39 @@ def test_estimates_of_a_single_picture_without_foreground(rgb, rgb_quality, tmp_
         for name in names[1:]:
             del f[f"val/{name}"]
         f[f"val/{names[0]}/label"][:] = 0
-    evaluate.main([str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1]])
+    evaluate.main([str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1], "--pictures", "0"])
     assert "each slice and class that is absent" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
     row = json.loads((tmp_path / "o" / "quality.json").read_text())["levels"]["absent"][0]
     assert row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and row["Dice"] in (0.0, 1.0)
 
 
-def test_estimates_without_val(gray, gray_quality, tmp_path):
+def test_estimates_without_val(gray, gray_quality, tmp_path, undrawn):
     """A file with test alone: the map is fitted on the other patients of test."""
     phantom.main(["--out", str(tmp_path / "f.h5"), "--train", "6", "--val", "2", "--test", "3", "--depth", "4", "--size", "48"])
     with h5py.File(tmp_path / "f.h5", "a") as f:
         del f["val"], f["train"]
     run = make_run(tmp_path / "a", h5.read_info(gray))
-    evaluate.main([str(tmp_path / "f.h5"), run, "--out", str(tmp_path / "o"), "--qp", gray_quality[1], "--split", "test", "--weights", "teacher"])
+    evaluate.main([str(tmp_path / "f.h5"), run, "--out", str(tmp_path / "o"), "--qp", gray_quality[1], "--split", "test", "--weights", "teacher", "--pictures", "0"])
     found = json.loads((tmp_path / "o" / "quality.json").read_text())
     assert "other patients" in found["title"] and found["levels"]["present"][0]["MAE calibrated"] is not None
 
 
 def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient():
-    step = evaluate.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
+    step = metrics.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
     assert np.allclose(step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9])
-    assert np.allclose(evaluate.monotone(np.array([1.0, 1, 1, 2]), np.array([1.0, 1, 1, 0]))(np.array([1.0, 2])), 0.75)
+    assert np.allclose(metrics.monotone(np.array([1.0, 1, 1, 2]), np.array([1.0, 1, 1, 0]))(np.array([1.0, 2])), 0.75)
     for y in ([0, 0, 1, 1], [1, 1, 0, 0]):  # ties have one answer, their mean
-        assert evaluate.monotone(np.ones(4), np.array(y, float))(1.0) == 0.5
+        assert metrics.monotone(np.ones(4), np.array(y, float))(1.0) == 0.5
     rng = np.random.default_rng(0)
     patient, x = np.repeat(np.arange(12), 5).astype(str), rng.random(60)
     y = (x ** 2).round(2)
-    a = evaluate.calibrated(x, y, patient, None)
+    a = metrics.calibrated(x, y, patient, None)
     assert np.abs(a - y).mean() < 0.05 < np.abs(x - y).mean()
     other = np.where(patient == "3", rng.random(60), y)
-    b = evaluate.calibrated(x, other, patient, None)
+    b = metrics.calibrated(x, other, patient, None)
     assert np.array_equal(a[patient == "3"], b[patient == "3"]) and not np.array_equal(a, b)
-    assert np.array_equal(evaluate.calibrated(x, y, patient, (x, x / 2)), evaluate.monotone(x, x / 2)(x))
-    assert evaluate.calibrated(x, y, np.zeros(60), None) is None and evaluate.calibrated(x, y, patient, (x[:0], y[:0])) is None
+    assert np.array_equal(metrics.calibrated(x, y, patient, (x, x / 2)), metrics.monotone(x, x / 2)(x))
+    assert metrics.calibrated(x, y, np.zeros(60), None) is None and metrics.calibrated(x, y, patient, (x[:0], y[:0])) is None
 
 
 def test_levels_by_hand():
@@ -274,9 +363,9 @@ def test_levels_by_hand():
     for level, name, expected in [("present", None, [0, 0.5, 0, 0.2, 0.4]), ("absent", None, [1, 1, 1]), ("absent", "g", [0.8, 0.7, 0.9]),
                                   ("image", "g", [0.85, 0.35, 0.5, 0.75]), ("image", None, [0.5, 0.25, 0.6, 0.7]),
                                   ("volume", None, [20 / 48, 0, 10 / 40, 1]), ("volume", "g", [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8])]:
-        found, owner = evaluate.at_level(outputs, level, case, name)
+        found, owner = metrics.at_level(outputs, level, case, name)
         assert np.allclose(found, expected, atol=1e-5) and len(owner) == len(expected)
-    assert evaluate.at_level(outputs, "absent", case, "g")[1].tolist() == ["v", "w", "w"]
+    assert metrics.at_level(outputs, "absent", case, "g")[1].tolist() == ["v", "w", "w"]
 
 
 def test_share_of_the_worst_that_is_found():
@@ -295,25 +384,136 @@ def test_cost_of_a_pass():
     assert evaluate.gigaflops(torch.nn.Conv2d(3, 8, 1), torch.zeros(2, 3, 10, 10)) == pytest.approx(2 * 2 * 3 * 8 * 100 / 1e9)
 
 
-def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path):
-    """One number per volume, in mm: not a mean over slices."""
-    info, out = h5.read_info(gray), tmp_path / "out"
-    run = make_run(tmp_path / "a", info)
-    evaluate.main([gray, run, "--out", str(out), "--pictures", "0"])
-    slices, cases = evaluate.load_cases(info, "val", 32)
-    net, _ = evaluate.load_run(run, "student", models.compute())
-    labels = list(evaluate.labels_of_slices(evaluate.predict(net, slices, models.compute()), cases))
-    found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv"))}
-    for label, (entry, truth) in zip(labels, cases):
+def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, monkeypatch):
+    """One number per volume, in mm: not a mean over slices. And a picture shows the slice of most foreground; no other is kept for it."""
+    info, out, shown, looked, middle = h5.read_info(gray), tmp_path / "out", [], [], h5.middle
+    runs = [make_run(tmp_path / str(s), info, seed=s) for s in (0, 1)]
+    net, load_run = Passes(1, 4).eval(), evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: (net, load_run(*args)[1]))
+    monkeypatch.setattr(evaluate, "draw_case", lambda path, entry, image, truth, outputs, classes: shown.append((entry.name, truth, outputs)))
+    monkeypatch.setattr(evaluate, "draw_comparison", lambda *_: None)
+    monkeypatch.setattr(h5, "middle", lambda *args: looked.append(args) or middle(*args))
+    evaluate.main([gray, *runs, "--out", str(out), "--pictures", "1"])
+    found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv")) if c["checkpoint"] == runs[0]}
+    cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), models.compute()))
+    for entry, label, truth in cases:
         for k in range(1, 4):
             a, b = label == k, truth == k
             row = found[entry.name, info.classes[k]]
             if a.any() and b.any():
                 assert float(row["hd95"]) == pytest.approx(binary.hd95(a, b, voxelspacing=entry.spacing), abs=1e-9)
+                assert float(row["asd"]) == pytest.approx(binary.asd(a, b, voxelspacing=entry.spacing), abs=1e-9)
                 assert float(row["dice"]) == pytest.approx(binary.dc(a, b))
             else:
                 assert row["one_empty"] == str(a.any() != b.any())
+    (entry, label, truth), ((name, drawn, ((title, outline),)),) = cases[0], shown
+    mean = np.mean([float(found[name, c]["dice"]) for c in info.classes[1:]])
+    assert name == entry.name and len(looked) == 1 and (drawn == truth).all() and title.endswith(f"Dice {mean:.3f}")
+    assert (outline == label[(truth > 0).sum((1, 2)).argmax()]).all() and (label != label[:1]).any()
 
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monkeypatch):
+    """evaluate.py as a command on a split that is large enough for processes, and without them."""
+    rng = np.random.default_rng(0)
+    def cases():
+        for i in range(6):
+            label = np.zeros((400, 500 + i), np.uint8)
+            label[100:250 + 20 * i, 150:300], label[300:, :60] = 1, 1
+            yield h5.Case("val", f"c{i}", (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8), label, f"p{i % 4}")
+    info = h5.write(str(tmp_path / "f.h5"), [*cases(), h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t")],
+                    name="f", classes=["background", "a"], dims=2, channels=1)
+    common = [info.path, make_run(tmp_path / "a", info), "--largest-component", "--pictures", "0", "--out"]
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    done = python("evaluate.py", *common, tmp_path / "pool", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\| +torch$", done.stderr, re.M)) == 1 and len(re.findall(r"\| +data\.metrics$", done.stderr, re.M)) == 3
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", None)
+    evaluate.main([*common, str(tmp_path / "here"), "--workers", "0"])
+    a, b = ((tmp_path / n / "cases.csv").read_text() for n in ("pool", "here"))
+    assert a == b and [r["case"] for r in csv.DictReader(a.splitlines())] == [f"c{i}" for i in range(6)]
+    monkeypatch.setattr(evaluate, "SMALL", 10 ** 9)   # and a small set starts none
+    evaluate.main([*common, str(tmp_path / "small"), "--workers", "2"])
+
+
+def test_a_process_that_dies_is_one_clear_error(gray, tmp_path, monkeypatch, refused):
+    (tmp_path / "killer.py").write_text("import os\ndef score_case(*_):\n    os._exit(9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import killer
+    monkeypatch.setattr(evaluate, "score_case", killer.score_case)
+    monkeypatch.setattr(evaluate, "SMALL", 0)
+    refused(evaluate.main, [gray, make_run(tmp_path / "a", h5.read_info(gray)), "--out", tmp_path / "o", "--workers", "1"], "has died", "--workers")
+    assert not (tmp_path / "o").exists()
+
+
+def test_few_cases_are_under_way():
+    under_way, most = [], []
+
+    class Pool:
+        """Whose work is done when it is asked for."""
+
+        def submit(self, function, *task):
+            under_way.append(task)
+            return types.SimpleNamespace(result=lambda: under_way.remove(task) or function(*task))
+
+    for i, value in enumerate(evaluate.in_order(Pool(), pow, ((i, 2) for i in range(20)), 3)):
+        assert value == i ** 2
+        most.append(len(under_way))
+    assert max(most) == 3 and most[-1] == 0
+    assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
+
+
+# ---------------------------------------------------------------------------------------------------- against a baseline
+
+def test_a_paired_comparison_by_hand():
+    """Patients, not cases: a has two cases. Differences 2, 1, -4: ranks 2 and 1 against 3; with all of one sign p is 2 / 2^n."""
+    values, base, patient = np.array([2.0, 4.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 4.0]), ["a", "a", "b", "c"]
+    assert metrics.patient_means(values, patient).tolist() == [3, 1, 0]
+    mean, (low, high), p = metrics.paired(values, base, patient)
+    assert mean == pytest.approx(-1 / 3) and (low, high) == (-4, 2) and p == 1.0
+    assert metrics.paired(np.arange(1.0, 6), np.zeros(5), list("abcde"))[2] == pytest.approx(2 / 2 ** 5)
+    assert metrics.paired([1.0, 2.0], [0.0, 0.0], ["a", "a"]) == (1.5, None, None)
+    assert metrics.paired([1.0, 2.0], [1.0, 2.0], ["a", "b"]) == (0.0, (0.0, 0.0), None)
+
+
+def test_a_paired_comparison_equals_scipy_and_brackets_a_shift():
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(60), 3).astype(str)
+    base = rng.random(180)
+    values = base + 0.5 + rng.normal(0, 1, 180)
+    mean, (low, high), p = metrics.paired(values, base, patient)
+    difference = (values - base)[np.argsort(patient, kind="stable")].reshape(60, 3).mean(1)
+    assert mean == pytest.approx(difference.mean()) and p == pytest.approx(stats.wilcoxon(difference).pvalue, rel=1e-9)
+    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * difference.std() / 60 ** 0.5, rel=0.06)
+    own = np.percentile([rng.choice(difference, 60).mean() for _ in range(4000)], [2.5, 97.5])
+    assert (low, high) == pytest.approx(own, abs=0.02) and metrics.paired(values, base, patient)[1] == (low, high)   # seeded
+    assert metrics.paired(base, values, patient)[2] == pytest.approx(p)
+
+
+def test_rows_are_compared_with_those_of_the_same_labels():
+    dices = lambda *cases: [[metrics.Score(d, 0, 0, 0, False) for d in case] for case in cases]
+    scores = [dices((0.2, 0.4), (0.5, 0.5)), dices((0.4, 0.4), (0.7, 0.7)), dices((0.4, 0.6), (0.5, 0.5)), dices((1, 1), (1, 1))]
+    groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
+    found = evaluate.against(0, groups, scores, ["a", "b"])
+    assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
+    assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1]["95% interval"] == pytest.approx((-10, 15))
+    paths = ["a/best.pt", "b/best.pt", "c/best.pt", "d/best.pt"]
+    assert [evaluate.find_baseline(name, groups, paths) for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt")] == [1, 0, 2]
+
+
+def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch):
+    """Before any work."""
+    monkeypatch.setattr(evaluate, "load_run", None)
+    info, out = h5.read_info(gray), ["--out", tmp_path / "o"]
+    runs = [make_run(tmp_path / n, info, labeled=l, method=m) for n, l, m in (("a", "2", "supervised"), ("b", "all", "supervised"), ("c", "2", "ict"))]
+    refused(evaluate.main, [gray, *runs, *out, "--baseline", "fixmatch"], "--baseline fixmatch", "supervised, ict")
+    refused(evaluate.main, [gray, *runs, *out, "--baseline", "supervised"], "labeled 2, all", "path")
+    refused(evaluate.main, [gray, runs[0], *out, "--baseline", "supervised", "--predict"], "--predict", "--baseline")
+    assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- rows
 
 def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     info = h5.read_info(gray)

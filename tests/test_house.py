@@ -27,6 +27,10 @@ def test_dependency_rule(path):
     assert set(imported(path)) & ({"models", "data"} | STAGES) <= allowed
 
 
+def test_processes_that_score_import_numpy_and_scipy_alone():
+    assert set(imported(ROOT / "data" / "metrics.py")) == {"dataclasses", "numpy", "scipy"}
+
+
 def test_top_level_holds_what_the_design_lists():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
     allowed = {f"{s}.py" for s in STAGES} | {"models", "data", "tests", "results", "Makefile", "requirements.txt", "README.md", "README.zh.md",

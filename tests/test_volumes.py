@@ -23,7 +23,7 @@ import evaluate
 import models
 import train_qp
 import train_ssl
-from data import augment, h5, images, nifti, phantom, ssl4mis, vqm
+from data import augment, h5, images, metrics, nifti, phantom, ssl4mis, vqm
 from models.quality import quality_target, resample
 
 ON = models.compute("cpu", "off")
@@ -242,19 +242,26 @@ def test_labels_come_back_on_the_grid_of_the_case(shape, whole, tmp_path):
         label = (ndimage.gaussian_filter(rng.standard_normal(shape), 2) > 0.05).astype(np.uint8)
         cases.append(h5.Case("val", f"c{i}", label.astype(np.float32), label, f"p{i}", (3.0, 1.0, 1.0)))
     info = h5.write(tmp_path / "f.h5", cases, name="f", classes=["background", "a"], dims=3, channels=1, standardize=False)
-    found, loaded = evaluate.load_cases(info, "val", SIZE)
-    cut = evaluate.Window(SIZE, (8, 8, 16), whole=whole)
-    net = Voxelwise().train()
-    for case, label in zip(cases, evaluate.labels_of_volumes(net, found, loaded, ON, cut)):
-        assert label.dtype == np.uint8 and (label == case.label).all()
-    assert net.training and evaluate.evaluate(net, (found, loaded), ON, 2, cut) == (1.0, [1.0])
+    found, cut, net = evaluate.Cases(info, "val", SIZE), evaluate.Window(SIZE, (8, 8, 16), whole=whole), Voxelwise().train()
+    for case, (entry, label, truth) in zip(cases, evaluate.predict_cases(net, found, ON, cut), strict=True):
+        assert label.dtype == np.uint8 and (label == case.label).all() and (truth == case.label).all() and entry.name == case.name
+    assert net.training and evaluate.mean_dice(evaluate.dice_table(net, found, ON, 2, cut)) == (1.0, [1.0])
+
+
+def test_labels_of_cases_are_those_of_a_plain_loop(volumes):
+    info, stride = h5.read_info(volumes), (8, 16, 16)
+    net, cut = Near().eval(), evaluate.Window(SIZE, stride, gaussian=False)
+    with h5.open_file(volumes) as f:
+        for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(info, "val", SIZE), ON, cut):
+            image, want = h5.read_case(f, info, "val", entry.name)
+            p = plain_loop(net, torch.from_numpy((image - image.mean()) / image.std()).float(), SIZE, stride, np.ones(SIZE))
+            assert (truth == want).all() and (label == p.argmax(0)).mean() > 0.999
 
 
 def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
     info = h5.read_info(volumes)
-    found, cases = evaluate.load_cases(info, "val", SIZE)
     net = Near(4).eval()
-    labels = list(evaluate.labels_of_volumes(net, found, cases, ON, evaluate.Window(SIZE, SIZE, whole=True)))
+    labels = [label for _, label, _ in evaluate.predict_cases(net, evaluate.Cases(info, "val", SIZE), ON, evaluate.Window(SIZE, SIZE, whole=True))]
     assert net.seen == [(1, 1, 32, 48, 48)] * 2 and all(label.shape == (20, 40, 36) for label in labels)
 
 
@@ -283,8 +290,8 @@ def test_scores_of_an_organ_equal_medpy(spacing, monkeypatch):
     ball = lambda c, r: sum(((g - a) / b) ** 2 for g, a, b in zip(grid, c, r)) < 1
     truth, near, far = ball((30, 45, 40), (20, 30, 25)), ball((32, 43, 41), (18, 31, 26)), ball((12, 12, 14), (8, 9, 11))
     noisy = truth ^ (np.random.default_rng(0).random(truth.shape) < 0.2)
-    trees, original = [], evaluate.spatial.cKDTree
-    monkeypatch.setattr(evaluate.spatial, "cKDTree", lambda *a: trees.append(1) or original(*a))
+    trees, original = [], metrics.spatial.cKDTree
+    monkeypatch.setattr(metrics.spatial, "cKDTree", lambda *a: trees.append(1) or original(*a))
     for mask, searched in ((near, True), (far, True), (noisy, False)):
         trees.clear()
         ours = evaluate.score(mask, truth, spacing)
@@ -439,7 +446,7 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
         train(volumes, tmp_path / str(i), *more)
         runs.append(str(tmp_path / str(i) / "best.pt"))
     for split in ("val", "held_out"):
-        evaluate.main([volumes, *runs, "--out", str(tmp_path / split), "--qp", volumes_quality[1], "--split", split, "--pictures", "1"])
+        evaluate.main([volumes, *runs, "--out", str(tmp_path / split), "--qp", volumes_quality[1], "--split", split, "--pictures", "1" if split == "val" else "0"])
     text = capsys.readouterr().out
     assert "| supervised | 2 |" in text and "| mean_teacher + QW | 2 |" in text and "HD95 mm" in text and "of each patch and class that is present" in text
     cases = list(csv.DictReader(open(tmp_path / "val" / "cases.csv")))
@@ -448,9 +455,9 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
     rows = list(csv.DictReader(open(tmp_path / "held_out" / "quality.csv")))
     assert len(rows) == 3 * 2 * len(h5.tiles((20, 40, 36), SIZE)) * 3 and rows[0]["patch"] == "0 0 0"   # g has seen 4 of 6 patients
     net, _ = evaluate.load_run(runs[0], "student", ON)
-    label, *_ = evaluate.labels_of_volumes(net, *evaluate.load_cases(info, "val", SIZE), ON, evaluate.Window(SIZE, (8, 8, 16)))
+    _, label, truth = next(evaluate.predict_cases(net, evaluate.Cases(info, "val", SIZE), ON, evaluate.Window(SIZE, (8, 8, 16))))
     with h5.open_file(volumes) as f:
-        _, truth = h5.read_case(f, info, "val", "phantom006")
+        assert (truth == h5.read_case(f, info, "val", "phantom006")[1]).all()
     assert "windows of 16 x 16 x 32, stride 8 x 8 x 16" in (tmp_path / "val" / "summary.md").read_text()
     row = next(c for c in cases if (c["checkpoint"], c["case"], c["class"]) == (runs[0], "phantom006", "right ventricle"))
     ours = evaluate.score(label == 1, truth == 1, info.entries("val")[0].spacing)
@@ -530,11 +537,10 @@ def test_predicted_masks_of_slices_and_pictures(kind, request, tmp_path):
     run = make_run(tmp_path / "run", info)
     evaluate.main([info.path, run, "--predict", "--out", str(tmp_path / "out")])
     net, _ = evaluate.load_run(run, "student", ON)
-    found, cases = evaluate.load_cases(info, "val", 32)
-    for label, (entry, _) in zip(evaluate.labels_of_slices(evaluate.predict(net, found, ON), cases), cases):
+    for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), ON):
         path = tmp_path / "out" / "masks" / f"{entry.name}.{'nii.gz' if kind == 'gray' else 'png'}"
         mask = sitk.GetArrayFromImage(sitk.ReadImage(str(path))) if kind == "gray" else images.read_mask(path, info.classes)[None]
-        assert mask.shape == label.shape and (mask == label).mean() > 0.999
+        assert truth is None and mask.shape == label.shape and (mask == label).mean() > 0.999
 
 
 # ---------------------------------------------------------------------------------------------------- data
