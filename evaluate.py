@@ -115,8 +115,7 @@ class Cases:
         (name, image, truth, mean, std), = h5.read_cases(self.info, self.split, [entry.name], entry.labeled)
         if self.info.dims == 3:
             return entry, (image, mean, std), truth
-        S, N = self.size, len(image)
-        slices = torch.from_numpy(np.stack([h5.resize_image(z, S).reshape(S, S, -1).transpose(2, 0, 1) for z in image]))
+        slices, N = torch.from_numpy(np.stack([h5.as_slice(z, self.size) for z in image])), len(image)
         return entry, h5.Samples(slices, torch.full((N,), mean), torch.full((N,), std), None, [name] * N, [(z,) for z in range(N)]), truth
 
 
@@ -354,22 +353,23 @@ def case_dice(scores, members):
     return np.mean([[np.mean([s.dice for s in case]) for case in scores[i]] for i in members], 0)
 
 
-def find_baseline(name, groups, paths):
-    """The index of the group that --baseline names, by its row or by one of its checkpoints. InputError if there is none, or more than one."""
+def find_baselines(name, groups, paths):
+    """The groups that --baseline names, by their row, or one of them by a checkpoint's path. -> {labeled: index}. InputError if there is none."""
     found = [i for i, (_, _, members) in enumerate(groups) if os.path.abspath(name) in [os.path.abspath(paths[m]) for m in members]][:1]
     found = found or [i for i, (row, _, _) in enumerate(groups) if row == name]
     if not found:
         raise InputError(f"--baseline {name}: neither a checkpoint nor a row of the table; its rows: {', '.join(dict.fromkeys(row for row, _, _ in groups))}")
-    if len(found) > 1:
-        raise InputError(f"--baseline {name}: rows of labeled {', '.join(groups[i][1] for i in found)} have this name; give the path of a checkpoint of one")
-    return found[0]
+    return {groups[i][1]: i for i in found}
 
 
-def against(baseline, groups, scores, patient):
-    """Columns that compare each group with that of index `baseline`, where labeled is the same. patient: of each case -> a dict per group"""
-    columns, base = ("Δ Dice", "95% interval", "p"), 100 * case_dice(scores, groups[baseline][2])
-    return [dict(zip(columns, paired(100 * case_dice(scores, members), base, patient) if i != baseline and labeled == groups[baseline][1] else (None,) * 3))
-            for i, (_, labeled, members) in enumerate(groups)]
+def against(baselines, groups, scores, patient):
+    """Columns that compare each group with the baseline of the same labels. baselines: {labeled: index}; patient: of each case -> a dict per group"""
+    columns, rows = ("Δ Dice", "95% interval", "p"), []
+    for i, (_, labeled, members) in enumerate(groups):
+        base = baselines.get(labeled, i)  # without another, none
+        found = (None,) * 3 if base == i else paired(100 * case_dice(scores, members), 100 * case_dice(scores, groups[base][2]), patient)
+        rows.append(dict(zip(columns, found)))
+    return rows
 
 
 def show(value):
@@ -574,10 +574,10 @@ def write_scores(args, info, entries, groups, states, scores, cut):
     rows = summarize(info, groups, scores, "mm" if all(e.spacing_known for e in entries) else "px")
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
     if args.baseline:
-        base, patient = find_baseline(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
-        rows = [row | columns for row, columns in zip(rows, against(base, groups, scores, patient))]
-        title += (f"\nΔ Dice: points above {groups[base][0]}, labeled {groups[base][1]}; mean and 95% interval (bootstrap, percentiles) over {len(set(patient))} "
-                  "patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
+        baselines, patient = find_baselines(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
+        rows = [row | columns for row, columns in zip(rows, against(baselines, groups, scores, patient))]
+        title += (f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, percentiles) over "
+                  f"{len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
     write_csv(os.path.join(args.out, "cases.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
@@ -639,7 +639,7 @@ def main(argv=None):
     states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
     groups = group_runs(states, args.checkpoints)
     if args.baseline:
-        find_baseline(args.baseline, groups, args.checkpoints)  # fails before the work begins
+        find_baselines(args.baseline, groups, args.checkpoints)  # fails before the work begins
     g = load_quality(args.qp, info, on, size)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":

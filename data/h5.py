@@ -397,6 +397,11 @@ def resize_label(label, size):
     return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
+def as_slice(image, size):
+    """A slice as networks see it. (H, W[, 3]) -> (C, S, S)"""
+    return resize_image(image, size).reshape(size, size, -1).transpose(2, 0, 1)
+
+
 def read_cases(info, split, names=None, labels=True):
     """Yields name, image (D, H, W[, 3]), label (D, H, W) or None, mean and deviation of the named cases (default: of all).
 
@@ -418,7 +423,7 @@ def load_slices(info, split, size, names=None, labels=True):
     images, ys, means, stds, cases, at = [], [], [], [], [], []
     for name, image, label, mean, std in read_cases(info, split, names, labels):
         for z in range(len(image)):
-            images.append(resize_image(image[z], size).reshape(size, size, -1).transpose(2, 0, 1))
+            images.append(as_slice(image[z], size))
             ys.append(resize_label(label[z], size) if labels else None)
             means.append(mean), stds.append(std), cases.append(name), at.append((z,))
     return Samples(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),

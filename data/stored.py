@@ -61,7 +61,7 @@ class Stored:
         if z is None:
             image, label = h5.at_least(image, size)[None], h5.at_least(label, size) if self.labels else None
         else:
-            image = h5.resize_image(image[0], size).reshape(size, size, -1).transpose(2, 0, 1)
+            image = h5.as_slice(image[0], size)
             label = h5.resize_label(label[0], size) if self.labels else None
         return image, label, *self.moments[path, split, entry.name]
 

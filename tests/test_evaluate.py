@@ -200,7 +200,7 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
     assert rows[0]["Dice %"] == pytest.approx(means)
     text = (out / "summary.md").read_text()
-    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text and "Δ Dice: points above supervised, labeled all" in text
+    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text and "Δ Dice: points above supervised of the same labeled" in text
     mean = lambda run, case: np.mean([float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)])
     assert len({e.patient for e in info.entries("val")}) == n                 # so that cases are patients here
     difference = [100 * (mean("mean_teacher", e.name) - mean("supervised", e.name)) for e in info.entries("val")]
@@ -495,20 +495,23 @@ def test_rows_are_compared_with_those_of_the_same_labels():
     dices = lambda *cases: [[metrics.Score(d, 0, 0, 0, False) for d in case] for case in cases]
     scores = [dices((0.2, 0.4), (0.5, 0.5)), dices((0.4, 0.4), (0.7, 0.7)), dices((0.4, 0.6), (0.5, 0.5)), dices((1, 1), (1, 1))]
     groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
-    found = evaluate.against(0, groups, scores, ["a", "b"])
+    found = evaluate.against({"6": 0}, groups, scores, ["a", "b"])
     assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
     assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1]["95% interval"] == pytest.approx((-10, 15))
     paths = ["a/best.pt", "b/best.pt", "c/best.pt", "d/best.pt"]
-    assert [evaluate.find_baseline(name, groups, paths) for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt")] == [1, 0, 2]
+    assert [evaluate.find_baselines(name, groups, paths) for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt", "supervised")] == [
+        {"6": 1}, {"6": 0}, {"all": 2}, {"6": 0, "all": 2}]
+    more = groups + [("mean_teacher", "all", [0])]   # a name serves all numbers of labels
+    found = evaluate.against({"6": 0, "all": 2}, more, scores, ["a", "b"])
+    assert found[1]["Δ Dice"] == pytest.approx(2.5) and found[3]["Δ Dice"] == pytest.approx(-62.5) and found[2]["Δ Dice"] is None
 
 
 def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch):
     """Before any work."""
     monkeypatch.setattr(evaluate, "load_run", None)
     info, out = h5.read_info(gray), ["--out", tmp_path / "o"]
-    runs = [make_run(tmp_path / n, info, labeled=l, method=m) for n, l, m in (("a", "2", "supervised"), ("b", "all", "supervised"), ("c", "2", "ict"))]
+    runs = [make_run(tmp_path / n, info, method=m) for n, m in (("a", "supervised"), ("b", "ict"))]
     refused(evaluate.main, [gray, *runs, *out, "--baseline", "fixmatch"], "--baseline fixmatch", "supervised, ict")
-    refused(evaluate.main, [gray, *runs, *out, "--baseline", "supervised"], "labeled 2, all", "path")
     refused(evaluate.main, [gray, runs[0], *out, "--baseline", "supervised", "--predict"], "--predict", "--baseline")
     assert not (tmp_path / "o").exists()
 
