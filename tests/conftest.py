@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
-from data import images, phantom  # noqa: E402
+from data import h5, images, phantom  # noqa: E402
 from data.files import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
@@ -79,11 +79,12 @@ def rgb(tmp_path_factory):
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
-def quality(data, folder, size="32", val=4):
+def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
     corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", str(val), "--folds", "2",
-                  "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", "2", "--epochs", "2", "--batch", "16"])
+                  "--harvest-share", "0.25", "--harvest-epochs", epochs, "--harvest-steps", "2", "--harvest-batch", "4"])
+    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", str(members), "--epochs", "2",
+                   "--batch", "16"])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
@@ -99,7 +100,7 @@ def gray_quality(gray, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def volumes_quality(volumes, tmp_path_factory):
-    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1)
+    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1, "1", 1)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +114,16 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
     def make(folder):
         train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(folder), "--head", "scalar", "--size", "32", "--width", "8", "--epochs", "2", "--batch", "16"])
     return str(shared(tmp_path_factory, "rgb_scalar", make) / "qp.pt")
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+    def save_figure(figure, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+        h5.pyplot().close(figure)
+    monkeypatch.setattr(h5, "save_figure", save_figure)
 
 
 @pytest.fixture
