@@ -39,7 +39,8 @@ def parse_args(argv=None):
     p.add_argument("data", help="dataset file")
     p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--size", type=grid, help="side of the images that g sees, or D,H,W that patches are resized to (default: the masks' own)")
+    p.add_argument("--size", type=grid, help="side of the images that g sees, or D,H,W that patches are resized to (default: "
+                   "the masks' own; of slices, with --head dense, half of it, measured no worse)")
     # network
     p.add_argument("--head", choices=HEADS, default="dense", help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18")
     p.add_argument("--width", type=number(1), help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)")
@@ -219,8 +220,9 @@ def main(argv=None):
         print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
         return
     size = args.size and h5.network_grid(info, args.size)
-    train = vqm.load(args.vqm, "train", info, size, probabilities=args.soft > 0)
-    synthetic, real = (vqm.load(args.vqm, split, info, size) for split in ("val", "real"))
+    shrink = 2 if args.head == "dense" else 1
+    train = vqm.load(args.vqm, "train", info, size, args.soft > 0, shrink)
+    synthetic, real = (vqm.load(args.vqm, split, info, size, shrink=shrink) for split in ("val", "real"))
     seen = tuple(train.mask.shape[1:])
 
     torch.manual_seed(args.seed)
@@ -298,7 +300,7 @@ def main(argv=None):
     save("last.pt", epoch, finished=True)
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
-                                 ",".join(map(str, train.patch or seen[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
+                                 ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
 
 
 def load_pretrained(g, path):

@@ -51,10 +51,12 @@ class Masks:
     prob_index: torch.Tensor  # [N] into prob, -1: none
     spec: str                 # --labeled of corrupt.py
     patch: tuple | None       # (D, H, W) of the patches of a volume, before they were resized
+    own: tuple                # *S of the masks before they were resized
 
 
-def load(path, split, info, size, probabilities=False):
-    """Reads a split on the grid `size` (the side of slices, (D, H, W) of patches; None: its own). -> Masks
+def load(path, split, info, size, probabilities=False, shrink=1):
+    """Reads a split on the grid `size` (the side of slices, (D, H, W) of patches; None: its own, of slices divided by `shrink`, but at least
+    32). -> Masks
 
     InputError if it belongs to other data than info's, or is damaged.
     """
@@ -73,7 +75,7 @@ def load(path, split, info, size, probabilities=False):
             own = tuple(map(int, group["mask"].shape[1:]))
             if len(own) != info.dims:
                 raise InputError(f"{path}: holds masks in {len(own)}D, but {info.path} is segmented in {info.dims}D; run corrupt.py on this file")
-            patch, size = own if info.dims == 3 else None, size or (own if info.dims == 3 else own[0])
+            patch, size = own if info.dims == 3 else None, size or (own if info.dims == 3 else max(32, own[0] // shrink))
             mask = np.stack([h5.resize_label(m, size) for m in group["mask"]])
             prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] if probabilities else []
         except (KeyError, OSError) as error:
@@ -85,4 +87,4 @@ def load(path, split, info, size, probabilities=False):
     samples = h5.load_patches(info, source, patch, wanted, grid=size) if patch else h5.load_slices(info, source, size, wanted)
     where = {key: i for i, key in enumerate(zip(samples.case, samples.at))}
     index = torch.tensor([where[key] for key in zip(cases, at)])
-    return Masks(torch.from_numpy(mask), index, samples, prob, torch.from_numpy(prob_index).long(), spec, patch)
+    return Masks(torch.from_numpy(mask), index, samples, prob, torch.from_numpy(prob_index).long(), spec, patch, own)

@@ -1,4 +1,5 @@
 """Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2. Made once, by the converters' own commands."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,6 +20,19 @@ from data import h5, images, phantom  # noqa: E402
 from data.files import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
+os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure
+
+
+def shared(factory, name, make):
+    """A folder that make(folder) fills, once for all of pytest-xdist's workers."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(base / f"{name}.lock"):
+        if not (base / name).exists():
+            (base / f"{name}.part").mkdir()
+            make(base / f"{name}.part")
+            (base / f"{name}.part").rename(base / name)
+    return base / name
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):
@@ -37,62 +52,79 @@ def make_pictures(folder, count, seed=0, size=(40, 56)):
 @pytest.fixture(scope="session")
 def gray(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 4 x 48 x 48, 4 classes, segmented slice by slice."""
-    path = tmp_path_factory.mktemp("gray") / "phantom.h5"
-    phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
-    return str(path)
+    def make(folder):
+        phantom.main(["--out", str(folder / "phantom.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
+    return str(shared(tmp_path_factory, "gray", make) / "phantom.h5")
 
 
 @pytest.fixture(scope="session")
 def volumes(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 20 x 40 x 36, 4 classes, segmented in 3D."""
-    path = tmp_path_factory.mktemp("volumes") / "volumes.h5"
-    phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
-    with h5py.File(path, "a") as f:  # no cube: axes must not be confused
-        for case in (case for split in f.values() for case in split.values()):
-            image, label = case["image"][:, :, :36], case["label"][:, :, :36]
-            del case["image"], case["label"]
-            case["image"], case["label"] = image, label
-            case.attrs["mean"], case.attrs["std"] = h5.moments(image)
-    return str(path)
+    def make(folder):
+        path = folder / "volumes.h5"
+        phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
+        with h5py.File(path, "a") as f:  # no cube: axes must not be confused
+            for case in (case for split in f.values() for case in split.values()):
+                image, label = case["image"][:, :, :36], case["label"][:, :, :36]
+                del case["image"], case["label"]
+                case["image"], case["label"] = image, label
+                case.attrs["mean"], case.attrs["std"] = h5.moments(image)
+    return str(shared(tmp_path_factory, "volumes", make) / "volumes.h5")
 
 
 @pytest.fixture(scope="session")
 def rgb(tmp_path_factory):
     """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
-    folder = tmp_path_factory.mktemp("rgb")
-    images.main([str(make_pictures(folder / "src", 12)), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
-    return str(folder / "rgb.h5")
+    def make(folder):
+        images.main([str(make_pictures(folder / "src", 12)), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
+    return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
-def quality(data, folder, size="32", val=4):
+def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
     corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", str(val), "--folds", "2",
-                  "--harvest-share", "0.25", "--harvest-epochs", "1,2", "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", "2", "--epochs", "2", "--batch", "16"])
+                  "--harvest-share", "0.25", "--harvest-epochs", epochs, "--harvest-steps", "2", "--harvest-batch", "4"])
+    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", str(members), "--epochs", "2",
+                   "--batch", "16"])
+    return str(folder / "vqm.h5"), str(folder / "qp.pt")
+
+
+def shared_quality(factory, name, *args):
+    folder = shared(factory, name, lambda folder: quality(args[0], folder, *args[1:]))
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
 @pytest.fixture(scope="session")
 def gray_quality(gray, tmp_path_factory):
-    return quality(gray, tmp_path_factory.mktemp("gray_quality"))
+    return shared_quality(tmp_path_factory, "gray_quality", gray)
 
 
 @pytest.fixture(scope="session")
 def volumes_quality(volumes, tmp_path_factory):
-    return quality(volumes, tmp_path_factory.mktemp("volumes_quality"), "16,16,32", val=1)
+    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1, "1", 1)
 
 
 @pytest.fixture(scope="session")
 def rgb_quality(rgb, tmp_path_factory):
-    return quality(rgb, tmp_path_factory.mktemp("rgb_quality"))
+    return shared_quality(tmp_path_factory, "rgb_quality", rgb)
 
 
 @pytest.fixture(scope="session")
 def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
     """The paper's scalar head. -> qp.pt"""
-    out = tmp_path_factory.mktemp("rgb_scalar")
-    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(out), "--head", "scalar", "--size", "32", "--width", "8", "--epochs", "2", "--batch", "16"])
-    return str(out / "qp.pt")
+    def make(folder):
+        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(folder), "--head", "scalar", "--size", "32", "--width", "8", "--epochs", "2", "--batch", "16"])
+    return str(shared(tmp_path_factory, "rgb_scalar", make) / "qp.pt")
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+    def save_figure(figure, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+        h5.pyplot().close(figure)
+    monkeypatch.setattr(h5, "save_figure", save_figure)
 
 
 @pytest.fixture

@@ -78,8 +78,9 @@ def test_gray_and_mask_channels_take_the_mean_filter():
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("name", ["quality", "quality_dense"])
 def test_g_answers_for_each_foreground_class_at_any_size(name, dims):
-    g = models.build(name, channels=1, classes=4, dims=dims, size=32, width=4).eval()
-    for side in (32, 48):
+    sides = {2: (32, 48), 3: (16, 20)}[dims]
+    g = models.build(name, channels=1, classes=4, dims=dims, size=sides[0], width=4).eval()
+    for side in sides:
         mask = torch.rand(2, 3, *[side] * dims, requires_grad=True)
         q = g(torch.randn(2, 1, *[side] * dims), mask)
         assert q.shape == (2, 3) and q.dtype == torch.float32 and (0 < q).all() and (q < 1).all()
@@ -143,7 +144,7 @@ def test_estimates_of_quality_by_hand():
 def test_dense_head(dims):
     """Expected Dice under the members' mean; a withheld mask is not an empty one; gradient reaches the mask; the error map is 1 - p."""
     torch.manual_seed(0)
-    S = (32,) * dims
+    S = {2: (32, 32), 3: (20, 20, 20)}[dims]
     g = models.build("quality_dense", channels=1, classes=3, dims=dims, width=4, members=2).eval()
     image, mask = torch.randn(2, 1, *S), one_hot(torch.randint(3, (2, *S)), 3)[:, 1:]
     p = g.truth(image, mask)

@@ -13,7 +13,7 @@ import torch
 import corrupt
 import evaluate
 import train_qp
-from conftest import make_pictures, quality
+from conftest import make_pictures, quality, shared
 from data import h5, images, phantom
 from data.vqm import load
 from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
@@ -46,14 +46,23 @@ def test_batches_show_what_they_should(kind, request):
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
 
-@pytest.mark.parametrize("head", ["dense", "scalar"])
-def test_it_learns_to_tell_good_from_bad(head, tmp_path):
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory):
+    """30 + 10 bright discs, and masks of them. -> dataset, vqm.h5"""
+    def make(folder):
+        images.main([str(make_pictures(folder / "src", 40)), "--out", str(folder / "f.h5"), "--val", "0.25"])
+        corrupt.main([str(folder / "f.h5"), "--out", str(folder), "--size", "32", "--masks", "30", "--val-masks", "20", "--harvest-epochs", "1",
+                      "--harvest-steps", "2", "--harvest-batch", "4"])
+    folder = shared(tmp_path_factory, "discs", make)
+    return str(folder / "f.h5"), str(folder / "vqm.h5")
+
+
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("head, more", [("dense", ("--width", "4", "--per-image", "15", "--lr", "5e-3")),
+                                        ("scalar", ("--width", "16", "--per-image", "30", "--lr", "3e-3"))])
+def test_it_learns_to_tell_good_from_bad(head, more, discs, tmp_path):
     """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
-    images.main([str(make_pictures(tmp_path / "src", 40)), "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
-    corrupt.main([str(tmp_path / "f.h5"), "--out", str(tmp_path), "--size", "32", "--masks", "60", "--val-masks", "40", "--harvest-epochs", "1",
-                  "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([str(tmp_path / "f.h5"), "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path), "--size", "32", "--epochs", "5",
-                   "--lr", "1e-3", "--head", head, "--width", {"dense": "8", "scalar": "16"}[head], "--members", "1"])
+    train_qp.main([discs[0], "--vqm", discs[1], "--out", str(tmp_path), "--epochs", "3", "--batch", "16", "--members", "1", "--head", head, *more])
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
     assert synthetic["pearson"] > 0.8
@@ -75,6 +84,7 @@ def test_report(kind, request):
     assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("select, kept, run", [("last", 5, 5), ("best", 2, 4)])
 def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monkeypatch):
     """With errors on val that are given: the last epoch, or the best and no more than `patience` worse ones."""
@@ -139,6 +149,7 @@ def test_image_of_another_case(gray, gray_quality):
     assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("head", ["dense", "scalar"])
 def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch):
     common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3", "--head", head, "--members", "2"]
@@ -194,6 +205,7 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_same_seed_same_weights(rgb, rgb_quality, tmp_path):
     again = quality(rgb, tmp_path)[1]
     a, b = (torch.load(p, weights_only=True)["weights"] for p in (rgb_quality[1], again))

@@ -19,11 +19,11 @@ from data import h5
 
 README = (ROOT / "README.md").read_text()
 SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
-    "data.phantom": "--train 8 --val 2 --test 1 --size 48 --depth 4",
+    "data.phantom": "--train 8 --val 2 --test 1 --size 32 --depth 4",
     "data.ssl4mis": "--val 1",
     "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 --harvest-batch 4",
     "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1",
-    "train_ssl.py": "--size 32 --steps 2 --batch 3 --batch-unlabeled 3 --keep 1,2",
+    "train_ssl.py": "--size 32 --width 4 --steps 2 --batch 3 --batch-unlabeled 3 --keep 1,2",
     "evaluate.py": "--pictures 1",
 }
 
@@ -47,6 +47,7 @@ def execute(command, folder, monkeypatch):
     importlib.import_module(name.removesuffix(".py")).main(words + small.split())
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     for block in (next(b for b in blocks("bash") if word in b) for word in ("corrupt.py", "held_out")):
         for command in commands(block):
@@ -56,6 +57,7 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
     for command in commands(next(b for b in blocks("bash") if "--dims 3" in b)):
         execute(command, tmp_path, monkeypatch)
@@ -162,8 +164,8 @@ def test_example_method(gray, gray_quality, tmp_path, monkeypatch):
 def test_example_corruption(gray, tmp_path, monkeypatch):
     monkeypatch.setattr(corrupt, "SINGLE", list(corrupt.SINGLE))
     exec(example("SINGLE.append"), vars(corrupt))
-    corrupt.main([gray, "--out", str(tmp_path), "--labeled", "2", "--size", "32", "--masks", "400", "--val-masks", "1", "--harvest-epochs", "1",
-                  "--harvest-steps", "1"])
+    corrupt.main([gray, "--out", str(tmp_path), "--labeled", "2", "--size", "32", "--masks", "200", "--val-masks", "1", "--harvest-epochs", "1",
+                  "--harvest-steps", "1", "--harvest-share", "0", "--no-balance"])
     with h5.open_file(tmp_path / "vqm.h5") as f:
         assert "mirror" in set(f["train/source"].asstr()[:])
     del corrupt.mirror
@@ -176,6 +178,7 @@ def test_example_network(gray, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "best.pt", weights_only=True)["model"]["name"] == "tiny"
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
 @pytest.mark.parametrize("target, count, rows", [
     ("demo", 11, ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR")),

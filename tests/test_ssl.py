@@ -16,7 +16,7 @@ from data import h5, phantom
 from models.losses import mse_loss, one_hot, seg_loss
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
-KINDS = {"binary RGB": (3, 2, (32, 32)), "4-class gray": (1, 4, (32, 32)), "3-class volumes": (1, 3, (16, 20, 32))}  # channels, classes, grid
+KINDS = {"binary RGB": (3, 2, (32, 32)), "4-class gray": (1, 4, (32, 32)), "3-class volumes": (1, 3, (16, 17, 18))}  # channels, classes, grid
 CPU = torch.device("cpu")
 LEVELS = ("image", "class", "pixel")
 
@@ -24,14 +24,14 @@ LEVELS = ("image", "class", "pixel")
 def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
     qp = ["--qp", "qp.pt"] if weight == "quality" or qar else []
     return train_ssl.parse_args(["data.h5", "--out", "out", "--method", method, "--weight", weight, "--weight-level", level, "--qar", str(qar),
-                                 "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", *qp, *more])
+                                 "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", "--mc-passes", "2", *qp, *more])
 
 
 def setting(kind, seed=1, count=3, students=1):
     """Students, teacher and a batch."""
     C, K, S = KINDS[kind]
     torch.manual_seed(seed)
-    network = dict(name="unet") if len(S) == 2 else dict(name="vnet", width=4, dropout=0.1)
+    network = dict(name="unet", width=8) if len(S) == 2 else dict(name="vnet", width=2, dropout=0.1)
     nets = [models.build(channels=C, classes=K, dims=len(S), **network) for _ in range(students)]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
@@ -59,7 +59,8 @@ class Constant(nn.Module):
 def loss_of(kind, g, args, seed=1):
     nets, teacher, batch = setting(kind, seed, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
-    return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+    with torch.no_grad():
+        return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,19 +69,13 @@ def loss_of(kind, g, args, seed=1):
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     C, K, S = KINDS[kind]
-    g = models.build("quality_dense", channels=C, classes=K, dims=len(S), size=S, width=4, members=1).eval().requires_grad_(False)
+    g = models.build("quality_dense", channels=C, classes=K, dims=len(S), size=S, width=2, members=1).eval().requires_grad_(False)
     args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
     loss.backward()
     assert loss.isfinite() and parts.shape == (5,) and not parts.requires_grad
     assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
     assert all(p.grad is None for frozen in (teacher, g) for p in frozen.parameters())
-    _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
-    assert len(terms) > 0 or method == "supervised"
-    for term in terms:
-        loss = term.loss(torch.ones(3, *S))
-        assert loss.shape == (3,) and loss.requires_grad and not term.target.requires_grad
-        assert torch.allclose(term.target.sum(1), torch.ones(3, *S), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["4-class gray", "3-class volumes"])
@@ -101,6 +96,11 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     args = options("--conf-threshold", "0", method=method)
     _, terms = train_ssl.METHODS[method](nets, teacher, batch, args, 0.5)
+    ones = torch.ones(3, *KINDS[kind][2])
+    for term in terms:
+        loss = term.loss(ones)
+        assert loss.shape == (3,) and loss.requires_grad and not term.target.requires_grad
+        assert torch.allclose(term.target.sum(1), ones, atol=1e-5)
     train_ssl.unlabeled_loss(None, terms, args, CPU)[0].backward()
     assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)
 
@@ -111,7 +111,7 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
 def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(kind, method, level):
     K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
     plain, parts = loss_of(kind, None, options(*keep, method=method))
-    for value in (0.5, 0.7, 1.0):
+    for value in (0.5, 0.7):
         weighted, _ = loss_of(kind, Constant(value, K), options(*keep, weight="quality", **common))
         assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
     zero, zero_parts = loss_of(kind, Constant(0.0, K), options(*keep, weight="quality", **common))
@@ -132,13 +132,14 @@ def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
         def forward(self, image, mask):
             return mask.flatten(2).mean(2)
     nets, _, batch = setting(kind)
-    before = nets[0](batch.u).softmax(1)[:, 1:].mean().item()
-    optimizer = torch.optim.SGD(nets[0].parameters(), 0.5)
+    background = lambda: nets[0](batch.u).softmax(1)[:, 0].mean().item()
+    before = background()
+    optimizer = torch.optim.SGD(nets[0].parameters(), 2.0)
     for _ in range(5):
         optimizer.zero_grad()
         train_ssl.quality_loss(LikesForeground(), nets, batch.u).backward()
         optimizer.step()
-    assert nets[0](batch.u).softmax(1)[:, 1:].mean().item() > before + 0.05
+    assert background() < 0.7 * before
 
 
 class Table(nn.Module):
@@ -520,8 +521,9 @@ def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
 # ---------------------------------------------------------------------------------------------------- whole runs
 
 def train(data, out, *more):
-    size = ["--size", "32"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
-    train_ssl.main([data, "--out", str(out), "--labeled", "2", *size, "--batch", "3", "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "2", "--lr", "1e-3", "--lam-warmup", "0", *map(str, more)])
+    size = ["--size", "32", "--width", "8"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
+    train_ssl.main([data, "--out", str(out), "--labeled", "2", *size, "--batch", "3", "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "2", "--lr", "1e-3",
+                    "--lam-warmup", "0", "--mc-passes", "2", *map(str, more)])
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -533,11 +535,11 @@ def same(a, b):
 @pytest.mark.parametrize("method, hooks", list(itertools.product(
     train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
                         ("--weight", "quality", "--weight-level", "pixel")])))
-def test_five_steps_of_everything(kind, method, hooks, request, tmp_path):
+def test_three_steps_of_everything(kind, method, hooks, request, tmp_path):
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp)
+    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp, "--steps", 3)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert state["step"] == 5 and [r["step"] for r in rows] == ["2", "4", "5"] and (tmp_path / "best.pt").exists()
+    assert state["step"] == 3 and [r["step"] for r in rows] == ["2", "3"] and (tmp_path / "best.pt").exists()
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
 
