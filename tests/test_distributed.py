@@ -91,15 +91,17 @@ def work(folder, data, vqm):
         Path(folder, f"odd_{rank}.txt").write_text(str(error))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(gray, gray_quality, tmp_path_factory):
     """The folder in which two processes have done work()."""
-    folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder), gray, gray_quality[0]],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "out.txt").write_text(done.stdout)
-    return folder
+    from conftest import shared  # not for the processes below
+
+    def make(folder):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder), gray, gray_quality[0]],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "out.txt").write_text(done.stdout)
+    return shared(tmp_path_factory, "two", make)
 
 
 def close(a, b, atol):
