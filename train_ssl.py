@@ -68,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
-    p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken; 1: all, as in the paper")
+    p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
@@ -456,7 +456,8 @@ def total_loss(nets, teacher, g, batch, args, t):
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
-    qar = quality_loss(g, nets, batch.u[:math.ceil(args.qar_share * len(batch.u))]) if lam_qar else torch.zeros((), device=sup.device)
+    few = batch.u[:max(2, math.ceil(args.qar_share * len(batch.u)))]          # at least two, for batch norm
+    qar = quality_loss(g, nets, few) if lam_qar else torch.zeros((), device=sup.device)
     loss = sup.mean() + lam * unsup + lam_qar * qar
     return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
 

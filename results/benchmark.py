@@ -213,13 +213,15 @@ def evaluation(b):
     net = b.network().eval()
     plain, K, names = copy.deepcopy(net).to(memory_format=torch.contiguous_format), len(b.info.classes), [e.name for e in b.info.entries("val")]
     base = "slice by slice, medpy's metrics"
-    return rows_of("evaluation", b.timed({base: lambda: plain_evaluation(plain, b.info, b.args.size, names, b.on.device),
-                                          "ours, in one process": lambda: our_scores(b, net, names, b.args.size)}, 1), base)
+    with evaluate.scoring_pool(2, 10 ** 9) as pool:
+        return rows_of("evaluation", b.timed({base: lambda: plain_evaluation(plain, b.info, b.args.size, names, b.on.device),
+                                              "ours, in one process": lambda: our_scores(b, net, names, b.args.size),
+                                              "ours, two processes for the scores": lambda: our_scores(b, net, names, b.args.size, pool)}, 1), base)
 
 
-def our_scores(b, net, names, size):
-    return [evaluate.score_case(label, truth, entry.spacing, len(b.info.classes))
-            for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(b.info, "val", size, names), b.on)]
+def our_scores(b, net, names, size, pool=None):
+    tasks = ((label, truth, entry.spacing, len(b.info.classes)) for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(b.info, "val", size, names), b.on))
+    return list(evaluate.in_order(pool, evaluate.score_case, tasks, 4))
 
 
 def processes(b):
@@ -314,4 +316,5 @@ def processor():
 
 
 if __name__ == "__main__":
+    del __file__  # as in evaluate.py: the processes that score need not import this
     cli(main)
