@@ -298,6 +298,7 @@ def main(argv=None):
             dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
         evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     save("last.pt", epoch, finished=True)
+    distributed.wait()  # until everything is written
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
                                  ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))

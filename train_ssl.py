@@ -658,6 +658,7 @@ def main(argv=None):
             if finished:
                 break
             sums, start = torch.zeros_like(sums), time.perf_counter()
+    distributed.wait()  # until everything is written
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
           "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",
                                  *(["--window", "whole"] if args.window == "whole" else []),
