@@ -151,7 +151,8 @@ def test_image_of_another_case(gray, gray_quality):
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("head", ["dense", "scalar"])
-def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
+    """Also where it dies in the report, after its last epoch; a finished run says so."""
     common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3", "--head", head, "--members", "2"]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     step, calls = train_qp.train_step, []
@@ -164,12 +165,31 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train_qp.main([*common, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(train_qp, "train_step", step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_qp, "report", dies)
+        train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
+    assert not (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
+    assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
+    train_qp.main([*common, "--out", str(tmp_path / "parts")])
+    assert "this run is finished (g of epoch" in capsys.readouterr().out
     whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average
     rows = [[(r["step"], r["loss"], r["error_real"]) for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
+    """With the dense head, unless --size says otherwise; and its next command is for f at the masks' side."""
+    corrupt.main([rgb, "--out", str(tmp_path), "--labeled", "4", "--size", "72", "--masks", "2", "--val-masks", "1", "--harvest-epochs", "1", "--harvest-steps", "1",
+                  "--harvest-batch", "4"])
+    for head, side in (("dense", 36), ("scalar", 72)):
+        train_qp.main([rgb, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path / head), "--head", head, "--width", "4", "--epochs", "1"])
+        assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
+    found = load(str(tmp_path / "vqm.h5"), "val", h5.read_info(rgb), None, shrink=4)
+    assert found.mask.shape[1:] == (32, 32) and found.own == (72, 72)   # but no smaller than networks can take
 
 
 def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
@@ -195,7 +215,7 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     refused(train_qp.main, [gray, "--vqm", rgb_quality[0], *out], "classes")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--batch", "0"], "--batch")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--soft", "1.5"], "--soft")
-    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "--resume", "--overwrite")
+    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "was started with --size", "--overwrite")
     phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48", "--seed", "1"])
     refused(train_qp.main, [tmp_path / "other.h5", "--vqm", gray_quality[0], *out], "another file")
     shutil.copy(gray_quality[0], tmp_path / "damaged.h5")
