@@ -64,7 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on GPUs")
+    p.add_argument("--compile", action="store_true", help="torch.compile g: slow to start, then faster on GPUs")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -215,6 +215,8 @@ def main(argv=None):
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     distributed.start(on.device)
     set_defaults(args, info.dims)
+    if args.batch % distributed.world():
+        raise InputError(f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes")
     resumed = start_run("qp", args, info.describe(), free=("vqm",))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
@@ -233,7 +235,7 @@ def main(argv=None):
         net = models.build("quality", **shape, dropout=args.dropout)
         if args.pretrained:
             load_pretrained(net, args.pretrained)
-    net = on.place(distributed.synced(net)).train()
+    net = distributed.synced(on.place(net)).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
         for part in (net.members if args.head == "dense" else [net.backbone]):
@@ -268,7 +270,7 @@ def main(argv=None):
         rank, world = distributed.rank(), distributed.world()
         if rank:
             torch.manual_seed(args.seed * 1_000_003 + epoch + rank * 2 ** 41)  # the same masks, other views
-        batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= 2 * world]  # batch norm needs two
+        batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= max(2, world)]  # batch norm needs two
         bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty() or rank > 0)
         for step, rows in enumerate(bar, (epoch - 1) * steps + 1):
             losses.append(train_step(run, train, rows, args, step))
@@ -286,8 +288,8 @@ def main(argv=None):
         save("last.pt", epoch)
 
     distributed.wait()  # for qp.pt
-    g, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
-    rows, panels, image_dependence = report(g, synthetic, real, info, on)
+    kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
+    rows, panels, image_dependence = report(kept, synthetic, real, info, on)
     chosen = " and ".join(["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")) or "nothing"
     text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n{evaluate.markdown(rows)}\n\n"
             "Dependence on the image: correlation of g's answers with those for a "

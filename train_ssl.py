@@ -456,7 +456,7 @@ def total_loss(nets, teacher, g, batch, args, t):
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
-    few = batch.u[:max(2, math.ceil(args.qar_share * len(batch.u)))]          # at least two, for batch norm
+    few = batch.u[:max(2, math.ceil(args.qar_share * len(batch.u)))]          # of each process; at least two, for batch norm
     qar = quality_loss(g, nets, few) if lam_qar else torch.zeros((), device=sup.device)
     loss = sup.mean() + lam * unsup + lam_qar * qar
     return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
@@ -536,7 +536,7 @@ def load_data(info, args, on):
                 raise InputError(f"{args.unlabeled}: has {key} {getattr(other, key)}, but {info.path} has {getattr(info, key)}")
         parts += [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
     if args.cache == "auto":
-        args.cache = where_it_fits(sum(stored.bytes_in_memory(i, s, args.size, n) for i, s, n in [(info, "train", labeled), *parts]), on.device)
+        args.cache = where_it_fits(sum(stored.bytes_in_memory(i, s, args.size, n) for i, s, n in [(info, "train", labeled), (info, "val", None), *parts]), on.device)
     load = stored.Stored if args.cache == "off" else h5.load_slices if info.dims == 2 else h5.load_volumes
     train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
@@ -587,14 +587,15 @@ def main(argv=None):
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")
-    list(val)  # read now: a damaged case should not end the run at its first validation
+    for _ in val:  # read now: a damaged case should not end the run at its first validation
+        pass
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
     options = {name: value for name, value in dict(width=args.width, dropout=args.dropout).items() if value is not None}
     build = lambda: models.build(args.model, channels=info.channels, classes=K, dims=info.dims, **options)
-    nets = [on.place(distributed.synced(build())).train() for _ in range(STUDENTS.get(args.method, 1))]
+    nets = [distributed.synced(on.place(build())).train() for _ in range(STUDENTS.get(args.method, 1))]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     if args.compile:
         nets, teacher = [models.compiled(net) for net in nets], models.compiled(teacher)
@@ -627,7 +628,7 @@ def main(argv=None):
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
-    feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache == "off" and on.device.type == "cuda",
+    feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
                                        num_workers=args.workers if args.cache == "off" else 0)
     bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
     sums, start = torch.zeros(len(names), device=on.device), time.perf_counter()

@@ -164,10 +164,10 @@ def start_run(stage, args, data, free=()):
     last, found = os.path.join(args.out, "last.pt"), glob.glob(os.path.join(glob.escape(args.out), "*.pt"))
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
-    if args.overwrite or not found:
+    if args.overwrite or not found or (args.resume and not os.path.isfile(last)):  # killed before its first last.pt, a run begins again
         return None
     if not os.path.isfile(last):
-        raise InputError(f"{args.out}: holds a run, but no last.pt to go on from; start again with --overwrite, or choose another --out")
+        raise InputError(f"{args.out}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out")
     state = load_checkpoint(last, stage)
     for key, value in vars(args).items():
         if key not in {"resume", "overwrite", "out", "data", "device", *free} and state["args"].get(key) != value:

@@ -248,8 +248,8 @@ def choose_labeled(info, spec, seed=None):
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
-    labeled = [e.name for e in train if e.labeled and e.patient in chosen]
-    return labeled, [e.name for e in train if e.name not in set(labeled)]
+    labeled = {e.name: None for e in train if e.labeled and e.patient in chosen}
+    return list(labeled), [e.name for e in train if e.name not in labeled]
 
 
 # ---------------------------------------------------------------------------------------------------- what networks see
@@ -269,6 +269,8 @@ class Samples:
 
     def fetch(self, index, place=None):
         """What batch() standardizes. -> image [B, C, *S] and label [B, *S] or None, as stored, mean [B], std [B]. place: of Volumes"""
+        if torch.is_tensor(index):
+            index = index.to(self.image.device)
         return self.image[index], None if self.label is None else self.label[index], self.mean[index], self.std[index]
 
     def batch(self, index, device="cpu"):

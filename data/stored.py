@@ -24,7 +24,8 @@ class Stored:
     def __init__(self, info, split, size, names=None, labels=True):
         """Arguments, and errors, of h5.load_slices and h5.load_volumes; wrong pixels are found when they are read."""
         self.infos, self.size, self.labels, self.files = {info.path: info}, size, labels, {}
-        entries = [e for e in info.entries(split) if names is None or e.name in set(names)]
+        names = None if names is None else set(names)
+        entries = [e for e in info.entries(split) if names is None or e.name in names]
         if not entries:
             raise InputError(f"{info.path}: no case to read in split '{split}'")
         if labels and (missing := [e.name for e in entries if not e.labeled]):
@@ -93,14 +94,16 @@ def _moments(info, split, entries):
 
 def bytes_in_memory(info, split, size, names=None):
     """What h5.load_slices or h5.load_volumes of these cases would hold."""
-    entries = [e for e in info.splits[split] if names is None or e.name in set(names)]
+    names = None if names is None else set(names)
+    entries = [e for e in info.splits[split] if names is None or e.name in names]
     if isinstance(size, int):
         return sum((e.grid[0] if len(e.grid) == 3 else 1) * size ** 2 * (info.channels * e.itemsize + 1) for e in entries)
     return sum(math.prod(map(max, e.grid, size)) * (e.itemsize + 1) for e in entries)
 
 
 def free_memory():
-    """Bytes of main memory that this process may still take: of the machine, and of its control groups (containers, batch systems)."""
+    """Bytes of main memory that are free: of the machine, and within the limits of this process's control groups (containers, batch systems),
+    of which others of the group may have taken a part that is not known here."""
     free, mine = psutil.virtual_memory().available, psutil.Process().memory_info().rss
     for limit in group_limits():
         free = min(free, limit - mine)

@@ -71,8 +71,9 @@ class Compute:
 def compute(device="auto", amp="auto"):
     """The Compute of the options --device and --amp; auto takes CUDA if it is there (of a process of torchrun, its own GPU), and the type that
     the device is fast in."""
-    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device((own_gpu if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    device = torch.device("cpu" if device == "auto" else device)
     if amp != "auto":
         return Compute(device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp])
     if device.type == "cuda":
@@ -101,14 +102,16 @@ def fused(net):
         vars(net).pop(name, None)  # what compiled() made of the original
     for layers in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i in range(len(layers) - 1):
-            if isinstance(layers[i], (nn.Conv2d, nn.Conv3d)) and isinstance(layers[i + 1], (nn.BatchNorm2d, nn.BatchNorm3d)):
+            if isinstance(layers[i], (nn.Conv2d, nn.Conv3d)) and isinstance(layers[i + 1], nn.modules.batchnorm._BatchNorm):
                 layers[i], layers[i + 1] = fuse_conv_bn_eval(layers[i], layers[i + 1]), nn.Identity()
     return net
 
 
 def compiled(net):
     """The network with its two halves compiled (torch.compile), when they are first called; alone they serve methods that look in between."""
-    net.encode, net.decode = torch.compile(net.encode), torch.compile(net.decode)
+    for name in ("encode", "decode"):
+        if hasattr(net, name):  # a ResNet has but the first
+            setattr(net, name, torch.compile(getattr(net, name)))
     return net
 
 

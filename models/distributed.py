@@ -3,7 +3,8 @@
 Alone, a process needs none of it: rank() is 0, world() is 1, and every function hands back what it was given.
 
 The processes share the work of one process: of --batch samples each sees its share, gradients are averaged, and batch norm takes its
-statistics over all shares, so that a step does not depend on the number of processes but for the random numbers of augmentation and dropout.
+statistics over all shares, so that a step does not depend on the number of processes but for the random numbers of augmentation and dropout,
+and for what a method takes from its own share alone: whom an image is mixed with, the pixels of contrastive, the images of QAR.
 """
 import os
 import sys

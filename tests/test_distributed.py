@@ -84,7 +84,10 @@ def work(folder, data, vqm):
     train_ssl.train_step = step
     train_ssl.main(options(data, f"{folder}/parts", "--resume"))
     train_ssl.main(options(data, f"{folder}/parts"))   # finished: says so on both, and ends
+    step, runs = train_qp.train_step, []
+    train_qp.train_step = lambda run, *more: runs.append(run) or step(run, *more)
     train_qp.main([data, "--vqm", vqm, "--out", f"{folder}/qp", "--width", "4", "--members", "1", "--epochs", "1", "--batch", "16", "--device", "cpu"])
+    torch.save(runs[-1].net.state_dict(), f"{folder}/qp_{rank}.pt")
     try:
         train_ssl.main(options(data, f"{folder}/odd", "--batch", "5"))
     except train_ssl.InputError as error:
@@ -157,6 +160,8 @@ def test_g_trained_by_two_is_a_g(two, gray):
     info = h5.read_info(gray)
     g, labeled = evaluate.load_quality(str(two / "qp" / "qp.pt"), info, ON)
     assert len(labeled) and g(torch.randn(2, 1, 32, 32), torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    one, other, saved = (torch.load(two / name, weights_only=True) for name in ("qp_0.pt", "qp_1.pt", "qp/last.pt"))
+    assert all(torch.equal(one[k], other[k]) and torch.equal(one[k], saved["net"][k]) for k in one)   # of different images, the same weights
 
 
 def test_alone_nothing_is_asked_of_others():

@@ -173,11 +173,24 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
+    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.models.compute())   # a g like any other
     whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average
     rows = [[(r["step"], r["loss"], r["error_real"]) for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
     assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("head", ["dense", "scalar"])
+def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
+    """With a compiler that only traces."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
+    for name, more in (("a", []), ("b", ["--compile"])):
+        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path / name), "--head", head, "--width", "4", "--members", "1", "--epochs", "1", "--batch", "16", *more])
+    a, b = (torch.load(tmp_path / name / "qp.pt", weights_only=True)["weights"] for name in ("a", "b"))
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)
 
 
 @pytest.mark.usefixtures("unrendered")

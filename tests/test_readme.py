@@ -102,6 +102,11 @@ def test_torchrun(tmp_path):
     assert command[:4] == ["torchrun", "--standalone", "--nproc_per_node=2", "train_ssl.py"] and train_ssl.parse_args(command[4:]).batch == 16
 
 
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links and all((ROOT / link).exists() for link in links)
+
+
 def test_own_data(tmp_path, monkeypatch):
     from test_data import make_ssl4mis
     from test_nifti import make as make_nifti

@@ -611,6 +611,10 @@ def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monke
     with pytest.raises(KeyboardInterrupt):
         train(gray, tmp_path, "--overwrite")
     refused(lambda argv: train(gray, tmp_path), [], "unfinished run", "--resume", "--overwrite")
+    (tmp_path / "last.pt").rename(tmp_path / "step2.pt")   # killed before its first last.pt: with --resume it begins again
+    refused(lambda argv: train(gray, tmp_path), [], "no last.pt", "--resume", "--overwrite")
+    monkeypatch.setattr(train_ssl, "train_step", step)
+    assert train(gray, tmp_path, "--resume")["finished"] and not (tmp_path / "step2.pt").exists()
 
 
 def test_qar_is_taken_on_a_share_of_the_images():
