@@ -70,6 +70,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.pretrained and args.head != "scalar":
         raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
+    if args.head == "scalar" and (args.width or 8) < 8:  # torch 2.13's CPU convolutions of its gradient write out of bounds at 4
+        raise InputError(f"--width {args.width}: --head scalar needs at least 8 channels")
     return args
 
 

@@ -188,7 +188,7 @@ def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
     for name, more in (("a", []), ("b", ["--compile"])):
-        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path / name), "--head", head, "--width", "4", "--members", "1", "--epochs", "1", "--batch", "16", *more])
+        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path / name), "--head", head, "--width", "8", "--members", "1", "--epochs", "1", "--batch", "16", *more])
     a, b = (torch.load(tmp_path / name / "qp.pt", weights_only=True)["weights"] for name in ("a", "b"))
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)
 
@@ -199,7 +199,7 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
     corrupt.main([rgb, "--out", str(tmp_path), "--labeled", "4", "--size", "72", "--masks", "2", "--val-masks", "1", "--harvest-epochs", "1", "--harvest-steps", "1",
                   "--harvest-batch", "4"])
     for head, side in (("dense", 36), ("scalar", 72)):
-        train_qp.main([rgb, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path / head), "--head", head, "--width", "4", "--epochs", "1"])
+        train_qp.main([rgb, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path / head), "--head", head, "--width", "8", "--epochs", "1"])
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
     found = load(str(tmp_path / "vqm.h5"), "val", h5.read_info(rgb), None, shrink=4)
     assert found.mask.shape[1:] == (32, 32) and found.own == (72, 72)   # but no smaller than networks can take
@@ -229,6 +229,7 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--batch", "0"], "--batch")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--soft", "1.5"], "--soft")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "was started with --size", "--overwrite")
+    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", "o", "--head", "scalar", "--width", "4"], "--width 4", "at least 8")
     phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48", "--seed", "1"])
     refused(train_qp.main, [tmp_path / "other.h5", "--vqm", gray_quality[0], *out], "another file")
     shutil.copy(gray_quality[0], tmp_path / "damaged.h5")
