@@ -376,7 +376,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("head", ["dense", "scalar"])
 def test_g_resumed_equals_uninterrupted(head, volumes, volumes_quality, tmp_path, monkeypatch):
-    common = [volumes, "--vqm", volumes_quality[0], "--size", "16", "--width", "4", "--batch", "8", "--epochs", "2", "--head", head, "--members", "1",
+    common = [volumes, "--vqm", volumes_quality[0], "--size", "16", "--width", "8", "--batch", "8", "--epochs", "2", "--head", head, "--members", "1",
               "--per-image", "4"]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     step, calls = train_qp.train_step, []
