@@ -49,7 +49,8 @@ def test_a_place_says_where_a_patch_is():
 
 
 def fetch_there(disk, connection):
-    connection.send([None if v is None else v.numpy() for v in disk.fetch(*PICK)])
+    found = [v.numpy() for v in disk.fetch(*PICK)]
+    connection.send((found, [pid for pid, _ in disk.files]))
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -61,7 +62,9 @@ def test_each_process_opens_the_file_for_itself(start, gray):
     here, there = context.Pipe()
     worker = context.Process(target=fetch_there, args=(disk, there))
     worker.start()
-    assert here.poll(60) and same([torch.from_numpy(v) for v in here.recv()], mine)
+    assert here.poll(60)
+    found, owners = here.recv()
+    assert same([torch.from_numpy(v) for v in found], mine) and owners == [worker.pid]
     worker.join()
     assert worker.exitcode == 0 and same(disk.fetch(*PICK), mine)
 
