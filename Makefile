@@ -19,7 +19,7 @@ TRAIN = $(PY) train_ssl.py $(DATA) --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --s
 demo: .venv/ready
 	$(PY) -m data.phantom --out $(DATA)
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --preview $(OUT)/masks.png
+	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --overwrite --preview $(OUT)/masks.png
 	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --members 1 --batch 16 --per-image 50 --epochs 3 --overwrite
 	$(TRAIN) --out $(OUT)/sup --method supervised
 	$(TRAIN) --out $(OUT)/sup_all --method supervised --labeled all
@@ -35,7 +35,7 @@ demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --si
 demo3d: .venv/ready
 	$(PY) -m data.phantom --out $(DATA) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6 --preview $(OUT)/masks.png
+	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6 --overwrite --preview $(OUT)/masks.png
 	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
 	$(TRAIN) --out $(OUT)/sup --method supervised
 	$(TRAIN) --out $(OUT)/mt --method mean_teacher

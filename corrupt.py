@@ -3,7 +3,7 @@
     python corrupt.py DATA.h5 --out runs/vqm --labeled 7 [--workers 2] [--preview runs/vqm/preview.png]
 
 Reads  DATA.h5: the labeled train cases and val; never test, never the label of an unlabeled case.
-Writes OUT/weak/*.pt, partly trained networks f, and OUT/vqm.h5:
+Writes OUT/weak/fold*.pt, partly trained networks f, OUT/weak/last.pt (to --resume), and OUT/vqm.h5:
          /train, /val       synthetic masks; train also holds outputs of weak networks ("harvest ..."), which with --folds 2 or more
                             have not seen the patient
          /real              outputs of all weak networks on val, which none has seen
@@ -16,10 +16,10 @@ or a label map, uint8 [H, W] or [D, H, W].
 """
 import argparse
 import functools
+import glob
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +31,9 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import augment, h5, shapes, vqm
-from data.files import SEED, SHARE, InputError, Parser, cli, grid, number, numbers, replacing, save_checkpoint
+from data import augment, h5, processes, shapes, vqm
+from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, grid, load_checkpoint, number, numbers, replacing, save_checkpoint,
+                        seed_of, start_run)
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 2
@@ -64,6 +65,9 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
+    p.add_argument("--deterministic", action="store_true", help="the same masks each time also on a GPU, at a price (on a CPU they are anyway)")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was interrupted: keeps the weak networks that it has trained")
+    p.add_argument("--overwrite", action="store_true", help="replace the masks that OUT holds")
     return p.parse_args(argv)
 
 
@@ -427,8 +431,7 @@ def start_work(shared):
 
 
 def start_process(shared):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so is its way to unwind
+    processes.start_worker()
     start_work(shared)
 
 
@@ -473,20 +476,29 @@ def synthetic(samples, split, K, count, args):
 
 # ---------------------------------------------------------------------------------------------------- harvest
 
-def train_weak(samples, patients, info, fold, args):
-    """Trains a U-Net from scratch on all folds but `fold` (on all if there is one fold). -> {epoch: weights}
+def train_weak(samples, patients, info, fold, args, done=None):
+    """Trains a U-Net from scratch on all folds but `fold` (on all if there is one fold), and saves it after --harvest-epochs. -> {epoch: weights}
 
-    The paper's harvest: Adam 1e-3, batch 16, Dice loss, flips and rotation.
+    The paper's harvest: Adam 1e-3, batch 16, Dice loss, flips and rotation. done: last.pt of an interrupted run to go on from
     """
-    torch.manual_seed(args.seed * 1000 + fold)
+    path = os.path.join(args.out, "weak", "fold{}_epoch{:02d}.pt").format
+    torch.manual_seed(seed_of(args.seed, 0, fold))
     names = list(dict.fromkeys(patients))
     mine = [i for i, p in enumerate(patients) if args.folds == 1 or names.index(p) % args.folds != fold]
-    K, on = len(info.classes), models.compute(args.device, args.amp)
+    K, on = len(info.classes), models.compute(args.device, args.amp, args.deterministic)
     net = on.place(models.build("unet", channels=info.channels, classes=K, dims=info.dims))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    scaler = on.scaler()
-    steps, saved = max(args.harvest_steps, -(-len(mine) // args.harvest_batch)), {}
-    for epoch in tqdm(range(1, args.harvest_epochs[-1] + 1), desc=f"weak networks, fold {fold}", disable=not sys.stderr.isatty()):
+    optimizer, scaler, first = torch.optim.Adam(net.parameters(), 1e-3), on.scaler(), 0
+    if done and done["fold"] == fold:
+        net.load_state_dict(done["net"])
+        optimizer.load_state_dict(done["optimizer"])
+        scaler.load_state_dict(done["scaler"])
+        first = done["epoch"]
+    elif done and done["fold"] > fold:
+        first = args.harvest_epochs[-1]
+    steps = max(args.harvest_steps, -(-len(mine) // args.harvest_batch))
+    for epoch in tqdm(range(first + 1, args.harvest_epochs[-1] + 1), desc=f"weak networks, fold {fold}", disable=not sys.stderr.isatty()):
+        torch.manual_seed(seed_of(args.seed, epoch, fold))
+        losses = []
         order = torch.cat([torch.randperm(len(mine)) for _ in range(1 + steps * args.harvest_batch // len(mine))])
         for step in range(steps):
             index = torch.tensor(mine)[order[step * args.harvest_batch:(step + 1) * args.harvest_batch]]
@@ -494,17 +506,22 @@ def train_weak(samples, patients, info, fold, args):
             with on.autocast():
                 logits = net(models.channels_last(x))
             loss = dice_loss(logits, one_hot(y, K)).mean()
-            if not loss.isfinite():
-                raise InputError(f"harvest: the loss is not finite in epoch {epoch}; try --amp off")
+            losses.append(loss.detach())
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+        check_finite(torch.stack(losses)[:, None], [f"weak network of fold {fold}"], [net], epoch * steps, lambda _: "try --amp off")
         if epoch in args.harvest_epochs:
-            saved[epoch] = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
-            save_checkpoint(os.path.join(args.out, "weak", f"fold{fold}_epoch{epoch:02d}.pt"), "weak", model=net.config,
-                            weights=saved[epoch], epoch=epoch, fold=fold, args=vars(args), data=info.describe())
-    return saved
+            save_checkpoint(path(fold, epoch), "weak", model=net.config, weights=net.state_dict(), epoch=epoch, fold=fold, args=vars(args), data=info.describe())
+        save_state(args, info, fold, epoch=epoch, net=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    return {epoch: load_checkpoint(path(fold, epoch), "weak")["weights"] for epoch in args.harvest_epochs}
+
+
+def save_state(args, info, fold, finished=False, **state):
+    """Writes OUT/weak/last.pt, from which --resume goes on: the network of a fold; its earlier folds are done."""
+    save_checkpoint(os.path.join(args.out, "weak", "last.pt"), "corrupt", fold=fold, args=vars(args), data=info.describe(), inputs={},
+                    finished=finished, **state)
 
 
 @torch.no_grad()
@@ -513,7 +530,7 @@ def outputs(weights, samples, tasks, info, args):
 
     Yields, in the tasks' order: row, sample index, probabilities [K-1, *S] uint8 in 1/255, label map [*S].
     """
-    on = models.compute(args.device, args.amp)
+    on = models.compute(args.device, args.amp, args.deterministic)
     net = on.place(models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims))
     net.load_state_dict(weights)
     net.eval()
@@ -531,7 +548,7 @@ def outputs(weights, samples, tasks, info, args):
 def run_tasks(weak, samples, tasks, info, args):
     """Yields (fold, epoch) and outputs() of every weak network's tasks."""
     for i, (key, todo) in enumerate(tasks.items()):
-        torch.manual_seed(args.seed * 1000 + 500 + i)
+        torch.manual_seed(seed_of(args.seed, i, args.folds))
         yield key, outputs(weak[key], samples, todo, info, args)
 
 
@@ -601,22 +618,13 @@ def load_train(info, names, args):
     return h5.load_patches(info, "train", args.size, corners)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    info, path = h5.read_info(args.data), os.path.join(args.out, "vqm.h5")
-    args.size, K = h5.network_grid(info, args.size), len(info.classes)
-    args.masks, args.harvest_batch = args.masks or {2: 200, 3: 50}[info.dims], args.harvest_batch or {2: 16, 3: 2}[info.dims]
-    labeled, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
-    val_names = [e.name for e in info.entries("val") if e.labeled]
-    if not val_names:
-        raise InputError(f"{args.data}: no val case has a label")
-    patient = {e.name: e.patient for e in info.entries("train")}
-    if args.folds > len({patient[name] for name in labeled}):
-        raise InputError(f"--folds {args.folds}: only {len({patient[n] for n in labeled})} patients are labeled; give at most that many folds")
-    train, val = load_train(info, labeled, args), h5.load_samples(info, "val", args.size, val_names)
-    patients, weak_count = [patient[name] for name in train.case], args.folds * len(args.harvest_epochs)
-    n_harvest = round(args.masks * args.harvest_share)
+def make_masks(path, train, val, patients, info, args, done, argv):
+    """Trains the weak networks and writes vqm.h5. patients: of the train samples; done: last.pt of an interrupted run or None"""
+    K, weak = len(info.classes), {}
+    n_harvest, n_weak = round(args.masks * args.harvest_share), args.folds * len(args.harvest_epochs)
     n_train = args.masks - n_harvest
+    for fold in range(args.folds):
+        weak |= {(fold, epoch): weights for epoch, weights in train_weak(train, patients, info, fold, args, done).items()}
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as f:
         vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size,
@@ -624,7 +632,7 @@ def main(argv=None):
                      command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
         groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
-                  "real": vqm.create(f, "real", len(val) * weak_count, K, args.size)}
+                  "real": vqm.create(f, "real", len(val) * n_weak, K, args.size)}
         start = time.perf_counter()
         if n_train:
             write_synthetic(groups["train"], train, "train", K, n_train, args)
@@ -632,8 +640,6 @@ def main(argv=None):
         made, seconds = len(train) * n_train + len(val) * args.val_masks, time.perf_counter() - start
         print(f"{made} synthetic masks of {' x '.join(map(str, h5.shape_of(args.size)))} in {seconds:.1f} s ({made / seconds:.0f} a second)")
 
-        weak = {(fold, epoch): weights for fold in range(args.folds)
-                for epoch, weights in train_weak(train, patients, info, fold, args).items()}
         first = len(train) * n_train
         tasks = harvest_tasks(patients, weak, first, n_harvest, args)
         write_outputs(groups["train"], train, run_tasks(weak, train, tasks, info, args), info, first)
@@ -644,9 +650,37 @@ def main(argv=None):
             dice = group["dice"][:].mean(1)
             print(f"{split:6s} {len(dice):6d} masks, mean Dice {dice.mean():.3f}, below .6 {np.mean(dice < 0.6):.0%}, "
                   f"above .9 {np.mean(dice > 0.9):.0%}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    info, path = h5.read_info(args.data), os.path.join(args.out, "vqm.h5")
+    args.size = h5.network_grid(info, args.size)
+    args.masks, args.harvest_batch = args.masks or {2: 200, 3: 50}[info.dims], args.harvest_batch or {2: 16, 3: 2}[info.dims]
+    labeled, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
+    val_names = [e.name for e in info.entries("val") if e.labeled]
+    if not val_names:
+        raise InputError(f"{args.data}: no val case has a label")
+    patient = {e.name: e.patient for e in info.entries("train")}
+    if args.folds > len({patient[name] for name in labeled}):
+        raise InputError(f"--folds {args.folds}: only {len({patient[n] for n in labeled})} patients are labeled; give at most that many folds")
+    weak_folder = os.path.join(args.out, "weak")
+    done, _ = start_run("corrupt", args, info.describe(), free=("workers", "preview"), folder=weak_folder)
+    if os.path.exists(path) and not (args.overwrite or done):
+        raise InputError(f"{path}: is there already; replace it with --overwrite, or choose another --out")
+    if done and done["finished"] and os.path.exists(path) and not args.preview:
+        print(f"{path}: these masks are finished; --overwrite makes them again")
+        return
+    train, val = load_train(info, labeled, args), h5.load_samples(info, "val", args.size, val_names)
+    if not (done and done["finished"] and os.path.exists(path)):
+        held = claim(args.out)  # noqa: F841  (until main ends)
+        for former in [] if done else glob.glob(os.path.join(glob.escape(weak_folder), "*.pt")):
+            os.remove(former)
+        make_masks(path, train, val, [patient[name] for name in train.case], info, args, done, argv)
+        save_state(args, info, fold=args.folds, finished=True)
     if args.preview:
         draw_preview(args.preview, path, info, train)
-    print(f"wrote {path}, {weak_count} networks in {args.out}/weak" + (f", {args.preview}" if args.preview else "")
+    print(f"wrote {path}, {args.folds * len(args.harvest_epochs)} networks in {weak_folder}" + (f", {args.preview}" if args.preview else "")
           + "\nnext: " + shlex.join(["python", "train_qp.py", args.data, "--vqm", path, "--out",
                                     os.path.join(os.path.dirname(args.out), "qp")]))
 

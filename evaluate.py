@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -35,8 +34,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from data import augment, h5
-from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing
+from data import augment, h5, processes
+from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing, writable
 from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
                           score_case)
 from models import distributed, quality
@@ -255,8 +254,8 @@ def scoring_pool(workers, voxels):
     """A pool of processes that score cases, for a `with`, which gives None where this process is to do it. voxels: of all cases"""
     if workers == 0 or voxels <= SMALL:
         return contextlib.nullcontext()
-    # Spawned workers start in a second; forked ones at once, but with the locks of torch's threads, held or not. Ctrl-C is this process's alone.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    # Spawned workers start in a second; forked ones at once, but with the locks of torch's threads, held or not.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), processes.start_worker)
 
 
 def in_order(pool, function, tasks, ahead):
@@ -646,6 +645,7 @@ def main(argv=None):
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
+    writable(args.out)
     if args.predict:
         return write_masks(args, info, split, names, on)
     if missing := [e.name for e in entries if not e.labeled]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, vqm
-from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, save_checkpoint, start_run
+from data.files import SEED, SHARE, InputError, Log, Parser, check_finite, cli, grid, number, postponed_signals, save_checkpoint, seed_of, start_run
 from models import distributed
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
@@ -65,6 +65,7 @@ def parse_args(argv=None):
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     p.add_argument("--compile", action="store_true", help="torch.compile g: slow to start, then faster on GPUs")
+    p.add_argument("--deterministic", action="store_true", help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -214,12 +215,12 @@ def report(g, synthetic, real, info, on):
 
 def main(argv=None):
     args = parse_args(argv)
-    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     set_defaults(args, info.dims)
     if args.batch % distributed.world():
         raise InputError(f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes")
-    resumed = start_run("qp", args, info.describe(), free=("vqm",))
+    resumed, inputs = start_run("qp", args, info.describe(), inputs=("vqm", "pretrained"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
         return
@@ -246,48 +247,56 @@ def main(argv=None):
     steps = -(-len(train.samples) * min(args.per_image, len(train.mask) // len(train.samples)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     run = Run(net, g, optimizer, schedule, on.scaler(), on)
-    first, best = 0, dict(error=float("inf"), epoch=0)
+    first, best, losses, seconds = 0, dict(error=float("inf"), epoch=0), [], 0.0  # losses: those of each step of an epoch that was stopped
     if resumed:
         for name, part in (("net", net), ("weights", g), ("optimizer", optimizer), ("schedule", schedule), ("scaler", run.scaler)):
             part.load_state_dict(resumed[name])
-        first, best = resumed["epoch"], resumed["best"]
+        first, best, losses, seconds = resumed["epoch"], resumed["best"], [*resumed["losses"].to(on.device)], resumed["seconds"]
     distributed.wait()  # until all have looked at what is in OUT
     log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, distributed.rank() == 0)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
           f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}" + (f", {distributed.world()} processes" if distributed.world() > 1 else ""))
 
-    def save(name, epoch, finished=False):
+    def mean_loss(step):
+        """Of each step of the epoch, over processes. -> [steps]; refuses to go on where one is not finite"""
+        means = distributed.mean(torch.stack(losses))
+        check_finite(means[:, None], ["loss"], [net], step, lambda _: "try --amp off or a lower --lr")
+        return means
+
+    def save(name, epoch, losses=torch.zeros(0), finished=False):
         if distributed.rank() == 0:
             more = {} if name == "qp.pt" else dict(net=net.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                                                   scaler=run.scaler.state_dict(), finished=finished)
+                                                   scaler=run.scaler.state_dict(), finished=finished, inputs=inputs, losses=losses.cpu(),
+                                                   seconds=time.perf_counter() - start)
             save_checkpoint(os.path.join(args.out, name), "qp", model=g.config, weights=g.state_dict(), args=vars(args), best=best, epoch=epoch,
                             labeled=sorted(set(train.samples.case)), patch=train.patch, data=info.describe(), **more)
 
-    epoch = first
-    while epoch < args.epochs and not (args.select == "best" and epoch - best["epoch"] >= args.patience):
-        epoch += 1
-        start, losses = time.perf_counter(), []
-        torch.manual_seed(args.seed * 1_000_003 + epoch)  # an epoch draws the same whether resumed or not
-        order = epoch_rows(train, args.per_image)
-        rank, world = distributed.rank(), distributed.world()
-        if rank:
-            torch.manual_seed(args.seed * 1_000_003 + epoch + rank * 2 ** 41)  # the same masks, other views
-        batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= max(2, world)]  # batch norm needs two
-        bar = tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty() or rank > 0)
-        for step, rows in enumerate(bar, (epoch - 1) * steps + 1):
-            losses.append(train_step(run, train, rows, args, step))
-        loss = distributed.mean(torch.stack(losses).mean()).item()
-        if not np.isfinite(loss):
-            raise InputError(f"the loss is not finite in epoch {epoch}; {args.out} keeps the last good state; try --amp off or a lower --lr")
-        if args.head == "dense":
-            fit_temperature(g, real, on)
-        errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
-        if errors[1] < best["error"] or args.select == "last":
-            best = dict(error=errors[1], epoch=epoch)
-            save("qp.pt", epoch)
-        log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
-                  seconds=time.perf_counter() - start)
-        save("last.pt", epoch)
+    epoch, start, (rank, world) = first, time.perf_counter() - seconds, (distributed.rank(), distributed.world())
+    with postponed_signals() as stop:
+        while epoch < args.epochs and not (args.select == "best" and epoch - best["epoch"] >= args.patience):
+            epoch += 1
+            torch.manual_seed(seed_of(args.seed, epoch, 0))
+            order = epoch_rows(train, args.per_image)
+            batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= max(2, world)]  # batch norm needs two
+            bar = tqdm(batches[len(losses):], desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty() or rank > 0)
+            for step, rows in enumerate(bar, (epoch - 1) * steps + len(losses) + 1):
+                torch.manual_seed(seed_of(args.seed, step, 1 + rank))
+                losses.append(train_step(run, train, rows, args, step))
+                if code := distributed.largest(stop()):
+                    save("last.pt", epoch - 1, mean_loss(step))
+                    print(f"stopped in epoch {epoch}; {args.out}/last.pt holds its {len(losses)} steps: go on with --resume")
+                    sys.exit(code)
+            loss = mean_loss((epoch - 1) * steps + len(losses)).mean().item()
+            if args.head == "dense":
+                fit_temperature(g, real, on)
+            errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
+            if errors[1] < best["error"] or args.select == "last":
+                best = dict(error=errors[1], epoch=epoch)
+                save("qp.pt", epoch)
+            log.write(epoch, loss=loss, lr=optimizer.param_groups[0]["lr"], error_synthetic=errors[0], error_real=errors[1],
+                      seconds=time.perf_counter() - start)
+            losses, start = [], time.perf_counter()
+            save("last.pt", epoch)
 
     distributed.wait()  # for qp.pt
     kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)

@@ -20,6 +20,7 @@ import math
 import operator
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, stored
-from data.files import SEED, SHARE, InputError, Log, Parser, cli, grid, number, numbers, save_checkpoint, start_run
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, grid, number, numbers, postponed_signals, save_checkpoint, seed_of,
+                        start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 
@@ -95,6 +97,7 @@ def parse_args(argv=None):
                    help="where images are kept: on the device, in memory, or nowhere, but read for each step; auto: the first that they fit into")
     p.add_argument("--workers", type=number(0), default=2, help="--cache off: processes that read the images of the next steps")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on GPUs")
+    p.add_argument("--deterministic", action="store_true", help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -480,11 +483,6 @@ def train_step(run, batch, args, step):
 
 # ---------------------------------------------------------------------------------------------------- batches
 
-def seed_of(args, step, stream):
-    """The seed of a step's random numbers, the same whether the run was resumed or not. stream 0: which images; 1, 2, ...: the views of each process"""
-    return args.seed * 1_000_003 + step + stream * 2 ** 41
-
-
 def needs_unlabeled(args, step):
     """Whether anybody will look at a step's unlabeled images."""
     lam, lam_qar = lambdas(args, (step - 1) / args.steps)
@@ -499,7 +497,7 @@ class Feed(torch.utils.data.Dataset):
         self.labeled, self.unlabeled, self.args, self.rank, self.world = labeled, unlabeled, args, distributed.rank(), distributed.world()
 
     def __getitem__(self, step):
-        generator = torch.Generator().manual_seed(seed_of(self.args, step, 0))
+        generator = torch.Generator().manual_seed(seed_of(self.args.seed, step, 0))
 
         def some(images, count):  # without repetition while there are enough
             order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(-(-count // len(images)))])
@@ -545,6 +543,12 @@ def load_data(info, args, on):
     return (train.to(on.device), unlabeled.to(on.device)) if args.cache == "device" else (train, unlabeled)
 
 
+def start_worker(_):
+    """Ctrl-C and SIGTERM are the training process's, which ends its readers; they also end when it is killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def where_it_fits(size, device):
     """--cache auto for `size` bytes: the GPU if they take less than a quarter of its free memory, which training needs too; memory if they
     take less than half of this process's share, since loading takes twice as much; else off."""
@@ -568,13 +572,23 @@ def set_defaults(args, info):
         raise InputError("--dropout is an option of --model vnet")
 
 
+PARTS = ["loss", "sup", "unsup", "qar", "weight", "counted"]
+
+
+def advice(parts):
+    """What to try when a loss is not finite, from the values of PARTS in that step."""
+    if all(map(math.isfinite, (parts.get("sup", math.inf), parts.get("unsup", math.inf)))):
+        return "the labeled and unlabeled losses are: g's answers for f's outputs are not; try --amp off, or train g again"
+    return "try a lower --lr, --amp off, or a lower --lam"
+
+
 def main(argv=None):
     args = parse_args(argv)
-    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
-    resumed = start_run("ssl", args, info.describe(), free=("qp", "unlabeled", "keep", "window", "stride", "blend", "cache", "workers"))
+    resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "
               "--overwrite trains it again")
@@ -607,58 +621,64 @@ def main(argv=None):
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: (1 - step / args.steps) ** 0.9
     run = Run(nets, teacher, g, optimizer, on.scaler(), on)
-    first, best = 0, dict(dice=-1.0, step=0)
+    first, best, parts, seconds = 0, dict(dice=-1.0, step=0), [], 0.0  # parts: those of each step since the last validation
     if resumed:
         for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
             net.load_state_dict(weights)
         optimizer.load_state_dict(resumed["optimizer"])
         run.scaler.load_state_dict(resumed["scaler"])
-        first, best = resumed["step"], resumed["best"]
+        first, best, parts, seconds = resumed["step"], resumed["best"], [*resumed["parts"].to(on.device)], resumed["seconds"]
 
-    def save(name, step, finished=False):
+    def means(step):
+        """Of the parts of each step since the last validation, over processes. -> [steps, parts]; refuses to go on where one is not finite"""
+        table = distributed.mean(torch.stack(parts))
+        check_finite(table, PARTS, nets, step, advice)
+        return table
+
+    def save(name, step, parts=torch.zeros(0, len(PARTS)), finished=False):
         if distributed.rank() == 0:
             save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
                             teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(), finished=finished,
-                            scaler=run.scaler.state_dict(), data=info.describe(), labeled=sorted({*labeled.case, *seen}))
+                            scaler=run.scaler.state_dict(), data=info.describe(), inputs=inputs, labeled=sorted({*labeled.case, *seen}),
+                            parts=parts.cpu(), seconds=time.perf_counter() - start)
 
-    names = ["loss", "sup", "unsup", "qar", "weight", "counted"]
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", *names, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0)
+    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0)
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
     feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
-                                       num_workers=args.workers if args.cache == "off" else 0)
+                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=start_worker)
     bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
-    sums, start = torch.zeros(len(names), device=on.device), time.perf_counter()
-    for step, fetched in bar:
-        torch.manual_seed(seed_of(args, step, 1 + distributed.rank()))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * factor(step - 1)
-        sums += train_step(run, views(fetched, K, on.device), args, step)
+    start = time.perf_counter() - seconds
+    with postponed_signals() as stop:
+        for step, fetched in bar:
+            torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * factor(step - 1)
+            parts.append(train_step(run, views(fetched, K, on.device), args, step))
 
-        if step in args.keep:
-            save(f"step{step}.pt", step)
-        if step % args.eval_every == 0 or step == args.steps:
-            done = (step - 1) % args.eval_every + 1
-            means = dict(zip(names, (distributed.mean(sums) / done).tolist()))
-            if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss is not finite before step {step} ({means}); {args.out} keeps the last good state; "
-                                 "try a lower --lr, --amp off, or a lower --lam")
-            milliseconds = (time.perf_counter() - start) / done * 1000
-            dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
-            if dice > best["dice"]:
-                best = dict(dice=dice, step=step)
-                save("best.pt", step)
-            log.write(step, **means, lam=lambdas(args, (step - 1) / args.steps)[0],
-                      lr=optimizer.param_groups[0]["lr"], val_dice=dice,
-                      **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
-            finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
-            save("last.pt", step, finished)
-            if finished:
-                break
-            sums, start = torch.zeros_like(sums), time.perf_counter()
+            if step in args.keep:
+                save(f"step{step}.pt", step, means(step))
+            if step % args.eval_every == 0 or step == args.steps:
+                averages, milliseconds = means(step).mean(0).tolist(), (time.perf_counter() - start) / len(parts) * 1000
+                dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
+                if dice > best["dice"]:
+                    best = dict(dice=dice, step=step)
+                    save("best.pt", step)
+                log.write(step, **dict(zip(PARTS, averages)), lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
+                          **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
+                finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
+                parts, start = [], time.perf_counter()
+                save("last.pt", step, finished=finished)
+                if finished:
+                    break
+            if code := distributed.largest(stop()):
+                if parts:
+                    save("last.pt", step, means(step))
+                print(f"stopped after step {step}; {args.out}/last.pt holds it: go on with --resume")
+                sys.exit(code)
     distributed.wait()  # until everything is written
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
           "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",

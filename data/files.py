@@ -2,21 +2,30 @@
 import argparse
 import contextlib
 import csv
+import errno
 import glob
 import math
 import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import zipfile
+import zlib
 
 import torch
+from filelock import FileLock, Timeout
 
 FORMAT = 1  # of every file that a stage hands to the next one
 
 
 class InputError(Exception):
     """Something given by the user is wrong. The message says what, where, and how to mend it, in one line."""
+
+
+class DiskFull(InputError):
+    """A file could not be written for lack of room. What was there before is untouched."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,11 +72,23 @@ SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 
 
+def seed_of(seed, step, stream):
+    """The seed of one step's random numbers of one kind (stream), from the seed of everything: a resumed run draws what it would have drawn."""
+    return seed * 1_000_003 + step + stream * 2 ** 41
+
+
+# ---------------------------------------------------------------------------------------------------- how a script ends
+
 def cli(main):
     """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)  # TensorBoard's tells us too
     try:
         main()
+    except DiskFull as error:
+        _complain(error, 2)
+        sys.stdout.flush()
+        os._exit(2)  # at an ordinary exit, HDF5 tries once more to write, and crashes
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -78,8 +99,46 @@ def cli(main):
 
 
 def _complain(error, code):
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))  # file names may hold anything
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def postponed_signals():
+    """In its block Ctrl-C and SIGTERM do not interrupt: `stop()` of `with postponed_signals() as stop` is 0 until one comes, then its exit code,
+    so that the block can save and leave. Another one, a second or more later, interrupts as ever."""
+    first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, _):
+        if not first:
+            first.extend((128 + number, time.monotonic()))
+        elif time.monotonic() - first[1] > 1:
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
+    try:
+        for number in usual:
+            signal.signal(number, note)
+        yield lambda: first[0] if first else 0
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def room_for(path):
+    """Where its block finds no room to write, it ends in DiskFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(f"{path}: cannot be written ({os.strerror(error.errno)}); make room and run the same command again, a training with "
+                       "--resume; what was there before is untouched") from None
 
 
 @contextlib.contextmanager
@@ -89,19 +148,74 @@ def replacing(path):
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.part")
     try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with room_for(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
+def sync(path):
+    """Returns when a file, or the names in a folder, would outlast a power failure."""
+    with contextlib.suppress(PermissionError):  # of folders, where the system (Windows) does not open them
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def writable(out):
+    """Makes a folder for results. InputError if it cannot be written to: better known before the work than after it."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, f".{os.getpid()}.part"), "wb") as f:
+            os.remove(f.name)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written to ({error.strerror}); choose another --out") from None
+
+
+def claim(out):
+    """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there.
+
+    InputError if it cannot be written to, or another process has taken it.
+    """
+    writable(out)
+    lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True)  # readers of a run that was just killed may hold it for seconds
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{out}: another process is writing to it; wait until it ends, or choose another --out") from None
+    except NotImplementedError:
+        pass  # a file system without locks
+    for left in glob.glob(os.path.join(glob.escape(out), ".*.part")):
+        os.remove(left)
+    return lock
+
+
+def checksum(path):
+    """CRC-32 of a file; None for no file."""
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(2 ** 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
 def save_checkpoint(path, stage, **state):
     """Writes a checkpoint of `stage` ("weak", "qp", "ssl"): plain containers, numbers and tensors only."""
     with replacing(path) as temporary:
-        torch.save(dict(format=FORMAT, stage=stage, torch=str(torch.__version__), **state), temporary)
+        try:
+            torch.save(dict(format=FORMAT, stage=stage, torch=str(torch.__version__), **state), temporary)
+        except RuntimeError:  # all that torch says of a failed write
+            raise OSError(errno.ENOSPC, "") from None
 
 
 def load_checkpoint(path, stage):
@@ -129,13 +243,14 @@ class Log:
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
+        self.lock = claim(out)
         if not after:
             for path in [p for name in ("*.pt", "log.csv", "events.*") for p in glob.glob(os.path.join(glob.escape(out), name))]:
                 os.remove(path)
         self.path, self.columns, rows = os.path.join(out, "log.csv"), columns, []
         if after and os.path.isfile(self.path):
             with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= after]
+                rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= after]  # the last may be cut short
         with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
             writer = csv.DictWriter(f, columns)
             writer.writeheader()
@@ -147,35 +262,58 @@ class Log:
         if not self.writes:
             return
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
-        with open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, self.columns).writerow({"step": step, **shown})
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        with room_for(self.path):
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerow({"step": step, **shown})
+            sync(self.path)
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
         print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
 
 
-def start_run(stage, args, data, free=()):
-    """Looks at OUT/last.pt before a training run. -> the state to resume from, or of a run that is finished (state["finished"]), or None for a
-    fresh start
+def start_run(stage, args, data, inputs=(), free=(), folder=None):
+    """Looks at last.pt in a folder (default: OUT) before a run. -> the state to resume from, or of a run that is finished (state["finished"]), or
+    None for a fresh start; and the checksums of its other files, {option: CRC-32 or None}, for the state's "inputs"
 
-    data: what describes the data now. InputError if OUT holds an unfinished run and neither --resume nor --overwrite is given, or a run that
-    was started with other data or options (those named in `free` may differ).
+    data: what describes the data now; inputs: options that name other files, which may be elsewhere now, but must be the same. InputError if the
+    folder holds an unfinished run and neither --resume nor --overwrite is given, or a run that was started with other data, files or
+    options (those named in `free` may differ).
     """
-    last, found = os.path.join(args.out, "last.pt"), glob.glob(os.path.join(glob.escape(args.out), "*.pt"))
+    folder = folder or args.out
+    last, found = os.path.join(folder, "last.pt"), glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    sums = {name: checksum(getattr(args, name)) for name in inputs}
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     if args.overwrite or not found or (args.resume and not os.path.isfile(last)):  # killed before its first last.pt, a run begins again
-        return None
+        return None, sums
     if not os.path.isfile(last):
-        raise InputError(f"{args.out}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out")
+        raise InputError(f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out")
     state = load_checkpoint(last, stage)
     for key, value in vars(args).items():
-        if key not in {"resume", "overwrite", "out", "data", "device", *free} and state["args"].get(key) != value:
+        if key not in {"resume", "overwrite", "out", "data", "device", *inputs, *free} and state["args"].get(key) != value:
             raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}; "
                              "replace it with --overwrite, or choose another --out")
     for key, value in data.items():
-        if state["data"][key] != value:
-            raise InputError(f"{last}: was started on other data ({key} {state['data'][key]}, not {value})")
+        if state["data"].get(key) != value:
+            raise InputError(f"{last}: was started on other data ({key} {state['data'].get(key)}, not {value}); "
+                             "replace it with --overwrite, or choose another --out")
+    for key, value in sums.items():
+        if state["inputs"].get(key) != value:
+            raise InputError(f"{last}: was started with another file as --{key} than {getattr(args, key)} is now; "
+                             "replace it with --overwrite, or choose another --out")
     if not args.resume and not state["finished"]:
         raise InputError(f"{args.out}: holds an unfinished run; go on with --resume, replace it with --overwrite, or choose another --out")
-    return state
+    return state, sums
+
+
+def check_finite(parts, names, nets, step, advice):
+    """InputError if a number of `parts` [n, len(names)], those of the n steps up to `step`, or a weight of a network is not finite. Called before
+    anything is saved, so that files keep the last good state."""
+    parts = parts.cpu()
+    if not parts.isfinite().all():
+        row = int((~parts.isfinite()).any(1).nonzero()[0, 0])
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, parts[row].tolist()))
+        raise InputError(f"step {step - len(parts) + 1 + row}: the loss is not finite ({terms}), nothing of it was saved; {advice(dict(zip(names, parts[row].tolist())))}")
+    for net in nets:
+        if wrong := [name for name, value in net.state_dict().items() if not value.isfinite().all()]:
+            raise InputError(f"step {step}: weights are not finite ({wrong[0]}), nothing of it was saved; {advice({})}")

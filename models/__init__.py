@@ -68,9 +68,12 @@ class Compute:
         return f"{self.device}, {str(self.amp or torch.float32).removeprefix('torch.')}"
 
 
-def compute(device="auto", amp="auto"):
+def compute(device="auto", amp="auto", deterministic=False):
     """The Compute of the options --device and --amp; auto takes CUDA if it is there (of a process of torchrun, its own GPU), and the type that
-    the device is fast in."""
+    the device is fast in. deterministic: the same numbers each time, also on a GPU; torch warns of an operation that cannot."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     device = torch.device("cpu" if device == "auto" else device)

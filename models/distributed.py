@@ -28,7 +28,7 @@ def start(device):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -40,6 +40,15 @@ def mean(x):
         distributed.all_reduce(x)
         x /= world()
     return x
+
+
+def largest(number):
+    """The largest of all processes' whole numbers; it does not wait for a GPU."""
+    if world() > 1:
+        x = torch.tensor(number)
+        distributed.all_reduce(x, distributed.ReduceOp.MAX)
+        number = int(x)
+    return number
 
 
 def gather(mine):
