@@ -629,7 +629,7 @@ def make_masks(path, train, val, patients, info, args, done, argv):
     with replacing(path) as temporary, h5py.File(temporary, "w") as f:
         vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size,
                      spec=args.labeled + ("" if args.labeled_seed is None else f" --labeled-seed {args.labeled_seed}"),
-                     command=shlex.join(["python", "corrupt.py", *(sys.argv[1:] if argv is None else argv)]))
+                     command=shlex.join(["python", "corrupt.py", *(a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--overwrite"))]))
         groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
                   "real": vqm.create(f, "real", len(val) * n_weak, K, args.size)}

@@ -20,7 +20,6 @@ import math
 import operator
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import evaluate
 import models
-from data import augment, h5, stored
+from data import augment, h5, processes, stored
 from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, grid, number, numbers, postponed_signals, save_checkpoint, seed_of,
                         start_run)
 from models import distributed
@@ -543,12 +542,6 @@ def load_data(info, args, on):
     return (train.to(on.device), unlabeled.to(on.device)) if args.cache == "device" else (train, unlabeled)
 
 
-def start_worker(_):
-    """Ctrl-C and SIGTERM are the training process's, which ends its readers; they also end when it is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def where_it_fits(size, device):
     """--cache auto for `size` bytes: the GPU if they take less than a quarter of its free memory, which training needs too; memory if they
     take less than half of this process's share, since loading takes twice as much; else off."""
@@ -649,7 +642,7 @@ def main(argv=None):
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
     feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
-                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=start_worker)
+                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=processes.start_worker)
     bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
     start = time.perf_counter() - seconds
     with postponed_signals() as stop:

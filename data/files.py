@@ -6,6 +6,7 @@ import errno
 import glob
 import math
 import os
+import pathlib
 import pickle
 import signal
 import sys
@@ -191,8 +192,8 @@ def claim(out):
         raise InputError(f"{out}: another process is writing to it; wait until it ends, or choose another --out") from None
     except NotImplementedError:
         pass  # a file system without locks
-    for left in glob.glob(os.path.join(glob.escape(out), ".*.part")):
-        os.remove(left)
+    for left in pathlib.Path(out).rglob(".*.part"):
+        left.unlink()
     return lock
 
 
