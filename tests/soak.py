@@ -38,13 +38,18 @@ GUIDED = "--lam-warmup .1 --weight quality --weight-threshold 0 --qar .01".split
 
 
 def prepare(folder):
-    """The data of all runs: a phantom, its masks and g. -> {run: (main, argv)}"""
+    """The data of all runs, made anew: a phantom, its masks and g. -> the arguments of scripts()"""
     data, volumes, vqm = str(folder / "p.h5"), str(folder / "v.h5"), str(folder / "masks" / "vqm.h5")
     fork(phantom.main, ["--out", data, "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
     fork(phantom.main, ["--out", volumes, "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
     fork(corrupt.main, [data, "--out", str(folder / "masks"), *CORRUPT])
     fork(train_qp.main, [data, "--vqm", vqm, "--out", str(folder / "g"), *QP])
-    guided = [data, *SSL, *GUIDED, "--qp", str(folder / "g" / "qp.pt")]
+    return data, volumes, vqm, str(folder / "g" / "qp.pt")
+
+
+def scripts(data, volumes, vqm, qp):
+    """The runs that are interrupted. -> {name: (main, argv)}"""
+    guided = [data, *SSL, *GUIDED, "--qp", qp]
     return {"corrupt.py": (corrupt.main, [data, *CORRUPT]),
             "corrupt.py --workers 2": (corrupt.main, [data, *CORRUPT, "--workers", "2"]),
             "train_qp.py": (train_qp.main, [data, "--vqm", vqm, *QP]),
@@ -181,7 +186,7 @@ def main():
     p.add_argument("--only", default="", help="runs whose name holds this")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: run for name, run in prepare(Path(folder)).items() if args.only in name}
+        runs = {name: run for name, run in scripts(*prepare(Path(folder))).items() if args.only in name}
         if args.memory:
             print("| run | steps | MB at a quarter | MB at the end | slope, KB a step | open files |\n|---|---|---|---|---|---|")
             for name, (script, argv) in runs.items():

@@ -1,0 +1,221 @@
+"""Runs that are killed, stopped, started twice, changed, or that find no room: nothing is lost, and nothing is silently wrong."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, python
+
+import corrupt
+import models
+import train_qp
+import train_ssl
+from data import files
+from data.files import InputError, check_finite, load_checkpoint
+
+SOAK = """
+import json, sys
+sys.path.insert(0, "tests")
+import soak
+name, folder, data, volumes, vqm, qp, *numbers = sys.argv[1:]
+script, argv = soak.scripts(data, volumes, vqm, qp)[name]
+print(json.dumps([row for n in numbers for row in soak.soak(name, script, argv, soak.Path(folder), 1, [int(n)])]))
+"""
+
+
+@pytest.mark.parametrize("name, numbers", [
+    ("corrupt.py --workers 2", [signal.SIGKILL]), ("train_qp.py", [signal.SIGKILL, signal.SIGTERM]),
+    ("train_ssl.py --cache off --workers 2", [signal.SIGKILL, signal.SIGINT]), ("train_ssl.py, volumes", [signal.SIGTERM])])
+def test_interrupted_at_a_random_moment_equals_uninterrupted(name, numbers, gray, volumes, gray_quality, tmp_path):
+    """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py."""
+    done = python("-c", SOAK, name, tmp_path, gray, volumes, *gray_quality, *(int(n) for n in numbers))
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout):
+        assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
+
+
+SSL = "--labeled 4 --size 32 --steps 12 --eval-every 4 --batch 4 --batch-unlabeled 4 --width 4 --method mean_teacher".split()
+MASKS = "--labeled 4 --size 32 --masks 8 --val-masks 4 --harvest-share 0.25 --harvest-epochs 1,2 --harvest-steps 2 --harvest-batch 4".split()
+
+
+def stop_after(monkeypatch, script, steps, number=signal.SIGTERM):
+    """The script gets a signal during a step."""
+    step, count = script.train_step, [0]
+
+    def signaled(*args):
+        count[0] += 1
+        if count[0] == steps:
+            signal.raise_signal(number)
+        return step(*args)
+    monkeypatch.setattr(script, "train_step", signaled)
+
+
+def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_ssl, 6)
+        with pytest.raises(SystemExit) as end:
+            train_ssl.main([gray, *SSL, "--out", str(tmp_path)])
+    state = load_checkpoint(tmp_path / "last.pt", "ssl")
+    assert (end.value.code, state["step"], len(state["parts"]), state["finished"]) == (143, 6, 2, False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
+    train_ssl.main([gray, *SSL, "--out", str(tmp_path), "--resume"])
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "4", "8", "12"]
+
+
+def test_a_second_signal_does_not_wait(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    with files.postponed_signals() as stop:
+        assert stop() == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun may hand on what the terminal has sent already
+        assert stop() == 130
+        now[0] = 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def limited(limit, *argv):
+    """Runs a script that can write no file of more than `limit` bytes, as on a full disk."""
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return python("-c", code, *argv)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, monkeypatch):
+    argv = [gray, *SSL, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_ssl, 4)
+        with pytest.raises(SystemExit):
+            train_ssl.main(argv)
+    before = (tmp_path / "last.pt").read_bytes()
+    done = limited(50_000, "train_ssl.py", *argv, "--resume")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make room" in done.stderr and "best.pt" in done.stderr, done.stderr
+    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.part"))
+
+
+def test_a_full_disk_leaves_no_half_of_the_masks(gray, tmp_path):
+    argv = [gray, *MASKS, "--out", str(tmp_path)]
+    corrupt.main(argv)
+    (tmp_path / "vqm.h5").unlink()
+    done = limited(20_000, "corrupt.py", *argv, "--resume")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "vqm.h5: cannot be written" in done.stderr, done.stderr
+    assert not (tmp_path / "vqm.h5").exists() and not list(tmp_path.rglob(".*.part"))
+
+
+def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, capsys):
+    argv = [gray, *MASKS, "--out", str(tmp_path)]
+    corrupt.main(argv)
+    before = (tmp_path / "vqm.h5").stat().st_mtime_ns
+    corrupt.main([*argv, "--workers", "2"])
+    assert "finished" in capsys.readouterr().out and (tmp_path / "vqm.h5").stat().st_mtime_ns == before
+    refused(corrupt.main, [*argv, "--seed", "1"], "started with --seed 0, not 1", "--overwrite")
+    corrupt.main([*argv, "--overwrite"])
+    assert (tmp_path / "vqm.h5").stat().st_mtime_ns > before
+    for path in (tmp_path / "weak").iterdir():
+        path.unlink()
+    refused(corrupt.main, argv, "is there already", "--overwrite")
+
+
+def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, monkeypatch, refused):
+    argv = [gray, *SSL, "--weight", "quality", "--out", str(tmp_path / "run"), "--qp"]
+    state = load_checkpoint(gray_quality[1], "qp")
+    for name in ("g.pt", "same.pt", "other.pt"):
+        if name == "other.pt":
+            state["weights"]["temperature"] += 1
+        torch.save(state, tmp_path / name)
+    (tmp_path / "same.pt").write_bytes((tmp_path / "g.pt").read_bytes())
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_ssl, 3)
+        with pytest.raises(SystemExit):
+            train_ssl.main([*argv, str(tmp_path / "g.pt")])
+    refused(train_ssl.main, [*argv, str(tmp_path / "other.pt"), "--resume"], "another file as --qp", "other.pt", "--overwrite")
+    refused(train_ssl.main, [*argv, str(tmp_path / "g.pt"), "--resume", "--unlabeled", gray], "another file as --unlabeled")
+    train_ssl.main([*argv, str(tmp_path / "same.pt"), "--resume"])  # the same file at another place
+
+
+def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, monkeypatch, refused):
+    argv = ["--out", str(tmp_path / "g"), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_qp, 2, signal.SIGINT)
+        with pytest.raises(SystemExit) as end:
+            train_qp.main([gray, *argv, gray_quality[0]])
+    assert end.value.code == 130
+    corrupt.main([gray, *MASKS, "--seed", "5", "--out", str(tmp_path / "vqm")])
+    refused(train_qp.main, [gray, *argv, tmp_path / "vqm" / "vqm.h5", "--resume"], "another file as --vqm")
+
+
+def test_one_folder_one_process(tmp_path, refused, monkeypatch):
+    """flock, released by the system when the process dies."""
+    hold = f"import sys, time; from data.files import claim; held = claim({str(tmp_path)!r}); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        (tmp_path / ".x.pt.1.part").touch()
+        monkeypatch.setattr(files, "FileLock", lambda *args, timeout, **more: FileLockNow(*args, timeout=0, **more))
+        with pytest.raises(InputError, match="another process"):
+            files.claim(str(tmp_path))
+        assert (tmp_path / ".x.pt.1.part").exists()
+        other.kill()
+        other.wait()
+    held = files.claim(str(tmp_path))
+    assert held.is_locked and not (tmp_path / ".x.pt.1.part").exists()
+
+
+FileLockNow = files.FileLock
+
+
+def test_a_row_that_was_cut_short_is_written_anew(gray, tmp_path, monkeypatch):
+    argv = [gray, *SSL, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_ssl, 5)
+        with pytest.raises(SystemExit):
+            train_ssl.main(argv)
+    with open(tmp_path / "log.csv", "a") as f:
+        f.write("1")  # of "12,..."
+    train_ssl.main([*argv, "--resume"])
+    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()] == ["step", "4", "8", "12"]
+
+
+@pytest.mark.parametrize("wrong, words", [("sup", "lower --lr"), ("qar", "g's answers")])
+def test_a_loss_that_is_not_finite_names_step_and_terms(wrong, words, gray, gray_quality, tmp_path, monkeypatch, refused):
+    step = train_ssl.train_step
+
+    def broken(run, batch, args, number):
+        parts = step(run, batch, args, number)
+        if number == 7:
+            parts[[0, train_ssl.PARTS.index(wrong)]] = float("nan")
+        return parts
+    monkeypatch.setattr(train_ssl, "train_step", broken)
+    refused(train_ssl.main, [gray, *SSL, "--qp", gray_quality[1], "--qar", "0.01", "--out", tmp_path], "step 7: the loss is not finite", f"{wrong} nan", words)
+    assert load_checkpoint(tmp_path / "last.pt", "ssl")["step"] == 4
+
+
+def test_a_weight_that_is_not_finite_is_never_saved():
+    net = models.build("unet", channels=1, classes=2, width=4)
+    check_finite(torch.zeros(3, 1), ["loss"], [net], 3, lambda parts: "")
+    list(net.parameters())[3].data[0] = float("inf")
+    with pytest.raises(InputError, match="step 3: weights are not finite"):
+        check_finite(torch.zeros(3, 1), ["loss"], [net], 3, lambda parts: "less")
+
+
+def test_nothing_to_write_to_is_known_before_the_work(gray, tmp_path, refused, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train_ssl, "train_step", None)
+    monkeypatch.setattr(corrupt, "train_weak", None)
+    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "file" / "run"], "cannot be written to", "another --out")
+    refused(corrupt.main, [gray, *MASKS, "--out", tmp_path / "file" / "run"], "cannot be written to", "another --out")
+
+
+def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path):
+    argv = [gray, *SSL[:-2], "--method", "unimatch", "--lam-warmup", "0", "--deterministic", "--out"]
+    done = python("train_ssl.py", *argv, tmp_path / "a", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    try:
+        train_ssl.main([*argv, str(tmp_path / "b")])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (load_checkpoint(tmp_path / run / "last.pt", "ssl")["nets"][0] for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
