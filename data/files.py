@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -84,6 +85,7 @@ def cli(main):
     """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)  # TensorBoard's tells us too
+    sys.unraisablehook = lambda failed: None if "decrement id ref count" in str(failed.exc_value) else sys.__unraisablehook__(failed)  # DiskFull tells
     try:
         main()
     except DiskFull as error:
@@ -135,11 +137,12 @@ def room_for(path):
     """Where its block finds no room to write, it ends in DiskFull."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, RuntimeError) as error:  # h5py raises a RuntimeError when a file cannot be closed, and the number is in its text
+        number = getattr(error, "errno", None) or int((re.findall(r"errno = (\d+)", str(error)) or [0])[0])
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DiskFull(f"{path}: cannot be written ({os.strerror(error.errno)}); make room and run the same command again, a training with "
-                       "--resume; what was there before is untouched") from None
+        raise DiskFull(f"{path}: cannot be written ({os.strerror(number)}); make room and run the same command again, with --resume if it "
+                       "has that option; what was there before is untouched") from None
 
 
 @contextlib.contextmanager
