@@ -85,7 +85,8 @@ def cli(main):
     """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)  # TensorBoard's tells us too
-    sys.unraisablehook = lambda failed: None if "decrement id ref count" in str(failed.exc_value) else sys.__unraisablehook__(failed)  # DiskFull tells
+    sys.excepthook = lambda kind, error, trace: None if "decrement id ref count" in str(error) else sys.__excepthook__(kind, error, trace)  # h5py's, of
+    # each part of a file that it cannot write; DiskFull has told
     try:
         main()
     except DiskFull as error:
