@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import glob
 import math
 import os
@@ -85,8 +86,8 @@ def cli(main):
     """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporary files are removed
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)  # TensorBoard's tells us too
-    sys.excepthook = lambda kind, error, trace: None if "decrement id ref count" in str(error) else sys.__excepthook__(kind, error, trace)  # h5py's, of
-    # each part of a file that it cannot write; DiskFull has told
+    for hook in ("excepthook", "unraisablehook"):  # h5py's words of each part of a file that it cannot write; DiskFull tells
+        setattr(sys, hook, functools.partial(_unless_h5py, getattr(sys, f"__{hook}__")))
     try:
         main()
     except DiskFull as error:
@@ -100,6 +101,11 @@ def cli(main):
         sys.exit(_complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
+
+
+def _unless_h5py(usual, *failed):
+    if "decrement id ref count" not in str(failed[1] if len(failed) == 3 else failed[0].exc_value):
+        usual(*failed)
 
 
 def _complain(error, code):
