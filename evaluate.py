@@ -315,6 +315,8 @@ def load_quality(path, info, on, size=None):
         theirs, ours = (",".join(map(str, s)) for s in (state.get("patch") or (), size))
         raise InputError(f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size")
     check_size(path, info, state["model"].get("size"))
+    if not state["weights"].get("temperature", torch.ones(())) > 0:
+        raise InputError(f"{path}: its temperature is not above 0; train it again")
     g = models.fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
     return g.requires_grad_(False), state["labeled"]
 
@@ -575,7 +577,7 @@ def held_out(info, states):
     used = set()
     for path, state in states.items():
         if state["data"]["checksum"] != info.checksum:
-            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen")
+            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen; leave it out")
         used |= set(state["labeled"])
     names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
     if not names:

@@ -131,7 +131,7 @@ def save_checkpoint(path, stage, **state):
 
 
 # What the readers of a checkpoint count on, by its stage. "args/size": the entry "size" of the dict "args"
-MODEL = {"model/name": str, "model/channels": int, "model/classes": int, "model/dims": int,
+MODEL = {"args": dict, "model/name": str, "model/channels": int, "model/classes": int, "model/dims": int,
          "data/name": str, "data/classes": list, "data/channels": int, "data/dims": int, "data/checksum": (int, str), "labeled": list}
 HOLDS = {
     "ssl": MODEL | {"nets": list, "teacher": dict, "step": int, "args/size": (int, tuple), "args/seed": int, "args/method": str, "args/weight": str,
@@ -156,7 +156,7 @@ def load_checkpoint(path, stage):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file holds, it is the file that is wrong
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); make it again") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int) or state["format"] != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project (format {FORMAT}); make it again")
     if state.get("stage") != stage:
         raise InputError(f"{path}: a checkpoint of stage {state.get('stage')!a:.40}, but '{stage}' is needed here; give one of that stage")

@@ -371,11 +371,11 @@ def choose_labeled(info, spec, seed=None):
     try:
         n = len(patients) if spec == "all" else round(float(spec) * len(patients)) if "." in spec else int(spec)
     except (ValueError, OverflowError):
-        raise InputError(f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed") from None
+        raise InputError(f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; give one of them") from None
     if not patients:
         raise InputError(f"{info.path}: no train case has a label; convert the data again with labels of some")
     if not 1 <= n <= len(patients):
-        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients")
+        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, a fraction or all")
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
@@ -480,12 +480,12 @@ def check_size(info, size):
     """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
     text = f"--size {','.join(map(str, size))}"
     if info.dims == 2 and len(size) != 1:
-        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side")
+        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2); give one side")
     if info.dims == 2 and not 32 <= size[0] <= 4096:
-        raise InputError(f"{text}: slices need a side of at least 32 pixels, and at most 4096")
+        raise InputError(f"{text}: slices need a side of 32 to 4096 pixels; give another")
     size = size * 3 if info.dims == 3 and len(size) == 1 else size
     if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2 ** 27):
-        raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together")
+        raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together; give another")
     return size
 
 

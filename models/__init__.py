@@ -40,8 +40,9 @@ def rebuild(config, weights):
 
     ValueError or whatever torch says if it holds none. Nothing is allocated that is not in the weights, whatever the config claims: the network takes these very tensors.
     """
-    if not config.get("members", 1) <= len(weights):
-        raise ValueError(f"{config['members']} members, but {len(weights)} tensors")
+    for name, low, high in (("width", 1, math.inf), ("members", 1, len(weights)), ("mask_dropout", 0, 1)):
+        if type(value := config.get(name, 1)) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!a:.40}, not in {low} to {high}")
     with torch.device("meta"):
         net = build(**config)
     for name, expected in net.state_dict().items():
