@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import models
 from data import augment, h5, processes, shapes, vqm
-from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, grid, load_checkpoint, number, numbers, replacing, save_checkpoint,
-                        seed_of, start_run)
+from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, folder, grid, load_checkpoint, number, numbers, picture, replacing,
+                        save_checkpoint, seed_of, start_run)
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 2
@@ -42,13 +42,13 @@ CATALOG_VERSION = 2
 def parse_args(argv=None):
     p = Parser(__doc__, prog="corrupt.py")
     p.add_argument("data", help="dataset file")
-    p.add_argument("--out", required=True, help="folder for vqm.h5 and weak/")
+    p.add_argument("--out", type=folder, required=True, help="folder for vqm.h5 and weak/")
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
     p.add_argument("--size", type=grid, help="side of the masks' grid (default 224); of volumes D,H,W of a patch (default 80,112,112)")
-    p.add_argument("--patches", type=number(1), default=8, help="volumes: patches of each labeled train volume, at random places")
-    p.add_argument("--masks", type=number(1), help="masks of each labeled train slice (default 200) or patch (default 50)")
-    p.add_argument("--val-masks", type=number(1), default=20, help="synthetic masks of each val slice, or of each patch that tiles a val volume")
+    p.add_argument("--patches", type=number(1, 10_000), default=8, help="volumes: patches of each labeled train volume, at random places")
+    p.add_argument("--masks", type=number(1, 100_000), help="masks of each labeled train slice (default 200) or patch (default 50)")
+    p.add_argument("--val-masks", type=number(1, 100_000), default=20, help="synthetic masks of each val slice, or of each patch that tiles a val volume")
     p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
                    help="draw train masks so that the histogram of Dice is flat; the paper does not")
     # harvest
@@ -58,10 +58,10 @@ def parse_args(argv=None):
                    help="weak networks predict the fold that they were not trained on; 1: one for all, the paper")
     p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
-    p.add_argument("--harvest-batch", type=number(1), help="slices (default 16) or patches (default 2) in a step of the weak networks")
+    p.add_argument("--harvest-batch", type=number(1, 65_536), help="slices (default 16) or patches (default 2) in a step of the weak networks")
     # running
-    p.add_argument("--workers", type=number(1), default=1, help="processes that make masks")
-    p.add_argument("--preview", metavar="FILE.png", help="draw a grid of masks with name and Dice")
+    p.add_argument("--workers", type=number(1, 1000), default=1, help="processes that make masks")
+    p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw a grid of masks with name and Dice")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
@@ -658,9 +658,10 @@ def main(argv=None):
     args.size = h5.network_grid(info, args.size)
     args.masks, args.harvest_batch = args.masks or {2: 200, 3: 50}[info.dims], args.harvest_batch or {2: 16, 3: 2}[info.dims]
     labeled, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
+    h5.check_foreground(info, labeled)
     val_names = [e.name for e in info.entries("val") if e.labeled]
     if not val_names:
-        raise InputError(f"{args.data}: no val case has a label")
+        raise InputError(f"{args.data}: no val case has a label; convert the data again with labels of val")
     patient = {e.name: e.patient for e in info.entries("train")}
     if args.folds > len({patient[name] for name in labeled}):
         raise InputError(f"--folds {args.folds}: only {len({patient[n] for n in labeled})} patients are labeled; give at most that many folds")

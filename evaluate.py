@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from data import augment, h5, processes
-from data.files import InputError, Parser, cli, grid, load_checkpoint, number, replacing, writable
+from data.files import InputError, Parser, cli, folder, grid, load_checkpoint, number, replacing, writable
 from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
                           score_case)
 from models import distributed, quality
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), default="val",
                    help="cases to score, which need labels; held_out: train cases whose labels no run and no g has learned from")
     p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels")
-    p.add_argument("--out", required=True, help="folder for tables and pictures")
+    p.add_argument("--out", type=folder, required=True, help="folder for tables and pictures")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
                    "difference in Dice, patient by patient, with its interval and a test")
@@ -58,8 +58,8 @@ def parse_args(argv=None):
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
-    p.add_argument("--batch", type=number(1), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
-    p.add_argument("--workers", type=number(0), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
+    p.add_argument("--batch", type=number(1, 65_536), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
+    p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
                    "are predicted; 0: none")
     add_window_options(p)
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -277,11 +277,26 @@ def in_order(pool, function, tasks, ahead):
 
 # ---------------------------------------------------------------------------------------------------- runs
 
+def rebuild(path, state, weights, names, on):
+    """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint."""
+    config, data = state["model"], state["data"]
+    if config["name"] not in names:
+        raise InputError(f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again")
+    for key, value in dict(channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]).items():
+        if config[key] != value:
+            raise InputError(f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again")
+    try:
+        return on.place(models.rebuild(config, weights)).eval()
+    except Exception as error:  # whatever the file holds, it is the file that is wrong
+        raise InputError(f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again") from None
+
+
 def load_run(path, weights, on):
     """The network of a train_ssl.py checkpoint, ready to predict, and the checkpoint."""
     state = load_checkpoint(path, "ssl")
-    net = models.rebuild(state["model"], state["nets"][0] if weights == "student" else state["teacher"])
-    return on.place(net).eval(), state
+    if not state["nets"]:
+        raise InputError(f"{path}: nets is empty; train it again")
+    return rebuild(path, state, state["nets"][0] if weights == "student" else state["teacher"], models.segmentation_networks(), on), state
 
 
 def load_quality(path, info, on, size=None):
@@ -295,11 +310,25 @@ def load_quality(path, info, on, size=None):
     for key, value in ours.items():
         if theirs[key] != value:
             raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
-    if info.dims == 3 and size is not None and tuple(state["patch"]) != tuple(size):
-        theirs, ours = (",".join(map(str, s)) for s in (state["patch"], size))
+    if info.dims == 3 and size is not None and tuple(state.get("patch") or ()) != tuple(size):
+        theirs, ours = (",".join(map(str, s)) for s in (state.get("patch") or (), size))
         raise InputError(f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size")
-    g = models.fused(on.place(models.rebuild(state["model"], state["weights"])))
+    check_size(path, info, state["model"].get("size"))
+    if not state["weights"].get("temperature", torch.ones(())) > 0:
+        raise InputError(f"{path}: its temperature is not above 0; train it again")
+    g = models.fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
     return g.requires_grad_(False), state["labeled"]
+
+
+def check_size(path, info, size):
+    """InputError unless a checkpoint's size is one that --size would take for this data."""
+    sides = (size,) if isinstance(size, int) else size
+    if isinstance(size, int) != (info.dims == 2) or not isinstance(sides, tuple) or not all(isinstance(s, int) for s in sides) or len(sides) != info.dims * 2 - 3:
+        raise InputError(f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again")
+    try:
+        h5.check_size(info, sides)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; train it again") from None
 
 
 def run_name(args):
@@ -547,7 +576,7 @@ def held_out(info, states):
     used = set()
     for path, state in states.items():
         if state["data"]["checksum"] != info.checksum:
-            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen")
+            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen; leave it out")
         used |= set(state["labeled"])
     names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
     if not names:
@@ -560,7 +589,8 @@ def check_runs(args, info, states):
     for path, state in states.items():
         for key in ("classes", "channels", "dims", "standardize"):
             if state["data"].get(key, True) != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'].get(key, True)}, but {info.path} has {getattr(info, key)}")
+                raise InputError(f"{path}: trained for {key} {state['data'].get(key, True)}, but {info.path} has {getattr(info, key)}; train on this data")
+        check_size(path, info, state["args"]["size"])
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         raise InputError("--qp compares outputs of one --size, but " + ", ".join(f"{path} has {size}" for size, path in sizes.items()))

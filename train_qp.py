@@ -28,7 +28,8 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, vqm
-from data.files import SEED, SHARE, InputError, Log, Parser, check_finite, cli, grid, number, postponed_signals, save_checkpoint, seed_of, start_run
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, folder, grid, number, postponed_signals, save_checkpoint,
+                        seed_of, start_run)
 from models import distributed
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
@@ -38,13 +39,13 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="train_qp.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
-    p.add_argument("--out", required=True, help="folder of the run")
+    p.add_argument("--out", type=folder, required=True, help="folder of the run")
     p.add_argument("--size", type=grid, help="side of the images that g sees, or D,H,W that patches are resized to (default: "
                    "the masks' own; of slices, with --head dense, half of it, measured no worse)")
     # network
     p.add_argument("--head", choices=HEADS, default="dense", help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18")
-    p.add_argument("--width", type=number(1), help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)")
-    p.add_argument("--members", type=number(1), default=3, help="dense: U-Nets whose predictions of the truth are averaged")
+    p.add_argument("--width", type=number(1, 256), help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)")
+    p.add_argument("--members", type=number(1, 64), default=3, help="dense: U-Nets whose predictions of the truth are averaged")
     p.add_argument("--mask-dropout", type=SHARE, default=0.5, help="dense: share of training samples whose mask is withheld")
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0, help="dense: weight of the error in Dice beside that in pixels")
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     # training (epochs, masks, batch, decay, patience as in the paper)
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch")
-    p.add_argument("--batch", type=number(2), help="masks in a step (default: 32, of volumes 4)")
+    p.add_argument("--batch", type=number(2, 65_536), help="masks in a step (default: 32, of volumes 4)")
     p.add_argument("--lr", type=number(0, 10, float), help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")

@@ -32,8 +32,8 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, processes, stored
-from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, grid, number, numbers, postponed_signals, save_checkpoint, seed_of,
-                        start_run)
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, folder, grid, number, numbers, postponed_signals, save_checkpoint,
+                        seed_of, start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 
@@ -41,7 +41,7 @@ from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_sample
 def parse_args(argv=None):
     p = Parser(__doc__, prog="train_ssl.py")
     p.add_argument("data", help="dataset file")
-    p.add_argument("--out", required=True, help="folder of the run")
+    p.add_argument("--out", type=folder, required=True, help="folder of the run")
     # what is labeled
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
@@ -74,12 +74,12 @@ def parse_args(argv=None):
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
     p.add_argument("--model", choices=models.segmentation_networks(), help="network f (default: unet, of volumes vnet)")
-    p.add_argument("--width", type=number(1), help="channels of the network's first level (default: its own)")
+    p.add_argument("--width", type=number(1, 256), help="channels of the network's first level (default: its own)")
     p.add_argument("--dropout", type=number(0, 0.99, float), help="vnet: at the bottom and before the head (default: 0.5)")
     p.add_argument("--size", type=grid, help="side of the images that f sees (default 224); of volumes D,H,W of a patch (default 80,112,112)")
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
-    p.add_argument("--batch", type=number(1), help="labeled images in a step (default 32, of volumes 2)")
-    p.add_argument("--batch-unlabeled", type=number(1), help="unlabeled images in a step (default 64, of volumes 2)")
+    p.add_argument("--batch", type=number(1, 65_536), help="labeled images in a step (default 32, of volumes 2)")
+    p.add_argument("--batch-unlabeled", type=number(1, 65_536), help="unlabeled images in a step (default 64, of volumes 2)")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer")
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
     p.add_argument("--cache", choices=("auto", "device", "ram", "off"), default="auto",
                    help="where images are kept: on the device, in memory, or nowhere, but read for each step; auto: the first that they fit into")
-    p.add_argument("--workers", type=number(0), default=2, help="--cache off: processes that read the images of the next steps")
+    p.add_argument("--workers", type=number(0, 1000), default=2, help="--cache off: processes that read the images of the next steps")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks: slow to start, then faster on GPUs")
     p.add_argument("--deterministic", action="store_true", help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
@@ -524,6 +524,7 @@ def views(fetched, K, device):
 def load_data(info, args, on):
     """Labeled and unlabeled slices or volumes, kept as --cache says. Labels of unlabeled cases are never read."""
     labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
+    h5.check_foreground(info, labeled)
     parts = [(info, "train", others)] if others else []
     parts += [(info, "unlabeled", None)] if info.splits.get("unlabeled") else []
     if args.unlabeled:

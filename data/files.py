@@ -8,12 +8,13 @@ import glob
 import math
 import os
 import pathlib
-import pickle
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help shows the options\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -71,6 +72,31 @@ def grid(text):
 
 
 grid.__name__ = "size"
+
+
+def folder(text):
+    """argparse type: a folder that can be written to, or made."""
+    there = os.path.abspath(text)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        if not text:
+            raise OSError("no name")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written to ({error.strerror or error}: {there}); choose another") from None
+    return text
+
+
+def picture(text):
+    """argparse type: a file in a folder that can be written to, or made."""
+    folder(os.path.dirname(text) or ".")
+    if not text or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a picture in it")
+    return text
+
+
 SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 
@@ -229,19 +255,58 @@ def save_checkpoint(path, stage, **state):
             raise OSError(errno.ENOSPC, "") from None
 
 
+# What the readers of a checkpoint count on, by its stage. "args/size": the entry "size" of the dict "args"
+MODEL = {"args": dict, "model/name": str, "model/channels": int, "model/classes": int, "model/dims": int,
+         "data/name": str, "data/classes": list, "data/channels": int, "data/dims": int, "data/checksum": (int, str), "labeled": list}
+HOLDS = {
+    "ssl": MODEL | {"nets": list, "teacher": dict, "step": int, "args/size": (int, tuple), "args/seed": int, "args/method": str, "args/weight": str,
+                    "args/weight_level": str, "args/qar": (int, float), "args/labeled": str},
+    "qp": MODEL | {"weights": dict, "epoch": int, "args/size": (int, tuple, type(None)), "best/epoch": int},
+    "weak": {"weights": dict},
+    "corrupt": {"args": dict, "data": dict, "fold": int, "inputs": dict, "finished": bool}}
+RESUMES = {"ssl": {"finished": bool, "optimizer": dict, "scaler": dict, "best/dice": float, "best/step": int, "inputs": dict, "parts": torch.Tensor, "seconds": float},
+           "qp": {"finished": bool, "optimizer": dict, "scaler": dict, "schedule": dict, "net": dict, "best/error": float, "inputs": dict, "losses": torch.Tensor, "seconds": float}}  # last.pt
+PLAIN = (str, int, float, bool, type(None), torch.dtype)
+
+
 def load_checkpoint(path, stage):
-    """The dict that save_checkpoint wrote, on the CPU. InputError if it is missing, damaged or of another stage."""
+    """The dict that save_checkpoint wrote, on the CPU. InputError if it is missing, damaged, of another stage, or not what HOLDS says."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint")
+        raise InputError(f"{path}: {'a folder, not a checkpoint' if os.path.isdir(path) else 'no such checkpoint'}; give the .pt of a finished stage")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:  # older formats of torch.load are not even looked at
+            if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()) or (wrong := archive.testzip()):
+                raise zipfile.BadZipFile("compressed, or of a wrong checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the file holds, it is the file that is wrong
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); make it again") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of this project (format {FORMAT})")
-    if state["stage"] != stage:
-        raise InputError(f"{path}: a checkpoint of stage '{state['stage']}', but '{stage}' is needed here")
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int) or state["format"] != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this project (format {FORMAT}); make it again")
+    if state.get("stage") != stage:
+        raise InputError(f"{path}: a checkpoint of stage {state.get('stage')!a:.40}, but '{stage}' is needed here; give one of that stage")
+    _check_plain(path, state)
+    for name, kind in (HOLDS[stage] | (RESUMES.get(stage, {}) if os.path.basename(path) == "last.pt" else {})).items():
+        value = state
+        for part in name.split("/"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{path}: {name} is {'missing' if value is None else 'of type ' + type(value).__name__}; make the checkpoint again")
     return state
+
+
+def _check_plain(path, value, where="the checkpoint", depth=0):
+    """InputError unless a value is made of dicts, lists, tuples, numbers, texts and tensors that hold all that they show."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{path}: {where} is no plain tensor of {tuple(value.shape)}; make the checkpoint again")
+    elif isinstance(value, (dict, list, tuple)) and depth < 20:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_plain(path, key, f"a key of {where}", depth + 1)
+            _check_plain(path, part, f"{where}[{ascii(key)[:60]}]", depth + 1)
+    elif not isinstance(value, PLAIN):
+        raise InputError(f"{path}: {where} is of type {type(value).__name__}, or nested too deep; make the checkpoint again")
 
 
 class Log:

@@ -10,10 +10,15 @@
                            affine and source_grid where the source has a place in space (data/nifti.py)
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
+A file may come from anybody: it is read only as far as it is plain. What is a link, lies elsewhere (external storage, virtual datasets), claims
+sizes that it does not hold, or has the wrong kind, type or shape is refused when it is opened; pixels, labels and checksums when they are read.
+
 Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of
 a patch.
 """
+import contextlib
 import itertools
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -24,9 +29,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data.files import FORMAT, InputError, Parser, cli, replacing
+from data.files import FORMAT, InputError, Parser, cli, picture, replacing
 
 SPLITS = ("train", "val", "test", "unlabeled")
+LARGE = 2 ** 30  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
+SMALLEST = 8     # pixels of an image's side in the plane
 COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167], [86, 180, 233], [213, 94, 0]]) / 255
 #        Okabe and Ito's palette: distinguishable for color-blind readers
 
@@ -93,6 +100,7 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True):
 
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
+    check_text(path, "the dataset's name", name)
     _check_layout(path, classes, dims, channels)
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True) as f:
@@ -110,17 +118,40 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True):
     return read_info(path)
 
 
+def check_text(where, what, text):
+    """InputError unless a name is fit for screens, tables and files: printable, not empty and of at most 200 bytes."""
+    if not text or not text.isprintable() or len(text.encode()) > 200:
+        raise InputError(f"{where}: {what} {ascii(text[:60])} must be printable and have 1 to 200 bytes; rename it and convert the data again")
+
+
+def check_name(where, name):
+    """InputError unless a case's name can be that of a file, below --out and nowhere else."""
+    check_text(where, "a case's name", name)
+    if name.startswith(".") or "/" in name or "\\" in name:
+        raise InputError(f"{where}: a case's name, '{name}', must not start with a dot or contain a slash; rename it and convert the data again")
+
+
 def _check_layout(path, classes, dims, channels):
-    if len(classes) < 2 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
-        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs two classes or more, and dims 2 with 1 or 3 "
-                         "channels, or dims 3 with 1")
+    if not 2 <= len(classes) <= 256 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
+        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 classes, and dims 2 with 1 or 3 channels, or "
+                         "dims 3 with 1; convert the data again")
+    for name in classes:
+        check_text(path, "a class's name", name)
+        if classes.count(name) > 1:
+            raise InputError(f"{path}: two classes are called '{name}'; give each its own name and convert the data again")
+
+
+def _check_grid(where, grid, dims):
+    if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
+        raise InputError(f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs {'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of "
+                         f"at least {SMALLEST}; leave it out, or pad it, and convert the data again")
 
 
 def _check_case(path, case, K, channels, dims):
     where = f"{path}: case '{case.name}'"
     grid = case.image.shape[:-1] if channels == 3 else case.image.shape
-    if not case.name or "/" in case.name or case.name.startswith("."):
-        raise InputError(f"{where}: a case's name must not be empty, start with a dot or contain a slash")
+    check_name(path, case.name)
+    check_text(where, "patient", str(case.patient))
     if case.split not in SPLITS:
         raise InputError(f"{where}: split '{case.split}' is none of {', '.join(SPLITS)}")
     if case.image.dtype not in (np.uint8, np.float32):
@@ -138,8 +169,9 @@ def _check_case(path, case, K, channels, dims):
             raise InputError(f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed")
         if case.label.max() >= K:
             raise InputError(f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})")
-    if case.spacing is not None and (len(case.spacing) != len(grid) or not all(s > 0 for s in case.spacing)):
+    if case.spacing is not None and (len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
+    _check_grid(where, grid, dims)
 
 
 def _write_case(group, case, channels, dims):
@@ -152,9 +184,14 @@ def _write_case(group, case, channels, dims):
         group.create_dataset("label", data=case.label, chunks=chunk, **pack)
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
-                       source=case.source, checksum=zlib.crc32(case.image.tobytes(), zlib.crc32(b"" if case.label is None else case.label.tobytes())))
+                       source=case.source, checksum=checksum_of(case.image, case.label))
     group.attrs["mean"], group.attrs["std"] = moments(case.image)
     group.attrs.update({k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None})
+
+
+def checksum_of(image, label):
+    """CRC-32 of a case's label (None: of nothing) and image."""
+    return zlib.crc32(np.ascontiguousarray(image), zlib.crc32(b"" if label is None else np.ascontiguousarray(label)))
 
 
 def _check_patients(path, patients):
@@ -171,62 +208,156 @@ def _check_patients(path, patients):
 def open_file(path):
     """h5py.File for reading; a missing or damaged file is an InputError."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}; give the HDF5 file")
     try:
         return h5py.File(path, "r")
     except OSError:
         raise InputError(f"{path}: not a readable HDF5 file (truncated?); convert the data again") from None
 
 
+@contextlib.contextmanager
+def reading(where, remedy="convert the data again"):
+    """Whatever HDF5 cannot make sense of, in a file that may hold anything, is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where}: damaged or incomplete ({error or type(error).__name__}); {remedy}") from None
+
+
+def child(group, name, kind):
+    """The member of a group that is of a kind, h5py.Group or h5py.Dataset, and in the file itself; anything else is an InputError."""
+    where = lambda: f"{group.file.filename}: {group.name.rstrip('/')}/{name if name.isprintable() else ascii(name)}"
+    try:
+        link = group.id.links.get_info(name.encode(errors="surrogateescape")).type
+    except (KeyError, RuntimeError, ValueError):
+        raise InputError(f"{where()}: missing; make the file again") from None
+    if link != h5py.h5l.TYPE_HARD:
+        raise InputError(f"{where()}: a link to another place or file, which is not followed; copy what it stands for into the file")
+    with reading(f"{group.file.filename}: {name!a}", "make the file again"):
+        found = group[name]
+        if not isinstance(found, kind):
+            raise InputError(f"{where()}: is no {'group' if kind is h5py.Group else 'dataset of numbers'}; make the file again")
+        if kind is h5py.Dataset:
+            _check_storage(found, where)
+    return found
+
+
+def _check_storage(data, where):
+    """InputError unless a dataset lies in its file and can hold what it declares: gzip makes no more than 1032 bytes of one."""
+    plist = data.id.get_create_plist()
+    if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
+        raise InputError(f"{where()}: lies in other files (virtual dataset or external storage), which are not opened; copy it into the file")
+    if data.shape is None:
+        raise InputError(f"{where()}: holds nothing; make the file again")
+    declared, chunk = math.prod(data.shape) * data.dtype.itemsize, math.prod(data.chunks or (0,)) * data.dtype.itemsize
+    if max(declared, chunk) > LARGE and max(declared, chunk) > 1032 * data.id.get_storage_size() or chunk > LARGE and chunk > declared:
+        raise InputError(f"{where()}: declares {max(declared, chunk):,} bytes, but the file holds {data.id.get_storage_size():,} of it; make the file again")
+
+
+def read_label(f, info, split, name):
+    """The label of one case of an open file, on its own grid."""
+    with reading(f"{info.path}: /{split}/{name}"):
+        check_memory(f[split][name]["label"], f"{info.path}: /{split}/{name}/label")
+        return f[split][name]["label"][()]
+
+
+def check_memory(data, where):
+    """InputError for a dataset that does not fit into memory."""
+    from data import stored  # which imports this module
+    if data.nbytes > LARGE and data.nbytes > (free := stored.free_memory()):
+        raise InputError(f"{where}: takes {data.nbytes / 2 ** 30:.1f} GiB, but {free / 2 ** 30:.1f} GiB of memory are free; crop or resample it")
+
+
+def attribute(of, name, kind, where, shape=()):
+    """An attribute of a group that is of a kind (str, int, bool, float) and a shape (None: a vector). InputError for anything else."""
+    with reading(f"{where}: attribute '{name}'"):
+        value = of.attrs[name]
+        found = np.asarray(value)
+        if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (found.ndim != 1 if shape is None else found.shape != shape):
+            raise InputError(f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
+                             f"{'(n,)' if shape is None else shape} needed; convert the data again")
+        if kind is str:
+            texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
+            if not all(isinstance(t, str) for t in texts):
+                raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
+            return texts[0] if found.ndim == 0 else texts
+        return kind(value) if found.ndim == 0 else tuple(map(kind, value)) if found.ndim == 1 else value
+
+
 def read_info(path):
     """Opens a dataset file, checks its structure (not its pixels), and returns its Info."""
-    with open_file(path) as f:
-        a = f.attrs
-        if a.get("format") != FORMAT or not {"name", "classes", "dims", "channels"} <= set(a):
+    with open_file(path) as f, reading(path):
+        if "format" not in f.attrs or attribute(f, "format", int, path) != FORMAT or not {"name", "classes", "dims", "channels"} <= set(f.attrs):
             raise InputError(f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 --help")
-        classes = [c.decode() if isinstance(c, bytes) else str(c) for c in a["classes"]]
-        name, dims, channels, standardize = str(a["name"]), int(a["dims"]), int(a["channels"]), bool(a.get("standardize", True))
+        title, classes = attribute(f, "name", str, path), attribute(f, "classes", str, path, None)
+        dims, channels = attribute(f, "dims", int, path), attribute(f, "channels", int, path)
+        standardize = attribute(f, "standardize", bool, path) if "standardize" in f.attrs else True
+        check_text(path, "the dataset's name", title)
         _check_layout(path, classes, dims, channels)
-        try:
-            splits = {s: [_entry(path, s, n, g, channels, dims) for n, g in f[s].items()] for s in SPLITS if s in f}
-        except (KeyError, AttributeError, RuntimeError, OSError) as error:
-            raise InputError(f"{path}: damaged or incomplete ({error}); convert the data again") from None
+        splits = {}
+        for split in (s for s in SPLITS if s in set(f)):
+            group = child(f, split, h5py.Group)
+            splits[split] = [_entry(path, split, name, child(group, name, h5py.Group), channels, dims) for name in group]
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
     checksum = zlib.crc32(repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode())
-    return Info(path, name, classes, dims, channels, splits, checksum, standardize)
+    return Info(path, title, classes, dims, channels, splits, checksum, standardize)
 
 
 def _entry(path, split, name, group, channels, dims):
-    image, where = group["image"], f"{path}: /{split}/{name}"
-    grid = tuple(image.shape[:-1] if channels == 3 else image.shape)
-    if image.dtype not in (np.uint8, np.float32) or len(grid) not in (dims, 3) or min(grid) < 1:
-        raise InputError(f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D")
-    if "label" in group and group["label"].shape != grid:
-        raise InputError(f"{where}/label: shape {group['label'].shape}, but the image has {grid}")
-    return Entry(name, str(group.attrs["patient"]), grid, "label" in group, tuple(map(float, group.attrs["spacing"])),
-                 bool(group.attrs["spacing_known"]), str(group.attrs["source"]), int(group.attrs.get("checksum", 0)), group.attrs.get("affine"),
-                 tuple(map(int, group.attrs["source_grid"])) if "source_grid" in group.attrs else None, image.dtype.itemsize)
+    check_name(f"{path}: /{split}", name)
+    where = f"{path}: /{split}/{name}"
+    image, label = child(group, "image", h5py.Dataset), child(group, "label", h5py.Dataset) if group.id.links.exists(b"label") else None
+    grid = image.shape[:-1] if channels == 3 else image.shape
+    if image.dtype not in (np.uint8, np.float32) or (channels == 3 and image.shape[-1:] != (3,)) or len(grid) not in (dims, 3):
+        raise InputError(f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D (uint8 or float32 is "
+                         "needed); convert the data again")
+    _check_grid(f"{where}/image", grid, dims)
+    if label is not None and (label.shape != grid or label.dtype != np.uint8):
+        raise InputError(f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the image's grid, is needed; convert the data again")
+    patient, spacing = attribute(group, "patient", str, where), attribute(group, "spacing", float, where, (len(grid),))
+    check_text(where, "patient", patient)
+    if not all(0 < s < math.inf for s in spacing):
+        raise InputError(f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again")
+    affine = attribute(group, "affine", float, where, (4, 4)) if "affine" in group.attrs else None
+    source_grid = attribute(group, "source_grid", int, where, (3,)) if "source_grid" in group.attrs else None
+    if affine is not None and not np.isfinite(affine).all() or source_grid is not None and not all(0 < n < 2 ** 15 for n in source_grid):
+        raise InputError(f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again")
+    return Entry(name, patient, grid, label is not None, spacing, attribute(group, "spacing_known", bool, where), attribute(group, "source", str, where),
+                 attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0, affine, source_grid, image.dtype.itemsize)
 
 
 def read_case(f, info, split, name, label=True, part=()):
     """Pixels of one case of an open file. -> image (D, H, W[, 3]) (D = 1 for an image), label (D, H, W) or None.
 
-    part: slices of its first axes, which alone are read.
+    part: slices of its first axes, which alone are read. What is read whole, with its label, is compared with its checksum.
     """
-    group, where = f[split][name], f"{info.path}: /{split}/{name}"
-    try:
+    where = f"{info.path}: /{split}/{name}"
+    with reading(where):
+        group = f[split][name]
+        if not part:
+            check_memory(group["image"], f"{where}/image")
         image = group["image"][part]
         y = group["label"][part] if label and "label" in group else None
-    except (OSError, KeyError) as error:
-        raise InputError(f"{where}: cannot be read ({error}); convert the data again") from None
     if image.dtype == np.float32 and not np.isfinite(image).all():
-        raise InputError(f"{where}/image: NaN or infinite pixels")
+        raise InputError(f"{where}/image: NaN or infinite pixels; mend them and convert the data again")
     if y is not None and (y.dtype != np.uint8 or y.max() >= len(info.classes)):
         raise InputError(f"{where}/label: value {y.max()}, but the file has {len(info.classes)} classes "
-                         f"(0 to {len(info.classes) - 1})")
+                         f"(0 to {len(info.classes) - 1}); convert the data again")
+    if y is not None and not part and (said := group.attrs.get("checksum")) is not None and said != checksum_of(image, y):
+        raise InputError(f"{where}: image and label are not those that were written (checksum); convert the data again")
     if image.ndim - (info.channels == 3) == 2:
         image, y = image[None], None if y is None else y[None]
     return image, y
+
+
+def check_foreground(info, names):
+    """InputError if the labels of some train cases are background and nothing else. Reads them up to the first that is not."""
+    with open_file(info.path) as f:
+        if not any(read_label(f, info, "train", name).any() for name in names):
+            raise InputError(f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty (background alone), and nothing can be learned from "
+                             "them; give other or more patients (--labeled, --labeled-seed), or convert the data again")
 
 
 def choose_labeled(info, spec, seed=None):
@@ -239,12 +370,12 @@ def choose_labeled(info, spec, seed=None):
     patients = list(dict.fromkeys(e.patient for e in train if e.labeled))
     try:
         n = len(patients) if spec == "all" else round(float(spec) * len(patients)) if "." in spec else int(spec)
-    except ValueError:
-        raise InputError(f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed") from None
+    except (ValueError, OverflowError):
+        raise InputError(f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; give one of them") from None
     if not patients:
-        raise InputError(f"{info.path}: no train case has a label")
+        raise InputError(f"{info.path}: no train case has a label; convert the data again with labels of some")
     if not 1 <= n <= len(patients):
-        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients")
+        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, a fraction or all")
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
@@ -345,21 +476,27 @@ def moments(image):
     return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
 
 
+def check_size(info, size):
+    """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
+    text = f"--size {','.join(map(str, size))}"
+    if info.dims == 2 and len(size) != 1:
+        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2); give one side")
+    if info.dims == 2 and not 32 <= size[0] <= 4096:
+        raise InputError(f"{text}: slices need a side of 32 to 4096 pixels; give another")
+    size = size * 3 if info.dims == 3 and len(size) == 1 else size
+    if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2 ** 27):
+        raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together; give another")
+    return size
+
+
 def network_grid(info, size):
     """What --size means for a file: the side of slices (default 224), or the (D, H, W) of patches (default 80, 112, 112).
 
     size: a tuple of one or three whole numbers, or None. InputError if it does not fit the file's dims.
     """
+    size = check_size(info, size or ((224,) if info.dims == 2 else (80, 112, 112)))
     if info.dims == 2:
-        if size is not None and len(size) != 1:
-            raise InputError(f"--size {','.join(map(str, size))}: {info.path} is segmented slice by slice (dims=2), which takes one side")
-        if size is not None and size[0] < 32:
-            raise InputError(f"--size {size[0]}: slices need a side of at least 32 pixels")
-        return size[0] if size else 224
-    size = size or (80, 112, 112)
-    size = size * 3 if len(size) == 1 else size
-    if min(size) < 16:
-        raise InputError(f"--size {','.join(map(str, size))}: a patch needs at least 16 voxels per axis")
+        return size[0]
     volumes = [e for entries in info.splits.values() for e in entries]
     if small := [e for e in volumes if any(n < s for n, s in zip(e.grid, size))]:
         print(f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
@@ -577,7 +714,7 @@ def summary(info):
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.h5")
     p.add_argument("file", help="dataset to validate and describe")
-    p.add_argument("--preview", metavar="FILE.png", help="draw samples of each split with outlines")
+    p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw samples of each split with outlines")
     args = p.parse_args(argv)
     info = read_info(args.file)
     print(summary(info))

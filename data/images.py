@@ -24,6 +24,7 @@ import numpy as np
 from data import h5
 from data.files import SEED, SHARE, InputError, Parser, cli, number
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # of a picture that is cut, our own line is enough
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -109,7 +110,7 @@ def read_picture(path, flag):
     """A picture through OpenCV's decoder; InputError if there is none."""
     picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag) if os.path.getsize(path) else None
     if picture is None:
-        raise InputError(f"{path}: not a readable picture")
+        raise InputError(f"{path}: not a readable picture; replace it, or take it out")
     return picture
 
 
@@ -138,7 +139,7 @@ def read_pair(image_path, mask_path, classes, gray):
     mask = read_mask(mask_path, classes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
-                         f"has {image.shape[1]} x {image.shape[0]}")
+                         f"has {image.shape[1]} x {image.shape[0]}; make them equal")
     return image, mask
 
 
@@ -157,7 +158,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     src, classes = Path(args.src), (args.classes or f"background,{SHOWS[args.preset]}").split(",")
     if not src.is_dir():
-        raise InputError(f"{src}: no such folder")
+        raise InputError(f"{src}: no such folder; give the one that holds the pictures")
     if args.val + args.test >= 1:
         raise InputError("--val and --test are shares that must leave something to train on")
     rows = PRESETS[args.preset](src)

@@ -310,7 +310,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     src = Path(args.src)
     if not src.is_dir():
-        raise InputError(f"{src}: no such folder")
+        raise InputError(f"{src}: no such folder; give the one that holds imagesTr")
     if args.val + args.test >= 1:
         raise InputError("--val and --test are shares that must leave something to train on")
     if args.clip and args.intensity == "mr":

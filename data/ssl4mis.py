@@ -58,7 +58,7 @@ def la_splits(src, val):
     splits = {split: lines(src / f"{split}.list") for split in ("train", "val", "test")}
     if not splits["val"]:
         if val >= len(splits["train"]):
-            raise InputError(f"--val {val}: train.list of {src} has only {len(splits['train'])} volumes")
+            raise InputError(f"--val {val}: train.list of {src} has only {len(splits['train'])} volumes; give fewer")
         splits["train"], splits["val"] = splits["train"][:len(splits["train"]) - val], splits["train"][len(splits["train"]) - val:]
         print(f"no val.list: the last {val} of train.list validate (--val)")
     return splits
@@ -101,7 +101,7 @@ def main(argv=None):
         layout = dict(name="LA", classes=LA_CLASSES, dims=args.dims or 3)
         cases = la_cases(src, spacing, args.shrink, args.val)
     else:
-        raise InputError(f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there")
+        raise InputError(f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the folder that holds one of them")
     print(h5.summary(h5.write(args.out, cases, channels=1, **layout)))
 
 

@@ -88,8 +88,17 @@ def _moments(info, split, entries):
     if not info.standardize:
         return [(0.0, 1.0)] * len(entries)
     with h5.open_file(info.path) as f:
-        return [(float(f[split][e.name].attrs["mean"]), float(f[split][e.name].attrs["std"])) if "mean" in f[split][e.name].attrs
-                else h5.moments(h5.read_case(f, info, split, e.name, label=False)[0]) for e in entries]
+        return [_moment(f, info, split, e.name) for e in entries]
+
+
+def _moment(f, info, split, name):
+    case, where = f[split][name], f"{info.path}: /{split}/{name}"
+    if "mean" not in case.attrs:
+        return h5.moments(h5.read_case(f, info, split, name, label=False)[0])
+    mean, std = (h5.attribute(case, key, float, where) for key in ("mean", "std"))
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise InputError(f"{where}: mean {mean}, std {std} are not those of an image; convert the data again")
+    return mean, std
 
 
 def bytes_in_memory(info, split, size, names=None):

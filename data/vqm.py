@@ -54,37 +54,69 @@ class Masks:
     own: tuple                # *S of the masks before they were resized
 
 
+REMEDY = "run corrupt.py again"
+
+
+def open_split(f, path, split, info):
+    """The datasets of a split of an open vqm.h5, by name, as far as their shapes and types are those of create(). -> {name: dataset}
+
+    InputError if it belongs to other data than info's, or is damaged.
+    """
+    if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm":
+        raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT}); give the vqm.h5 that it wrote")
+    classes, channels = h5.attribute(f, "classes", str, path, None), h5.attribute(f, "channels", int, path)
+    if classes != info.classes or channels != info.channels:
+        raise InputError(f"{path}: made for classes {', '.join(classes)} and {channels} channel(s); "
+                         f"{info.path} has {', '.join(info.classes)} and {info.channels}; {REMEDY}")
+    if h5.attribute(f, "checksum", int, path) != info.checksum:
+        raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
+    group, where = h5.child(f, split, h5py.Group), f"{path}: /{split}"
+    held = {name: h5.child(group, name, h5py.Dataset) for name in ("mask", "prob", "dice", "at", "case", "prob_index")}
+    N, own, K = held["mask"].shape[:1], held["mask"].shape[1:], len(info.classes)
+    if len(own) != info.dims:
+        raise InputError(f"{where}/mask: holds masks in {len(own)}D, but {info.path} is segmented in {info.dims}D; run corrupt.py on this file")
+    if N == (0,) or min(own) < (32 if info.dims == 2 else 16) or (info.dims == 2 and own[0] != own[1]):
+        raise InputError(f"{where}/mask: {N[0]} masks of {' x '.join(map(str, own))}, none or too small; {REMEDY}")
+    axes = 1 if info.dims == 2 else 3
+    for name, kind, shape in (("mask", "uint8", (*N, *own)), ("prob", "uint8", (*held["prob"].shape[:1], K - 1, *own)), ("dice", "float32", (*N, K - 1)),
+                              ("at", "int32", (*N, axes)), ("case", "object", N), ("prob_index", "int32", N)):
+        if held[name].dtype != np.dtype(kind) or held[name].shape != shape:
+            raise InputError(f"{where}/{name}: {held[name].dtype} of shape {held[name].shape}, but {kind} of shape {shape} is needed; {REMEDY}")
+        h5.check_memory(held[name], f"{where}/{name}")
+    return held
+
+
 def load(path, split, info, size, probabilities=False, shrink=1):
     """Reads a split on the grid `size` (the side of slices, (D, H, W) of patches; None: its own, of slices divided by `shrink`, but at least
     32). -> Masks
 
     InputError if it belongs to other data than info's, or is damaged.
     """
-    source = "val" if split == "real" else split
-    with h5.open_file(path) as f:
-        if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm":
-            raise InputError(f"{path}: not a file of masks from corrupt.py (format {FORMAT})")
-        if list(f.attrs["classes"]) != info.classes or f.attrs["channels"] != info.channels:
-            raise InputError(f"{path}: made for classes {', '.join(f.attrs['classes'])} and {f.attrs['channels']} channel(s); "
-                             f"{info.path} has {', '.join(info.classes)} and {info.channels}")
-        if f.attrs["checksum"] != info.checksum:
-            raise InputError(f"{path}: its masks belong to another file than {info.path} is now; run corrupt.py on this file again")
-        try:
-            group, spec = f[split], str(f.attrs["spec"])
-            cases, at, prob_index = group["case"].asstr()[:], list(map(tuple, group["at"][:].tolist())), group["prob_index"][:]
-            own = tuple(map(int, group["mask"].shape[1:]))
-            if len(own) != info.dims:
-                raise InputError(f"{path}: holds masks in {len(own)}D, but {info.path} is segmented in {info.dims}D; run corrupt.py on this file")
-            patch, size = own if info.dims == 3 else None, size or (own if info.dims == 3 else max(32, own[0] // shrink))
-            mask = np.stack([h5.resize_label(m, size) for m in group["mask"]])
-            prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in group["prob"]] if probabilities else []
-        except (KeyError, OSError) as error:
-            raise InputError(f"{path}: /{split} is damaged ({error}); run corrupt.py again") from None
+    source, where, K = "val" if split == "real" else split, f"{path}: /{split}", len(info.classes)
+    with h5.open_file(path) as f, h5.reading(where, REMEDY):
+        held, spec = open_split(f, path, split, info), h5.attribute(f, "spec", str, path)
+        own = tuple(map(int, held["mask"].shape[1:]))
+        patch, size = own if info.dims == 3 else None, size or (own if info.dims == 3 else max(32, own[0] // shrink))
+        cases, at, prob_index, dice = held["case"].asstr()[:].tolist(), list(map(tuple, held["at"][:].tolist())), held["prob_index"][:], held["dice"][:]
+        mask = np.stack([h5.resize_label(m, size) for m in held["mask"]])
+        prob = [torch.from_numpy(np.stack([h5.resize_image(c, size) for c in p])) for p in held["prob"]] if probabilities else []
+        rows = len(held["prob"])
+    known = {e.name: e for e in info.entries(source) if e.labeled}
+    if mask.max() >= K or not ((dice >= 0) & (dice <= 1)).all() or prob_index.min() < -1 or prob_index.max() >= rows:
+        raise InputError(f"{where}: mask up to {mask.max()} (of {K} classes), dice {dice.min()} to {dice.max()} (of 1), or prob_index {prob_index.min()} to "
+                         f"{prob_index.max()} (of {rows} rows) is out of range; {REMEDY}")
+    for case, place in set(zip(cases, at)):
+        if case not in known:
+            raise InputError(f"{where}/case: {case!a} is no labeled case of /{source} of {info.path}; {REMEDY}")
+        if any(not 0 <= p <= max(0, n - s) for p, n, s in zip(place, known[case].grid if len(known[case].grid) == 3 else (1,), patch or (1,))):
+            raise InputError(f"{where}/at: {place} is no place in {case}, which has {known[case].grid}; {REMEDY}")
     wanted = {e.name: [] for e in info.entries(source)}
     for case, place in dict.fromkeys(zip(cases, at)):
         wanted[case].append(place)
     wanted = {case: places for case, places in wanted.items() if places}
     samples = h5.load_patches(info, source, patch, wanted, grid=size) if patch else h5.load_slices(info, source, size, wanted)
-    where = {key: i for i, key in enumerate(zip(samples.case, samples.at))}
-    index = torch.tensor([where[key] for key in zip(cases, at)])
+    number = {key: i for i, key in enumerate(zip(samples.case, samples.at))}
+    index = torch.tensor([number[key] for key in zip(cases, at)])
+    if len(counts := set(torch.bincount(index, minlength=len(samples)).tolist())) > 1:
+        raise InputError(f"{where}: {min(counts)} to {max(counts)} masks of a slice or patch, but all need the same number; {REMEDY}")
     return Masks(torch.from_numpy(mask), index, samples, prob, torch.from_numpy(prob_index).long(), spec, patch, own)

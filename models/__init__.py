@@ -36,9 +36,25 @@ def build(name, *, channels, classes, dims=2, **options):
 
 
 def rebuild(config, weights):
-    """The network that a checkpoint holds: build(**config) with its weights, every key matched."""
-    net = build(**config)
-    net.load_state_dict(weights)
+    """The network that a checkpoint holds: build(**config) with its weights, every key, shape and type matched, all of them finite.
+
+    ValueError or whatever torch says if it holds none. Nothing is allocated that is not in the weights, whatever the config claims: the network takes these very tensors.
+    """
+    for name, low, high in (("width", 1, math.inf), ("members", 1, len(weights)), ("mask_dropout", 0, 1)):
+        if type(value := config.get(name, 1)) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!a:.40}, not in {low} to {high}")
+    with torch.device("meta"):
+        net = build(**config)
+    for name, expected in net.state_dict().items():
+        found = weights.get(name)
+        if not torch.is_tensor(found) or found.shape != expected.shape or found.dtype != expected.dtype:
+            shown = f"{found.dtype} of {tuple(found.shape)}" if torch.is_tensor(found) else "missing"
+            raise ValueError(f"{name} is {shown}, but {expected.dtype} of {tuple(expected.shape)} is needed")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite values")
+    net.load_state_dict(weights, assign=True)
+    if any(t.is_meta for t in (*net.parameters(), *net.buffers())):
+        raise ValueError("a part of the network is in no checkpoint")
     return net
 
 

@@ -69,6 +69,7 @@ def volumes(tmp_path_factory):
                 del case["image"], case["label"]
                 case["image"], case["label"] = image, label
                 case.attrs["mean"], case.attrs["std"] = h5.moments(image)
+                case.attrs["checksum"] = h5.checksum_of(image, label)
     return str(shared(tmp_path_factory, "volumes", make) / "volumes.h5")
 
 
