@@ -325,7 +325,7 @@ def load_pretrained(g, path):
     try:
         g.backbone.load_pretrained(torch.load(path, map_location="cpu", weights_only=True), g.config["channels"])
     except Exception as error:  # whatever the file holds, it is the user's file that is wrong
-        raise InputError(f"{path}: not a torchvision ResNet-18 state dict ({error})") from None
+        raise InputError(f"{path}: not a torchvision ResNet-18 state dict ({' '.join(str(error).split())[:100]}); give that of torchvision") from None
 
 
 if __name__ == "__main__":

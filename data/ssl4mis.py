@@ -70,7 +70,7 @@ def la_cases(src, spacing, shrink, val):
     for split, names in la_splits(src, val).items():
         for name in names:
             if name not in files:
-                raise InputError(f"{src}: {split}.list names '{name}', but there is no {name}/mri_norm2.h5")
+                raise InputError(f"{src}: {split}.list names '{name}', but there is no {name}/mri_norm2.h5; mend the list")
             image, label = read(files[name])
             image, label = (v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label))
             size = tuple(max(1, n // shrink) for n in image.shape)
