@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from data import augment, h5, processes
-from data.files import InputError, Parser, cli, folder, grid, load_checkpoint, number, replacing, writable
+from data.files import InputError, Parser, cli, folder, grid, load_checkpoint, number, replacing
 from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
                           score_case)
 from models import distributed, quality
@@ -675,7 +675,6 @@ def main(argv=None):
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
-    writable(args.out)
     if args.predict:
         return write_masks(args, info, split, names, on)
     if missing := [e.name for e in entries if not e.labeled]:

@@ -205,22 +205,12 @@ def sync(path):
             os.close(opened)
 
 
-def writable(out):
-    """Makes a folder for results. InputError if it cannot be written to: better known before the work than after it."""
-    try:
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, f".{os.getpid()}.part"), "wb") as f:
-            os.remove(f.name)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written to ({error.strerror}); choose another --out") from None
-
-
 def claim(out):
     """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there.
 
-    InputError if it cannot be written to, or another process has taken it.
+    InputError if another process has taken it.
     """
-    writable(out)
+    os.makedirs(out, exist_ok=True)
     lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True)  # readers of a run that was just killed may hold it for seconds
     try:
         lock.acquire()

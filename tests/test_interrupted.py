@@ -205,8 +205,8 @@ def test_nothing_to_write_to_is_known_before_the_work(gray, tmp_path, refused, m
     (tmp_path / "file").touch()
     monkeypatch.setattr(train_ssl, "train_step", None)
     monkeypatch.setattr(corrupt, "train_weak", None)
-    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "file" / "run"], "cannot be written to", "another --out")
-    refused(corrupt.main, [gray, *MASKS, "--out", tmp_path / "file" / "run"], "cannot be written to", "another --out")
+    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "file" / "run"], "cannot be written to", "choose another")
+    refused(corrupt.main, [gray, *MASKS, "--out", tmp_path / "file" / "run"], "cannot be written to", "choose another")
 
 
 def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path):
