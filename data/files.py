@@ -228,7 +228,7 @@ def checksum(path):
     if path is None:
         return None
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}; give the file that an earlier stage wrote")
     value = 0
     with open(path, "rb") as f:
         while block := f.read(2 ** 22):
