@@ -675,8 +675,10 @@ def main(argv=None):
     train, val = load_train(info, labeled, args), h5.load_samples(info, "val", args.size, val_names)
     if not (done and done["finished"] and os.path.exists(path)):
         held = claim(args.out)  # noqa: F841  (until main ends)
-        for former in [] if done else glob.glob(os.path.join(glob.escape(weak_folder), "*.pt")):
-            os.remove(former)
+        weak_held = claim(weak_folder)  # noqa: F841
+        for former in [] if done else sorted([path, *glob.glob(os.path.join(glob.escape(weak_folder), "*.pt"))], key=lambda p: not p.endswith("last.pt")):
+            if os.path.exists(former):
+                os.remove(former)
         make_masks(path, train, val, [patient[name] for name in train.case], info, args, done, argv)
         save_state(args, info, fold=args.folds, finished=True)
     if args.preview:

@@ -254,7 +254,7 @@ def main(argv=None):
             part.load_state_dict(resumed[name])
         first, best, losses, seconds = resumed["epoch"], resumed["best"], [*resumed["losses"].to(on.device)], resumed["seconds"]
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, distributed.rank() == 0)
+    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, distributed.rank() == 0, fresh=not resumed)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
           f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}" + (f", {distributed.world()} processes" if distributed.world() > 1 else ""))
 
@@ -286,6 +286,7 @@ def main(argv=None):
                 if code := distributed.largest(stop()):
                     save("last.pt", epoch - 1, mean_loss(step))
                     print(f"stopped in epoch {epoch}; {args.out}/last.pt holds its {len(losses)} steps: go on with --resume")
+                    distributed.wait()  # until it is written: torchrun ends all when one has left
                     sys.exit(code)
             loss = mean_loss((epoch - 1) * steps + len(losses)).mean().item()
             if args.head == "dense":

@@ -637,13 +637,13 @@ def main(argv=None):
                             parts=parts.cpu(), seconds=time.perf_counter() - start)
 
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0)
+    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0, fresh=not resumed)
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
     feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
-                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=processes.start_worker)
+                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=processes.start_reader)
     bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
     start = time.perf_counter() - seconds
     with postponed_signals() as stop:
@@ -672,6 +672,7 @@ def main(argv=None):
                 if parts:
                     save("last.pt", step, means(step))
                 print(f"stopped after step {step}; {args.out}/last.pt holds it: go on with --resume")
+                distributed.wait()  # until it is written: torchrun ends all when one has left
                 sys.exit(code)
     distributed.wait()  # until everything is written
     print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"

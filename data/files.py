@@ -7,7 +7,6 @@ import functools
 import glob
 import math
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -146,7 +145,7 @@ def postponed_signals():
     """In its block Ctrl-C and SIGTERM do not interrupt: `stop()` of `with postponed_signals() as stop` is 0 until one comes, then its exit code,
     so that the block can save and leave. Another one, a second or more later, interrupts as ever."""
     first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number in (signal.SIGINT, signal.SIGTERM) if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
 
     def note(number, _):
         if not first:
@@ -218,8 +217,8 @@ def claim(out):
         raise InputError(f"{out}: another process is writing to it; wait until it ends, or choose another --out") from None
     except NotImplementedError:
         pass  # a file system without locks
-    for left in pathlib.Path(out).rglob(".*.part"):
-        left.unlink()
+    for left in glob.glob(os.path.join(glob.escape(out), ".*.[0-9]*.part")):
+        os.remove(left)
     return lock
 
 
@@ -241,7 +240,9 @@ def save_checkpoint(path, stage, **state):
     with replacing(path) as temporary:
         try:
             torch.save(dict(format=FORMAT, stage=stage, torch=str(torch.__version__), **state), temporary)
-        except RuntimeError:  # all that torch says of a failed write
+        except RuntimeError as error:  # all that torch says of a failed write
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
             raise OSError(errno.ENOSPC, "") from None
 
 
@@ -302,17 +303,19 @@ def _check_plain(path, value, where="the checkpoint", depth=0):
 class Log:
     """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
 
-    def __init__(self, out, columns, after=0, writes=True):
-        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped. 0 removes a former run.
+    def __init__(self, out, columns, after=0, writes=True, fresh=True):
+        """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
+        fresh: a former run is removed.
         writes: False for all but one of several processes, which keep no records."""
         self.writes = writes
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
         self.lock = claim(out)
-        if not after:
-            for path in [p for name in ("*.pt", "log.csv", "events.*") for p in glob.glob(os.path.join(glob.escape(out), name))]:
-                os.remove(path)
+        if fresh:
+            for path in [p for name in ("last.pt", "*.pt", "log.csv", "events.*") for p in glob.glob(os.path.join(glob.escape(out), name))]:
+                with contextlib.suppress(FileNotFoundError):  # last.pt, the first to go, is one of *.pt
+                    os.remove(path)
         self.path, self.columns, rows = os.path.join(out, "log.csv"), columns, []
         if after and os.path.isfile(self.path):
             with open(self.path, newline="") as f:
@@ -363,6 +366,8 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
         if state["data"].get(key) != value:
             raise InputError(f"{last}: was started on other data ({key} {state['data'].get(key)}, not {value}); "
                              "replace it with --overwrite, or choose another --out")
+    if "inputs" not in state:
+        raise InputError(f"{last}: was made by an older version; replace it with --overwrite, or choose another --out")
     for key, value in sums.items():
         if state["inputs"].get(key) != value:
             raise InputError(f"{last}: was started with another file as --{key} than {getattr(args, key)} is now; "

@@ -5,11 +5,17 @@ import signal
 import threading
 
 
-def start_worker(number=0):
-    """Ctrl-C and SIGTERM are the parent's to handle, which then ends its workers; when it is killed, they end too."""
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
+def start_worker():
+    """Ctrl-C is the parent's to handle, which then ends its workers; when it is killed, they end too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+
+
+def start_reader(number):
+    """The same, but SIGTERM too, which batch systems send to all processes, is the parent's: it needs the images of the step that it ends."""
+    start_worker()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with(parent):
