@@ -132,7 +132,7 @@ def test_dice_as_numpy_counts_it(dims, data):
 @examples(30)
 @given(data=st.data(), width=st.sampled_from([3, 5, 7]), flat=st.sampled_from([0.0, 0.5, 1.0]))
 def test_morphology(dims, data, width, flat):
-    """What grows grows, what shrinks shrinks, and to open or close twice, or to take a hull or box twice, is to do it once."""
+    """What grows grows, what shrinks shrinks, and to open, close or box twice is to do it once; to close is to open the background."""
     m = data.draw(label_maps(data.draw(grids(dims, 8, 24 if dims == 2 else 13)), 2, least=1))
     ball = shapes.ball(width, flat if dims == 3 else 0.0)
     for larger in (shapes.dilate(m, ball), shapes.closing(m, ball), shapes.hull(m), shapes.box(m)):
@@ -141,7 +141,20 @@ def test_morphology(dims, data, width, flat):
         assert (smaller <= m).all()
     for f in (functools.partial(shapes.opening, ball=ball), functools.partial(shapes.closing, ball=ball), shapes.box):
         assert (f(f(m)) == f(m)).all()
+    assert (shapes.closing(m, ball) == 1 - shapes.opening(1 - m, ball)).all()
     assert (shapes.hull(m) <= shapes.box(m)).all() and (shapes.bounds(shapes.hull(m))[1] == shapes.bounds(m)[1]).all()
+
+
+@examples(30)
+@given(data=st.data())
+def test_the_hull_of_a_volume_holds_what_lies_between_its_voxels(data):
+    """Midpoints of any two foreground voxels, and no more than the hull of the hull."""
+    m = data.draw(label_maps(data.draw(grids(3, 4, 12)), 2, least=1))
+    hull, points = shapes.hull(m), np.argwhere(m)
+    assume(np.linalg.matrix_rank(points - points[0]) == 3)      # a flat object has hulls slice by slice
+    twice = (points[:, None] + points[None, ::7]).reshape(-1, 3)
+    between = twice[(twice % 2 == 0).all(1)] // 2
+    assert hull[tuple(between.T)].all() and (shapes.hull(hull) == hull).all()
 
 
 @DIMS
