@@ -207,7 +207,7 @@ def test_killed_half_way_leaves_no_half_file(gray, tmp_path):
     import time
 
     from conftest import ROOT
-    running = subprocess.Popen([sys.executable, "corrupt.py", gray, "--out", str(tmp_path), "--masks", "3000", "--size", "96"], cwd=ROOT)
+    running = subprocess.Popen([sys.executable, "corrupt.py", gray, "--out", str(tmp_path), "--masks", "3000", "--size", "96", "--folds", "1", "--harvest-epochs", "1", "--harvest-steps", "1"], cwd=ROOT)
     while not list(tmp_path.glob(".vqm*")) and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGKILL)
