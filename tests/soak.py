@@ -69,6 +69,7 @@ def fork(main, argv, limit=None, wait=True):
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
         try:
             cli(lambda: main(argv))
             os._exit(0)
@@ -170,6 +171,8 @@ def watch(name, main, argv, folder, steps):
         step = len((out / "log.csv").read_text().splitlines()) - 1 if (out / "log.csv").exists() else 0
         family = [process, *process.children(recursive=True)]
         try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
             seen[step] = (sum(p.memory_info().rss for p in family), sum(p.num_fds() for p in family))
         except psutil.Error:
             pass

@@ -41,6 +41,14 @@ SSL = "--labeled 4 --size 32 --steps 12 --eval-every 4 --batch 4 --batch-unlabel
 MASKS = "--labeled 4 --size 32 --masks 8 --val-masks 4 --harvest-share 0.25 --harvest-epochs 1,2 --harvest-steps 2 --harvest-batch 4".split()
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as in a terminal, also where the tests were started in the background, with SIGINT ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 def stop_after(monkeypatch, script, steps, number=signal.SIGTERM):
     """The script gets a signal during a step."""
     step, count = script.train_step, [0]

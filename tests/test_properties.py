@@ -492,8 +492,8 @@ def test_the_lowest_fifth_and_monotone_maps(values, seed):
 
 # ---------------------------------------------------------------------------------------------------- files
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
-NAMES = TEXT.map(lambda t: t.replace("/", "_")).filter(lambda t: t and not t.startswith("."))
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8).filter(str.isprintable)
+NAMES = TEXT.map(lambda t: t.replace("/", "_").replace("\\", "_")).filter(lambda t: not t.startswith("."))
 
 
 @st.composite
@@ -504,13 +504,13 @@ def datasets(draw, dims=None, labeled=None):
     for split in draw(st.permutations(h5.SPLITS))[:draw(st.integers(1, 3))]:
         patients = draw(st.lists(TEXT, min_size=1, max_size=3))
         for name in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True)):
-            grid = draw(grids(draw(st.sampled_from([2, 3])) if dims == 2 else 3, 1, 9))
+            grid = (*draw(grids(draw(st.integers(0, 1)) if dims == 2 else 1, 1, 9)), *draw(grids(2, h5.SMALLEST, 14)))
             rng, shape = np.random.default_rng(draw(SEEDS)), (*grid, 3) if channels == 3 else grid
             image = rng.integers(0, 256, shape, np.uint8) if draw(st.booleans()) else (100 * rng.standard_normal(shape)).astype(np.float32)
             cases.append(h5.Case(split, name, image, rng.integers(0, K, grid, np.uint8) if labeled or draw(st.booleans()) else None,
                                  f"{split} {draw(st.sampled_from(patients))}", draw(st.none() | spacings(len(grid))), draw(TEXT),
                                  draw(st.none() | st.just(rng.standard_normal((4, 4)))), draw(st.none() | grids(3, 1, 99))))
-    what = dict(name=draw(TEXT), classes=draw(st.lists(TEXT, min_size=K, max_size=K)), dims=dims, channels=channels, standardize=draw(st.booleans()))
+    what = dict(name=draw(TEXT), classes=draw(st.lists(TEXT, min_size=K, max_size=K, unique=True)), dims=dims, channels=channels, standardize=draw(st.booleans()))
     return cases, what
 
 
