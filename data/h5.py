@@ -488,9 +488,9 @@ def check_size(info, size):
     """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
     text = f"--size {','.join(map(str, size))}"
     if info.dims == 2 and len(size) != 1:
-        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2); give one side")
+        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; give one")
     if info.dims == 2 and not 32 <= size[0] <= 4096:
-        raise InputError(f"{text}: slices need a side of 32 to 4096 pixels; give another")
+        raise InputError(f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another")
     size = size * 3 if info.dims == 3 and len(size) == 1 else size
     if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2 ** 27):
         raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together; give another")
