@@ -235,12 +235,14 @@ def child(group, name, kind):
         raise InputError(f"{where()}: missing; make the file again") from None
     if link != h5py.h5l.TYPE_HARD:
         raise InputError(f"{where()}: a link to another place or file, which is not followed; copy what it stands for into the file")
-    with reading(f"{group.file.filename}: {name!a}", "make the file again"):
+    try:
         found = group[name]
-        if not isinstance(found, kind):
-            raise InputError(f"{where()}: is no {'group' if kind is h5py.Group else 'dataset of numbers'}; make the file again")
-        if kind is h5py.Dataset:
-            _check_storage(found, where)
+    except Exception as error:
+        raise InputError(f"{where()}: damaged ({error or type(error).__name__}); make the file again") from None
+    if not isinstance(found, kind):
+        raise InputError(f"{where()}: is no {'group' if kind is h5py.Group else 'dataset'}; make the file again")
+    if kind is h5py.Dataset:
+        _check_storage(found, where)
     return found
 
 
@@ -251,7 +253,8 @@ def _check_storage(data, where):
         raise InputError(f"{where()}: lies in other files (virtual dataset or external storage), which are not opened; copy it into the file")
     if data.shape is None:
         raise InputError(f"{where()}: holds nothing; make the file again")
-    declared, chunk = math.prod(data.shape) * data.dtype.itemsize, math.prod(data.chunks or (0,)) * data.dtype.itemsize
+    chunk = math.prod(plist.get_chunk()) * data.dtype.itemsize if plist.get_layout() == h5py.h5d.CHUNKED else 0
+    declared = math.prod(data.shape) * data.dtype.itemsize
     if max(declared, chunk) > LARGE and max(declared, chunk) > 1032 * data.id.get_storage_size() or chunk > LARGE and chunk > declared:
         raise InputError(f"{where()}: declares {max(declared, chunk):,} bytes, but the file holds {data.id.get_storage_size():,} of it; make the file again")
 
@@ -265,25 +268,29 @@ def read_label(f, info, split, name):
 
 def check_memory(data, where):
     """InputError for a dataset that does not fit into memory."""
+    if data.nbytes <= LARGE:
+        return
     from data import stored  # which imports this module
-    if data.nbytes > LARGE and data.nbytes > (free := stored.free_memory()):
+    if data.nbytes > (free := stored.free_memory()):
         raise InputError(f"{where}: takes {data.nbytes / 2 ** 30:.1f} GiB, but {free / 2 ** 30:.1f} GiB of memory are free; crop or resample it")
 
 
 def attribute(of, name, kind, where, shape=()):
     """An attribute of a group that is of a kind (str, int, bool, float) and a shape (None: a vector). InputError for anything else."""
-    with reading(f"{where}: attribute '{name}'"):
+    try:
         value = of.attrs[name]
         found = np.asarray(value)
-        if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (found.ndim != 1 if shape is None else found.shape != shape):
-            raise InputError(f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
-                             f"{'(n,)' if shape is None else shape} needed; convert the data again")
-        if kind is str:
-            texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
-            if not all(isinstance(t, str) for t in texts):
-                raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
-            return texts[0] if found.ndim == 0 else texts
-        return kind(value) if found.ndim == 0 else tuple(map(kind, value)) if found.ndim == 1 else value
+    except Exception as error:
+        raise InputError(f"{where}: attribute '{name}' is missing or damaged ({error or type(error).__name__}); convert the data again") from None
+    if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (found.ndim != 1 if shape is None else found.shape != shape):
+        raise InputError(f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
+                         f"{'(n,)' if shape is None else shape} needed; convert the data again")
+    if kind is str:
+        texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
+        if not all(isinstance(t, str) for t in texts):
+            raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
+        return texts[0] if found.ndim == 0 else texts
+    return kind(value) if found.ndim == 0 else tuple(map(kind, value)) if found.ndim == 1 else value
 
 
 def read_info(path):
@@ -336,9 +343,10 @@ def read_case(f, info, split, name, label=True, part=()):
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
         group = f[split][name]
+        image = group["image"]
         if not part:
-            check_memory(group["image"], f"{where}/image")
-        image = group["image"][part]
+            check_memory(image, f"{where}/image")
+        image = image[part]
         y = group["label"][part] if label and "label" in group else None
     if image.dtype == np.float32 and not np.isfinite(image).all():
         raise InputError(f"{where}/image: NaN or infinite pixels; mend them and convert the data again")
@@ -480,9 +488,9 @@ def check_size(info, size):
     """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
     text = f"--size {','.join(map(str, size))}"
     if info.dims == 2 and len(size) != 1:
-        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2); give one side")
+        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; give one")
     if info.dims == 2 and not 32 <= size[0] <= 4096:
-        raise InputError(f"{text}: slices need a side of 32 to 4096 pixels; give another")
+        raise InputError(f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another")
     size = size * 3 if info.dims == 3 and len(size) == 1 else size
     if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2 ** 27):
         raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together; give another")

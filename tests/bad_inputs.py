@@ -153,11 +153,11 @@ def within(change, name, cases=BOTH):
     return go
 
 
-def huge(f, **how):
+def huge(f, shape=(1000, 100_000, 100_000), **how):
     for case in BOTH:
         for name in ("image", "label"):
             del f[case][name]
-            f[case].create_dataset(name, (1000, 100_000, 100_000), "uint8", **how)
+            f[case].create_dataset(name, shape, "uint8", **how)
 
 
 def sparse(f):
@@ -271,7 +271,8 @@ DATASETS = {
     "1 x 1 pixel": one_pixel(1), "7 x 7 pixels": one_pixel(7), "all labels empty": every("train", 0), "no label in train": unlabeled("train"), "no label in val": unlabeled("val"),
     "no val": lambda f: f.__delitem__("val"), "empty val": lambda f: [f["val"].__delitem__(n) for n in list(f["val"])], "one case": only(A), "nothing in it": only(), "val alone": only(V), "no split": lambda f: [f.__delitem__(s) for s in list(f)],
     "a patient in two splits": lambda f: f[V].attrs.__setitem__("patient", "phantom000"),
-    "sizes that are not there": lambda f: huge(f, chunks=(1, 1000, 1000), compression="gzip"), "sizes that are not there, contiguous": huge, "4 TiB": sparse,
+    "sizes that are not there": lambda f: huge(f, chunks=(1, 1000, 1000), compression="gzip"), "sizes that are not there, contiguous": huge,
+    "2 GB that are not there": lambda f: huge(f, (20, 10_000, 10_000), chunks=(1, 1000, 1000)), "4 TiB": sparse,
     "chunks of 3.6 GB": instead(f"{A}/image", wide_chunk), "external storage": instead(f"{A}/image", external), "a virtual dataset": instead(f"{A}/image", virtual),
     "a soft link": instead(f"{A}/image", lambda g, n: g.__setitem__(n, h5py.SoftLink(f"/{A.replace('000', '001')}/image"))),
     "a dangling link": instead(f"{A}/label", lambda g, n: g.__setitem__(n, h5py.SoftLink("/nowhere"))), "a link to itself": instead(A, lambda g, n: g.__setitem__(n, h5py.SoftLink(f"/{A}"))),
@@ -403,7 +404,7 @@ CHECKPOINTS = {
     "not a dict": lambda s: [1, 2], "empty dict": lambda s: {}, "format 2": given(2, "format"), "format is a tensor": given(torch.ones(2), "format"), "no stage": without("stage"),
     "stage is a list": given([1], "stage"), **{f"no {key}": without(key) for key in ("model", "args", "data", "labeled")},
     "model is a text": given("unet", "model"), "model of an unknown name": given("transformer", "model", "name"), "model is one of another stage": None,
-    "no channels in model": without("model", "channels"), "model has an unknown option": given(1, "model", "depth"), "width 10 ** 9": given(10 ** 9, "model", "width"), "width 10 ** 5": given(10 ** 5, "model", "width"),
+    "no channels in model": without("model", "channels"), "model has an unknown option": given(1, "model", "depth"), "width 10 ** 9": given(10 ** 9, "model", "width"), "width 320, 2.9 GB": given(320, "model", "width"),
     "width is a text": given("wide", "model", "width"), "width 0": given(0, "model", "width"), "width -4": given(-4, "model", "width"), "another width": given(8, "model", "width"),
     "classes 10 ** 9 in model": given(10 ** 9, "model", "classes"), "classes 5 in model": given(5, "model", "classes"), "channels 3 in model": given(3, "model", "channels"), "dims 3 in model": given(3, "model", "dims"),
     "data is a list": given([], "data"), "no classes in data": without("data", "classes"), "other classes in data": given(["a", "b", "c", "d"], "data", "classes"),
