@@ -75,12 +75,12 @@ grid.__name__ = "size"
 
 def folder(text):
     """argparse type: a folder that can be written to, or made."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a folder")
     there = os.path.abspath(text)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     try:
-        if not text:
-            raise OSError("no name")
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
