@@ -114,7 +114,7 @@ def test_rotation_is_rigid_on_a_grid_that_is_no_square():
             assert distance[on & near].max() < 16.5 and distance[~on & near].min() > 13.5
 
 
-@pytest.mark.parametrize("size, words", [("96,96,96", "give one side"), ("31", "32 to 4096"), ("96,96", "neither one number nor three"), ("0", "--size"), ("a", "--size")])
+@pytest.mark.parametrize("size, words", [("96,96,96", "takes one side"), ("31", "at least 32"), ("96,96", "neither one number nor three"), ("0", "--size"), ("a", "--size")])
 def test_sizes_that_slices_refuse(size, words, gray, tmp_path, refused):
     for main, more in ((corrupt.main, []), (train_ssl.main, [])):
         refused(main, [gray, "--out", tmp_path / "o", "--size", size, *more], words)
