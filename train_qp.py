@@ -28,7 +28,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, vqm
-from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, folder, grid, number, postponed_signals, save_checkpoint,
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, postponed_signals, save_checkpoint,
                         seed_of, start_run)
 from models import distributed
 from models.losses import one_hot, seg_loss
@@ -221,6 +221,7 @@ def main(argv=None):
     set_defaults(args, info.dims)
     if args.batch % distributed.world():
         raise InputError(f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes")
+    held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     resumed, inputs = start_run("qp", args, info.describe(), inputs=("vqm", "pretrained"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
@@ -299,6 +300,10 @@ def main(argv=None):
                       seconds=time.perf_counter() - start)
             losses, start = [], time.perf_counter()
             save("last.pt", epoch)
+            if code := distributed.largest(stop()):  # it came during the validation
+                distributed.wait()
+                print(f"stopped after epoch {epoch}; {args.out}/last.pt holds it: go on with --resume")
+                sys.exit(code)
 
     distributed.wait()  # for qp.pt
     kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, h5, processes, stored
-from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, cli, folder, grid, number, numbers, postponed_signals, save_checkpoint,
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, numbers, postponed_signals, save_checkpoint,
                         seed_of, start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
@@ -582,6 +582,7 @@ def main(argv=None):
     distributed.start(on.device)
     set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
+    held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "

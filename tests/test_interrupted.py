@@ -227,3 +227,17 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
         torch.use_deterministic_algorithms(False)
     a, b = (load_checkpoint(tmp_path / run / "last.pt", "ssl")["nets"][0] for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(gray, gray_quality, tmp_path, monkeypatch):
+    """Until it has a newer one: a resumed run that cannot write has lost nothing."""
+    argv = [gray, "--out", str(tmp_path), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm", gray_quality[0]]
+    with monkeypatch.context() as patch:
+        stop_after(patch, train_qp, 1)
+        with pytest.raises(SystemExit):
+            train_qp.main(argv)
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(train_qp, "train_step", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(InputError, match="not finite"):
+        train_qp.main([*argv, "--resume"])
+    assert (tmp_path / "last.pt").read_bytes() == before
