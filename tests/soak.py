@@ -140,9 +140,10 @@ def interrupt(main, argv, out, number, delay, expected):
     return code, wrong
 
 
-def soak(name, main, argv, folder, kills, numbers, seed=0):
-    """Interrupts a run `kills` times with each signal at random moments. -> a row of the table for each signal"""
-    rng, out, rows = random.Random(f"{name} {seed}"), folder / "run", []
+def soak(name, main, argv, folder, kills, numbers, first=0.0):
+    """Interrupts a run `kills` times with each signal at random moments, the earliest after a share `first` of its time. -> a row of the table for each
+    signal"""
+    rng, out, rows = random.Random(name), folder / "run", []
     shutil.rmtree(out, ignore_errors=True)
     start = time.monotonic()
     if code := fork(main, [*argv, "--out", str(out)]):
@@ -151,7 +152,7 @@ def soak(name, main, argv, folder, kills, numbers, seed=0):
     for number in numbers:
         ends, wrong, late = [], [], 0
         for _ in range(kills):
-            code, faults = interrupt(main, argv, out, number, rng.uniform(0, 0.9 * length), expected)
+            code, faults = interrupt(main, argv, out, number, rng.uniform(first, 0.9) * length, expected)
             late += code == 0
             ends.append(code == 0 or code == (-9 if number == signal.SIGKILL else 128 + number))
             wrong += [faults] if faults else []

@@ -22,7 +22,7 @@ sys.path.insert(0, "tests")
 import soak
 name, folder, data, volumes, vqm, qp, *numbers = sys.argv[1:]
 script, argv = soak.scripts(data, volumes, vqm, qp)[name]
-print(json.dumps([row for n in numbers for row in soak.soak(name, script, argv, soak.Path(folder), 1, [int(n)])]))
+print(json.dumps([row for n in numbers for row in soak.soak(name, script, argv, soak.Path(folder), 1, [int(n)], 0.6)]))
 """
 
 
@@ -30,7 +30,8 @@ print(json.dumps([row for n in numbers for row in soak.soak(name, script, argv, 
     ("corrupt.py --workers 2", [signal.SIGKILL]), ("train_qp.py", [signal.SIGKILL]),
     ("train_ssl.py --cache off --workers 2", [signal.SIGKILL, signal.SIGTERM]), ("train_ssl.py, volumes", [signal.SIGTERM])])
 def test_interrupted_at_a_random_moment_equals_uninterrupted(name, numbers, gray, volumes, gray_quality, tmp_path):
-    """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py."""
+    """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py. The moment lies in
+    the second half of the run, when there is something to go on from."""
     done = python("-c", SOAK, name, tmp_path, gray, volumes, *gray_quality, *(int(n) for n in numbers))
     assert done.returncode == 0, done.stderr
     for row in json.loads(done.stdout):
