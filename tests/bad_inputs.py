@@ -71,7 +71,8 @@ def in_child(main, argv, log, limit=SECONDS):
 
 
 def listing(folder):
-    return sorted((str(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*"))
+    """What lies in a folder, but for the empty file that says who writes there."""
+    return sorted((str(p), 0 if p.is_dir() else p.lstat().st_size, 0 if p.is_dir() else p.lstat().st_mtime_ns) for p in folder.rglob("*") if p.name != ".lock")
 
 
 # ---------------------------------------------------------------------------------------------------- good inputs
