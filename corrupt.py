@@ -15,6 +15,7 @@ Legend: N masks, K classes, D depth, H height, W width, *S the masks' grid: S, S
 or a label map, uint8 [H, W] or [D, H, W].
 """
 import argparse
+import contextlib
 import functools
 import glob
 import multiprocessing
@@ -618,18 +619,19 @@ def load_train(info, names, args):
     return h5.load_patches(info, "train", args.size, corners)
 
 
-def make_masks(path, train, val, patients, info, args, done, argv):
-    """Trains the weak networks and writes vqm.h5. patients: of the train samples; done: last.pt of an interrupted run or None"""
-    K, weak = len(info.classes), {}
+def make_masks(train, val, info, args, done, command):
+    """Trains the weak networks and writes vqm.h5. done: last.pt of an interrupted run or None; command: how this was asked for, in words"""
+    K, weak, patient = len(info.classes), {}, {e.name: e.patient for e in info.entries("train")}
+    patients = [patient[name] for name in train.case]
     n_harvest, n_weak = round(args.masks * args.harvest_share), args.folds * len(args.harvest_epochs)
     n_train = args.masks - n_harvest
     for fold in range(args.folds):
         weak |= {(fold, epoch): weights for epoch, weights in train_weak(train, patients, info, fold, args, done).items()}
 
-    with replacing(path) as temporary, h5py.File(temporary, "w") as f:
+    with replacing(os.path.join(args.out, "vqm.h5")) as temporary, h5py.File(temporary, "w") as f:
         vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size,
                      spec=args.labeled + ("" if args.labeled_seed is None else f" --labeled-seed {args.labeled_seed}"),
-                     command=shlex.join(["python", "corrupt.py", *(a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--resume", "--overwrite"))]))
+                     command=shlex.join(command))
         groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
                   "real": vqm.create(f, "real", len(val) * n_weak, K, args.size)}
@@ -666,6 +668,7 @@ def main(argv=None):
     if args.folds > len({patient[name] for name in labeled}):
         raise InputError(f"--folds {args.folds}: only {len({patient[n] for n in labeled})} patients are labeled; give at most that many folds")
     weak_folder = os.path.join(args.out, "weak")
+    held = claim(args.out, "weak") if os.path.isdir(args.out) else None  # until main ends
     done, _ = start_run("corrupt", args, info.describe(), free=("workers", "preview"), folder=weak_folder)
     if os.path.exists(path) and not (args.overwrite or done):
         raise InputError(f"{path}: is there already; replace it with --overwrite, or choose another --out")
@@ -674,12 +677,12 @@ def main(argv=None):
         return
     train, val = load_train(info, labeled, args), h5.load_samples(info, "val", args.size, val_names)
     if not (done and done["finished"] and os.path.exists(path)):
-        held = claim(args.out)  # noqa: F841  (until main ends)
-        weak_held = claim(weak_folder)  # noqa: F841
-        for former in [] if done else sorted([path, *glob.glob(os.path.join(glob.escape(weak_folder), "*.pt"))], key=lambda p: not p.endswith("last.pt")):
-            if os.path.exists(former):
+        held = held or claim(args.out, "weak")
+        for former in [] if done else [os.path.join(weak_folder, "last.pt"), path, *glob.glob(os.path.join(glob.escape(weak_folder), "fold*.pt"))]:
+            with contextlib.suppress(FileNotFoundError):
                 os.remove(former)
-        make_masks(path, train, val, [patient[name] for name in train.case], info, args, done, argv)
+        words = sys.argv[1:] if argv is None else argv
+        make_masks(train, val, info, args, done, ["python", "corrupt.py", *(word for word in words if word not in ("--resume", "--overwrite"))])
         save_state(args, info, fold=args.folds, finished=True)
     if args.preview:
         draw_preview(args.preview, path, info, train)

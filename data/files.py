@@ -204,8 +204,9 @@ def sync(path):
             os.close(opened)
 
 
-def claim(out):
-    """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there.
+def claim(out, *inside):
+    """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there
+    and in its subfolders `inside`.
 
     InputError if another process has taken it.
     """
@@ -217,7 +218,7 @@ def claim(out):
         raise InputError(f"{out}: another process is writing to it; wait until it ends, or choose another --out") from None
     except NotImplementedError:
         pass  # a file system without locks
-    for left in glob.glob(os.path.join(glob.escape(out), ".*.[0-9]*.part")):
+    for left in [path for part in ("", *inside) for path in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part"))]:
         os.remove(left)
     return lock
 
@@ -234,6 +235,8 @@ def checksum(path):
             value = zlib.crc32(block, value)
     return value
 
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, stage, **state):
     """Writes a checkpoint of `stage` ("weak", "qp", "ssl"): plain containers, numbers and tensors only."""
@@ -255,8 +258,11 @@ HOLDS = {
     "qp": MODEL | {"weights": dict, "epoch": int, "args/size": (int, tuple, type(None)), "best/epoch": int},
     "weak": {"weights": dict},
     "corrupt": {"args": dict, "data": dict, "fold": int, "inputs": dict, "finished": bool}}
-RESUMES = {"ssl": {"finished": bool, "optimizer": dict, "scaler": dict, "best/dice": float, "best/step": int, "inputs": dict, "parts": torch.Tensor, "seconds": float},
-           "qp": {"finished": bool, "optimizer": dict, "scaler": dict, "schedule": dict, "net": dict, "best/error": float, "inputs": dict, "losses": torch.Tensor, "seconds": float}}  # last.pt
+RESUMES = {  # last.pt
+    "ssl": {"finished": bool, "optimizer": dict, "scaler": dict, "best/dice": float, "best/step": int, "inputs": dict, "parts": torch.Tensor,
+            "seconds": float},
+    "qp": {"finished": bool, "optimizer": dict, "scaler": dict, "schedule": dict, "net": dict, "best/error": float, "inputs": dict,
+           "losses": torch.Tensor, "seconds": float}}
 PLAIN = (str, int, float, bool, type(None), torch.dtype)
 
 
@@ -300,13 +306,14 @@ def _check_plain(path, value, where="the checkpoint", depth=0):
         raise InputError(f"{path}: {where} is of type {type(value).__name__}, or nested too deep; make the checkpoint again")
 
 
+# ---------------------------------------------------------------------------------------------------- runs
+
 class Log:
     """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
 
     def __init__(self, out, columns, after=0, writes=True, fresh=True):
         """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
-        fresh: a former run is removed.
-        writes: False for all but one of several processes, which keep no records."""
+        fresh: a former run is removed. writes: False for all but one of several processes, which keep no records."""
         self.writes = writes
         if not writes:
             return
@@ -337,6 +344,7 @@ class Log:
             sync(self.path)
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
+            self.events.flush()
         print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
 
 
@@ -366,8 +374,6 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
         if state["data"].get(key) != value:
             raise InputError(f"{last}: was started on other data ({key} {state['data'].get(key)}, not {value}); "
                              "replace it with --overwrite, or choose another --out")
-    if "inputs" not in state:
-        raise InputError(f"{last}: was made by an older version; replace it with --overwrite, or choose another --out")
     for key, value in sums.items():
         if state["inputs"].get(key) != value:
             raise InputError(f"{last}: was started with another file as --{key} than {getattr(args, key)} is now; "
@@ -379,12 +385,13 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
 
 def check_finite(parts, names, nets, step, advice):
     """InputError if a number of `parts` [n, len(names)], those of the n steps up to `step`, or a weight of a network is not finite. Called before
-    anything is saved, so that files keep the last good state."""
+    anything is saved, so that files keep the last good state. advice: {name: value of that step} -> what to try"""
     parts = parts.cpu()
     if not parts.isfinite().all():
         row = int((~parts.isfinite()).any(1).nonzero()[0, 0])
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, parts[row].tolist()))
-        raise InputError(f"step {step - len(parts) + 1 + row}: the loss is not finite ({terms}), nothing of it was saved; {advice(dict(zip(names, parts[row].tolist())))}")
+        values = dict(zip(names, parts[row].tolist()))
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise InputError(f"step {step - len(parts) + 1 + row}: the loss is not finite ({terms}), nothing of it was saved; {advice(values)}")
     for net in nets:
         if wrong := [name for name, value in net.state_dict().items() if not value.isfinite().all()]:
             raise InputError(f"step {step}: weights are not finite ({wrong[0]}), nothing of it was saved; {advice({})}")

@@ -50,25 +50,31 @@ def interruptible():
     signal.signal(signal.SIGINT, usual)
 
 
-def stop_after(monkeypatch, script, steps, number=signal.SIGTERM):
-    """The script gets a signal during a step."""
-    step, count = script.train_step, [0]
+@pytest.fixture
+def stopped(monkeypatch):
+    """stopped(script, argv, steps): the script runs, gets a signal during a step, and leaves. -> its exit code"""
+    def run(script, argv, steps, number=signal.SIGTERM):
+        step, count = script.train_step, [0]
 
-    def signaled(*args):
-        count[0] += 1
-        if count[0] == steps:
-            signal.raise_signal(number)
-        return step(*args)
-    monkeypatch.setattr(script, "train_step", signaled)
+        def signaled(*args):
+            count[0] += 1
+            if count[0] == steps:
+                signal.raise_signal(number)
+            return step(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "train_step", signaled)
+            try:
+                script.main(argv)
+            except SystemExit as end:  # not pytest.raises, which would keep the script's frames, and with them the lock on its folder
+                return end.code
+        pytest.fail("the run ended before its signal")
+    return run
 
 
-def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_ssl, 6)
-        with pytest.raises(SystemExit) as end:
-            train_ssl.main([gray, *SSL, "--out", str(tmp_path)])
+def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, stopped):
+    code = stopped(train_ssl, [gray, *SSL, "--out", str(tmp_path)], 6)
     state = load_checkpoint(tmp_path / "last.pt", "ssl")
-    assert (end.value.code, state["step"], len(state["parts"]), state["finished"]) == (143, 6, 2, False)
+    assert (code, state["step"], len(state["parts"]), state["finished"]) == (143, 6, 2, False)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
     train_ssl.main([gray, *SSL, "--out", str(tmp_path), "--resume"])
     rows = (tmp_path / "log.csv").read_text().splitlines()
@@ -94,12 +100,9 @@ def limited(limit, *argv):
     return python("-c", code, *argv)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, stopped):
     argv = [gray, *SSL, "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_ssl, 4)
-        with pytest.raises(SystemExit):
-            train_ssl.main(argv)
+    stopped(train_ssl, argv, 4)
     before = (tmp_path / "last.pt").read_bytes()
     done = limited(50_000, "train_ssl.py", *argv, "--resume")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: cannot be written" in done.stderr, done.stderr
@@ -129,7 +132,7 @@ def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, cap
     refused(corrupt.main, argv, "is there already", "--overwrite")
 
 
-def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, monkeypatch, refused):
+def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, stopped, refused):
     argv = [gray, *SSL, "--weight", "quality", "--out", str(tmp_path / "run"), "--qp"]
     state = load_checkpoint(gray_quality[1], "qp")
     for name in ("g.pt", "same.pt", "other.pt"):
@@ -137,27 +140,21 @@ def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, monkeypatch, ref
             state["weights"]["temperature"] += 1
         torch.save(state, tmp_path / name)
     (tmp_path / "same.pt").write_bytes((tmp_path / "g.pt").read_bytes())
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_ssl, 3)
-        with pytest.raises(SystemExit):
-            train_ssl.main([*argv, str(tmp_path / "g.pt")])
+    stopped(train_ssl, [*argv, str(tmp_path / "g.pt")], 3)
     refused(train_ssl.main, [*argv, str(tmp_path / "other.pt"), "--resume"], "another file as --qp", "other.pt", "--overwrite")
     refused(train_ssl.main, [*argv, str(tmp_path / "g.pt"), "--resume", "--unlabeled", gray], "another file as --unlabeled")
     train_ssl.main([*argv, str(tmp_path / "same.pt"), "--resume"])  # the same file at another place
 
 
-def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, monkeypatch, refused):
+def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refused):
     argv = ["--out", str(tmp_path / "g"), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm"]
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_qp, 2, signal.SIGINT)
-        with pytest.raises(SystemExit) as end:
-            train_qp.main([gray, *argv, gray_quality[0]])
-    assert end.value.code == 130
+    code = stopped(train_qp, [gray, *argv, gray_quality[0]], 2, signal.SIGINT)
+    assert code == 130
     corrupt.main([gray, *MASKS, "--seed", "5", "--out", str(tmp_path / "vqm")])
     refused(train_qp.main, [gray, *argv, tmp_path / "vqm" / "vqm.h5", "--resume"], "another file as --vqm")
 
 
-def test_one_folder_one_process(tmp_path, refused, monkeypatch):
+def test_one_folder_one_process(tmp_path, monkeypatch):
     """flock, released by the system when the process dies."""
     hold = f"import sys, time; from data.files import claim; held = claim({str(tmp_path)!r}); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE) as other:
@@ -176,12 +173,9 @@ def test_one_folder_one_process(tmp_path, refused, monkeypatch):
 FileLockNow = files.FileLock
 
 
-def test_a_row_that_was_cut_short_is_written_anew(gray, tmp_path, monkeypatch):
+def test_a_row_that_was_cut_short_is_written_anew(gray, tmp_path, stopped):
     argv = [gray, *SSL, "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_ssl, 5)
-        with pytest.raises(SystemExit):
-            train_ssl.main(argv)
+    stopped(train_ssl, argv, 5)
     with open(tmp_path / "log.csv", "a") as f:
         f.write("1")  # of "12,..."
     train_ssl.main([*argv, "--resume"])
@@ -224,19 +218,17 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
     assert done.returncode == 0, done.stderr
     try:
         train_ssl.main([*argv, str(tmp_path / "b")])
+        assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
     a, b = (load_checkpoint(tmp_path / run / "last.pt", "ssl")["nets"][0] for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(gray, gray_quality, tmp_path, monkeypatch):
+def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(gray, gray_quality, tmp_path, monkeypatch, stopped):
     """Until it has a newer one: a resumed run that cannot write has lost nothing."""
     argv = [gray, "--out", str(tmp_path), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm", gray_quality[0]]
-    with monkeypatch.context() as patch:
-        stop_after(patch, train_qp, 1)
-        with pytest.raises(SystemExit):
-            train_qp.main(argv)
+    stopped(train_qp, argv, 1)
     before = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(train_qp, "train_step", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(InputError, match="not finite"):
