@@ -277,15 +277,18 @@ def in_order(pool, function, tasks, ahead):
 
 # ---------------------------------------------------------------------------------------------------- runs
 
-def rebuild(path, state, weights, names, on):
-    """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint."""
+def rebuild(path, state, weights, names, on, shape=None):
+    """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint, and
+    takes a grid of `shape`."""
     config, data = state["model"], state["data"]
-    if config["name"] not in names:
+    if not models.one_of(config["name"], names):
         raise InputError(f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again")
     for key, value in dict(channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]).items():
         if config[key] != value:
             raise InputError(f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again")
     try:
+        if shape:
+            models.check(config, shape)
         return on.place(models.rebuild(config, weights)).eval()
     except Exception as error:  # whatever the file holds, it is the file that is wrong
         raise InputError(f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again") from None
@@ -296,7 +299,18 @@ def load_run(path, weights, on):
     state = load_checkpoint(path, "ssl")
     if not state["nets"]:
         raise InputError(f"{path}: nets is empty; train it again")
-    return rebuild(path, state, state["nets"][0] if weights == "student" else state["teacher"], models.segmentation_networks(), on), state
+    weights = state["nets"][0] if weights == "student" else state["teacher"]
+    return rebuild(path, state, weights, models.segmentation_networks(), on, h5.shape_of(state["args"]["size"])), state
+
+
+def load_encoder(net, source):
+    """Published weights for a network's encoder (models.load_encoder), or an InputError. -> a line that says what was left out"""
+    if source != "imagenet" and not os.path.isfile(source):
+        raise InputError(f"--encoder-weights {source}: no such file of weights; give one, or the word imagenet")
+    try:
+        return models.load_encoder(net, source)
+    except Exception as error:  # whatever the file holds, it is the user's file that is wrong
+        raise InputError(f"--encoder-weights {source}: {' '.join(str(error).strip(chr(39)).split())[:500]}") from None
 
 
 def load_quality(path, info, on, size=None):

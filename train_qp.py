@@ -49,7 +49,8 @@ def parse_args(argv=None):
     p.add_argument("--mask-dropout", type=SHARE, default=0.5, help="dense: share of training samples whose mask is withheld")
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0, help="dense: weight of the error in Dice beside that in pixels")
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
-    p.add_argument("--pretrained", metavar="FILE", help="scalar: torchvision ResNet-18 state dict to start from")
+    p.add_argument("--encoder-weights", "--pretrained", metavar="FILE", help="scalar: ResNet-18 state dict of torchvision or timm to start from; or the word "
+                   "imagenet, which downloads torchvision's")
     # training (epochs, masks, batch, decay, patience as in the paper)
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch")
@@ -70,9 +71,9 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
-    if args.pretrained and args.head != "scalar":
-        raise InputError("--pretrained loads a ResNet-18, which only --head scalar has")
-    if args.head == "scalar" and (args.width or 8) < 8:  # torch 2.13's CPU convolutions of its gradient write out of bounds at 4
+    if args.encoder_weights and args.head != "scalar":
+        raise InputError("--encoder-weights are those of a ResNet-18, which only --head scalar has")
+    if args.head == "scalar" and (args.width or 8) < 8:  # as models/resnet.py says, but before masks are read
         raise InputError(f"--width {args.width}: --head scalar needs at least 8 channels")
     return args
 
@@ -222,7 +223,7 @@ def main(argv=None):
     if args.batch % distributed.world():
         raise InputError(f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes")
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
-    resumed, inputs = start_run("qp", args, info.describe(), inputs=("vqm", "pretrained"))
+    resumed, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again")
         return
@@ -238,8 +239,8 @@ def main(argv=None):
         net = models.build("quality_dense", **shape, members=args.members, mask_dropout=args.mask_dropout)
     else:
         net = models.build("quality", **shape, dropout=args.dropout)
-        if args.pretrained:
-            load_pretrained(net, args.pretrained)
+        if args.encoder_weights and not resumed:
+            print(evaluate.load_encoder(net, args.encoder_weights))
     net = distributed.synced(on.place(net)).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
@@ -322,16 +323,6 @@ def main(argv=None):
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
                                  ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
-
-
-def load_pretrained(g, path):
-    """Puts a torchvision ResNet-18 state dict into g's backbone."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file of weights")
-    try:
-        g.backbone.load_pretrained(torch.load(path, map_location="cpu", weights_only=True), g.config["channels"])
-    except Exception as error:  # whatever the file holds, it is the user's file that is wrong
-        raise InputError(f"{path}: not a torchvision ResNet-18 state dict ({' '.join(str(error).split())[:100]}); give that of torchvision") from None
 
 
 if __name__ == "__main__":

@@ -73,8 +73,12 @@ def parse_args(argv=None):
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     # network and training
-    p.add_argument("--model", choices=models.segmentation_networks(), help="network f (default: unet, of volumes vnet)")
+    p.add_argument("--model", type=models.model_name, metavar="NAME", help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, of "
+                   "volumes vnet); smp:UnetPlusPlus is that of segmentation_models_pytorch, if it is installed")
     p.add_argument("--width", type=number(1, 256), help="channels of the network's first level (default: its own)")
+    p.add_argument("--encoder", metavar="NAME", help=f"of resnet_unet, unetpp, attention_unet: {', '.join(models.RESNETS)} (default: resnet34)")
+    p.add_argument("--encoder-weights", metavar="FILE", help="state dict to start the encoder from: a ResNet's of torchvision or timm, for swin_unet the official "
+                   "Swin-T's; or the word imagenet, which downloads torchvision's")
     p.add_argument("--dropout", type=number(0, 0.99, float), help="vnet: at the bottom and before the head (default: 0.5)")
     p.add_argument("--size", type=grid, help="side of the images that f sees (default 224); of volumes D,H,W of a patch (default 80,112,112)")
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
@@ -166,7 +170,7 @@ def ua_mt(nets, teacher, batch, args, t):
     entropy of the mean of 8 passes with dropout and noise (their Eq. 2).
 
     H grows from 3/4 to 1 of ln 2, the largest entropy of two classes, with the paper's Gaussian ramp; with more classes it stays
-    ln 2, as in the public multi-class implementations. A network without dropout (resnet_unet) leaves the noise alone.
+    ln 2, as in the public multi-class implementations. A network without dropout (those on a ResNet) leaves the noise alone.
     Deviations: the student sees a strong view, not noise, and the target comes from one clean pass in eval mode.
     """
     target = probabilities(teacher, batch.u)
@@ -554,7 +558,8 @@ def where_it_fits(size, device):
 # ---------------------------------------------------------------------------------------------------- main
 
 def set_defaults(args, info):
-    """Fills in what depends on the data: published settings for slices (the paper's) and for volumes (the left-atrium baselines')."""
+    """Fills in what depends on the data: published settings for slices (the paper's) and for volumes (the left-atrium baselines').
+    -> what models.build() takes for f"""
     args.size = h5.network_grid(info, args.size)
     for name, value in (dict(model="unet", batch=32, batch_unlabeled=64) if info.dims == 2 else dict(model="vnet", batch=2, batch_unlabeled=2)).items():
         if getattr(args, name) is None:
@@ -562,8 +567,16 @@ def set_defaults(args, info):
     for name in ("batch", "batch_unlabeled"):
         if getattr(args, name) % distributed.world():
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be shared evenly by {distributed.world()} processes")
-    if args.dropout is not None and args.model != "vnet":
-        raise InputError("--dropout is an option of --model vnet")
+    options = {name: getattr(args, name) for name in ("width", "dropout", "encoder") if getattr(args, name) is not None}
+    for name in options:
+        if name not in models.options(args.model):
+            raise InputError(f"--{name} is an option of --model {', '.join(n for n in models.segmentation_networks() if name in models.options(n))}")
+    network = dict(name=args.model, channels=info.channels, classes=len(info.classes), dims=info.dims, **options)
+    try:
+        models.check(network, h5.shape_of(args.size))
+    except Exception as error:  # a network's own words
+        raise InputError(f"--model {args.model}: {' '.join(str(error).split())[:300]}; choose another, or another --size") from None
+    return network
 
 
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "counted"]
@@ -580,7 +593,7 @@ def main(argv=None):
     args = parse_args(argv)
     on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
-    set_defaults(args, info)
+    network = set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
@@ -602,9 +615,12 @@ def main(argv=None):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
     torch.manual_seed(args.seed)
-    options = {name: value for name, value in dict(width=args.width, dropout=args.dropout).items() if value is not None}
-    build = lambda: models.build(args.model, channels=info.channels, classes=K, dims=info.dims, **options)
-    nets = [distributed.synced(on.place(build())).train() for _ in range(STUDENTS.get(args.method, 1))]
+    nets = [models.build(**network) for _ in range(STUDENTS.get(args.method, 1))]
+    if args.encoder_weights and not resumed:
+        for net in nets:
+            said = evaluate.load_encoder(net, args.encoder_weights)
+        print(said)
+    nets = [distributed.synced(on.place(net)).train() for net in nets]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     if args.compile:
         nets, teacher = [models.compiled(net) for net in nets], models.compiled(teacher)

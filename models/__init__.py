@@ -7,6 +7,9 @@ Add a network: one file here, and one line in NETWORKS.
 import argparse
 import contextlib
 import copy
+import fnmatch
+import functools
+import inspect
 import math
 import os
 from dataclasses import dataclass
@@ -15,24 +18,72 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.attention_unet import AttentionUNet
+from models.pretrained import read
 from models.quality import DenseQualityPredictor, QualityPredictor
-from models.resnet import ResNetUNet
+from models.resnet import RESNETS, ResNetUNet  # noqa: F401  (RESNETS: for others)
+from models.smp import SMP
+from models.swin_unet import SwinUNet
 from models.unet import UNet
+from models.unetpp import UNetPlusPlus
 from models.vnet import VNet
 
-NETWORKS = {"unet": UNet, "vnet": VNet, "resnet_unet": ResNetUNet, "quality": QualityPredictor, "quality_dense": DenseQualityPredictor}
+NETWORKS = {"unet": UNet, "vnet": VNet, "resnet_unet": ResNetUNet, "unetpp": UNetPlusPlus, "attention_unet": AttentionUNet, "swin_unet": SwinUNet,
+            "smp:*": SMP, "quality": QualityPredictor, "quality_dense": DenseQualityPredictor}
 
 
 def segmentation_networks():
-    """Names of the networks f; the others are g."""
+    """Names of the networks f, smp:* any of another package; the others are g."""
     return [name for name in NETWORKS if not name.startswith("quality")]
 
 
+def one_of(name, names):
+    """Whether a network's name is one of those in NETWORKS, or smp:ARCHITECTURE where smp:* is."""
+    return any(fnmatch.fnmatchcase(name, known) for known in names)
+
+
+def model_name(text):
+    """argparse type of --model: the name of a network f."""
+    if not one_of(text, segmentation_networks()):
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(segmentation_networks())}")
+    return text
+
+
+def network(name):
+    """What makes a network, by its name; an unknown name is a KeyError."""
+    return functools.partial(SMP, name.removeprefix("smp:")) if one_of(name, ["smp:*"]) else NETWORKS[name]
+
+
+def options(name):
+    """The options of a network: "width", "encoder", ..."""
+    return inspect.signature(network(name)).parameters.keys() - {"channels", "classes", "dims"}
+
+
 def build(name, *, channels, classes, dims=2, **options):
-    """A network by its name in NETWORKS; an unknown name is a KeyError. channels: of the image; classes: with background."""
-    net = NETWORKS[name](channels=channels, classes=classes, dims=dims, **options)
+    """A network by its name. channels: of the image; classes: with background. ValueError if it cannot be built so."""
+    net = network(name)(channels=channels, classes=classes, dims=dims, **options)
     net.config = dict(name=name, channels=channels, classes=classes, dims=dims, **options)
     return net
+
+
+def check(config, shape):
+    """ValueError, or what its code raises, if a network cannot be built or does not take grids of `shape`; costs neither memory nor time."""
+    with torch.device("meta"):
+        multiple = getattr(build(**config), "multiple", 1)
+    if any(side % multiple for side in shape):
+        raise ValueError(f"needs sides that are multiples of {multiple}, not {' x '.join(map(str, shape))}")
+
+
+def load_encoder(net, source):
+    """Published weights for a network's encoder: a file, or "imagenet" (models/pretrained.py). ValueError or KeyError says what does not fit.
+    -> a line that says what was left out"""
+    encoder = getattr(net, "encoder", None) or getattr(net, "backbone", net)
+    if not hasattr(encoder, "load_pretrained"):
+        raise ValueError(f"{net.config['name']} has no encoder that they could be for")
+    if source == "imagenet" and net.config["dims"] == 3:
+        raise ValueError("they are for slices, not for volumes")
+    unused = encoder.load_pretrained(read(source, getattr(encoder, "name", None)), net.config["channels"])
+    return f"encoder: weights of {source}, all but {', '.join(unused)}"
 
 
 def rebuild(config, weights):

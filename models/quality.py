@@ -62,7 +62,7 @@ class QualityPredictor(nn.Module):
     def __init__(self, channels, classes, dims=2, size=None, width=64, dropout=0.15):
         super().__init__()
         self.size = size
-        self.backbone = ResNet(channels + classes - 1, 18, dims, width)
+        self.backbone = ResNet(channels + classes - 1, "resnet18", dims, width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
     def forward(self, image, mask):

@@ -1,16 +1,17 @@
-"""ResNet-18 and -34 in 2D and 3D with torchvision's parameter names, so that its public weights load; and a U-Net on top.
+"""ResNet-18, -34 and -50 in 2D and 3D with torchvision's parameter names, so that its public weights load; and a U-Net on top.
 
 He et al., Deep Residual Learning, CVPR 2016.
 """
 import torch
 from torch import nn
 
+from models.pretrained import first_layer, load_whole
 from models.unet import conv_block, upsample
-
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 class BasicBlock(nn.Module):
+    expansion = 1
+
     def __init__(self, dims, inputs, outputs, stride):
         super().__init__()
         Conv, Norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
@@ -27,18 +28,48 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(x)) + skip)
 
 
-class ResNet(nn.Module):
-    """The encoder: [B, C, *S] -> [[B, w, *S/2], [B, w, *S/4], [B, 2w, *S/8], [B, 4w, *S/16], [B, 8w, *S/32]], w = width."""
+class Bottleneck(nn.Module):
+    expansion = 4
 
-    def __init__(self, inputs, depth=18, dims=2, width=64):
+    def __init__(self, dims, inputs, outputs, stride):
         super().__init__()
+        Conv, Norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
+        inner = outputs // self.expansion
+        self.conv1, self.bn1 = Conv(inputs, inner, 1, bias=False), Norm(inner)
+        self.conv2, self.bn2 = Conv(inner, inner, 3, stride, 1, bias=False), Norm(inner)
+        self.conv3, self.bn3 = Conv(inner, outputs, 1, bias=False), Norm(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(Conv(inputs, outputs, 1, stride, bias=False), Norm(outputs))
+
+    def forward(self, x):
+        skip = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + skip)
+
+
+RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3))}
+
+
+class ResNet(nn.Module):
+    """The encoder: [B, C, *S] -> [[B, w, *S/2], [B, e w, *S/4], [B, 2 e w, *S/8], [B, 4 e w, *S/16], [B, 8 e w, *S/32]], w = width, e = 1,
+    of ResNet-50 4."""
+
+    def __init__(self, inputs, name="resnet18", dims=2, width=64):
+        super().__init__()
+        if name not in RESNETS:
+            raise ValueError(f"there is no encoder {name!a:.40}, only {', '.join(RESNETS)}")
+        if width < 8:  # torch 2.13's CPU convolutions of the gradient write out of bounds at 4
+            raise ValueError(f"--width {width}: a ResNet needs at least 8 channels")
+        self.name, (Block, counts) = name, RESNETS[name]
         Conv, Norm, Pool = ((nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d), (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d))[dims - 2]
         self.conv1, self.bn1 = Conv(inputs, width, 7, 2, 3, bias=False), Norm(width)
         self.relu, self.maxpool = nn.ReLU(inplace=True), Pool(3, 2, 1)
-        self.widths, before = [width] + [width * 2 ** i for i in range(4)], width
-        for i, count in enumerate(BLOCKS[depth]):
-            after = width * 2 ** i
-            blocks = [BasicBlock(dims, before if j == 0 else after, after, 2 if i and j == 0 else 1) for j in range(count)]
+        self.widths, before = [width] + [Block.expansion * width * 2 ** i for i in range(4)], width
+        for i, (count, after) in enumerate(zip(counts, self.widths[1:])):
+            blocks = [Block(dims, before if j == 0 else after, after, 2 if i and j == 0 else 1) for j in range(count)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             before = after
         for module in self.modules():
@@ -54,28 +85,24 @@ class ResNet(nn.Module):
         return features
 
     def load_pretrained(self, weights, image_channels):
-        """Loads a torchvision ResNet state dict (its fc is left out). KeyError lists keys that are missing or left over.
+        """Loads a ResNet state dict of torchvision or timm, but for its classifier fc. KeyError lists keys that are missing or left over.
 
-        The first convolution adapts: every input channel that is not one of an RGB image takes the mean of the RGB filters.
+        The first convolution adapts: every input channel that is not one of an RGB image takes the mean of the RGB filters. -> what was left out
         """
-        weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
-        first = weights.get("conv1.weight")
-        if first is not None and (first.shape[1] != self.conv1.in_channels or image_channels != 3):
-            n = self.conv1.in_channels
-            mean = first.mean(1, keepdim=True).expand(-1, n, *first.shape[2:])
-            weights["conv1.weight"] = torch.cat([first, mean[:, 3:]], 1) if image_channels == 3 else mean.clone()
-        own = self.state_dict()
-        if wrong := sorted(set(own) ^ set(weights)) + [k for k in own if k in weights and own[k].shape != weights[k].shape]:
-            raise KeyError(f"{len(wrong)} parameters do not match, among them {', '.join(wrong[:4])}")
-        self.load_state_dict(weights)
+        counts = {name: value for name, value in self.state_dict().items() if name.endswith("num_batches_tracked")}  # older files have none
+        weights = counts | {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        if "conv1.weight" in weights:
+            weights["conv1.weight"] = first_layer(weights["conv1.weight"], self.conv1.in_channels, image_channels)
+        load_whole(self, weights)
+        return ["fc"]
 
 
 class ResNetUNet(nn.Module):
     """U-Net decoder on a ResNet encoder: [B, C, *S] -> logits [B, K, *S]."""
 
-    def __init__(self, channels, classes, dims=2, depth=34, width=64):
+    def __init__(self, channels, classes, dims=2, encoder="resnet34", width=64):
         super().__init__()
-        self.encoder = ResNet(channels, depth, dims, width)
+        self.encoder = ResNet(channels, encoder, dims, width)
         Conv = (nn.Conv2d, nn.Conv3d)[dims - 2]
         deep, fine = self.encoder.widths[:0:-1], self.encoder.widths[-2::-1]
         outputs = (256, 128, 64, 32)

@@ -22,11 +22,11 @@ def upsample(x, like):
 class UNet(nn.Module):
     """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis."""
 
-    def __init__(self, channels, classes, dims=2, width=16, dropout=(0.05, 0.1, 0.2, 0.3, 0.5)):
+    def __init__(self, channels, classes, dims=2, width=16, dropouts=(0.05, 0.1, 0.2, 0.3, 0.5)):
         super().__init__()
         widths = [width * 2 ** i for i in range(5)]
         Conv, Pool = ((nn.Conv2d, nn.MaxPool2d), (nn.Conv3d, nn.MaxPool3d))[dims - 2]
-        self.down = nn.ModuleList(conv_block(dims, i, o, d) for i, o, d in zip((channels, *widths), widths, dropout))
+        self.down = nn.ModuleList(conv_block(dims, i, o, d) for i, o, d in zip((channels, *widths), widths, dropouts))
         self.pool = Pool(2)
         pairs = list(zip(widths[:0:-1], widths[-2::-1]))  # (256, 128), (128, 64), ...
         self.shrink = nn.ModuleList(Conv(deep, fine, 1) for deep, fine in pairs)

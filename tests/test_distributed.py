@@ -37,7 +37,7 @@ def trained(name, rank=0, world=1):
     """Weights and log of three steps on batches of 4 + 4, of which this process sees its share; no dropout."""
     method, dims, weight = STEPS[name]
     torch.manual_seed(0)
-    options = dict(dropout=(0,) * 5) if dims == 2 else dict()
+    options = dict(dropouts=(0,) * 5) if dims == 2 else dict()
     nets = [distributed.synced(models.build("unet", channels=1, classes=3, dims=dims, width=4, **({} if dims == 3 else options)))
             for _ in range(train_ssl.STUDENTS.get(method, 1))]
     for layer in (m for net in nets for m in net.modules() if isinstance(m, nn.Dropout)):

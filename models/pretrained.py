@@ -1,0 +1,63 @@
+"""Published weights for the encoders of networks: where they are, how their first layer fits other images; and that nothing is left out unsaid."""
+import hashlib
+import os
+import sys
+
+import torch
+
+from models import distributed
+
+IMAGENET = {  # torchvision's; a name ends with the first digits of the file's SHA-256
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth"}
+
+
+def download(url):
+    """The path of a file in torch's cache ($TORCH_HOME), where it is put first if it is missing; its checksum is compared each time.
+
+    ValueError if it cannot be had, or is another file.
+    """
+    name = url.rsplit("/", 1)[1]
+    path, digits = os.path.join(torch.hub.get_dir(), "checkpoints", name), name.rsplit("-", 1)[1].removesuffix(".pth")
+    if distributed.rank() == 0 and not os.path.isfile(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=digits, progress=sys.stderr.isatty())
+        except Exception as error:  # the net fails in many ways
+            raise ValueError(f"cannot be downloaded ({error}); fetch {url} elsewhere and give the file") from None
+    distributed.wait()
+    with open(path, "rb") as f:
+        if not hashlib.file_digest(f, "sha256").hexdigest().startswith(digits):
+            raise ValueError(f"{path} is not the file that was published; remove it")
+    return path
+
+
+def read(source, encoder):
+    """The state dict of a file, or the ImageNet weights ("imagenet") of an encoder by its name in IMAGENET. ValueError if there are none"""
+    if source == "imagenet" and encoder not in IMAGENET:
+        raise ValueError(f"none are known for this network, only for {', '.join(IMAGENET)}; give a file")
+    state = torch.load(download(IMAGENET[encoder]) if source == "imagenet" else source, map_location="cpu", weights_only=True)
+    state = state.get("model", state)  # Swin's files
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        raise ValueError("no state dict of a network")
+    return state
+
+
+def first_layer(weight, inputs, image_channels):
+    """Filters [F, c, *k] of images of c channels for `inputs` channels, the first of which are the image's: as they are where that has
+    c channels too; every other channel takes their mean."""
+    kept = weight if weight.shape[1] == image_channels else weight[:, :0]
+    return torch.cat([kept, weight.mean(1, keepdim=True).expand(-1, inputs - kept.shape[1], *weight.shape[2:])], 1)
+
+
+def load_whole(net, weights):
+    """Loads weights of which each must have its place and its shape. KeyError names those that are missing, left over, or of another shape"""
+    own = net.state_dict()
+    wrong = {"missing": own.keys() - weights.keys(), "left over": weights.keys() - own.keys(),
+             "of another shape": {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape},
+             "not finite": {name for name in own.keys() & weights.keys() if not weights[name].isfinite().all()}}
+    texts = [f"{what}: {', '.join(sorted(names)[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "") for what, names in wrong.items() if names]
+    if texts:
+        raise KeyError("; ".join(texts))
+    net.load_state_dict(weights)

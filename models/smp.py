@@ -1,0 +1,28 @@
+"""Any network of segmentation_models_pytorch, if that is installed: --model smp:UnetPlusPlus --encoder resnet34."""
+import re
+
+from torch import nn
+
+
+class SMP(nn.Module):
+    """images [B, C, H, W] -> logits [B, K, H, W], for sides that are multiples of `multiple`. ValueError without the package"""
+
+    def __init__(self, architecture, channels, classes, dims=2, encoder="resnet34"):
+        super().__init__()
+        try:
+            import segmentation_models_pytorch as smp
+        except ImportError as error:
+            raise ValueError(f"segmentation_models_pytorch cannot be imported ({error}); pip install segmentation-models-pytorch") from None
+        if dims == 3 or not re.fullmatch(r"[\w.-]+", encoder):  # names of other kinds would be looked for on the net
+            raise ValueError("segmentation_models_pytorch has networks for slices alone" if dims == 3 else f"{encoder!a:.40} is no encoder of it")
+        self.net = smp.create_model(architecture, encoder, None, channels, classes)
+        self.multiple = self.net.encoder.output_stride if self.net.requires_divisible_input_shape else 1
+
+    def encode(self, x):
+        return self.net.encoder(x)
+
+    def decode(self, features):
+        return self.net.segmentation_head(self.net.decoder(features))
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
