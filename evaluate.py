@@ -310,7 +310,8 @@ def load_encoder(net, source):
     try:
         return models.load_encoder(net, source)
     except Exception as error:  # whatever the file holds, it is the user's file that is wrong
-        raise InputError(f"--encoder-weights {source}: {' '.join(str(error).strip(chr(39)).split())[:500]}") from None
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        raise InputError(f"--encoder-weights {source}: {' '.join(text.split())[:600]}") from None
 
 
 def load_quality(path, info, on, size=None):

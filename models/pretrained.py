@@ -37,8 +37,17 @@ def read(source, encoder):
     """The state dict of a file, or the ImageNet weights ("imagenet") of an encoder by its name in IMAGENET. ValueError if there are none"""
     if source == "imagenet" and encoder not in IMAGENET:
         raise ValueError(f"none are known for this network, only for {', '.join(IMAGENET)}; give a file")
-    state = torch.load(download(IMAGENET[encoder]) if source == "imagenet" else source, map_location="cpu", weights_only=True)
-    state = state.get("model", state)  # Swin's files
+    path = download(IMAGENET[encoder]) if source == "imagenet" else source
+    if path.endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("a .safetensors file needs a package: pip install safetensors") from None
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # each kind of damage has its own
+        raise ValueError("cannot be read as a state dict (torch.save or safetensors); it may be damaged") from None
+    state = state.get("model", state) if isinstance(state, dict) else state  # Swin's files
     if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError("no state dict of a network")
     return state

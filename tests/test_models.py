@@ -9,16 +9,16 @@ import models
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (SMOOTH, certainty, confidence, expected_dice, foreground, overlap, quality_target, region_confidence,
                             true_dice, with_background)
-from models.resnet import ResNet
 
 torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dims, side", [(2, 40), (3, 32)])
-@pytest.mark.parametrize("name", models.segmentation_networks())
-def test_contract_of_segmentation_networks(name, dims, side):
-    net = models.build(name, channels=3, classes=4, dims=dims, **({"width": 8} if name == "resnet_unet" else {})).eval()
-    x = torch.randn(2, 3, side, *([side - 8] * (dims - 1)))
+@pytest.mark.parametrize("name, S", [(name, S) for name in models.segmentation_networks() if name != "smp:*" for S in ((40, 32), (64, 32), (32, 24, 24))
+                                     if name != "swin_unet" or S == (64, 32)])
+def test_contract_of_segmentation_networks(name, S):
+    width = {"unet": 16, "vnet": 16, "swin_unet": 12}.get(name, 8)
+    net = models.build(name, channels=3, classes=4, dims=len(S), width=width).eval()
+    x = torch.randn(2, 3, *S)
     features = net.encode(x)
     assert isinstance(features, list) and net(x).shape == (2, 4, *x.shape[2:])
     assert torch.equal(net(x), net.decode(features))
@@ -38,41 +38,6 @@ def test_unet_has_the_size_of_the_acdc_baselines():
 def test_an_unknown_network_raises():
     with pytest.raises(KeyError):
         models.build("nonsense", channels=1, classes=2)
-
-
-def torchvision_names(blocks):
-    """The keys of torchvision's ResNet state dict, from its published naming scheme."""
-    norm = lambda name: [f"{name}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-    names = ["conv1.weight", *norm("bn1"), "fc.weight", "fc.bias"]
-    for layer, count in enumerate(blocks, 1):
-        for block in range(count):
-            for i in (1, 2):
-                names += [f"layer{layer}.{block}.conv{i}.weight", *norm(f"layer{layer}.{block}.bn{i}")]
-        if layer > 1:
-            names += [f"layer{layer}.0.downsample.0.weight", *norm(f"layer{layer}.0.downsample.1")]
-    return names
-
-
-@pytest.mark.parametrize("depth, blocks, size", [(18, (2, 2, 2, 2), 11.18e6), (34, (3, 4, 6, 3), 21.28e6)])
-@pytest.mark.parametrize("channels", [1, 3, 5])
-def test_torchvision_weights_load(depth, blocks, size, channels):
-    source = ResNet(3, depth).state_dict()
-    weights = {k: source.get(k, torch.zeros(1)).clone() for k in torchvision_names(blocks)}
-    net = ResNet(channels, depth)
-    net.load_pretrained(weights, 1 if channels == 1 else 3)
-    assert models.parameters(ResNet(3, depth)) == pytest.approx(size, rel=0.01)
-    rgb, own = weights["conv1.weight"], net.conv1.weight
-    expected = {1: rgb.mean(1, keepdim=True), 3: rgb, 5: torch.cat([rgb, rgb.mean(1, keepdim=True).expand(-1, 2, -1, -1)], 1)}[channels]
-    assert torch.equal(own, expected) and torch.equal(net.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
-    del weights["layer2.0.bn1.weight"]
-    with pytest.raises(KeyError, match="layer2.0.bn1.weight"):
-        net.load_pretrained(weights, 3)
-
-
-def test_gray_and_mask_channels_take_the_mean_filter():
-    weights, net = {k: v.clone() for k, v in ResNet(3, 18).state_dict().items()}, ResNet(4, 18)
-    net.load_pretrained(weights, 1)  # g for a gray image and three classes
-    assert torch.equal(net.conv1.weight, weights["conv1.weight"].mean(1, keepdim=True).expand(-1, 4, -1, -1))
 
 
 @pytest.mark.parametrize("dims", [2, 3])

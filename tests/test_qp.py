@@ -208,15 +208,15 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
 def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     from models.resnet import ResNet
     torch.manual_seed(9)
-    source = ResNet(3, 18)
+    source = ResNet(3)
     torch.save(source.state_dict(), tmp_path / "resnet18.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     common = [rgb, "--vqm", rgb_quality[0], "--out", tmp_path / "o", "--size", "32", "--epochs", "1", "--head", "scalar"]
-    refused(train_qp.main, [*common, "--pretrained", tmp_path / "other.pt"], "other.pt", "do not match")
+    refused(train_qp.main, [*common, "--encoder-weights", tmp_path / "other.pt"], "other.pt", "missing: ", "left over: a")
     refused(train_qp.main, [*common, "--pretrained", tmp_path / "none.pt"], "none.pt")
-    refused(train_qp.main, [*common[:-1], "dense", "--pretrained", tmp_path / "resnet18.pt"], "--head scalar")
+    refused(train_qp.main, [*common[:-1], "dense", "--encoder-weights", tmp_path / "resnet18.pt"], "--head scalar")
     g = evaluate.models.build("quality", channels=3, classes=2)
-    train_qp.load_pretrained(g, str(tmp_path / "resnet18.pt"))
+    evaluate.load_encoder(g, str(tmp_path / "resnet18.pt"))
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
 
 
