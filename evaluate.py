@@ -305,8 +305,6 @@ def load_run(path, weights, on):
 
 def load_encoder(net, source):
     """Published weights for a network's encoder (models.load_encoder), or an InputError. -> a line that says what was left out"""
-    if source != "imagenet" and not os.path.isfile(source):
-        raise InputError(f"--encoder-weights {source}: no such file of weights; give one, or the word imagenet")
     try:
         return models.load_encoder(net, source)
     except Exception as error:  # whatever the file holds, it is the user's file that is wrong

@@ -75,8 +75,11 @@ def check(config, shape):
 
 
 def load_encoder(net, source):
-    """Published weights for a network's encoder: a file, or "imagenet" (models/pretrained.py). ValueError or KeyError says what does not fit.
-    -> a line that says what was left out"""
+    """Published weights for a network's encoder: a file, or "imagenet" (models/pretrained.py); of smp:* a name that its package knows.
+    ValueError or KeyError says what does not fit. -> a line that says what was left out"""
+    if isinstance(net, SMP):
+        net.load_named(source)
+        return f"encoder: weights {source} of segmentation_models_pytorch"
     encoder = getattr(net, "encoder", None) or getattr(net, "backbone", net)
     if not hasattr(encoder, "load_pretrained"):
         raise ValueError(f"{net.config['name']} has no encoder that they could be for")

@@ -37,6 +37,8 @@ def read(source, encoder):
     """The state dict of a file, or the ImageNet weights ("imagenet") of an encoder by its name in IMAGENET. ValueError if there are none"""
     if source == "imagenet" and encoder not in IMAGENET:
         raise ValueError(f"none are known for this network, only for {', '.join(IMAGENET)}; give a file")
+    if source != "imagenet" and not os.path.isfile(source):
+        raise ValueError("no such file of weights; give one, or the word imagenet")
     path = download(IMAGENET[encoder]) if source == "imagenet" else source
     if path.endswith(".safetensors"):
         try:

@@ -1,4 +1,5 @@
 """Any network of segmentation_models_pytorch, if that is installed: --model smp:UnetPlusPlus --encoder resnet34."""
+import functools
 import re
 
 from torch import nn
@@ -15,8 +16,13 @@ class SMP(nn.Module):
             raise ValueError(f"segmentation_models_pytorch cannot be imported ({error}); pip install segmentation-models-pytorch") from None
         if dims == 3 or not re.fullmatch(r"[\w.-]+", encoder):  # names of other kinds would be looked for on the net
             raise ValueError("segmentation_models_pytorch has networks for slices alone" if dims == 3 else f"{encoder!a:.40} is no encoder of it")
-        self.net = smp.create_model(architecture, encoder, None, channels, classes)
+        self.make = functools.partial(smp.create_model, architecture, encoder, in_channels=channels, classes=classes)
+        self.net = self.make(encoder_weights=None)
         self.multiple = self.net.encoder.output_stride if self.net.requires_divisible_input_shape else 1
+
+    def load_named(self, source):
+        """Begins anew with the encoder weights that the package has under a name, "imagenet" for one."""
+        self.net = self.make(encoder_weights=source)
 
     def encode(self, x):
         return self.net.encoder(x)

@@ -14,6 +14,7 @@ import models
 import train_qp
 import train_ssl
 from models import pretrained
+from models.attention_unet import Gate
 from models.quality import with_background
 from models.resnet import ResNet
 from models.swin_unet import Block, SwinUNet
@@ -99,6 +100,31 @@ def test_every_method_trains_every_network(name, method):
     loss, _ = train_ssl.total_loss(nets, teacher, g, train_ssl.Batch(x, y, u, s1, s2), args, 0.5)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for n in nets for p in n.parameters())
+
+
+def test_nodes_of_unetpp_are_those_of_the_paper():
+    """X[i, j] = H([X[i, 0], ..., X[i, j-1], up(X[i+1, j-1])]), by recursion; the newest comes first here."""
+    torch.manual_seed(0)
+    net = models.build("unetpp", channels=1, classes=2, **SMALL["unetpp"]).eval()
+    x, twice = torch.randn(1, 1, 64, 96), nn.UpsamplingNearest2d(scale_factor=2)
+    features = net.encoder.encode(x)
+
+    def node(i, j):
+        return features[i] if j == 0 else net.nodes[f"{i}_{j}"](torch.cat([twice(node(i + 1, j - 1)), *(node(i, k) for k in reversed(range(j)))], 1))
+    assert len(net.nodes) == 10 and torch.allclose(net.head(net.top(twice(node(0, 4)))), net(x), atol=1e-5)
+
+
+def test_gate_of_attention_unet_by_hand():
+    """a = sigmoid(psi relu(theta x + phi g)), once for each 2 x 2 pixels where it does not vary; 0 shuts the gate, whatever comes through."""
+    torch.manual_seed(0)
+    gate = Gate(2, 4, 6).eval()
+    gate.W = nn.Identity()
+    x, g = torch.randn(2, 4, 1, 1).expand(-1, -1, 6, 10), torch.randn(2, 6, 1, 1).expand(-1, -1, 3, 5)
+    inner = torch.einsum("of,bf->bo", gate.theta.weight.sum((2, 3)), x[..., 0, 0]) + torch.einsum("of,bf->bo", gate.phi.weight[..., 0, 0], g[..., 0, 0]) + gate.phi.bias
+    a = (inner.clamp_min(0) @ gate.psi.weight[0, :, 0, 0] + gate.psi.bias).sigmoid()
+    assert torch.allclose(gate(x, g), a[:, None, None, None] * x, atol=1e-5)
+    nn.init.constant_(gate.psi.bias, -100)
+    assert gate(torch.randn(2, 4, 7, 9), torch.randn(2, 6, 4, 5)).abs().max() < 1e-20
 
 
 # ---------------------------------------------------------------------------------------------------- Swin's windows
@@ -417,11 +443,13 @@ def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, 
     def create_model(arch, encoder_name, encoder_weights, in_channels, classes):
         if arch != "Tiny":
             raise KeyError(f"no architecture {arch}")
-        assert (encoder_name, encoder_weights) == ("resnet18", None)
+        asked.append((encoder_name, encoder_weights))
         return Model(in_channels, classes)
+    asked = []
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", types.SimpleNamespace(create_model=create_model))
     argv = [rgb, *RUN, "--encoder", "resnet18", "--out", str(tmp_path / "run"), "--model"]
-    train_ssl.main([*argv, "smp:Tiny", "--method", "unimatch"])
+    train_ssl.main([*argv, "smp:Tiny", "--method", "unimatch", "--encoder-weights", "imagenet"])
+    assert asked == [("resnet18", None), ("resnet18", None), ("resnet18", "imagenet")]  # tried, built, and with weights
     evaluate.main([rgb, str(tmp_path / "run" / "best.pt"), "--out", str(tmp_path / "table"), "--pictures", "0"])
     refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Nothing"], "no architecture Nothing")
     refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny", "--size", "72"], "multiples of 32")

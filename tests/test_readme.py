@@ -65,6 +65,24 @@ def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == ["phantom010.nii.gz"]
 
 
+@pytest.mark.usefixtures("unrendered")
+def test_networks(tmp_path, monkeypatch, capsys):
+    """The commands, with the file that the second one names; and the table has every network, with its size."""
+    from test_networks import swin_t
+    torch.save({"model": swin_t()}, tmp_path / "swin_tiny_patch4_window7_224.pth")
+    monkeypatch.setitem(SMALL, "train_ssl.py", "--width 12 --steps 2 --batch 3 --size 32")
+    execute("python -m data.phantom --out runs/phantom.h5", tmp_path, monkeypatch)
+    lines = commands(next(b for b in blocks("bash") if "--model unetpp" in b))
+    for line in lines:
+        execute(line, tmp_path, monkeypatch)
+    assert capsys.readouterr().out.count("best.pt, last.pt") == len(lines) == 2
+    rows = {row[1]: row[4] for row in (line.split("|") for line in README.split("\n")) if len(row) == 8}
+    for name in models.segmentation_networks():
+        with torch.device("meta"):
+            size = "" if name == "smp:*" else f"{models.parameters(models.build(name, channels=3, classes=2)) / 1e6:.1f}"
+        assert rows[f" `{name.replace('*', 'NAME')}` "].strip() == size
+
+
 def stubs(folder, *names):
     """Programs that only note how they were called, in folder/calls.txt. -> the environment that finds them first"""
     (folder / "bin").mkdir()
