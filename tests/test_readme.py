@@ -76,7 +76,7 @@ def test_networks(tmp_path, monkeypatch, capsys):
     for line in lines:
         execute(line, tmp_path, monkeypatch)
     assert capsys.readouterr().out.count("best.pt, last.pt") == len(lines) == 2
-    rows = {row[1]: row[4] for row in (line.split("|") for line in README.split("\n")) if len(row) == 8}
+    rows = {row[1]: row[3] for row in (line.split("|") for line in README.split("\n")) if len(row) == 8}
     for name in models.segmentation_networks():
         with torch.device("meta"):
             size = "" if name == "smp:*" else f"{models.parameters(models.build(name, channels=3, classes=2)) / 1e6:.1f}"
