@@ -29,6 +29,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """The stride lies in the second convolution, as in torchvision, whose weights are made for it (the paper: in the first)."""
     expansion = 4
 
     def __init__(self, dims, inputs, outputs, stride):

@@ -17,7 +17,7 @@ from models import pretrained
 from models.attention_unet import Gate
 from models.quality import with_background
 from models.resnet import ResNet
-from models.swin_unet import Block, SwinUNet
+from models.swin_unet import Block, Expand, Merge, SwinUNet
 
 SMALL = {"resnet_unet": dict(encoder="resnet18", width=8), "unetpp": dict(encoder="resnet18", width=8), "attention_unet": dict(encoder="resnet18", width=8),
          "swin_unet": dict(width=12)}
@@ -184,6 +184,16 @@ def test_attention_looks_across_windows_only_when_shifted():
         assert rows == ([*range(0, 7)] if not shifted else [*range(3, 10)])
 
 
+def test_merging_and_expanding_order_tokens_as_the_official_code_does():
+    """Public weights depend on it: neighbors (0, 0), (1, 0), (0, 1), (1, 1) are joined; of features (p1 p2 c), p1 counts the rows."""
+    merge, x = Merge(3), torch.randn(1, 4, 6, 3)
+    merge.norm, merge.reduction = nn.Identity(), nn.Identity()
+    assert torch.equal(merge(x)[0, 1, 2], torch.cat([x[0, 2, 4], x[0, 3, 4], x[0, 2, 5], x[0, 3, 5]]))
+    expand, x = Expand(8, 2, 2), torch.randn(1, 3, 4, 8)
+    expand.expand, expand.norm = nn.Identity(), nn.Identity()
+    assert torch.equal(expand(x)[0, 2:4, 4:6], x[0, 1, 2].reshape(2, 2, 2)) and expand(x).shape == (1, 6, 8, 2)
+
+
 def test_stochastic_depth_grows_and_spares_evaluation():
     net = SwinUNet(1, 2)
     drops = [block.drop_path.p for layer in net.layers for block in layer.blocks]
@@ -226,6 +236,12 @@ def test_torchvision_weights_load(kind, channels):
     expected = {1: mean, 3: rgb, 5: torch.cat([rgb, mean, mean], 1)}[channels]
     assert torch.equal(net.conv1.weight, expected)
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items() if name != "conv1.weight")
+
+
+def test_bottlenecks_halve_the_grid_in_their_second_convolution():
+    """As torchvision's ResNet-50 does (He et al.: in the first); its weights depend on it."""
+    strides = {name: m.stride[0] for name, m in ResNet(3, "resnet50", width=8).named_modules() if isinstance(m, nn.Conv2d) and m.stride[0] > 1}
+    assert strides == {"conv1": 2} | {f"layer{i}.0.{part}": 2 for i in (2, 3, 4) for part in ("conv2", "downsample.0")}
 
 
 def test_first_layer():
