@@ -575,7 +575,8 @@ def set_defaults(args, info):
     try:
         models.check(network, h5.shape_of(args.size))
     except Exception as error:  # a network's own words
-        raise InputError(f"--model {args.model}: {' '.join(str(error).split())[:300]}; choose another, or another --size") from None
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+        raise InputError(f"--model {args.model}: {' '.join(text.split())[:300]}; --help shows what fits") from None
     return network
 
 

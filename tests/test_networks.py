@@ -406,7 +406,7 @@ def test_g_starts_from_published_weights(rgb, rgb_quality, published, tmp_path, 
 
 @pytest.mark.parametrize("argv, words", [
     (["--model", "transformer"], ["unet, vnet, resnet_unet, unetpp, attention_unet, swin_unet, smp:*"]),
-    (["--model", "swin_unet", "--size", "72"], ["--model swin_unet: needs sides that are multiples of 32, not 72 x 72", "--size"]),
+    (["--model", "swin_unet", "--size", "72"], ["--model swin_unet: needs sides that are multiples of 32, not 72 x 72"]),
     (["--model", "swin_unet", "--width", "16"], ["--width 16 is no multiple of its 3 heads"]),
     (["--model", "unetpp", "--width", "4"], ["at least 8"]),
     (["--model", "unetpp", "--encoder", "resnet9"], ["there is no encoder 'resnet9'", "resnet50"]),
