@@ -567,7 +567,7 @@ def set_defaults(args, info):
     for name in ("batch", "batch_unlabeled"):
         if getattr(args, name) % distributed.world():
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: cannot be shared evenly by {distributed.world()} processes")
-    options = {name: getattr(args, name) for name in ("width", "dropout", "encoder") if getattr(args, name) is not None}
+    options = {name: value for name, value in dict(width=args.width, dropout=args.dropout, encoder=args.encoder).items() if value is not None}
     for name in options:
         if name not in models.options(args.model):
             raise InputError(f"--{name} is an option of --model {', '.join(n for n in models.segmentation_networks() if name in models.options(n))}")

@@ -72,10 +72,11 @@ def stopped(monkeypatch):
 
 
 def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, stopped):
+    before = signal.getsignal(signal.SIGTERM)
     code = stopped(train_ssl, [gray, *SSL, "--out", str(tmp_path)], 6)
     state = load_checkpoint(tmp_path / "last.pt", "ssl")
     assert (code, state["step"], len(state["parts"]), state["finished"]) == (143, 6, 2, False)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
+    assert signal.getsignal(signal.SIGTERM) == before
     train_ssl.main([gray, *SSL, "--out", str(tmp_path), "--resume"])
     rows = (tmp_path / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "4", "8", "12"]

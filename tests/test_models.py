@@ -44,7 +44,7 @@ def test_an_unknown_network_raises():
 @pytest.mark.parametrize("name", ["quality", "quality_dense"])
 def test_g_answers_for_each_foreground_class_at_any_size(name, dims):
     sides = {2: (32, 48), 3: (16, 20)}[dims]
-    g = models.build(name, channels=1, classes=4, dims=dims, size=sides[0], width=4).eval()
+    g = models.build(name, channels=1, classes=4, dims=dims, size=sides[0], width=8).eval()
     for side in sides:
         mask = torch.rand(2, 3, *[side] * dims, requires_grad=True)
         q = g(torch.randn(2, 1, *[side] * dims), mask)
