@@ -573,10 +573,10 @@ def set_defaults(args, info):
             raise InputError(f"--{name} is an option of --model {', '.join(n for n in models.segmentation_networks() if name in models.options(n))}")
     network = dict(name=args.model, channels=info.channels, classes=len(info.classes), dims=info.dims, **options)
     try:
-        models.check(network, h5.shape_of(args.size))
+        models.check(network, h5.shape_of(args.size), args.batch)
     except Exception as error:  # a network's own words
         text = str(error.args[0] if isinstance(error, KeyError) else error)
-        raise InputError(f"--model {args.model}: {' '.join(text.split())[:300]}; --help shows what fits") from None
+        raise InputError(f"--model {args.model}: {' '.join(text.split())[:300]}") from None
     return network
 
 

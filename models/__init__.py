@@ -66,12 +66,15 @@ def build(name, *, channels, classes, dims=2, **options):
     return net
 
 
-def check(config, shape):
-    """ValueError, or what its code raises, if a network cannot be built or does not take grids of `shape`; costs neither memory nor time."""
+def check(config, shape, batch=2):
+    """ValueError, or what its code raises, if a network cannot be built or does not take a batch of grids of `shape`; costs neither memory nor time."""
     with torch.device("meta"):
-        multiple = getattr(build(**config), "multiple", 1)
+        net = build(**config)
+    multiple, coarsest, text = getattr(net, "multiple", 1), getattr(net, "coarsest", 0), " x ".join(map(str, shape))
     if any(side % multiple for side in shape):
-        raise ValueError(f"needs sides that are multiples of {multiple}, not {' x '.join(map(str, shape))}")
+        raise ValueError(f"needs sides that are multiples of {multiple}, not {text}")
+    if batch == 1 and max(shape) <= coarsest:
+        raise ValueError(f"one image of {text} is a single pixel in its deepest level, where batch norm needs two; give a larger --size or --batch")
 
 
 def load_encoder(net, source):
@@ -85,7 +88,10 @@ def load_encoder(net, source):
         raise ValueError(f"{net.config['name']} has no encoder that they could be for")
     if source == "imagenet" and net.config["dims"] == 3:
         raise ValueError("they are for slices, not for volumes")
-    unused = encoder.load_pretrained(read(source, getattr(encoder, "name", None)), net.config["channels"])
+    weights = read(source, getattr(encoder, "name", None))
+    if net.config["dims"] == 3 and max(value.dim() for value in weights.values()) < 5:
+        raise ValueError("they are for slices, not for volumes")
+    unused = encoder.load_pretrained(weights, net.config["channels"])
     return f"encoder: weights of {source}, all but {', '.join(unused)}"
 
 

@@ -32,7 +32,9 @@ class Gate(nn.Module):
 
 
 class AttentionUNet(nn.Module):
-    """images [B, C, *S] -> logits [B, K, *S], for any S of at least 32 per axis (volumes: 16)."""
+    """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis. The finest skip connection, of ResNet's
+    first convolution, has no gate, as in the paper."""
+    coarsest = 32
 
     def __init__(self, channels, classes, dims=2, encoder="resnet34", width=64):
         super().__init__()
@@ -40,7 +42,7 @@ class AttentionUNet(nn.Module):
         deep, fine = self.encoder.widths[-1], self.encoder.widths[-2::-1]
         outputs = (4 * width, 2 * width, width, width // 2)
         inputs = (deep, *outputs[:-1])
-        self.gates = nn.ModuleList(Gate(dims, f, i) for i, f in zip(inputs, fine))
+        self.gates = nn.ModuleList(Gate(dims, f, i) for i, f in zip(inputs[:-1], fine))
         self.up = nn.ModuleList(conv_block(dims, i + f, o) for i, f, o in zip(inputs, fine, outputs))
         self.head = (nn.Conv2d, nn.Conv3d)[dims - 2](outputs[-1], classes, 3, padding=1)
 
@@ -49,7 +51,8 @@ class AttentionUNet(nn.Module):
 
     def decode(self, features):
         x = features[-1]
-        for gate, up, skip in zip(self.gates, self.up, features[-2:0:-1]):
+        skips = features[-2:0:-1]                                                   # at S/16, S/8, S/4, S/2
+        for gate, up, skip in zip([*self.gates, lambda skip, x: skip], self.up, skips):
             x = up(torch.cat([gate(skip, x), upsample(x, skip)], 1))
         return upsample(self.head(x), features[0])
 

@@ -49,17 +49,21 @@ def read(source, encoder):
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # each kind of damage has its own
         raise ValueError("cannot be read as a state dict (torch.save or safetensors); it may be damaged") from None
-    state = state.get("model", state) if isinstance(state, dict) else state  # Swin's files
+    for wrapped in ("model", "state_dict"):  # Swin's files, and those of many training scripts
+        state = state[wrapped] if isinstance(state, dict) and isinstance(state.get(wrapped), dict) else state
     if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError("no state dict of a network")
-    return state
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def first_layer(weight, inputs, image_channels):
-    """Filters [F, c, *k] of images of c channels for `inputs` channels, the first of which are the image's: as they are where that has
-    c channels too; every other channel takes their mean."""
+def first_layer(weight, convolution, image_channels):
+    """Filters [F, c, *k] of images of c channels for the inputs of another convolution, the first of which are the image's channels: as they are
+    where the image has c channels too; every other channel takes their mean. (A gray image then answers with a third of what RGB would; the norm
+    that follows takes that back.)"""
+    if weight.dim() != convolution.weight.dim():
+        return weight  # it fits no way: load_whole() will say so
     kept = weight if weight.shape[1] == image_channels else weight[:, :0]
-    return torch.cat([kept, weight.mean(1, keepdim=True).expand(-1, inputs - kept.shape[1], *weight.shape[2:])], 1)
+    return torch.cat([kept, weight.mean(1, keepdim=True).expand(-1, convolution.in_channels - kept.shape[1], *weight.shape[2:])], 1)
 
 
 def load_whole(net, weights):

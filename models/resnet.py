@@ -93,13 +93,14 @@ class ResNet(nn.Module):
         counts = {name: value for name, value in self.state_dict().items() if name.endswith("num_batches_tracked")}  # older files have none
         weights = counts | {name: value for name, value in weights.items() if not name.startswith("fc.")}
         if "conv1.weight" in weights:
-            weights["conv1.weight"] = first_layer(weights["conv1.weight"], self.conv1.in_channels, image_channels)
+            weights["conv1.weight"] = first_layer(weights["conv1.weight"], self.conv1, image_channels)
         load_whole(self, weights)
         return ["fc"]
 
 
 class ResNetUNet(nn.Module):
-    """U-Net decoder on a ResNet encoder: [B, C, *S] -> logits [B, K, *S]."""
+    """U-Net decoder (of 256 to 32 channels, whatever the width) on a ResNet encoder: [B, C, *S] -> logits [B, K, *S]."""
+    coarsest = 32
 
     def __init__(self, channels, classes, dims=2, encoder="resnet34", width=64):
         super().__init__()

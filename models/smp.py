@@ -4,6 +4,8 @@ import re
 
 from torch import nn
 
+from models import distributed
+
 
 class SMP(nn.Module):
     """images [B, C, H, W] -> logits [B, K, H, W], for sides that are multiples of `multiple`. ValueError without the package"""
@@ -22,7 +24,10 @@ class SMP(nn.Module):
 
     def load_named(self, source):
         """Begins anew with the encoder weights that the package has under a name, "imagenet" for one."""
-        self.net = self.make(encoder_weights=source)
+        for turn in (True, False):  # of several processes, one fetches them
+            if (distributed.rank() == 0) == turn:
+                self.net = self.make(encoder_weights=source)
+            distributed.wait()
 
     def encode(self, x):
         return self.net.encoder(x)

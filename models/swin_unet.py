@@ -75,12 +75,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x, mask):
         B, N, T, features = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, T, 3, self.heads, features // self.heads).permute(3, 0, 1, 4, 2, 5)  # [B, N, R, T, d]
+        q, k, v = self.qkv(x).reshape(B * N, T, 3, self.heads, features // self.heads).permute(2, 0, 3, 1, 4)    # [B N, R, T, d]
         bias = self.relative_position_bias_table[relative_positions(x.device)].permute(2, 0, 1)                  # [R, T, T]
         if mask is not None:
-            bias = bias.masked_fill(~mask, -torch.inf)                                                           # [N, R, T, T]
-        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
-        return self.proj(x.transpose(2, 3).reshape(B, N, T, features))
+            bias = bias.masked_fill(~mask, -torch.inf).repeat(B, 1, 1, 1)                                        # [B N, R, T, T]
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))  # of four axes: fused kernels take no more
+        return self.proj(x.transpose(1, 2).reshape(B, N, T, features))
 
 
 class Block(nn.Module):
@@ -198,7 +198,7 @@ class SwinUNet(nn.Module):
         unused = re.compile(r"head\.|layers\.2\.blocks\.[2-5]\.|.*\.(attn_mask|relative_position_index)$")
         weights = {name: value for name, value in weights.items() if not unused.match(name)}
         if (first := "patch_embed.proj.weight") in weights:
-            weights[first] = first_layer(weights[first], self.patch_embed.proj.in_channels, image_channels)
+            weights[first] = first_layer(weights[first], self.patch_embed.proj, image_channels)
         mirrored = {f"layers_up.{3 - int(name[7])}{name[8:]}": value for name, value in weights.items() if re.match(r"layers\.[012]\.blocks", name)}
         new = {name: value for name, value in self.state_dict().items() if re.match(r"layers_up\.0|.*\.upsample|concat_back_dim|norm_up|up\.|output", name)}
         load_whole(self, new | mirrored | weights)

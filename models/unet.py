@@ -21,6 +21,7 @@ def upsample(x, like):
 
 class UNet(nn.Module):
     """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis."""
+    coarsest = 16  # pixels along a side of one of its deepest level
 
     def __init__(self, channels, classes, dims=2, width=16, dropouts=(0.05, 0.1, 0.2, 0.3, 0.5)):
         super().__init__()

@@ -23,11 +23,12 @@ def enlarged(x, like):
 
 
 class UNetPlusPlus(nn.Module):
-    """images [B, C, *S] -> logits [B, K, *S], for any S of at least 32 per axis (volumes: 16).
+    """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis.
 
     Node X[i, j] lies in row i, on the grid S / 2^(i+1), and sees its whole row and the node below: X[i, 0] is the encoder's,
     X[i, j] = block([X[i+1, j-1] enlarged, X[i, j-1], ..., X[i, 0]]) (the paper's Eq. 1).
     """
+    coarsest = 32
 
     def __init__(self, channels, classes, dims=2, encoder="resnet34", width=64):
         super().__init__()

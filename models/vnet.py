@@ -11,6 +11,7 @@ CONVOLUTIONS = (1, 2, 3, 3, 3)  # at each level, from fine to coarse, on the way
 
 class VNet(nn.Module):
     """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis (multiples of 16 lose nothing)."""
+    coarsest = 16
 
     def __init__(self, channels, classes, dims=3, width=16, dropout=0.5):
         super().__init__()

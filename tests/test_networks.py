@@ -114,6 +114,11 @@ def test_nodes_of_unetpp_are_those_of_the_paper():
     assert len(net.nodes) == 10 and torch.allclose(net.head(net.top(twice(node(0, 4)))), net(x), atol=1e-5)
 
 
+def test_the_finest_skip_connection_has_no_gate():
+    net = models.build("attention_unet", channels=1, classes=2, **SMALL["attention_unet"])
+    assert [gate.theta.in_channels for gate in net.gates] == [32, 16, 8] and net.encoder.widths[-2::-1] == [32, 16, 8, 8]
+
+
 def test_gate_of_attention_unet_by_hand():
     """a = sigmoid(psi relu(theta x + phi g)), once for each 2 x 2 pixels where it does not vary; 0 shuts the gate, whatever comes through."""
     torch.manual_seed(0)
@@ -247,11 +252,12 @@ def test_bottlenecks_halve_the_grid_in_their_second_convolution():
 def test_first_layer():
     rgb = torch.randn(4, 3, 7, 7)
     mean = rgb.mean(1, keepdim=True)
-    assert torch.equal(pretrained.first_layer(rgb, 4, 1), mean.expand(-1, 4, -1, -1))                       # g: a gray image, three classes
-    assert torch.equal(pretrained.first_layer(rgb, 4, 3), torch.cat([rgb, mean], 1))                        # g: an RGB image, one class
-    assert torch.equal(pretrained.first_layer(rgb, 2, 2), mean.expand(-1, 2, -1, -1))                       # two channels of something else
-    assert torch.equal(pretrained.first_layer(mean, 3, 1), mean.expand(-1, 3, -1, -1))                      # filters of gray images stay
-    assert torch.equal(pretrained.first_layer(mean, 3, 3), mean.expand(-1, 3, -1, -1))
+    adapted = lambda weight, inputs, image_channels: pretrained.first_layer(weight, nn.Conv2d(inputs, 4, 7), image_channels)
+    assert torch.equal(adapted(rgb, 4, 1), mean.expand(-1, 4, -1, -1))                       # g: a gray image, three classes
+    assert torch.equal(adapted(rgb, 4, 3), torch.cat([rgb, mean], 1))                        # g: an RGB image, one class
+    assert torch.equal(adapted(rgb, 2, 2), mean.expand(-1, 2, -1, -1))                       # two channels of something else
+    assert torch.equal(adapted(mean, 3, 1), mean.expand(-1, 3, -1, -1))                      # filters of gray images stay
+    assert torch.equal(adapted(mean, 3, 3), mean.expand(-1, 3, -1, -1))
 
 
 def without(weights, *names):
@@ -263,6 +269,7 @@ def without(weights, *names):
     (lambda w: w | {"layer5.0.conv1.weight": torch.zeros(1)}, ["left over: layer5.0.conv1.weight"]),
     (lambda w: w | {"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, ["of another shape: layer1.0.conv1.weight"]),
     (lambda w: w | {"bn1.weight": torch.full((8,), torch.nan)}, ["not finite: bn1.weight"]),
+    (lambda w: w | {"conv1.weight": torch.zeros(8)}, ["of another shape: conv1.weight"]),
     (lambda w: {f"encoder.{k}": v for k, v in w.items()}, ["missing: bn1.bias, ", "and 94 more", "left over: encoder.bn1.bias, "])])
 def test_keys_that_do_not_match_are_listed(change, words):
     net = ResNet(3, "resnet18", width=8)
@@ -394,6 +401,15 @@ def test_a_run_from_published_weights(name, rgb, rgb_quality, tmp_path, capsys):
     assert "mean_teacher" in (tmp_path / "table" / "summary.md").read_text()
 
 
+@pytest.mark.parametrize("wrap", [lambda w: {"state_dict": w, "epoch": 3}, lambda w: {f"module.{k}": v for k, v in w.items()}])
+def test_files_of_training_scripts(wrap, tmp_path):
+    weights = torchvision_weights("resnet18", width=8)
+    torch.save(wrap(weights), tmp_path / "w.pth")
+    net = models.build("quality", channels=3, classes=2, width=8)
+    models.load_encoder(net, str(tmp_path / "w.pth"))
+    assert torch.equal(net.backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+
+
 def test_g_starts_from_published_weights(rgb, rgb_quality, published, tmp_path, capsys, unrendered):
     argv = [rgb, "--vqm", rgb_quality[0], "--head", "scalar", "--width", "8", "--size", "32", "--epochs", "1", "--batch", "16", "--lr", "0", "--ema", "0",
             "--encoder-weights", "imagenet", "--out", str(tmp_path / "g")]
@@ -409,6 +425,7 @@ def test_g_starts_from_published_weights(rgb, rgb_quality, published, tmp_path, 
     (["--model", "swin_unet", "--size", "72"], ["--model swin_unet: needs sides that are multiples of 32, not 72 x 72"]),
     (["--model", "swin_unet", "--width", "16"], ["--width 16 is no multiple of its 3 heads"]),
     (["--model", "unetpp", "--width", "4"], ["at least 8"]),
+    (["--model", "unetpp", "--size", "32", "--batch", "1"], ["--model unetpp: one image of 32 x 32 is a single pixel in its deepest level", "--batch"]),
     (["--model", "unetpp", "--encoder", "resnet9"], ["there is no encoder 'resnet9'", "resnet50"]),
     (["--model", "swin_unet", "--encoder", "resnet18"], ["--encoder is an option of --model resnet_unet, unetpp, attention_unet, smp:*"]),
     (["--model", "unetpp", "--dropout", "0.1"], ["--dropout is an option of --model vnet"]),
@@ -433,7 +450,10 @@ def test_refusals(argv, words, rgb, tmp_path, refused, monkeypatch):
 def test_volumes_are_refused_where_a_network_cannot(volumes, tmp_path, refused):
     argv = [volumes, "--out", tmp_path / "o", "--size", "16,16,32", "--steps", "1"]
     refused(train_ssl.main, [*argv, "--model", "swin_unet"], "--model swin_unet: segments slices, not volumes")
-    refused(train_ssl.main, [*argv, "--model", "unetpp", "--encoder-weights", "imagenet"], "they are for slices, not for volumes")
+    torch.save(torchvision_weights("resnet18"), tmp_path / "w.pth")
+    for weights in ("imagenet", tmp_path / "w.pth"):
+        refused(train_ssl.main, [*argv, "--model", "unetpp", "--encoder", "resnet18", "--encoder-weights", weights], "they are for slices, not for volumes")
+    refused(train_ssl.main, [*argv[:-4], "--size", "16", "--steps", "1", "--batch", "1"], "--model vnet: one image of 16 x 16 x 16 is a single pixel")
 
 
 def test_a_checkpoint_of_a_size_that_its_network_does_not_take(rgb, tmp_path, refused):
