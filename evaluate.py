@@ -287,9 +287,10 @@ def rebuild(path, state, weights, names, on, shape=None):
         if config[key] != value:
             raise InputError(f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again")
     try:
+        net = models.rebuild(config, weights)
         if shape:
             models.check(config, shape)
-        return on.place(models.rebuild(config, weights)).eval()
+        return on.place(net).eval()
     except Exception as error:  # whatever the file holds, it is the file that is wrong
         raise InputError(f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again") from None
 

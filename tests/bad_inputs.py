@@ -508,7 +508,7 @@ MORE = {
                     "--resume --overwrite", "--mask-dropout -1", "--strength nan", "--per-image 0", "--patience 0"],
     "train_ssl.py": ["--labeled 0", "--labeled -1", "--labeled 1.5", "--labeled abc", "--qar 0.1", "--weight quality", "--qp none.pt --qar 1", "--size 16,16,16", "--size 31", "--size 1000000", "--stride 16", "--window whole",
                      "--keep garbage", "--keep 0", "--keep 1,", "--resume --overwrite", "--lam nan", "--lam -1", "--lam inf", "--conf-threshold 1.1", "--ema 1", "--mix-alpha 0", "--temperature 0", "--method nonsense",
-                     "--model transformer", "--width 0", "--width 100000", "--dropout 0.5", "--model unetpp --encoder resnet9", "--encoder resnet18", "--encoder-weights DATA", "--model swin_unet --size 72",
+                     "--model transformer", "--width 0", "--width 100000", "--dropout 0.5", "--model unetpp --encoder resnet9", "--encoder resnet18", "--encoder-weights DATA", "--model swin_unet --width 12 --size 72",
                      "--model swin_unet --width 12 --encoder-weights none.pt", "--model resnet_unet --width 8 --encoder-weights DATA", "--steps 0", "--batch 0", "--batch 1000000000", "--batch-unlabeled 1000000000", "--optimizer x", "--lr 11",
                      "--eval-every 0", "--unlabeled none.h5", "--unlabeled VOLUMES", "--cache disk", "--workers -1", "--seed 1.5", "--qar-share 0", "--clip nan", "--weight-power -1"],
     "evaluate.py": ["--split nowhere", "--split unlabeled", "--baseline none", "--baseline none.pt", "--second none.pt", "--second none.pt --qp QP", "--qp none.pt", "--predict --qp QP", "--predict --baseline supervised",
@@ -632,7 +632,7 @@ def word_of(line):
         return {"--second none.pt --qp QP": "none.pt"}.get(line, option)
     return {"--split unlabeled": "'unlabeled'", "--predict --qp QP": "--predict", "--size 32 --qar 1 --qp QP": "qp.pt", "--qp none.pt --qar 1": "none.pt", "--second RUN --qp QP": "--second",
             "--head scalar --width 8 --encoder-weights DATA": "data.h5", "--model resnet_unet --width 8 --encoder-weights DATA": "data.h5", "--encoder-weights DATA": "--encoder-weights",
-            "--model swin_unet --size 72": "--model swin_unet", "--model unetpp --encoder resnet9": "resnet9"}.get(line) or files.get(value) or option
+            "--model swin_unet --width 12 --size 72": "--model swin_unet", "--model unetpp --encoder resnet9": "resnet9"}.get(line) or files.get(value) or option
 
 
 def converters():
