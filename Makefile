@@ -45,4 +45,4 @@ demo3d: .venv/ready
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/table --split test
 
 test: .venv/ready
-	$(PY) -m pytest -q -n 2 --dist loadgroup tests
+	$(PY) -m pytest -q -n 2 tests

@@ -208,7 +208,7 @@ def contrastive(nets, teacher, batch, args, t):
     """CL of the paper: pseudo-label, plus .1 times the contrast of confident pixels between pseudo-classes (models.losses.pixel_contrast).
 
     The paper gives weight, temperature, negatives and threshold. The rest is ours, near U2PL (Wang et al. 2022): keys are the teacher's
-    features; all are those of the middle level of the encoder (a quarter of the side in the U-Net), without a projection head; every confident
+    features; all are those of the middle level of the encoder (a quarter of the side in the U-Net, an eighth on a ResNet, a sixteenth in Swin-UNet), without a projection head; every confident
     pixel is an anchor; negatives are confident pixels of other classes (U2PL: unreliable ones) of the batch. Pixels of no weight take no part.
     """
     with torch.no_grad():

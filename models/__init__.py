@@ -66,13 +66,22 @@ def build(name, *, channels, classes, dims=2, **options):
     return net
 
 
+def _first_device(config):
+    """Where a network is built before its weights come: nowhere, but for smp:*, some of which compute in between."""
+    return "cpu" if one_of(config["name"], ["smp:*"]) else "meta"
+
+
 def check(config, shape, batch=2):
-    """ValueError, or what its code raises, if a network cannot be built or does not take a batch of grids of `shape`; costs neither memory nor time."""
-    with torch.device("meta"):
-        net = build(**config)
+    """ValueError, or what its code raises, if a network cannot be built or does not take a batch of grids of `shape`; costs neither memory nor time
+    (but for smp:*, whose limits nobody here knows: that is tried)."""
+    with torch.device(_first_device(config)):
+        net = build(**config).eval()
     multiple, coarsest, text = getattr(net, "multiple", 1), getattr(net, "coarsest", 0), " x ".join(map(str, shape))
     if any(side % multiple for side in shape):
         raise ValueError(f"needs sides that are multiples of {multiple}, not {text}")
+    if isinstance(net, SMP):
+        with torch.no_grad():
+            net(torch.zeros(1, config["channels"], *shape))
     if batch == 1 and max(shape) <= coarsest:
         raise ValueError(f"one image of {text} is a single pixel in its deepest level, where batch norm needs two; give a larger --size or --batch")
 
@@ -103,7 +112,7 @@ def rebuild(config, weights):
     for name, low, high in (("width", 1, math.inf), ("members", 1, len(weights)), ("mask_dropout", 0, 1)):
         if type(value := config.get(name, 1)) not in (int, float) or not low <= value <= high:
             raise ValueError(f"{name} is {value!a:.40}, not in {low} to {high}")
-    with torch.device("meta"):
+    with torch.device(_first_device(config)):
         net = build(**config)
     for name, expected in net.state_dict().items():
         found = weights.get(name)

@@ -1,7 +1,7 @@
 """Attention U-Net on a ResNet encoder: what comes through a skip connection is gated by what the coarser level has seen.
 
 Oktay et al., Attention U-Net, MIDL 2018; the additive gate of its public implementation (one coefficient per pixel, half as many inner channels
-as the skip connection has). Deviations from the paper: a ResNet encoder, one output without deep supervision.
+as the skip connection has). Deviations from the paper: a ResNet encoder, one output without deep supervision; the deepest level gates as it is, without a convolution of its own.
 """
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class Gate(nn.Module):
 
     def forward(self, x, g):
         x_half = self.theta(F.pad(x, [n for side in x.shape[:1:-1] for n in (0, side % 2)]))
-        a = self.psi((x_half + upsample(self.phi(g), x_half)).relu()).sigmoid()     # [B, 1, *s/2]
+        a = self.psi((x_half + self.phi(g)).relu()).sigmoid()                       # [B, 1, *s/2]
         return self.W(upsample(a, x) * x)
 
 

@@ -51,15 +51,15 @@ def read(source, encoder):
         raise ValueError("cannot be read as a state dict (torch.save or safetensors); it may be damaged") from None
     for wrapped in ("model", "state_dict"):  # Swin's files, and those of many training scripts
         state = state[wrapped] if isinstance(state, dict) and isinstance(state.get(wrapped), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex() for name, value in state.items()):
         raise ValueError("no state dict of a network")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def first_layer(weight, convolution, image_channels):
     """Filters [F, c, *k] of images of c channels for the inputs of another convolution, the first of which are the image's channels: as they are
-    where the image has c channels too; every other channel takes their mean. (A gray image then answers with a third of what RGB would; the norm
-    that follows takes that back.)"""
+    where the image has c channels too; every other channel takes their mean. (A gray image then answers with a third of what RGB would, until
+    training has adapted the norm that follows.)"""
     if weight.dim() != convolution.weight.dim():
         return weight  # it fits no way: load_whole() will say so
     kept = weight if weight.shape[1] == image_channels else weight[:, :0]

@@ -20,6 +20,7 @@ class SMP(nn.Module):
             raise ValueError("segmentation_models_pytorch has networks for slices alone" if dims == 3 else f"{encoder!a:.40} is no encoder of it")
         self.make = functools.partial(smp.create_model, architecture, encoder, in_channels=channels, classes=classes)
         self.net = self.make(encoder_weights=None)
+        self.coarsest = self.net.encoder.output_stride
         self.multiple = self.net.encoder.output_stride if self.net.requires_divisible_input_shape else 1
 
     def load_named(self, source):

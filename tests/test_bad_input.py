@@ -6,9 +6,6 @@ import pytest
 from conftest import python, shared
 
 
-pytestmark = pytest.mark.xdist_group("bad inputs")  # one worker makes them all; the other need not wait
-
-
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory):
     """What the scripts said to each input, by its name."""

@@ -472,7 +472,8 @@ def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, 
             super().__init__()
             self.encoder, self.decoder, self.segmentation_head = nn.Module(), nn.Module(), nn.Conv2d(4, classes, 1)
             self.encoder.body, self.encoder.output_stride = nn.Conv2d(channels, 4, 3, padding=1), 32
-            self.encoder.forward = types.MethodType(lambda self, x: [x, self.body(x)], self.encoder)
+            self.encoder.register_buffer("index", torch.arange(3), persistent=False)  # as timm's networks have
+            self.encoder.forward = types.MethodType(lambda self, x: [x, self.body(x) + self.index.sum().item()], self.encoder)
             self.decoder.forward = types.MethodType(lambda self, features: features[-1].relu(), self.decoder)
 
     def create_model(arch, encoder_name, encoder_weights, in_channels, classes):
@@ -484,9 +485,12 @@ def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", types.SimpleNamespace(create_model=create_model))
     argv = [rgb, *RUN, "--encoder", "resnet18", "--out", str(tmp_path / "run"), "--model"]
     train_ssl.main([*argv, "smp:Tiny", "--method", "unimatch", "--encoder-weights", "imagenet"])
-    assert asked == [("resnet18", None), ("resnet18", None), ("resnet18", "imagenet")]  # tried, built, and with weights
+    assert asked[:3] == [("resnet18", None), ("resnet18", None), ("resnet18", "imagenet")]  # tried, built, and with weights
     evaluate.main([rgb, str(tmp_path / "run" / "best.pt"), "--out", str(tmp_path / "table"), "--pictures", "0"])
     refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Nothing"], "no architecture Nothing")
     refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny", "--size", "72"], "multiples of 32")
+    refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny", "--size", "32", "--batch", "1"], "single pixel")
+    monkeypatch.setattr(Model, "decoder", property(lambda self: lambda features: features[9]), raising=False)
+    refused(train_ssl.main, [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny"], "list index out of range")
     refused(train_ssl.main, [rgb, *RUN, "--out", tmp_path / "o", "--model", "smp:Tiny", "--encoder", "tu-hf-hub:somebody/net"], "is no encoder of it")
     refused(train_ssl.main, [rgb, *RUN, "--out", tmp_path / "o", "--model", "smp:Tiny", "--width", "16"], "--width is an option of")
