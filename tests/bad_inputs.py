@@ -564,7 +564,7 @@ def corpus(folder=Path("base"), everything=False):
         for name, change in taken(quick(stage), place, 8):
             yield stage, f"data, {name}", lambda work, s=stage, c=change: arguments(s, flat, str(work / "out"), altered(flat / "data.h5", c, work / "bad.h5")), ["bad.h5"], name in FLIPS
     for place, stage in enumerate(STAGES):
-        for name, change in taken(DATASETS.items(), place, 6):
+        for name, change in taken(DATASETS.items(), place, 4):
             if (name, stage) not in NOT_READ:
                 yield stage, f"data, {name}", lambda work, s=stage, c=change: arguments(s, flat, str(work / "out"), edited(flat / "data.h5", c, work / "bad.h5")), ["bad.h5"], False
     for name, change in taken(quick("train_qp.py"), 0, 2):
