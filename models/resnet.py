@@ -9,18 +9,26 @@ from models.pretrained import first_layer, load_whole
 from models.unet import conv_block, upsample
 
 
+def convolution(dims, inputs, outputs, side, stride=1):
+    """A convolution without bias, whose padding keeps the grid but for the stride, and its batch norm."""
+    Conv, Norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
+    return Conv(inputs, outputs, side, stride, side // 2, bias=False), Norm(outputs)
+
+
+def shortcut(dims, inputs, outputs, stride):
+    """What goes past a block: None where the input itself fits."""
+    return nn.Sequential(*convolution(dims, inputs, outputs, 1, stride)) if stride > 1 or inputs != outputs else None
+
+
 class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(self, dims, inputs, outputs, stride):
         super().__init__()
-        Conv, Norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
-        self.conv1, self.bn1 = Conv(inputs, outputs, 3, stride, 1, bias=False), Norm(outputs)
-        self.conv2, self.bn2 = Conv(outputs, outputs, 3, 1, 1, bias=False), Norm(outputs)
+        self.conv1, self.bn1 = convolution(dims, inputs, outputs, 3, stride)
+        self.conv2, self.bn2 = convolution(dims, outputs, outputs, 3)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(Conv(inputs, outputs, 1, stride, bias=False), Norm(outputs))
+        self.downsample = shortcut(dims, inputs, outputs, stride)
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -34,15 +42,12 @@ class Bottleneck(nn.Module):
 
     def __init__(self, dims, inputs, outputs, stride):
         super().__init__()
-        Conv, Norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
         inner = outputs // self.expansion
-        self.conv1, self.bn1 = Conv(inputs, inner, 1, bias=False), Norm(inner)
-        self.conv2, self.bn2 = Conv(inner, inner, 3, stride, 1, bias=False), Norm(inner)
-        self.conv3, self.bn3 = Conv(inner, outputs, 1, bias=False), Norm(outputs)
+        self.conv1, self.bn1 = convolution(dims, inputs, inner, 1)
+        self.conv2, self.bn2 = convolution(dims, inner, inner, 3, stride)
+        self.conv3, self.bn3 = convolution(dims, inner, outputs, 1)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(Conv(inputs, outputs, 1, stride, bias=False), Norm(outputs))
+        self.downsample = shortcut(dims, inputs, outputs, stride)
 
     def forward(self, x):
         skip = x if self.downsample is None else self.downsample(x)
@@ -65,16 +70,15 @@ class ResNet(nn.Module):
         if width < 8:  # torch 2.13's CPU convolutions of the gradient write out of bounds at 4
             raise ValueError(f"--width {width}: a ResNet needs at least 8 channels")
         self.name, (Block, counts) = name, RESNETS[name]
-        Conv, Norm, Pool = ((nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d), (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d))[dims - 2]
-        self.conv1, self.bn1 = Conv(inputs, width, 7, 2, 3, bias=False), Norm(width)
-        self.relu, self.maxpool = nn.ReLU(inplace=True), Pool(3, 2, 1)
+        self.conv1, self.bn1 = convolution(dims, inputs, width, 7, 2)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), (nn.MaxPool2d, nn.MaxPool3d)[dims - 2](3, 2, 1)
         self.widths, before = [width] + [Block.expansion * width * 2 ** i for i in range(4)], width
         for i, (count, after) in enumerate(zip(counts, self.widths[1:])):
             blocks = [Block(dims, before if j == 0 else after, after, 2 if i and j == 0 else 1) for j in range(count)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             before = after
         for module in self.modules():
-            if isinstance(module, Conv):
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def encode(self, x):

@@ -281,7 +281,9 @@ def test_keys_that_do_not_match_are_listed(change, words):
 
 def test_old_files_do_not_count_batches():
     weights = {k: v for k, v in torchvision_weights("resnet18", width=8).items() if "num_batches" not in k}
-    ResNet(3, "resnet18", width=8).load_pretrained(weights, 3)
+    net = ResNet(3, "resnet18", width=8)
+    net.load_pretrained(weights, 3)
+    assert net.bn1.num_batches_tracked == 0 and torch.equal(net.bn1.running_mean, weights["bn1.running_mean"])
 
 
 def swin_t(width=12):
@@ -434,14 +436,16 @@ def test_g_starts_from_published_weights(rgb, rgb_quality, published, tmp_path, 
     (["--model", "unetpp", "--encoder-weights", "DATA"], ["cannot be read as a state dict"]),
     (["--model", "unetpp", "--encoder-weights", "TENSORS"], ["pip install safetensors"]),
     (["--model", "unetpp", "--encoder-weights", "LIST"], ["no state dict of a network"]),
+    (["--model", "unetpp", "--encoder-weights", "COMPLEX"], ["no state dict of a network"]),
     (["--model", "unetpp", "--encoder-weights", "RESNET18"], ["missing: layer1.2.bn1.bias"]),
     (["--model", "smp:Unet"], ["segmentation_models_pytorch", "pip install"])])
 def test_refusals(argv, words, rgb, tmp_path, refused, monkeypatch):
     for package in ("segmentation_models_pytorch", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    torch.save([torch.zeros(1)], tmp_path / "list.pth"), torch.save(torchvision_weights("resnet18"), tmp_path / "resnet18.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth"), torch.save({"bn1.weight": torch.zeros(64, dtype=torch.complex64)}, tmp_path / "complex.pth")
+    torch.save(torchvision_weights("resnet18"), tmp_path / "resnet18.pth")
     (tmp_path / "w.safetensors").touch()
-    files = {"DATA": rgb, "TENSORS": tmp_path / "w.safetensors", "LIST": tmp_path / "list.pth", "RESNET18": tmp_path / "resnet18.pth"}
+    files = {"DATA": rgb, "TENSORS": tmp_path / "w.safetensors", "LIST": tmp_path / "list.pth", "COMPLEX": tmp_path / "complex.pth", "RESNET18": tmp_path / "resnet18.pth"}
     refused(train_ssl.main, [rgb, *RUN, *(files.get(a, a) for a in argv), "--out", tmp_path / "o"], *words)
     assert not (tmp_path / "o").exists()
 
