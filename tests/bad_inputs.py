@@ -1,7 +1,7 @@
 """Bad inputs for all stages: made from small phantom datasets, and run each in a process of its own. What is asked of them is in test_bad_input.py.
 
     python tests/bad_inputs.py > results/bad_inputs.md      the table, and every input with what is said of it
-    python tests/bad_inputs.py FOLDER FILE.json             what the tests read: each kind of input once, not at every place that reads it
+    python tests/bad_inputs.py FOLDER FILE.json 0|1         what the tests read: each kind of input once, not at every place that reads it; one half of them
 
 The scripts are imported once, and each input is given to a forked child, so that one costs a fraction of a second, and a crash or a hang ends
 nothing but the child.
@@ -682,13 +682,15 @@ def names():
     return [f"{stage}: {name}" for stage, name, *_ in corpus()]
 
 
-def run_all(folder, everything=False):
-    """Runs the corpus in a folder. -> a dict for each input: stage, name, code, error, seconds, peak, changed, words, loose, exploded"""
+def run_all(folder, everything=False, half=None):
+    """Runs the corpus, or every second input of it (from half 0 or 1 on), in a folder. -> a dict for each input: stage, name, code, error, seconds, peak, changed, words, loose, exploded"""
     torch.set_num_threads(1), cv2.setNumThreads(1)
     h5.save_figure = lambda figure, path: h5.pyplot().close(figure)  # rendering takes seconds
     folder = Path(folder).resolve()
     make_base(folder)
     for i, (stage, name, make, words, loose) in enumerate(corpus(folder, everything)):
+        if half not in (None, i % 2):
+            continue
         work = folder / "work" / str(i)
         work.mkdir(parents=True)
         argv = [str(a) for a in make(work)]
@@ -729,7 +731,7 @@ def table(results):
 def main(argv):
     folder = Path(argv[0]) if argv else Path(tempfile.mkdtemp())
     try:
-        results = list(run_all(folder, everything=not argv))
+        results = list(run_all(folder, everything=not argv, half=int(argv[2]) if argv else None))
     finally:
         if not argv:
             shutil.rmtree(folder)

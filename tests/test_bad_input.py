@@ -1,5 +1,6 @@
 """Bad inputs (tests/bad_inputs.py makes and runs them): each ends with exit code 2 and one line that names the file and the remedy, and leaves nothing."""
 import json
+import os
 
 import bad_inputs
 import pytest
@@ -8,12 +9,14 @@ from conftest import python, shared
 
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory):
-    """What the scripts said to each input, by its name."""
-    def make(folder):
-        done = python("tests/bad_inputs.py", folder / "inputs", folder / "answers.json", env=bad_inputs.os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    found = json.loads((shared(tmp_path_factory, "bad_inputs", make) / "answers.json").read_text())
-    return {f"{f['stage']}: {f['name']}": f for f in found}
+    """What the scripts said to each input, by its name. Of two workers, each begins with another half."""
+    def make(half):
+        def made(folder):
+            done = python("tests/bad_inputs.py", folder / "inputs", folder / "answers.json", half, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr
+        return json.loads((shared(tmp_path_factory, f"bad_inputs{half}", made) / "answers.json").read_text())
+    first = int(os.environ.get("PYTEST_XDIST_WORKER") == "gw1")
+    return {f"{f['stage']}: {f['name']}": f for half in (first, 1 - first) for f in make(half)}
 
 
 @pytest.mark.parametrize("name", bad_inputs.names(), ids=ascii)
