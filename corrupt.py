@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import augment, h5, processes, shapes, vqm
+from data import augment, figures, h5, processes, shapes, vqm
 from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, folder, grid, load_checkpoint, number, numbers, picture, replacing,
                         save_checkpoint, seed_of, start_run)
 from models.losses import dice_loss, one_hot
@@ -44,6 +44,7 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="corrupt.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", type=folder, required=True, help="folder for vqm.h5 and weak/")
+    p.section("what is labeled, and what is made of it")
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
     p.add_argument("--size", type=grid, help="side of the masks' grid (default 224); of volumes D,H,W of a patch (default 80,112,112)")
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--val-masks", type=number(1, 100_000), default=20, help="synthetic masks of each val slice, or of each patch that tiles a val volume")
     p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
                    help="draw train masks so that the histogram of Dice is flat; the paper does not")
-    # harvest
+    p.section("harvest")
     p.add_argument("--harvest-share", type=SHARE, default=0.5,
                    help="share of train masks that are outputs of weak networks; paper: 0.05")
     p.add_argument("--folds", type=number(1), default=2,
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
     p.add_argument("--harvest-batch", type=number(1, 65_536), help="slices (default 16) or patches (default 2) in a step of the weak networks")
-    # running
+    p.section("running")
     p.add_argument("--workers", type=number(1, 1000), default=1, help="processes that make masks")
     p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw a grid of masks with name and Dice")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
@@ -592,7 +593,7 @@ def write_outputs(group, samples, found, info, prob_from=None):
 def draw_preview(path, vqm_path, info, samples):
     """A grid of train masks as outlines on their images, with name and Dice, drawn at random; of volumes three planes each."""
     views, columns, lines = (1, 8, 6) if info.dims == 2 else (3, 3, 6)
-    figure, axes = h5.pyplot().subplots(lines, columns * views, figsize=(1.75 * columns * views, 2.15 * lines), layout="constrained")
+    figure, axes = figures.pyplot().subplots(lines, columns * views, figsize=(1.75 * columns * views, 2.15 * lines), layout="constrained")
     where, spacing = {key: i for i, key in enumerate(zip(samples.case, samples.at))}, {e.name: e.spacing for e in info.entries("train")}
     for axis in axes.flat:
         axis.axis("off")
@@ -602,12 +603,12 @@ def draw_preview(path, vqm_path, info, samples):
             case, mask = group["case"].asstr()[row], group["mask"][row]
             i = where[case, tuple(group["at"][row].tolist())]
             image, truth = samples.image[i].numpy(), samples.label[i].numpy()                            # [C, *S], [*S]
-            shown = [(image.transpose(1, 2, 0).squeeze(), mask, 1.0)] if views == 1 else h5.planes(image[0], mask, truth, spacing[case])
+            shown = [(image.transpose(1, 2, 0).squeeze(), mask, 1.0)] if views == 1 else figures.planes(image[0], mask, truth, spacing[case])
             for one, (picture, outline, aspect) in zip(axis, shown):
-                h5.draw(one, picture, outline, aspect=aspect)
+                figures.draw(one, picture, outline, aspect=aspect)
             axis[views // 2].set_title(f"{group['source'].asstr()[row][:30]}\n{' '.join(f'{d:.2f}' for d in group['dice'][row])}", fontsize=6.5)
-    h5.legend(figure, info.classes)
-    h5.save_figure(figure, path)
+    figures.legend(figure, info.classes)
+    figures.save_figure(figure, path)
 
 
 def load_train(info, names, args):

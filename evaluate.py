@@ -1,13 +1,16 @@
-"""Stage 4: scores checkpoints on a split, case by case.
+"""Stage 4: scores checkpoints on a split, case by case; or predicts masks, also for new images, and says which of them to look at.
 
     python evaluate.py DATA.h5 runs/*/best.pt --split val --out runs/table [--baseline supervised] [--qp runs/qp/qp.pt [--second runs/other/best.pt]]
-    python evaluate.py DATA.h5 runs/mt_qw/best.pt --split test --out runs/masks --predict
+    python evaluate.py NEW runs/mt_qw/best.pt --predict --out runs/new [--qp runs/qp/qp.pt]
 
-Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), optionally the qp.pt of train_qp.py.
+Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), the log.csv beside them, optionally the qp.pt of train_qp.py.
+       NEW is a dataset file (labels are not needed), a folder of pictures or of NIfTI volumes, or one of these.
 Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on the screen), OUT/compare.png,
-       OUT/cases/*.png (image, truth, each run's outlines); with --qp, which compares g and simpler estimates of the outputs' quality
-       with the truth, also OUT/quality.csv (a row per run, sample and class), quality.md, .json, quality.png (g) and estimates.png (all).
-       With --predict only OUT/masks/*, one for each case, labeled or not: .nii.gz on the grid of the source for a volume, .png for an image.
+       OUT/cases.png (best, median and worst case: image, truth, each run's outlines), OUT/cases/*.png (more of them), OUT/curves.png (training);
+       with --qp, which compares g and simpler estimates of the outputs' quality with the truth, also OUT/quality.csv (a row per run, sample
+       and class), quality.md, .json, quality.png (g), estimates.png (all) and triage.png (who finds the bad cases).
+       With --predict OUT/masks/*, one for each case, on the grid of its source: .nii.gz for a volume, for an image .png with a palette, whose
+       pixels are class numbers; with --qp also OUT/worst_first.csv, the Dice that g predicts, and worst_first.png, the sixteen worst.
 
 Runs that differ only in their seed form one row: mean and standard deviation. Cases are read, predicted and scored one after the other,
 each on its own grid; volumes are scored as volumes, also those that were segmented slice by slice. The estimates of quality are compared
@@ -23,6 +26,10 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
+import sys
+import tempfile
+import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -32,43 +39,48 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import models
-from data import augment, h5, processes
+from data import augment, figures, h5, processes
 from data.files import InputError, Parser, cli, folder, grid, load_checkpoint, number, replacing
-from data.metrics import (LEVELS, Outputs, agreement, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
-                          score_case)
+from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
+                          score_case, triage)
 from models import distributed, quality
 from models.losses import one_hot
 
 
 def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
-    p.add_argument("data", help="dataset file")
+    p.add_argument("data", help="dataset file; with --predict also a folder of pictures or of NIfTI volumes, or one of these")
     p.add_argument("checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs")
-    p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), default="val",
-                   help="cases to score, which need labels; held_out: train cases whose labels no run and no g has learned from")
-    p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels")
-    p.add_argument("--out", type=folder, required=True, help="folder for tables and pictures")
+    p.add_argument("--out", type=folder, required=True, help="folder for tables, pictures and masks")
+    p.section("what to do")
+    p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
+                   "else val); held_out: train cases whose labels no run and no g has learned from")
+    p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
                    "difference in Dice, patient by patient, with its interval and a test")
     p.add_argument("--largest-component", action="store_true",
                    help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
+    p.section("quality of the outputs")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
-    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread; 0 draws nothing")
+    p.section("pictures")
+    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread from best to worst; 0 draws nothing")
+    p.section("running")
     p.add_argument("--batch", type=number(1, 65_536), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
     p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
                    "are predicted; 0: none")
-    add_window_options(p)
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    add_window_options(p)
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
-    if args.predict and (len(args.checkpoints) > 1 or args.qp or args.baseline):
-        raise InputError("--predict writes the masks of one checkpoint, without --qp or --baseline")
+    if args.predict and (len(args.checkpoints) > 1 or args.second or args.baseline):
+        raise InputError("--predict writes the masks of one checkpoint, without --baseline or --second")
     return args
 
 
@@ -79,11 +91,12 @@ def cores():
 
 def add_window_options(p):
     """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
+    p.section("volumes")
     p.add_argument("--window", choices=("sliding", "whole"), default="sliding",
-                   help="volumes: overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)")
-    p.add_argument("--stride", type=grid, metavar="D,H,W", help="volumes: between windows (default: half of the window)")
+                   help="overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)")
+    p.add_argument("--stride", type=grid, metavar="D,H,W", help="between windows (default: half of the window)")
     p.add_argument("--blend", choices=("gaussian", "uniform"), default="gaussian",
-                   help="volumes: weights of a window's voxels where windows overlap")
+                   help="weights of a window's voxels where windows overlap")
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
@@ -498,75 +511,7 @@ def gigaflops(net, *inputs):
     return counter.get_total_flops() / 1e9
 
 
-def draw_quality(path, panels, classes):
-    """Predicted against true quality, one panel each. panels: {title: (predicted, true)} [N, K-1]"""
-    plt = h5.pyplot()
-    columns, lines = min(len(panels), 4), -(-len(panels) // 4)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.8 * lines), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    for axis, (title, (predicted, true)) in zip(axes.flat, panels.items()):
-        axis.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0)
-        for k in range(predicted.shape[1]):
-            axis.scatter(true[:, k], predicted[:, k], s=6, alpha=0.35, linewidths=0, color=h5.COLORS[k % len(h5.COLORS)])
-        both = agreement(predicted.ravel(), true.ravel())
-        axis.set_title(f"{title}\nMAE {both['mae']:.3f}, r {both['pearson'] or 0:.3f}", fontsize=9)
-        axis.set(xlabel="true Dice", ylabel="predicted", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    h5.legend(figure, classes)
-    h5.save_figure(figure, path)
-
-
-def draw_estimates(path, rows):
-    """Pearson r and calibrated MAE of every estimate (lines of the figure) for every group of runs (colors)."""
-    plt = h5.pyplot()
-    names = list(dict.fromkeys(r["estimate"] for r in rows))
-    runs = [run for run in dict.fromkeys(r["run"] for r in rows) if run != "pooled"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1.6 + 0.34 * len(names)), sharey=True, layout="constrained")
-    for axis, column in zip(axes, ("Pearson", "MAE calibrated")):
-        for i, run in enumerate(runs):
-            last = run == "mean of all"
-            values = {r["estimate"]: r[column] for r in rows if r["run"] == run}
-            axis.scatter([np.nan if values.get(n) is None else values[n] for n in names], range(len(names)), label=run, zorder=3,
-                         s=70 if last else 30, marker="|" if last else "o", color="black" if last else h5.COLORS[i % len(h5.COLORS)])
-        axis.grid(axis="x", lw=0.4)
-        axis.set_xlabel({"Pearson": "Pearson r (right is better)"}.get(column, "MAE after calibration (left is better)"))
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    h5.save_figure(figure, path)
-
-
-# ---------------------------------------------------------------------------------------------------- pictures and files
-
-def draw_case(path, entry, image, truth, outputs, classes):
-    """image | truth | each run's outlines, on the slice with most foreground. outputs: [(title, label (H, W) of that slice)]"""
-    z = h5.middle(truth, len(image))
-    panels = [(entry.name if len(image) == 1 else f"{entry.name}, slice {z}", None), ("truth", truth[z]), *outputs]
-    columns = min(len(panels), 5)
-    lines = -(-len(panels) // columns)
-    figure, axes = h5.pyplot().subplots(lines, columns, figsize=(2.5 * columns, 2.9 * lines + 0.3), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (title, label) in zip(axes.flat, panels):
-        h5.draw(axis, image[z], label, title)
-    h5.legend(figure, classes)
-    h5.save_figure(figure, path)
-
-
-def draw_comparison(path, groups, scores):
-    """Box plot of the cases' mean foreground Dice, a dot per case, for every group (seeds averaged)."""
-    plt = h5.pyplot()
-    values = [case_dice(scores, members) for _, _, members in groups]
-    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.5 * len(groups)), layout="constrained")
-    axis.boxplot(values, orientation="horizontal", widths=0.6, showfliers=False, medianprops=dict(color="black"))
-    for i, v in enumerate(values):
-        jitter = np.random.default_rng(0).uniform(-0.16, 0.16, len(v))
-        axis.scatter(v, i + 1 + jitter, s=9, alpha=0.6, color=h5.COLORS[i % len(h5.COLORS)], linewidths=0)
-    axis.set_yticks(range(1, len(groups) + 1), [f"{name}, labeled {labeled}" for name, labeled, _ in groups])
-    axis.invert_yaxis()
-    axis.set_xlabel("mean foreground Dice of a case")
-    h5.save_figure(figure, path)
-
+# ---------------------------------------------------------------------------------------------------- files
 
 def write_text(path, text):
     with replacing(path) as temporary:
@@ -583,7 +528,7 @@ def write_csv(path, rows):
             writer.writerows(rows)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------- what is compared
 
 def held_out(info, states):
     """Names of the train cases with labels from which no checkpoint has learned, neither itself nor through its g. states: path -> state"""
@@ -634,46 +579,179 @@ def write_scores(args, info, entries, groups, states, scores, cut):
 def write_quality(args, info, groups, states, outputs, reference, samples, reference_case, cost):
     """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample"""
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
-    sample = "slice" if info.dims == 2 else "patch"
+    sample, (shown, curves) = "slice" if info.dims == 2 else "patch", triage(outputs, samples.case)
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
     tables = compare_rows(groups, outputs, reference, samples.case, reference_case, patient)
     title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(samples.case))} cases: mean over seeds. MAE calibrated: after a "
              f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
              + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
-        f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items()))
-    write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, args=vars(args)), indent=1))
+        f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items())
+               + (f"\n{TRIAGE}\n\n{markdown(shown)}\n" if shown else f"\nNo run has cases with Dice both below and above {BAD:g}, so there is nothing to find.\n"))
+    write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, triage=dict(rows=shown, curves=curves), args=vars(args)), indent=1))
     first = next(iter(tables))  # "present", unless no class is
     print(f"\n{title}\n\nMean over all runs, {levels[first]} (quality.md has all)\n\n"
-          + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"]))
+          + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"])
+          + (f"\n\n{TRIAGE}\n\n{markdown(shown)}" if shown else ""))
     true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": samples.case[n], sample: " ".join(map(str, samples.at[n])), "class": c,
          "present": outputs[i].present[n, k], "true": true[i][n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
         for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(info.classes[1:])])
-    draw_quality(os.path.join(args.out, "quality.png"),
-                 {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
-    draw_estimates(os.path.join(args.out, "estimates.png"), tables[first])
+    figures.quality(os.path.join(args.out, "quality.png"),
+                    {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
+    figures.estimates(os.path.join(args.out, "estimates.png"), tables[first])
+    if curves:
+        figures.triage(os.path.join(args.out, "triage.png"), {TRIAGE: curves})
 
 
-def write_masks(args, info, split, names, on):
-    """--predict: the mask of every case, of a volume as NIfTI on its source's grid, of an image as PNG (0 and 255, or class numbers)."""
-    from data import nifti  # brings SimpleITK, which nothing else here needs
-    net, state = load_run(args.checkpoints[0], args.weights, on)
-    size, K, folder = state["args"]["size"], len(info.classes), os.path.join(args.out, "masks")
-    cases = Cases(info, split, size, names, keep=False)
-    for entry, label, _ in predict_cases(net, cases, on, window(size, args, args.batch), args.batch):
-        label = largest_component(label, K) if args.largest_component else label
-        if len(entry.grid) == 3:
-            nifti.write_mask(os.path.join(folder, f"{entry.name}.nii.gz"), label, entry)
+# ---------------------------------------------------------------------------------------------------- --predict
+
+@contextlib.contextmanager
+def dataset(args, data):
+    """The Info of a dataset file, or of new images, which lie in a temporary one until the block ends. data: of the checkpoint that is to see them"""
+    from data import unlabeled  # brings SimpleITK, which takes a second and only this needs
+    if not unlabeled.are_new(args.data):
+        yield h5.read_info(args.data)
+        return
+    os.makedirs(args.out, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as temporary:
+        yield unlabeled.convert(args.data, os.path.join(temporary, "images.h5"), data)
+
+
+@torch.no_grad()
+def predicted_quality(g, label, samples, size, on):
+    """What g says of a case's mask: of all its slices, or patches, each weighted with the mask's area in it. -> [K-1]
+
+    label: (D, H, W) uint8 of any grid in the plane; samples: of the case, on the network's grid.
+    """
+    if isinstance(size, int):
+        masks = np.stack([h5.resize_label(one, size) for one in label])
+    else:
+        label = h5.at_least(label, size)
+        masks = np.stack([label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at])
+    says, areas, batch = [], [], models.samples_in(64, masks.shape[1:])
+    for rows in torch.arange(len(samples)).split(batch):
+        x, _ = samples.batch(rows, on.device)
+        m = one_hot(torch.from_numpy(masks[rows]).long().to(on.device), g.config["classes"])[:, 1:]
+        with on.autocast():
+            says.append(g(x, m).float().cpu().numpy())
+        areas.append(m.flatten(2).sum(2).cpu().numpy())
+    return at_level(Outputs(None, None, np.concatenate(areas), None, {"g": np.concatenate(says)}), "volume", samples.case, "g")[0]
+
+
+def predict(args):
+    """--predict: a mask of every case of a split, labeled or not, or of every new image; with --qp the Dice that g predicts of it, worst first."""
+    on, (path,) = models.compute(args.device, args.amp), args.checkpoints
+    net, state = load_run(path, args.weights, on)
+    with dataset(args, state["data"]) as info:
+        check_runs(args, info, {path: state})
+        size, K, names = state["args"]["size"], len(info.classes), None
+        g = load_quality(args.qp, info, on, size)[0] if args.qp else None
+        split = args.split or ("unlabeled" if info.splits.get("unlabeled") else "val")
+        if split == "held_out":
+            split, names = "train", held_out(info, {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
+        cases, rows = Cases(info, split, size, names, keep=False), []
+        for entry in cases.entries:
+            if len(entry.grid) == 2 and entry.source_grid:  # a picture that was resized for the dataset
+                entry.grid = entry.source_grid
+        batch = args.batch or models.samples_in(32, h5.shape_of(size))
+        found = predict_cases(net, cases, on, window(size, args, args.batch), batch)
+        for entry, label, _ in progress(found, len(cases), "predict"):
+            label = largest_component(label, K) if args.largest_component else label
+            mask = write_mask(os.path.join(args.out, "masks"), label, entry)
+            if g:
+                q = predicted_quality(g, label, h5.load_samples(info, split, size, [entry.name], labels=False), size, on)
+                z = figures.middle(label, len(label))
+                rows.append((q, entry, mask, z, pack(label[z])))
+        print(f"wrote {len(cases)} masks in {args.out}/masks")
+        if g:
+            write_worst_first(args.out, info, split, sorted(rows, key=lambda row: row[0].mean()))
         else:
-            with replacing(os.path.join(folder, f"{entry.name}.png")) as temporary, open(temporary, "wb") as f:
-                f.write(cv2.imencode(".png", label[0] * (255 if K == 2 else 1))[1].tobytes())
-    print(f"wrote {len(cases)} masks in {folder}")
+            print("next: look at them; with --qp QP.pt, a list says which first")
+
+
+def write_mask(folder, label, entry):
+    """The mask of a case as a file, of a volume NIfTI on its source's grid, of an image PNG. label: (D, H, W) uint8 -> the file's name"""
+    from data import images, nifti
+    name = f"{entry.name}.nii.gz" if len(entry.grid) == 3 else f"{entry.name}.png"
+    if len(entry.grid) == 3:
+        nifti.write_mask(os.path.join(folder, name), label, entry)
+    else:
+        images.write_mask(os.path.join(folder, name), label[0])
+    return name
+
+
+def write_worst_first(out, info, split, rows):
+    """What a person should look at, in this order: a CSV of all cases, and a picture of the first sixteen. rows: (g's answers [K-1], Entry, file of the
+    mask, slice to show, its mask packed), worst first"""
+    write_csv(os.path.join(out, "worst_first.csv"), [
+        {"rank": i, "case": entry.name, "predicted Dice": round(float(q.mean()), 4), **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
+         "mask": f"masks/{mask}", "source": entry.source} for i, (q, entry, mask, _, _) in enumerate(rows, 1)])
+    panels = []
+    with h5.open_file(info.path) as f:
+        for i, (q, entry, _, z, packed) in enumerate(rows[:16], 1):
+            image, _ = h5.read_case(f, info, split, entry.name, label=False)
+            mask = cv2.resize(unpack(packed), image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)  # that of a picture is on its source's grid
+            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask))
+    figures.cases(os.path.join(out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
+    print(f"wrote {out}/worst_first.csv, worst_first.png; the first of them, by the Dice that g predicts:")
+    for q, entry, *_ in rows[:5]:
+        print(f"  {q.mean():.3f}  {entry.name}")
+    print("next: look at these, from the top, and correct what is wrong")
+
+
+def pack(label):
+    """A slice of a mask (H, W) uint8 as the bytes of a PNG, which take little memory."""
+    return cv2.imencode(".png", label)[1]
+
+
+def unpack(packed):
+    return cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+def progress(iterable, total, name):
+    """A bar on a terminal; nothing where the output is not one."""
+    return tqdm(iterable, name, total, leave=False, unit=" cases", disable=not sys.stderr.isatty())
+
+
+def draw(args, info, split, entries, groups, scores, packed):
+    """All pictures of runs that were scored. packed: (run, case) -> its mask of the slice to show -> what was written, in words"""
+    names = [f"{name}, labeled {labeled}" for name, labeled, _ in groups]
+    dice = [case_dice(scores, members) for _, _, members in groups]                                       # [groups][cases]
+    figures.comparison(os.path.join(args.out, "compare.png"), dict(zip(names, dice)))
+    order = np.argsort(-np.mean(dice, 0), kind="stable").tolist()                                         # best first
+    marks = {order[0]: "best", order[-1]: "worst", order[len(order) // 2]: "median"}
+    shown, rows = {order[i] for i in np.linspace(0, len(order) - 1, min(args.pictures, len(order))).astype(int)}, {}
+    with h5.open_file(info.path) as f:
+        for c in sorted(shown | set(marks)):
+            image, truth = h5.read_case(f, info, split, entries[c].name)
+            z, title = figures.middle(truth, len(image)), entries[c].name
+            rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None), ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z])]
+            rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c]))
+                        for name, (_, _, members) in zip(names, groups)]
+            if c in shown:
+                figures.cases(os.path.join(args.out, "cases", f"{entries[c].name}.png"), [rows[c]], info.classes, columns=5, side=2.5)
+    figures.cases(os.path.join(args.out, "cases.png"), [rows[c] for c in dict.fromkeys(order) if c in marks], info.classes)
+    logs = {path: os.path.join(os.path.dirname(path), "log.csv") for path in args.checkpoints}
+    logs = list(dict.fromkeys(log for log in logs.values() if os.path.isfile(log)))
+    if logs:
+        figures.curves(os.path.join(args.out, "curves.png"), dict(zip(figures.run_names(logs), map(figures.read_log, logs))))
+    return ", compare.png, cases.png, cases/*.png" + (", curves.png" if logs else "")
+
+
+def wrapped(name):
+    """A run's name over lines that fit above a panel."""
+    return "\n".join(textwrap.wrap(name, 30))
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.predict:
+        return predict(args)
+    args.split = args.split or "val"
     on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
     heads = {path: {k: v for k, v in load_checkpoint(path, "ssl").items() if k in ("args", "data", "labeled")}
@@ -689,8 +767,6 @@ def main(argv=None):
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
-    if args.predict:
-        return write_masks(args, info, split, names, on)
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels")
     second = load_run(args.second, args.weights, on)[0] if args.second else None
@@ -700,16 +776,15 @@ def main(argv=None):
         val = h5.load_samples(info, "val", size, labeled)
 
     voxels = sum(math.prod(e.grid) for e in entries)
-    chosen = set(np.linspace(0, len(entries) - 1, min(args.pictures, len(entries))).astype(int).tolist())
     scores, outputs, reference, cases = [], [], [], None
-    drawn = {}  # (run, case) -> label (H, W) of the slice to draw, of the first run of each group
+    packed, first = {}, {members[0] for _, _, members in groups}  # pictures show the first run of each group
 
     def predicted(i, found):
-        """What score_case() needs of each case that run i predicts; what is to be drawn of it is put aside."""
+        """What score_case() needs of each case that run i predicts; what may be drawn of it is put aside."""
         for c, (entry, label, truth) in enumerate(found):
-            if c in chosen and any(i == members[0] for _, _, members in groups):
+            if args.pictures and i in first:
                 shown = largest_component(label, K) if args.largest_component else label
-                drawn[i, c] = shown[h5.middle(truth, len(truth))].copy()
+                packed[i, c] = pack(shown[figures.middle(truth, len(truth))])
             yield label, truth, entry.spacing, K, args.largest_component
 
     with scoring_pool(args.workers, voxels) as pool:
@@ -718,7 +793,8 @@ def main(argv=None):
             if cases is None or size != cases.size:
                 cases = Cases(info, split, size, names, keep=voxels * info.channels * 5 < KEEP)
             cut = window(size, args, args.batch)
-            scores.append(list(in_order(pool, score_case, predicted(i, predict_cases(net, cases, on, cut, args.batch)), 2 * args.workers)))
+            found = progress(predict_cases(net, cases, on, cut, args.batch), len(cases), path)
+            scores.append(list(in_order(pool, score_case, predicted(i, found), 2 * args.workers)))
             if g:
                 by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
                 outputs.append(compare_estimates(g, by, samples, on, args.batch))
@@ -731,16 +807,11 @@ def main(argv=None):
         cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
         write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
-
-    if args.pictures > 0:
-        draw_comparison(os.path.join(args.out, "compare.png"), groups, scores)
-        with h5.open_file(info.path) as f:
-            for c in sorted(chosen):
-                image, truth = h5.read_case(f, info, split, entries[c].name)
-                outlines = [(f"{name}\nlabeled {labeled}, Dice {case_dice(scores, m[:1])[c]:.3f}", drawn[m[0], c]) for name, labeled, m in groups]
-                draw_case(os.path.join(args.out, "cases", f"{entries[c].name}.png"), entries[c], image, truth, outlines, info.classes)
-    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*, estimates.png" if g else "")
-          + (", compare.png, cases/*.png" if args.pictures > 0 else ""))
+    drawn = draw(args, info, split, entries, groups, scores, packed) if args.pictures > 0 else ""
+    best = args.checkpoints[int(np.argmax([case_dice(scores, [i]).mean() for i in range(len(scores))]))]
+    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*, estimates.png, triage.png" if g else "") + drawn
+          + "\nnext: " + shlex.join(["python", "evaluate.py", "NEW", best, "--predict", *(["--qp", args.qp] if g else []), "--out", "runs/new"])
+          + "    (NEW: images without labels)")
 
 
 if __name__ == "__main__":

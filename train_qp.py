@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import evaluate
 import models
-from data import augment, h5, vqm
+from data import augment, figures, h5, vqm
 from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, postponed_signals, save_checkpoint,
                         seed_of, start_run)
 from models import distributed
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
     p.add_argument("--size", type=grid, help="side of the images that g sees, or D,H,W that patches are resized to (default: "
                    "the masks' own; of slices, with --head dense, half of it, measured no worse)")
-    # network
+    p.section("network")
     p.add_argument("--head", choices=HEADS, default="dense", help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18")
     p.add_argument("--width", type=number(1, 256), help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)")
     p.add_argument("--members", type=number(1, 64), default=3, help="dense: U-Nets whose predictions of the truth are averaged")
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
     p.add_argument("--encoder-weights", "--pretrained", metavar="FILE", help="scalar: ResNet-18 state dict of torchvision or timm to start from; or the word "
                    "imagenet, which downloads torchvision's")
-    # training (epochs, masks, batch, decay, patience as in the paper)
+    p.section("training: epochs, masks, batch, decay and patience are the paper's")
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch")
     p.add_argument("--batch", type=number(2, 65_536), help="masks in a step (default: 32, of volumes 4)")
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=number(1), default=25, help="--select best: epochs without a better one before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5, help="of augmentation: intensity, rotation, scale and shift")
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
-    # running
+    p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
@@ -281,7 +281,7 @@ def main(argv=None):
             torch.manual_seed(seed_of(args.seed, epoch, 0))
             order = epoch_rows(train, args.per_image)
             batches = [rows[:len(rows) // world * world][rank::world] for rows in order.split(args.batch) if len(rows) >= max(2, world)]  # batch norm needs two
-            bar = tqdm(batches[len(losses):], desc=f"epoch {epoch}", leave=False, disable=not sys.stderr.isatty() or rank > 0)
+            bar = tqdm(batches[len(losses):], desc=f"epoch {epoch}", unit=" steps", leave=False, disable=not sys.stderr.isatty() or rank > 0)
             for step, rows in enumerate(bar, (epoch - 1) * steps + len(losses) + 1):
                 torch.manual_seed(seed_of(args.seed, step, 1 + rank))
                 losses.append(train_step(run, train, rows, args, step))
@@ -317,7 +317,7 @@ def main(argv=None):
         evaluate.write_text(os.path.join(args.out, "qp.md"), text)
         evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
             dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
-        evaluate.draw_quality(os.path.join(args.out, "qp.png"), panels, info.classes)
+        figures.quality(os.path.join(args.out, "qp.png"), panels, info.classes)
     save("last.pt", epoch, finished=True)
     distributed.wait()  # until everything is written
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"

@@ -25,13 +25,14 @@ import time
 from dataclasses import dataclass
 from typing import Callable
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import evaluate
 import models
-from data import augment, h5, processes, stored
+from data import augment, figures, h5, processes, stored
 from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, numbers, postponed_signals, save_checkpoint,
                         seed_of, start_run)
 from models import distributed
@@ -42,11 +43,11 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="train_ssl.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
-    # what is labeled
+    p.section("what is labeled")
     p.add_argument("--labeled", default="all", help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
     p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
-    # method
+    p.section("method")
     p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
     p.add_argument("--conf-threshold", type=SHARE, default=0.9,
                    help="pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps all")
@@ -61,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--negatives", type=number(1, 100_000), default=256, help="contrastive: pixels of other classes for each class")
     p.add_argument("--paste", type=SHARE, default=2 / 3, help="bcp: side of the pasted box, as a share of the image's")
     p.add_argument("--largest-component", action="store_true", help="bcp: a pseudo-label keeps the largest component of each class")
-    # quality guidance
+    p.section("quality guidance")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class", "pixel"), default="image",
@@ -72,7 +73,7 @@ def parse_args(argv=None):
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
-    # network and training
+    p.section("network and training")
     p.add_argument("--model", type=models.model_name, metavar="NAME", help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, of "
                    "volumes vnet); smp:UnetPlusPlus is that of segmentation_models_pytorch, if it is installed")
     p.add_argument("--width", type=number(1, 256), help="channels of the network's first level (default: its own)")
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=number(1), default=30, help="validations without a better Dice before stopping")
     evaluate.add_window_options(p)
     p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[], help="also keep the checkpoints of these steps, as OUT/stepN.pt")
-    # running
+    p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
@@ -412,9 +413,9 @@ def as_seen(w, term):
 
 
 def unlabeled_loss(g, terms, args, device):
-    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, share of samples that count]
+    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, effective share of the samples]
 
-    sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
+    The latter is Kish's effective sample size, (sum w)^2 / sum w^2, over U: 1 where all weigh alike, 1/U where one alone counts. sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
     """
     total, seen, known = torch.zeros((), device=device), [], {}
     for term in terms:
@@ -423,7 +424,7 @@ def unlabeled_loss(g, terms, args, device):
         pixels = as_seen(known[id(term.target)], term)                       # [U, *S]
         w = pixels.flatten(1).mean(1)                                        # [U]
         total = total + (w * term.loss(pixels)).sum() / distributed.mean(w.sum()).clamp_min(1e-8)
-        seen.append(torch.stack([w.mean(), (w > 0).float().mean()]))
+        seen.append(torch.stack([w.mean(), w.sum() ** 2 / (len(w) * (w ** 2).sum()).clamp_min(1e-12)]))
     return total, torch.stack(seen).mean(0) if seen else torch.zeros(2, device=device)
 
 
@@ -457,7 +458,7 @@ def lambdas(args, t):
 
 
 def total_loss(nets, teacher, g, batch, args, t):
-    """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, share of samples that count]."""
+    """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, effective share]."""
     lam, lam_qar = lambdas(args, t)
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     sup, terms = method(nets, teacher, batch, args, t)
@@ -580,7 +581,7 @@ def set_defaults(args, info):
     return network
 
 
-PARTS = ["loss", "sup", "unsup", "qar", "weight", "counted"]
+PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess"]
 
 
 def advice(parts):
@@ -588,6 +589,25 @@ def advice(parts):
     if all(map(math.isfinite, (parts.get("sup", math.inf), parts.get("unsup", math.inf)))):
         return "the labeled and unlabeled losses are: g's answers for f's outputs are not; try --amp off, or train g again"
     return "try a lower --lr, --amp off, or a lower --lam"
+
+
+def look(net, g, samples, on):
+    """f's outputs for a few val images, as pictures, and what g says of them: the mean of its answers over images and classes, that of the truth, and
+    the mean error. Where the first rises and the second does not, f fools g. -> what Log.write() takes"""
+    net, rows = models.fused(net), torch.arange(len(samples))
+    with torch.no_grad():
+        mask = torch.cat([evaluate.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu() for part in rows.split(8)])    # [N, *S]
+    shown = []
+    for image, truth, found in zip(samples.image[:4].numpy(), samples.label.numpy(), mask.numpy()):
+        volume = truth.ndim == 3
+        z = figures.middle(truth, len(truth)) if volume else ...
+        shown.append(figures.overlay(image[0, z] if volume else image.transpose(1, 2, 0).squeeze(), (truth[z], found[z])))
+    pictures = [("val: image, truth, output", np.concatenate(shown))]
+    if g is None:
+        return dict(pictures=pictures)
+    predicted, true, _ = evaluate.estimate_quality(g, samples, rows, mask, on)
+    return dict(pictures=[*pictures, ("val: predicted (across) and true (up) Dice", figures.dots(predicted, true))], g_true=float(true.mean()),
+                g_predicted=float(predicted.mean()), g_mae=float(np.abs(predicted - true).mean()))
 
 
 def main(argv=None):
@@ -612,6 +632,7 @@ def main(argv=None):
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")
     for _ in val:  # read now: a damaged case should not end the run at its first validation
         pass
+    watched = h5.showcase(info, "val", args.size) if distributed.rank() == 0 else None
     if more := set(seen) - set(labeled.case):
         print(f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}")
 
@@ -655,14 +676,15 @@ def main(argv=None):
                             parts=parts.cpu(), seconds=time.perf_counter() - start)
 
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "ms"], first, distributed.rank() == 0, fresh=not resumed)
+    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms"], first,
+              distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS, "lam", "val_dice"])
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
     feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
                                        num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=processes.start_reader)
-    bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, disable=not sys.stderr.isatty() or distributed.rank() > 0)
+    bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, unit=" steps", disable=not sys.stderr.isatty() or distributed.rank() > 0)
     start = time.perf_counter() - seconds
     with postponed_signals() as stop:
         for step, fetched in bar:
@@ -680,7 +702,7 @@ def main(argv=None):
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)
                 log.write(step, **dict(zip(PARTS, averages)), lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
-                          **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds)
+                          **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds, **(look(nets[0], g, watched, on) if watched else {}))
                 finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
                 parts, start = [], time.perf_counter()
                 save("last.pt", step, finished=finished)

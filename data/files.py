@@ -19,6 +19,7 @@ import zlib
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 FORMAT = 1  # of every file that a stage hands to the next one
 
@@ -35,7 +36,15 @@ class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and errors of one line."""
 
     def __init__(self, doc, **kwargs):
+        self.group = None
         super().__init__(description=doc, allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def section(self, title):
+        """The options that are added from here on stand under a title of their own in --help."""
+        self.group = self.add_argument_group(title)
+
+    def add_argument(self, *args, **kwargs):
+        return (super() if self.group is None else self.group).add_argument(*args, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help shows the options\n")
@@ -309,12 +318,13 @@ def _check_plain(path, value, where="the checkpoint", depth=0):
 # ---------------------------------------------------------------------------------------------------- runs
 
 class Log:
-    """A training run's records: a row of OUT/log.csv, TensorBoard scalars, and a line on the screen for each."""
+    """A training run's records: a row of OUT/log.csv, TensorBoard scalars and pictures, and a line of a table on the screen for each."""
 
-    def __init__(self, out, columns, after=0, writes=True, fresh=True):
+    def __init__(self, out, columns, after=0, writes=True, fresh=True, shown=()):
         """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
-        fresh: a former run is removed. writes: False for all but one of several processes, which keep no records."""
-        self.writes = writes
+        fresh: a former run is removed. writes: False for all but one of several processes, which keep no records.
+        shown: columns of the screen's table, as many as fit into 80 characters; default: all."""
+        self.writes, self.shown, self.lines = writes, shown or columns, 0
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -328,13 +338,13 @@ class Log:
             with open(self.path, newline="") as f:
                 rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= after]  # the last may be cut short
         with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, columns)
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
         self.events = SummaryWriter(out, purge_step=after + 1 if after else None)
 
-    def write(self, step, **values):
-        """One record; columns that are not given stay empty."""
+    def write(self, step, pictures=(), **values):
+        """One record; columns that are not given stay empty. pictures: (name, (H, W, 3) uint8), ... for TensorBoard"""
         if not self.writes:
             return
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
@@ -344,8 +354,16 @@ class Log:
             sync(self.path)
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
+            for name, picture in pictures:
+                self.events.add_image(name, picture, step, dataformats="HWC")
             self.events.flush()
-        print(f"step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+        row = {"step": step, **values}
+        line = lambda cell: "".join(f"{cell(name):>{max(6, len(name)) + 2}}" for name in self.shown)
+        if self.lines % 25 == 0:
+            tqdm.write(line(lambda name: name))
+        tqdm.write(line(lambda name: f"{row[name]:.4g}" if name in row else "-"))  # past a bar, if there is one
+        sys.stdout.flush()
+        self.lines += 1
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):

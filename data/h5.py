@@ -3,11 +3,12 @@
     python -m data.h5 FILE [--preview FILE.png]
 
     attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1, or 3 where dims is 2),
-           standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window)
+           standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window),
+           prepared (JSON: what a converter did to images, so that new ones can be prepared alike; absent where nobody says)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
              attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and std of the image;
-                           affine and source_grid where the source has a place in space (data/nifti.py)
+                           affine where the source has a place in space, source_grid where it has another grid than image
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
 A file may come from anybody: it is read only as far as it is plain. What is a link, lies elsewhere (external storage, virtual datasets), claims
@@ -18,8 +19,10 @@ a patch.
 """
 import contextlib
 import itertools
+import json
 import math
 import os
+import shlex
 import zlib
 from dataclasses import dataclass
 
@@ -29,13 +32,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from data import figures
 from data.files import FORMAT, InputError, Parser, cli, picture, replacing
 
 SPLITS = ("train", "val", "test", "unlabeled")
 LARGE = 2 ** 30  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
 SMALLEST = 8     # pixels of an image's side in the plane
-COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167], [86, 180, 233], [213, 94, 0]]) / 255
-#        Okabe and Ito's palette: distinguishable for color-blind readers
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Case:
     spacing: tuple | None = None  # mm per axis, None if the source has none
     source: str = ""
     affine: np.ndarray | None = None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
-    source_grid: tuple | None = None  # (D, H, W) of the source, where the image was resampled from another grid
+    source_grid: tuple | None = None  # (H, W) or (D, H, W) of the source, where the image was resampled from another grid
 
 
 @dataclass
@@ -79,11 +81,12 @@ class Info:
     splits: dict
     checksum: int  # of all cases, as written
     standardize: bool = True
+    prepared: dict | None = None  # see write()
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
         return dict(name=self.name, classes=self.classes, channels=self.channels, dims=self.dims, checksum=self.checksum,
-                    standardize=self.standardize)
+                    standardize=self.standardize, prepared=self.prepared)
 
     def entries(self, split):
         """The entries of a split; an absent or empty one is an error."""
@@ -95,9 +98,10 @@ class Info:
 
 # ---------------------------------------------------------------------------------------------------- writing
 
-def write(path, cases, *, name, classes, dims, channels, standardize=True):
+def write(path, cases, *, name, classes, dims, channels, standardize=True, prepared=None):
     """Writes cases (an iterable of Case) to `path`, whole or not at all, and returns its Info.
 
+    prepared: what was done to the images, for data/unlabeled.py to do it to new ones: {"from": "pictures"} or nifti.Preparation; None: nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
@@ -105,6 +109,8 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True):
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True) as f:
             f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels, standardize=standardize)
+            if prepared:
+                f.attrs["prepared"] = json.dumps(prepared)
             for case in cases:
                 _check_case(path, case, len(classes), channels, dims)
                 group = f.require_group(case.split) if case.split in f else f.create_group(case.split, track_order=True)
@@ -301,6 +307,9 @@ def read_info(path):
         title, classes = attribute(f, "name", str, path), attribute(f, "classes", str, path, None)
         dims, channels = attribute(f, "dims", int, path), attribute(f, "channels", int, path)
         standardize = attribute(f, "standardize", bool, path) if "standardize" in f.attrs else True
+        prepared = json.loads(attribute(f, "prepared", str, path)) if "prepared" in f.attrs else None
+        if prepared is not None and not isinstance(prepared, dict):
+            raise InputError(f"{path}: attribute 'prepared' is no JSON object; convert the data again")
         check_text(path, "the dataset's name", title)
         _check_layout(path, classes, dims, channels)
         splits = {}
@@ -309,7 +318,7 @@ def read_info(path):
             splits[split] = [_entry(path, split, name, child(group, name, h5py.Group), channels, dims) for name in group]
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
     checksum = zlib.crc32(repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode())
-    return Info(path, title, classes, dims, channels, splits, checksum, standardize)
+    return Info(path, title, classes, dims, channels, splits, checksum, standardize, prepared)
 
 
 def _entry(path, split, name, group, channels, dims):
@@ -328,7 +337,7 @@ def _entry(path, split, name, group, channels, dims):
     if not all(0 < s < math.inf for s in spacing):
         raise InputError(f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again")
     affine = attribute(group, "affine", float, where, (4, 4)) if "affine" in group.attrs else None
-    source_grid = attribute(group, "source_grid", int, where, (3,)) if "source_grid" in group.attrs else None
+    source_grid = attribute(group, "source_grid", int, where, (len(grid),)) if "source_grid" in group.attrs else None
     if affine is not None and not np.isfinite(affine).all() or source_grid is not None and not all(0 < n < 2 ** 15 for n in source_grid):
         raise InputError(f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again")
     return Entry(name, patient, grid, label is not None, spacing, attribute(group, "spacing_known", bool, where), attribute(group, "source", str, where),
@@ -612,6 +621,17 @@ def load_samples(info, split, size, names=None, labels=True):
     return load_patches(info, split, size, {e.name: tiles(e.grid, size) for e in info.entries(split) if names is None or e.name in names}, labels)
 
 
+def showcase(info, split, size, most=16):
+    """One sample of each of at most `most` cases, evenly spread: the slice, or the patch, with the most foreground. -> Samples"""
+    found = None
+    for entry in info.entries(split)[::-(-len(info.entries(split)) // most)]:
+        every = load_samples(info, split, size, [entry.name])
+        i = int((every.label > 0).flatten(1).sum(1).argmax())
+        one = Samples(every.image[i:i + 1], every.mean[i:i + 1], every.std[i:i + 1], every.label[i:i + 1], [entry.name], [every.at[i]])
+        found = one if found is None else found + one
+    return found
+
+
 def load_volumes(info, split, size, names=None, labels=True):
     """The named volumes of a split (default: every one), for patches of `size` (D, H, W). -> Volumes"""
     names, images, ys, means, stds = zip(*((name, torch.from_numpy(at_least(image, size)), torch.from_numpy(at_least(label, size)) if labels else None,
@@ -637,66 +657,18 @@ def random_corners(grid, size, count, rng):
 
 # ---------------------------------------------------------------------------------------------------- showing
 
-def pyplot():
-    """matplotlib.pyplot without a display, imported only where something is drawn."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def save_figure(figure, path):
-    """Writes a PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
-    pyplot().close(figure)
-
-
-def draw(axis, image, label=None, title="", aspect=1.0):
-    """Shows a slice (H, W) or (H, W, 3) on a matplotlib axis with the outline of each class of label (H, W). aspect: pixel height / width"""
-    low, high = float(image.min()), float(image.max())
-    axis.imshow((image - low) / max(high - low, 1e-6), cmap="gray", vmin=0, vmax=1, aspect=aspect)
-    for k in range(1, 0 if label is None else int(label.max()) + 1):
-        if 0 < (label == k).sum():
-            axis.contour(label == k, [0.5], colors=[COLORS[(k - 1) % len(COLORS)]], linewidths=1.4)
-    axis.set_title(title, fontsize=8)
-    axis.axis("off")
-
-
-def legend(figure, classes):
-    """A legend of the foreground classes' colors under the figure."""
-    from matplotlib.lines import Line2D
-    figure.legend(handles=[Line2D([], [], color=COLORS[(k - 1) % len(COLORS)], label=c) for k, c in enumerate(classes) if k],
-                  loc="outside lower center", ncols=min(len(classes), 6), fontsize=8, frameon=False)
-
-
-def middle(label, depth):
-    """The slice to show: the one with the most foreground, or the middle one."""
-    return depth // 2 if label is None or not label.any() else int((label > 0).sum((1, 2)).argmax())
-
-
-def planes(image, label, truth, spacing):
-    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [(image, label, aspect of its pixels), ...]"""
-    at = [middle(np.moveaxis(truth, axis, 0), truth.shape[axis]) for axis in range(3)]
-    return [(image.take(i, axis), label.take(i, axis), np.divide(*np.delete(spacing, axis))) for axis, i in enumerate(at)]
-
-
-def preview(info, path, count=4):
-    """Draws `count` cases per split, evenly spread, with outlines, to a picture."""
-    splits = [s for s in info.splits if info.splits[s]]
-    figure, axes = pyplot().subplots(len(splits), count, figsize=(2.4 * count, 2.7 * len(splits)), squeeze=False, layout="constrained")
+def preview(info, path):
+    """Draws cases of each split, evenly spread, with outlines, to a picture: four, or, of volumes that are segmented in 3D, two in three planes each."""
+    rows, count = [], 4 if info.dims == 2 else 2
     with open_file(info.path) as f:
-        for row, split in zip(axes, splits):
-            entries = info.splits[split]
-            for axis, i in zip(row, range(count)):
-                axis.axis("off")
-                if i < len(entries):
-                    entry = entries[i * len(entries) // min(count, len(entries))]
-                    image, label = read_case(f, info, split, entry.name)
-                    z = middle(label, len(image))
-                    draw(axis, image[z], None if label is None else label[z], f"{split}: {entry.name}")
-    legend(figure, info.classes)
-    save_figure(figure, path)
+        for split, entries in info.splits.items():
+            rows.append([])
+            for entry in entries[::max(1, -(-len(entries) // count))]:
+                image, label = read_case(f, info, split, entry.name)
+                title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
+                views = [(image[z], None if label is None else label[z], 1.0)] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
+                rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
+    figures.cases(path, [row for row in rows if row], info.classes)
 
 
 def summary(info):
@@ -719,13 +691,20 @@ def summary(info):
     return "\n".join(lines)
 
 
+def report(info):
+    """Prints what a converter has written, or summary() alone says, and what comes next."""
+    print(summary(info))
+    if any(e.labeled for e in info.splits.get("train", ())):
+        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", "runs/vqm"]) + "    (--labeled 7: as if only the first 7 patients had labels)")
+
+
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.h5")
     p.add_argument("file", help="dataset to validate and describe")
     p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw samples of each split with outlines")
     args = p.parse_args(argv)
     info = read_info(args.file)
-    print(summary(info))
+    report(info)
     if args.preview:
         preview(info, args.preview)
         print(f"wrote {args.preview}")

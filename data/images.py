@@ -20,9 +20,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from data import h5
-from data.files import SEED, SHARE, InputError, Parser, cli, number
+from data import figures, h5
+from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # of a picture that is cut, our own line is enough
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -32,7 +33,10 @@ def pictures(folder):
     """Name without ending -> path, for the pictures directly in a folder, in natural order (2 before 10)."""
     found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES] if Path(folder).is_dir() else []
     by_number = sorted(found, key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
-    return {p.stem: p for p in by_number}
+    by_name = {p.stem: p for p in by_number}
+    if twice := [p for p in by_number if by_name[p.stem] != p]:
+        raise InputError(f"{twice[0]}: {by_name[twice[0].stem].name} is there too; remove or rename one of the two")
+    return by_name
 
 
 # Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
@@ -115,11 +119,16 @@ def read_picture(path, flag):
 
 
 def read_mask(path, classes):
-    """A mask picture -> class numbers (H, W) uint8. InputError if its values can be neither a binary mask nor class numbers."""
+    """A mask picture -> class numbers (H, W) uint8. InputError if its values can be neither a binary mask nor class numbers.
+
+    With more than two classes, a colored palette, as annotation tools and write_mask() make it, is passed over: its indices are the class numbers.
+    """
     mask = read_picture(path, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3 and len(classes) > 2 and (indices := palette_indices(path)) is not None:
+        mask = indices
     if mask.ndim == 3:
         if len(classes) > 2 and (mask[..., :1] != mask[..., :3]).any():
-            raise InputError(f"{path}: a colored mask (or a palette); save class numbers 0 to {len(classes) - 1} as gray values")
+            raise InputError(f"{path}: a colored mask; save class numbers 0 to {len(classes) - 1} as gray values")
         mask = mask[..., :3].max(2)
     top = int(mask.max())
     if top > 255 or len(classes) > 2 and top >= len(classes):
@@ -129,6 +138,22 @@ def read_mask(path, classes):
     if 1 < top < 128 and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
         raise InputError(f"{path}: values up to {top} look like class numbers; name the classes with --classes")
     return (mask > (0 if top == 1 else 127)).astype(np.uint8)  # 0/1, 0/255, and in-between values of lossy masks
+
+
+def palette_indices(path):
+    """The palette's indices (H, W) uint8 of a picture that has a colored palette, else None. (OpenCV gives their colors alone.)"""
+    with Image.open(path) as picture:
+        if picture.mode != "P" or len({tuple(picture.getpalette()[c::3]) for c in range(3)}) == 1:
+            return None
+        return np.array(picture)
+
+
+def write_mask(path, label):
+    """Writes a mask (H, W) uint8 as a PNG whose pixels are class numbers, shown in the colors of our figures; whole or not at all."""
+    picture = Image.fromarray(label)
+    picture.putpalette([0, 0, 0, *(round(255 * v) for k in range(255) for v in figures.color(k))])
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
 
 
 def read_pair(image_path, mask_path, classes, gray):
@@ -176,13 +201,14 @@ def main(argv=None):
     def cases():
         for name, image_path, mask_path, patient, split in rows:
             image, label = read_pair(image_path, mask_path, classes, args.gray)
+            own = image.shape[:2]
             if args.size:
                 image = h5.resize_image(image, args.size)
                 label = None if label is None else h5.resize_label(label, args.size)
-            yield h5.Case(split, name, image, label, patient, None, str(image_path.relative_to(src)))
+            yield h5.Case(split, name, image, label, patient, None, str(image_path.relative_to(src)), source_grid=own if args.size else None)
     info = h5.write(args.out, cases(), name=args.preset if args.preset != "folder" else src.resolve().name, classes=classes,
-                    dims=2, channels=1 if args.gray else 3)
-    print(h5.summary(info))
+                    dims=2, channels=1 if args.gray else 3, prepared={"from": "pictures"})
+    h5.report(info)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Nothing but numpy and scipy is imported, so that a process that only scores mask
 
 Legend: N samples (slices or patches), K classes, D depth, H height, W width, n entries of a list.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,9 +114,9 @@ def agreement(predicted, true):
                 worst=float((lowest(predicted) * lowest(true)).sum() / -(-n // 5)) if varied else None)
 
 
-def lowest(values):
-    """1 for each of the lowest 20%, 0 for the others, and in between for those that are tied at the limit."""
-    count = -(-len(values) // 5)
+def lowest(values, share=0.2):
+    """1 for each of the lowest 20%, or another share, rounded up; 0 for the others, and in between for those that are tied at the limit."""
+    count = max(1, math.ceil(share * len(values) - 1e-9))
     limit = np.sort(values)[count - 1]
     below, tied = values < limit, values == limit
     return below + tied * (count - below.sum()) / tied.sum()
@@ -205,6 +206,31 @@ def compare_rows(groups, outputs, reference, case, reference_case, patient):
         order = {run: i for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
         tables[level] = sorted(rows, key=lambda r: order[r["run"]])
     return tables
+
+
+BAD, SHOWN = 0.7, 0.2
+TRIAGE = f"Triage: of the cases with Dice below {BAD:g}, the share among the {SHOWN:.0%} that an estimate ranks lowest (cases, and their mean over classes)"
+
+
+def triage(outputs, case):
+    """Who finds the bad cases: of those whose true Dice (mean over classes) is below BAD, the share that is among the SHOWN share of all cases that
+    an estimate ranks lowest, mean over the runs that have such cases and others; between "at random" and "at best", which is less than 1 where they are many.
+
+    -> rows, one for each estimate, and {estimate: the same for shares of 0, .01, ..., 1}; both empty where no run has both
+    """
+    shares, K1 = np.linspace(0, 1, 101), outputs[0].area.shape[1]
+    per_case = lambda o, name=None: at_level(o, "volume", case, name)[0].reshape(-1, K1).mean(1)                                # [cases]
+    runs = [o for o in outputs if 0 < (per_case(o) < BAD).mean() < 1]
+    if not runs:
+        return [], {}
+    bad = [per_case(o) < BAD for o in runs]
+    found = lambda estimate, b: [float((lowest(estimate, s) * b).sum() / b.sum()) if s else 0.0 for s in shares]
+    curves = {name: np.mean([found(per_case(o, name), b) for o, b in zip(runs, bad)], 0).tolist() for name in runs[0].estimates}
+    at_best = np.mean([found(per_case(o), b) for o, b in zip(runs, bad)], 0)
+    at = round(SHOWN * 100)
+    rows = [{"estimate": name, "found": values[at], "area under curve": float(np.mean(values))} for name, values in [*curves.items(), ("at best", at_best.tolist())]]
+    of = {"runs": f"{len(runs)} of {len(outputs)}", "cases": len(bad[0]), "bad": float(np.mean([b.sum() for b in bad]))}
+    return [row | of for row in rows], curves
 
 
 def quality_rows(title, predicted, true, present, classes):

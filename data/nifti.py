@@ -20,6 +20,7 @@ import re
 import struct
 import tempfile
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def volumes(folder):
 
 
 def find(src, channel):
-    """The cases of SRC. -> [(name, image path, label path or None, patient = name, "test" or None)]"""
+    """The cases of SRC, and whether their files are named as nnU-Net does. -> [(name, image path, label path or None, patient = name, "test" or None)], bool"""
     rows, channels = [], set()
     layout = {s: (volumes(src / f"images{s}"), volumes(src / f"labels{s}")) for s in ("Tr", "Ts")}
     images, labels = layout["Tr"]
@@ -54,24 +55,29 @@ def find(src, channel):
         raise InputError(f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help")
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
     for part, (images, labels) in layout.items():
-        if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
-            raise InputError(f"{images[lost[0]]}: imagesTr has names of nnU-Net, NAME_0000, and this has no channel; rename it")
-        cases = {}  # name -> {channel: path}
-        for name, path in images.items():
-            cases.setdefault(name[:-5] if nnunet else name, {})[int(name[-4:]) if nnunet else channel or 0] = path
-        for name, paths in cases.items():
-            channels |= set(paths)
-            if (channel or 0) not in paths:
-                raise InputError(f"{src / f'images{part}'}: case '{name}' has no channel {channel or 0} "
-                                 f"(it has: {', '.join(map(str, paths))})")
-            rows.append((name, paths[channel or 0], labels.get(name), name, "test" if part == "Ts" else None))
+        cases, found = one_channel(images, channel, nnunet)
+        channels |= found
+        rows += [(name, path, labels.get(name), name, "test" if part == "Ts" else None) for name, path in cases.items()]
         if lost := sorted(set(labels) - set(cases)):
             raise InputError(f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} ({len(lost)} such labels)")
     if both := {r[0] for r in rows if r[4]} & {r[0] for r in rows if not r[4]}:
         raise InputError(f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of the two")
     if channel is None and len(channels) > 1:
         print(f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose with --channel)")
-    return rows
+    return rows, nnunet
+
+
+def one_channel(images, channel, nnunet):
+    """The files of one channel (default: 0), and the numbers of all there are. images: {name: path}; nnunet: as in Preparation -> {case: path}, set"""
+    if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
+        raise InputError(f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no channel; rename it")
+    cases = {}  # name -> {channel: path}
+    for name, path in images.items():
+        cases.setdefault(name[:-5] if nnunet else name, {})[int(name[-4:]) if nnunet else channel or 0] = path
+    for name, paths in cases.items():
+        if (channel or 0) not in paths:
+            raise InputError(f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} (it has: {', '.join(map(str, paths))})")
+    return {name: paths[channel or 0] for name, paths in cases.items()}, {c for paths in cases.values() for c in paths}
 
 
 def name_patients(rows, regex):
@@ -232,10 +238,19 @@ def scale(image, window):
     return scaled.astype(np.float32)
 
 
-def read_case(row, args, src, window, axes):
-    """A row of split_cases() as an h5.Case. axes: a set that notes along which body axes its voxels lie"""
+@dataclass
+class Preparation:
+    """What is done to volumes; a dataset keeps it, so that it is done to new ones too."""
+    spacing: tuple | None = None  # (D, H, W) mm that they are resampled to; None: each keeps its own
+    window: tuple | None = None   # of CT: intensities that become -1 and 1; None: MR
+    channel: int | None = None    # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
+    nnunet: bool = False          # whether the channel is part of a file's name
+
+
+def read_case(row, how, src, axes):
+    """A row of split_cases() as an h5.Case. how: Preparation; axes: a set that notes along which body axes its voxels lie"""
     name, image_path, label_path, patient, split = row
-    image, source_grid = sitk.Cast(read(image_path, args.channel), sitk.sitkFloat32), None
+    image, source_grid = sitk.Cast(read(image_path, how.channel), sitk.sitkFloat32), None
     if label_path:
         label = read(label_path)
         check_grids(image, label, image_path, label_path)
@@ -243,12 +258,12 @@ def read_case(row, args, src, window, axes):
         label.CopyInformation(image)
     affine = affine_of(image)
     axes.add(tuple(np.abs(affine[:3, :3]).argmax(0).tolist()))
-    if args.spacing:
-        source_grid, spacing = image.GetSize()[::-1], args.spacing[::-1]
+    if how.spacing:
+        source_grid, spacing = image.GetSize()[::-1], how.spacing[::-1]
         size = [max(1, round(n * old / new)) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing)]
         image = resample(image, size, spacing, sitk.sitkLinear)
         label = resample(label, size, spacing, sitk.sitkNearestNeighbor) if label_path else None
-    return h5.Case(split, name, scale(sitk.GetArrayFromImage(image), window), sitk.GetArrayFromImage(label) if label_path else None,
+    return h5.Case(split, name, scale(sitk.GetArrayFromImage(image), how.window), sitk.GetArrayFromImage(label) if label_path else None,
                    patient, image.GetSpacing()[::-1], str(image_path.relative_to(src)), affine, source_grid)
 
 
@@ -319,17 +334,17 @@ def main(argv=None):
     window = decimals("--clip", args.clip or "-175,250", 2) if args.intensity == "ct" else None
     if window and window[0] >= window[1]:
         raise InputError(f"--clip {args.clip}: the first number must be the lower one")
-    rows = find(src, args.channel)
+    rows, nnunet = find(src, args.channel)
     rows = name_patients(rows, args.patient) if args.patient else rows
     lists = read_lists(Path(args.lists) if args.lists else src)
     if args.lists and not lists:
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
     rows = split_cases(rows, lists, args)
     classes = name_classes(src, args.classes, [r[2] for r in rows if r[2]])
-    axes = set()
-    info = h5.write(args.out, (read_case(row, args, src, window, axes) for row in rows), name=src.resolve().name, classes=classes,
-                    dims=args.dims, channels=1, standardize=window is None)
-    print(h5.summary(info))
+    how, axes = Preparation(args.spacing, window, args.channel, nnunet), set()
+    info = h5.write(args.out, (read_case(row, how, src, axes) for row in rows), name=src.resolve().name, classes=classes,
+                    dims=args.dims, channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
+    h5.report(info)
     if len(axes) > 1:
         print("note: the volumes' axes point along different body axes (axial and sagittal scans, say), so D, H, W do not mean the same in all")
 

@@ -94,7 +94,7 @@ def main(argv=None):
             yield h5.Case(split, f"phantom{i:03d}", image, label, f"phantom{i:03d}",
                           (DEPTH / args.depth, PIXEL, PIXEL), f"seed {args.seed}, patient {i}")
     info = h5.write(args.out, cases(), name="phantom", classes=CLASSES, dims=args.dims, channels=1)
-    print(h5.summary(info))
+    h5.report(info)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def main(argv=None):
         cases = la_cases(src, spacing, args.shrink, args.val)
     else:
         raise InputError(f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the folder that holds one of them")
-    print(h5.summary(h5.write(args.out, cases, channels=1, **layout)))
+    h5.report(h5.write(args.out, cases, channels=1, **layout))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-import evaluate  # noqa: E402
+from data import figures  # noqa: E402
 from data.files import Parser, cli  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def main():
             print(f"| {name} | " + " | ".join(show(rows.get(name)) for rows in found.values()) + " |")
         print()
 
-    evaluate.draw_estimates(args.out, [{"run": title, "estimate": name, **{k: row[k] for k in ("Pearson", "MAE calibrated")}}
+    figures.estimates(args.out, [{"run": title, "estimate": name, **{k: row[k] for k in ("Pearson", "MAE calibrated")}}
                                        for name in names for title, rows in found.items() if (row := rows.get(name))])
 
 

@@ -32,7 +32,7 @@ import corrupt  # noqa: E402
 import evaluate  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
-from data import h5, images, nifti, phantom, ssl4mis  # noqa: E402
+from data import figures, h5, images, nifti, phantom, ssl4mis  # noqa: E402
 from data.files import cli  # noqa: E402
 
 SECONDS = 20  # then a child is killed
@@ -685,7 +685,7 @@ def names():
 def run_all(folder, everything=False, half=None):
     """Runs the corpus, or every second input of it (from half 0 or 1 on), in a folder. -> a dict for each input: stage, name, code, error, seconds, peak, changed, words, loose, exploded"""
     torch.set_num_threads(1), cv2.setNumThreads(1)
-    h5.save_figure = lambda figure, path: h5.pyplot().close(figure)  # rendering takes seconds
+    figures.save_figure = lambda figure, path: figures.pyplot().close(figure)  # rendering takes seconds
     folder = Path(folder).resolve()
     make_base(folder)
     for i, (stage, name, make, words, loose) in enumerate(corpus(folder, everything)):

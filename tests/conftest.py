@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
-from data import h5, images, phantom  # noqa: E402
+from data import figures, h5, images, phantom  # noqa: E402
 from data.files import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
@@ -124,8 +124,8 @@ def unrendered(monkeypatch):
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
-        h5.pyplot().close(figure)
-    monkeypatch.setattr(h5, "save_figure", save_figure)
+        figures.pyplot().close(figure)
+    monkeypatch.setattr(figures, "save_figure", save_figure)
 
 
 @pytest.fixture
