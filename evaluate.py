@@ -630,10 +630,10 @@ def predicted_quality(g, label, samples, size, on):
     else:
         label = h5.at_least(label, size)
         masks = np.stack([label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at])
-    says, areas, batch = [], [], models.samples_in(64, masks.shape[1:])
-    for rows in torch.arange(len(samples)).split(batch):
+    says, areas, masks = [], [], torch.from_numpy(masks).long()                                           # [N, *S]
+    for rows in torch.arange(len(samples)).split(models.samples_in(64, masks.shape[1:])):
         x, _ = samples.batch(rows, on.device)
-        m = one_hot(torch.from_numpy(masks[rows]).long().to(on.device), g.config["classes"])[:, 1:]
+        m = one_hot(masks[rows].to(on.device), g.config["classes"])[:, 1:]
         with on.autocast():
             says.append(g(x, m).float().cpu().numpy())
         areas.append(m.flatten(2).sum(2).cpu().numpy())

@@ -40,7 +40,7 @@ def pyplot():
 def save_figure(figure, path):
     """Writes a PNG, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
+        figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
     pyplot().close(figure)
 
 

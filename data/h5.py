@@ -659,11 +659,11 @@ def random_corners(grid, size, count, rng):
 
 def preview(info, path):
     """Draws cases of each split, evenly spread, with outlines, to a picture: four, or, of volumes that are segmented in 3D, two in three planes each."""
-    rows, count = [], 4 if info.dims == 2 else 2
+    rows, most = [], 4 if info.dims == 2 else 2
     with open_file(info.path) as f:
         for split, entries in info.splits.items():
             rows.append([])
-            for entry in entries[::max(1, -(-len(entries) // count))]:
+            for entry in (entries[i * len(entries) // min(most, len(entries))] for i in range(min(most, len(entries)))):
                 image, label = read_case(f, info, split, entry.name)
                 title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
                 views = [(image[z], None if label is None else label[z], 1.0)] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)

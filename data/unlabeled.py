@@ -59,7 +59,7 @@ def pictures(paths, gray):
     """Yields each of some pictures as an h5.Case, on its own grid."""
     for name, path in paths.items():
         image = images.read_picture(path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
-        yield h5.Case("unlabeled", name, image, None, name, source=str(path))
+        yield h5.Case("unlabeled", name, image, None, name, source=path.name)
 
 
 def preparation(prepared, source):

@@ -149,7 +149,7 @@ def test_resumed_by_two_equals_uninterrupted(two):
 
 def test_one_process_writes_and_speaks(two):
     said = (two / "out.txt").read_text()
-    assert said.count("step 2 ") == 2 and said.count("2 processes") == 4 and said.count("is finished") == 1   # whole, parts, parts again, g
+    assert said.count("\n       2  ") == 2 and said.count("2 processes") == 4 and said.count("is finished") == 1   # whole, parts, parts again, g
     assert len(list((two / "whole").glob("events.*"))) == 1 and (two / "qp" / "qp.md").is_file()
     for rank in (0, 1):
         assert "--batch 5: cannot be shared evenly by 2 processes" in (two / f"odd_{rank}.txt").read_text()

@@ -17,7 +17,7 @@ from scipy import stats
 import evaluate
 import models
 import train_ssl
-from data import h5, metrics, phantom
+from data import figures, h5, metrics, phantom
 from data.files import save_checkpoint
 
 
@@ -262,8 +262,8 @@ def test_each_estimate_asks_whom_it_names():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Drawing takes most of a small table's time."""
-    for name in ("draw_quality", "draw_estimates"):
-        monkeypatch.setattr(evaluate, name, lambda *_: None)
+    for name in ("quality", "estimates", "triage"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
 
 
 def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused, undrawn):
@@ -386,14 +386,13 @@ def test_cost_of_a_pass():
 
 
 def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, monkeypatch):
-    """One number per volume, in mm: not a mean over slices. And a picture shows the slice of most foreground; no other is kept for it."""
-    info, out, shown, looked, middle = h5.read_info(gray), tmp_path / "out", [], [], h5.middle
+    """One number per volume, in mm: not a mean over slices. And a picture shows the slice of most foreground."""
+    info, out, shown = h5.read_info(gray), tmp_path / "out", {}
     runs = [make_run(tmp_path / str(s), info, seed=s) for s in (0, 1)]
     net, load_run = Passes(1, 4).eval(), evaluate.load_run
     monkeypatch.setattr(evaluate, "load_run", lambda *args: (net, load_run(*args)[1]))
-    monkeypatch.setattr(evaluate, "draw_case", lambda path, entry, image, truth, outputs, classes: shown.append((entry.name, truth, outputs)))
-    monkeypatch.setattr(evaluate, "draw_comparison", lambda *_: None)
-    monkeypatch.setattr(h5, "middle", lambda *args: looked.append(args) or middle(*args))
+    monkeypatch.setattr(figures, "cases", lambda path, rows, *_, **__: shown.update({path: rows}))
+    monkeypatch.setattr(figures, "comparison", lambda *_: None)
     evaluate.main([gray, *runs, "--out", str(out), "--pictures", "1"])
     found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv")) if c["checkpoint"] == runs[0]}
     cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), models.compute()))
@@ -407,10 +406,16 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
                 assert float(row["dice"]) == pytest.approx(binary.dc(a, b))
             else:
                 assert row["one_empty"] == str(a.any() != b.any())
-    (entry, label, truth), ((name, drawn, ((title, outline),)),) = cases[0], shown
-    mean = np.mean([float(found[name, c]["dice"]) for c in info.classes[1:]])
-    assert name == entry.name and len(looked) == 1 and (drawn == truth).all() and title.endswith(f"Dice {mean:.3f}")
-    assert (outline == label[(truth > 0).sum((1, 2)).argmax()]).all() and (label != label[:1]).any()
+    mean = {e.name: np.mean([float(found[e.name, c]["dice"]) for c in info.classes[1:]]) for e, _, _ in cases}
+    best, worst = sorted(mean, key=mean.get, reverse=True)                     # the median of two is the worse one
+    assert list(shown) == [str(out / "cases" / f"{best}.png"), str(out / "cases.png")]
+    assert [[panel[0].split(":")[0] for panel in row[:1]] for row in shown[str(out / "cases.png")]] == [["best"], ["median"]]
+    for name, row in zip((best, worst), shown[str(out / "cases.png")]):
+        (entry, label, truth), = [c for c in cases if c[0].name == name]
+        z = (truth > 0).sum((1, 2)).argmax()
+        (_, image, none), (_, _, drawn), (title, _, outline) = row
+        assert none is None and (drawn == truth[z]).all() and title.endswith(f"Dice {mean[name]:.3f}")
+        assert (outline == label[z]).all() and (label != label[:1]).any()
 
 
 # ---------------------------------------------------------------------------------------------------- processes

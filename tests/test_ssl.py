@@ -200,9 +200,12 @@ def test_g_is_asked_once_for_each_pseudo_label():
 def test_the_loss_is_the_weighted_mean_over_samples():
     q, values = torch.tensor([[0.6], [0.8], [0.1]]), torch.tensor([1.0, 2.0, 50.0])
     term = train_ssl.Term(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5), lambda w: values)
-    loss, (weight, counted) = train_ssl.unlabeled_loss(Table(q), [term], options(weight="quality"), CPU)
+    loss, (weight, share) = train_ssl.unlabeled_loss(Table(q), [term], options(weight="quality"), CPU)
     assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
-    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and counted.item() == pytest.approx(2 / 3)
+    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx((0.36 + 0.64) ** 2 / (3 * (0.36 ** 2 + 0.64 ** 2)))
+    alike = train_ssl.unlabeled_loss(Table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU)[1]
+    nothing = train_ssl.unlabeled_loss(Table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU)[1]
+    assert alike[1].item() == pytest.approx(1) and nothing.tolist() == [0, 0]
 
 
 def test_formulas_of_the_methods():

@@ -1,0 +1,282 @@
+"""evaluate.py --predict: new images of every kind to masks on their own grid, and g's list of them, worst first; and who finds the bad cases."""
+import csv
+import shutil
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from PIL import Image
+from test_evaluate import make_run
+from test_nifti import ball, make, save
+from torch import nn
+
+import evaluate
+import models
+from data import figures, h5, images, metrics, nifti
+from data.files import save_checkpoint
+
+ON = models.compute("cpu", "off")
+
+
+class Bright(nn.Module):
+    """Says that what is brighter than its case's mean is the object."""
+
+    def forward(self, x):
+        return torch.stack([-x.mean(1), x.mean(1)], 1) * 50
+
+
+class Smaller(nn.Module):
+    """A stand-in for g, of two classes: the smaller a mask is, the better."""
+    config = dict(classes=2)
+
+    def forward(self, image, mask):
+        return 1 - mask.flatten(2).mean(2)
+
+
+def disc(size, radius):
+    mask = np.zeros(size, np.uint8)
+    cv2.circle(mask, (size[1] // 2, size[0] // 2), radius, 1, -1)
+    return mask
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twenty pictures of discs, each on a grid of its own, the largest disc last but one. -> the folder, {name: mask}"""
+    folder, masks = tmp_path / "new", {}
+    folder.mkdir()
+    for i in range(20):
+        masks[f"p{i}"] = disc((60 + i, 90 - i), 25 if i == 18 else 5 + i)
+        cv2.imwrite(str(folder / f"p{i}.{'jpg' if i == 3 else 'png'}"), np.repeat(masks[f"p{i}"][..., None] * np.uint8(150) + 40, 3, 2))
+    return folder, masks
+
+
+@pytest.fixture
+def bright(monkeypatch):
+    """Networks are replaced by Bright, g by Smaller; everything else of the checkpoints counts."""
+    load_run = evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Bright(), load_run(*args)[1]))
+    monkeypatch.setattr(evaluate, "load_quality", lambda *_: (Smaller(), []))
+
+
+def read_list(folder):
+    with open(folder / "worst_first.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
+    """A mask on the grid of each picture, whose pixels are class numbers in a palette of colors; g's list, worst first; nothing else in OUT."""
+    folder, masks = pictures
+    run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
+    evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
+    assert sorted(p.name for p in out.iterdir()) == ["masks", "worst_first.csv", "worst_first.png"]
+    assert {p.stem for p in (out / "masks").iterdir()} == set(masks)
+    for name, mask in masks.items():
+        with Image.open(out / "masks" / f"{name}.png") as found:
+            assert found.mode == "P" and found.getpalette()[3:6] == (255 * figures.color(0)).round().astype(int).tolist()
+            found = np.array(found)
+        assert found.shape == mask.shape and set(np.unique(found)) <= {0, 1} and evaluate.dice(found > 0, mask > 0) > 0.9
+        assert (images.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
+    rows = read_list(out)
+    assert [int(r["rank"]) for r in rows] == list(range(1, 21)) and rows[0]["case"] == "p18" and {r["case"] for r in rows} == set(masks)
+    values = [float(r["predicted Dice"]) for r in rows]
+    assert values == sorted(values)
+    for r in rows:  # g sees the mask on the network's grid
+        seen = h5.resize_label(np.array(Image.open(out / r["mask"])), 32)
+        assert float(r["predicted Dice"]) == pytest.approx(1 - seen.mean(), abs=1e-4) == float(r["predicted Dice, foreground"])
+    assert [r["source"] for r in rows if r["case"] == "p3"] == ["p3.jpg"]
+    sheet = cv2.imread(str(out / "worst_first.png"))
+    assert sheet.shape[0] > 1000 and sheet.std() > 5
+    said = capsys.readouterr()
+    assert "wrote 20 masks" in said.out and said.out.index("p18") < said.out.index("next:") and "note" not in said.out and said.err == ""
+
+
+def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp_path):
+    folder, masks = pictures
+    run = make_run(tmp_path / "run", h5.read_info(rgb))
+    evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--out", str(tmp_path / "a")])
+    assert [p.name for p in (tmp_path / "a" / "masks").iterdir()] == ["p3.png"]
+    (tmp_path / "around").mkdir()
+    shutil.copytree(folder, tmp_path / "around" / "images")
+    evaluate.main([str(tmp_path / "around"), run, "--predict", "--out", str(tmp_path / "b")])
+    assert len(list((tmp_path / "b" / "masks").iterdir())) == 20
+
+
+def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures, bright):
+    """A dataset of --size keeps what size its pictures had; their masks have it again."""
+    folder, masks = pictures
+    src = tmp_path / "src"
+    for split in ("train", "unlabeled"):
+        shutil.copytree(folder, src / split / "images")
+    (src / "train" / "masks").mkdir()
+    for p in (src / "train" / "images").iterdir():
+        p = p.rename(p.with_name(f"t{p.name}"))
+        cv2.imwrite(str(src / "train" / "masks" / f"{p.stem}.png"), masks[p.stem[1:]] * 255)
+    images.main([str(src), "--out", str(tmp_path / "f.h5"), "--size", "48"])
+    info = h5.read_info(str(tmp_path / "f.h5"))
+    run = make_run(tmp_path / "run", info)
+    evaluate.main([info.path, run, "--predict", "--qp", "qp.pt", "--out", str(tmp_path / "out")])   # the split unlabeled comes by itself
+    assert {p.stem for p in (tmp_path / "out" / "masks").iterdir()} == set(masks)
+    for name, mask in masks.items():
+        found = np.array(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
+        assert found.shape == mask.shape and evaluate.dice(found > 0, mask > 0) > 0.9
+    assert read_list(tmp_path / "out")[0]["case"] == "p18"
+
+
+@pytest.mark.parametrize("options, suffix", [
+    (["--spacing", "8,1.2,1.2", "--intensity", "ct", "--clip", "50,200"], ""), (["--dims", "2"], ""), (["--channel", "1"], "_0001")])
+def test_a_folder_of_volumes_is_prepared_like_the_data(options, suffix, bright, tmp_path, capsys):
+    """imagesTs give the same masks through the dataset that data.nifti makes of them as through their folder: spacing, window, channel."""
+    src = make(tmp_path / "src", ["a", "b", "c"], shape=(9, 40, 44), spacing=(1.4, 1.4, 8.0), origin=(3.0, -5.0, 7.0), suffix=suffix)
+    make(src, ["x", "y"], shape=(9, 36, 44), spacing=(1.3, 1.4, 7.0), origin=(1.0, 2.0, 3.0), tr="Ts", labels=False, suffix=suffix)
+    if suffix:  # two channels, of which the first one is flat
+        for folder in ("imagesTr", "imagesTs"):
+            for p in list((src / folder).iterdir()):
+                other = sitk.ReadImage(str(p)) * 0.0
+                sitk.WriteImage(other, str(p).replace(suffix, "_0000"))
+    nifti.main([str(src), "--out", str(tmp_path / "f.h5"), *options])
+    info = h5.read_info(str(tmp_path / "f.h5"))
+    run = make_run(tmp_path / "run", info, size=32 if info.dims == 2 else (16, 32, 32))
+    evaluate.main([info.path, run, "--predict", "--split", "test", "--out", str(tmp_path / "through_h5")])
+    evaluate.main([str(src / "imagesTs"), run, "--predict", "--out", str(tmp_path / "through_folder")])
+    found = {p.name: sitk.ReadImage(str(p)) for p in (tmp_path / "through_folder" / "masks").iterdir()}
+    assert set(found) == {"x.nii.gz", "y.nii.gz"} and "note: the checkpoint" not in capsys.readouterr().out
+    for name, mask in found.items():
+        other, source = (sitk.ReadImage(str(p)) for p in (tmp_path / "through_h5" / "masks" / name, src / "imagesTs" / name.replace(".nii", f"{suffix}.nii")))
+        assert (sitk.GetArrayFromImage(mask) == sitk.GetArrayFromImage(other)).all() and 0 < sitk.GetArrayFromImage(mask).mean() < 1
+        for what in ("Size", "Spacing", "Origin", "Direction"):
+            assert np.allclose(getattr(mask, f"Get{what}")(), getattr(source, f"Get{what}")(), atol=1e-5), what
+
+
+@pytest.mark.parametrize("kind, size", [("gray", 32), ("volumes", (16, 16, 32))])
+def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
+    """What stands in the list is what the comparison of estimates calls a volume's estimate, of the same masks."""
+    info = h5.read_info(request.getfixturevalue(kind))
+    g, _ = evaluate.load_quality(request.getfixturevalue(f"{kind}_quality")[1], info, ON, size)
+    torch.manual_seed(0)
+    net = models.build("unet" if info.dims == 2 else "vnet", channels=1, classes=4, dims=info.dims, width=4).eval()
+    name = info.entries("val")[0].name
+    samples = h5.load_samples(info, "val", size, [name])
+    outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, ON, 8)
+    expected = metrics.at_level(outputs, "volume", samples.case, "g")[0]
+    if info.dims == 3:  # a mask that agrees with itself where patches overlap
+        label = np.random.default_rng(0).integers(0, 4, info.entries("val")[0].grid).astype(np.uint8)
+        parts = torch.stack([torch.from_numpy(label[tuple(slice(c, c + s) for c, s in zip(at, size))].copy()) for at in samples.at]).long()
+        mask = nn.functional.one_hot(parts, 4).movedim(-1, 1)[:, 1:].float()
+        with torch.no_grad():
+            says = g(samples.batch(torch.arange(len(samples)))[0], mask)
+        area = mask.flatten(2).sum(2)
+        expected = ((says * area).sum(0) / area.sum(0)).numpy()
+    else:
+        with torch.no_grad():
+            label = torch.cat([evaluate.probabilities(net, samples.batch(torch.tensor([i]))[0], ON).argmax(1) for i in range(len(samples))]).numpy().astype(np.uint8)
+    assert evaluate.predicted_quality(g, label, samples, size, ON) == pytest.approx(expected, abs=1e-4)
+
+
+def test_masks_of_several_classes_come_back(tmp_path):
+    """A PNG with a colored palette gives its class numbers to data.images; one of grays gives its grays."""
+    label = np.random.default_rng(0).integers(0, 4, (20, 30)).astype(np.uint8)
+    images.write_mask(tmp_path / "m.png", label)
+    classes = ["background", "a", "b", "c"]
+    assert (images.read_mask(tmp_path / "m.png", classes) == label).all()
+    gray = Image.fromarray(3 - label)
+    gray.putpalette([v for k in range(3, -1, -1) for v in (k, k, k)])
+    gray.save(tmp_path / "gray.png")
+    assert (images.read_mask(tmp_path / "gray.png", classes) == label).all()
+    assert (images.read_mask(tmp_path / "m.png", ["background", "foreground"]) == (label > 0)).mean() > 0.7   # by color: all but the dark ones
+
+
+def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
+    src = make(tmp_path / "src", ["a", "b", "c"])
+    nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "2,1,1", "--intensity", "ct", "--clip", "0,200"])
+    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {"from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None, "nnunet": False}
+    assert h5.read_info(rgb).describe()["prepared"] == {"from": "pictures"}
+
+
+def test_a_checkpoint_that_does_not_know_takes_images_as_they_are(gray, tmp_path, capsys, refused):
+    """A phantom's network on volumes (a note says so); but not where the data had a window of intensities."""
+    info = h5.read_info(gray)
+    run = make_run(tmp_path / "run", info)
+    make(tmp_path / "src", ["a"], shape=(3, 40, 44))
+    evaluate.main([str(tmp_path / "src" / "imagesTr"), run, "--predict", "--out", str(tmp_path / "out")])
+    assert "note: the checkpoint does not say how its data were prepared" in capsys.readouterr().out and (tmp_path / "out" / "masks" / "a.nii.gz").exists()
+    info.standardize = False
+    refused(evaluate.main, [tmp_path / "src" / "imagesTr", make_run(tmp_path / "ct", info), "--predict", "--out", tmp_path / "o"], "window")
+
+
+def test_refusals(rgb, volumes, pictures, tmp_path, refused):
+    folder, _ = pictures
+    run, in3d = make_run(tmp_path / "run", h5.read_info(rgb)), make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
+    out, scans = ["--predict", "--out", tmp_path / "o"], make(tmp_path / "scans", ["a"]) / "imagesTr"
+    refused(evaluate.main, [scans, run, *out], "NIfTI", "pictures")
+    refused(evaluate.main, [folder, in3d, *out], "pictures", "volumes")
+    (tmp_path / "empty").mkdir()
+    refused(evaluate.main, [tmp_path / "empty", run, *out], "empty", "no picture")
+    refused(evaluate.main, [tmp_path / "nowhere", run, *out], "no such file")
+    refused(evaluate.main, [folder, run, "--out", tmp_path / "o"], "a folder")                   # scoring needs a dataset
+    refused(evaluate.main, [folder, run, *out, "--split", "val"], "val")                         # new images are of no split
+    shutil.copy(scans / "a.nii.gz", folder)
+    refused(evaluate.main, [folder, run, *out], "both")
+    (folder / "a.nii.gz").unlink()
+    (folder / "p4.bmp").write_bytes((folder / "p4.png").read_bytes())
+    refused(evaluate.main, [folder, run, *out], "p4", "is there too")
+    (folder / "p4.bmp").unlink()
+    (folder / "p5.png").write_bytes((folder / "p5.png").read_bytes()[:60])
+    refused(evaluate.main, [folder, run, *out], "p5.png", "not a readable picture")
+    assert not list((tmp_path / "o").glob("*")) and not list((tmp_path / "o").glob(".*"))        # nor what was converted before
+    for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]}):
+        state = torch.load(in3d, weights_only=True)
+        state["data"]["prepared"] = wrong
+        save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")})
+        refused(evaluate.main, [scans, tmp_path / "w.pt", *out], "cannot be understood")
+    shutil.copy(rgb, tmp_path / "f.h5")
+    for wrong in ("[1]", "{"):
+        with h5py.File(tmp_path / "f.h5", "a") as f:
+            f.attrs["prepared"] = wrong
+        refused(evaluate.main, [tmp_path / "f.h5", run, *out], "f.h5")
+
+
+def test_a_case_without_the_channel_is_refused(tmp_path, refused):
+    src = make(tmp_path / "src", ["a", "b", "c"], suffix="_0001")
+    make(src, ["a", "b", "c"], suffix="_0000", labels=False)
+    nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--channel", "1"])
+    run = make_run(tmp_path / "run", h5.read_info(str(tmp_path / "f.h5")), size=(16, 16, 16))
+    save(tmp_path / "new" / "x_0000.nii.gz", ball((4, 10, 12), (2, 5, 5), 3).astype(np.float32))
+    refused(evaluate.main, [tmp_path / "new", run, "--predict", "--out", tmp_path / "o"], "'x' has no channel 1")
+
+
+# ---------------------------------------------------------------------------------------------------- triage
+
+def outputs_of(dice, **estimates):
+    """Outputs of cases that are one slice of one class, of a hundred pixels in all."""
+    dice = np.array(dice)[:, None]
+    return metrics.Outputs(dice > 0, 50 * dice, np.full(dice.shape, 50), np.full(dice.shape, 100), {k: np.array(v)[:, None] for k, v in estimates.items()})
+
+
+def test_triage_by_hand():
+    """Ten cases, three of them bad: two are shown. A perfect ranking finds two of three, its opposite none, and one that knows nothing 20%."""
+    true, case = np.array([0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]), [f"c{i}" for i in range(10)]
+    rows, curves = metrics.triage([outputs_of(true, g=true, wrong=-true, flat=0 * true, half=[0.5, 0, 1, 0, 1, 1, 1, 1, 1, 1])], case)
+    found = {r["estimate"]: r["found"] for r in rows}
+    assert found == pytest.approx({"g": 2 / 3, "wrong": 0, "flat": 0.2, "half": 1 / 3, "at best": 2 / 3})
+    assert rows[0]["bad"] == 3 and rows[0]["cases"] == 10 and rows[0]["runs"] == "1 of 1"
+    assert curves["g"][0] == 0 and curves["g"][10] == pytest.approx(1 / 3) and curves["g"][30] == 1 == curves["g"][100] and curves["wrong"][70] == 0
+    assert np.allclose(curves["flat"][::10], np.linspace(0, 1, 11))
+
+
+def test_triage_is_that_of_runs_with_bad_and_good_cases():
+    true, case = np.array([0.1, 0.9, 0.9, 0.9, 0.9]), list("abcde")
+    good, bad = outputs_of(true + 0.7, g=true), outputs_of(true * 0.1, g=true)
+    rows, _ = metrics.triage([good, outputs_of(true, g=true), bad, outputs_of(true, g=-true)], case)
+    assert rows[0] == {"estimate": "g", "found": 0.5, "area under curve": pytest.approx(rows[0]["area under curve"]), "runs": "2 of 4", "cases": 5, "bad": 1.0}
+    assert metrics.triage([good, bad], case) == ([], {})
+
+
+def test_triage_takes_the_mean_over_classes_of_whole_volumes():
+    """Two volumes of two slices; class 0 is good, class 1 as bad as one volume's Dice of .5 needs to be below .7 on average."""
+    shared, total = np.array([[10, 1], [10, 1], [10, 10], [10, 9]]), np.array([[20, 10], [20, 10], [20, 20], [20, 20]])
+    o = metrics.Outputs(shared > 0, shared, total / 2, total, {"g": np.array([[1, 0.1], [1, 0.1], [1, 1], [1, 1]])})
+    rows, _ = metrics.triage([o], ["v", "v", "w", "w"])
+    assert rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == 1      # (1 + .2) / 2 = .6; one of two cases is shown
