@@ -602,7 +602,7 @@ def write_quality(args, info, groups, states, outputs, reference, samples, refer
                     {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
     figures.estimates(os.path.join(args.out, "estimates.png"), tables[first])
     if curves:
-        figures.triage(os.path.join(args.out, "triage.png"), {TRIAGE: curves})
+        figures.triage(os.path.join(args.out, "triage.png"), {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves})
 
 
 # ---------------------------------------------------------------------------------------------------- --predict

@@ -85,9 +85,10 @@ def planes(image, label, truth, spacing):
 def cases(path, rows, classes, columns=8, side=2.1):
     """Panels in rows, each begun on a new line of at most `columns`; of a side in inches. rows: lists of (title, image, label or None[, aspect])"""
     lines = [row[i:i + columns] for row in rows for i in range(0, len(row), columns)]
-    words = max(title.count("\n") for line in lines for title, *_ in line) + 1
-    figure, axes = pyplot().subplots(len(lines), max(map(len, lines)), figsize=(side * max(map(len, lines)), (side + 0.15 * words) * len(lines) + 0.3),
-                                     squeeze=False, layout="constrained")
+    heights = [max(side * image.shape[0] / image.shape[1] * (aspect or [1.0])[0] for _, image, _, *aspect in line)
+               + 0.15 * max(title.count("\n") + 2 for title, *_ in line) for line in lines]
+    figure, axes = pyplot().subplots(len(lines), max(map(len, lines)), figsize=(side * max(map(len, lines)), sum(heights) + 0.3),
+                                     height_ratios=heights, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for line, panels in zip(axes, lines):
@@ -223,7 +224,8 @@ def read_log(path):
 
 def curves(path, logs):
     """Training curves of several runs in one figure. logs: {run: what read_log() gives}"""
-    told = lambda log, name: name in log and np.isfinite(log[name]).any() and (name not in ("unsup", "qar", "weight", "ess", "lam") or np.nanmax(log[name]) > 0)
+    some = lambda log, name: name in log and np.isfinite(log[name]).any() and np.nanmax(log[name]) > 0
+    told = lambda log, name: some(log, name) and (name != "lam" or some(log, "unsup"))   # a supervised run has nothing that λ could weigh
     panels = [names for names in CURVES if any(told(log, name) for log in logs.values() for name in names)
               and not (names == ("loss",) and any("sup" in log for log in logs.values()))]
     columns = min(3, len(panels))
@@ -236,7 +238,7 @@ def curves(path, logs):
             if told(log, name):
                 axis.plot(log["step"], log[name], marker="." if len(log["step"]) < 12 else None, lw=1.4, **style(i) | (dict(linestyle="--") if j else {}))
         axis.set_title(CURVES[names], fontsize=9)
-        axis.set_xlabel("step" if "sup" in next(iter(logs.values())) else "epoch", fontsize=8)
+        axis.set_xlabel("step" if any("sup" in log for log in logs.values() if told(log, names[0])) else "epoch", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(lw=0.4)
     from matplotlib.lines import Line2D

@@ -361,9 +361,15 @@ class Log:
         line = lambda cell: "".join(f"{cell(name):>{max(6, len(name)) + 2}}" for name in self.shown)
         if self.lines % 25 == 0:
             tqdm.write(line(lambda name: name))
-        tqdm.write(line(lambda name: f"{row[name]:.4g}" if name in row else "-"))  # past a bar, if there is one
+        tqdm.write(line(lambda name: short(row[name]) if name in row else "-"))  # past a bar, if there is one
         sys.stdout.flush()
         self.lines += 1
+
+
+def short(value):
+    """A number in at most seven characters."""
+    size = abs(value)
+    return f"{value:.4f}" if 1e-3 <= size < 10 and isinstance(value, float) else f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.4g}" if size < 1e4 else f"{value:.7g}" if isinstance(value, int) else f"{value:.1e}"
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):
