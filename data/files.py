@@ -368,8 +368,11 @@ class Log:
 
 def short(value):
     """A number in at most seven characters."""
-    size = abs(value)
-    return f"{value:.4f}" if 1e-3 <= size < 10 and isinstance(value, float) else f"{value:.0e}" if 0 < size < 1e-3 else f"{value:.4g}" if size < 1e4 else f"{value:.7g}" if isinstance(value, int) else f"{value:.1e}"
+    if isinstance(value, int):
+        return str(value)
+    if 1e-3 <= abs(value) < 10:
+        return f"{value:.4f}"
+    return f"{value:.4g}" if value == 0 or 10 <= abs(value) < 1e4 else f"{value:.0e}"
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):
