@@ -185,7 +185,10 @@ def estimates(path, rows):
 
 def triage(path, panels):
     """Share of the bad cases among those shown, by the share of cases shown, one panel each. panels: {title: {estimate: found at evenly spaced shares}}"""
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.6, 4.6), squeeze=False, sharey=True, layout="constrained")
+    columns, lines = min(len(panels), 3), -(-len(panels) // 3)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(3.6 * columns + 0.6, 3.6 * lines + 1), squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for i, (name, found) in enumerate(curves.items()):
             axis.plot(np.linspace(0, 1, len(found)), found, label=name, lw=2.6 if i == 0 else 1.2, zorder=3 if i == 0 else 2, **style(i))
@@ -194,7 +197,8 @@ def triage(path, panels):
         axis.grid(lw=0.4)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of cases shown, lowest estimate first")
         axis.set_title(title, fontsize=9)
-    axes.flat[0].set_ylabel("share of the bad cases among them")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of the bad cases among them")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(panels) < 3 else 3, fontsize=8, frameon=False)
     save_figure(figure, path)
 

@@ -220,13 +220,13 @@ def test_cvc_is_split_by_sequence(tmp_path, refused):
     assert [e.name for e in info.entries("train")][:3] in [[str(3 * i + j) for j in range(3)] for i in range(4)]
 
 
-def make_ssl4mis(folder):
+def make_ssl4mis(folder, patients=(9, 2)):
     rng = np.random.default_rng(0)
     (folder / "data" / "slices").mkdir(parents=True)
     def save(path, shape):
         with h5py.File(path, "w") as f:
             f["image"], f["label"] = rng.random(shape, np.float32), rng.integers(0, 4, shape, np.uint8)
-    names = [f"patient{p:03d}_frame01_slice_{z}" for p in (9, 2) for z in (2, 10, 1)]
+    names = [f"patient{p:03d}_frame01_slice_{z}" for p in patients for z in (2, 10, 1)]
     for n in names:
         save(folder / "data" / "slices" / f"{n}.h5", (20, 24))
     save(folder / "data" / "patient005_frame01.h5", (3, 20, 24))

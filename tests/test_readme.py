@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,10 +50,15 @@ def execute(command, folder, monkeypatch):
 
 @pytest.mark.usefixtures("unrendered")
 def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
-    for block in (next(b for b in blocks("bash") if word in b) for word in ("corrupt.py", "held_out")):
+    for block in (next(b for b in blocks("bash") if word in b) for word in ("corrupt.py", "data.figures", "held_out")):
         for command in commands(block):
             execute(command, tmp_path, monkeypatch)
     out = capsys.readouterr().out
+    for line in [line for line in out.split("\n") if line.startswith("next: python ")]:        # what each script calls the next command is one
+        words = shlex.split(line.split("    (")[0])[2:]
+        importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
+    assert {line.split()[2] for line in out.split("\n") if line.startswith("next: ")} == {"corrupt.py", "train_qp.py", "train_ssl.py", "evaluate.py"}
+    assert (tmp_path / "runs" / "curves.png").exists()
     assert "expected Dice under a second network" in out and (tmp_path / "runs" / "estimates" / "estimates.png").exists()
     assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
 
@@ -63,6 +69,34 @@ def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
         execute(command, tmp_path, monkeypatch)
     assert "| mean_teacher + QW |" in capsys.readouterr().out and (tmp_path / "runs" / "masks3d.png").exists()
     assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == ["phantom010.nii.gz"]
+
+
+def test_new_images(gray, gray_quality, tmp_path, monkeypatch):
+    """The command for new images, with a folder of volumes as NEW."""
+    from test_evaluate import make_run
+    from test_nifti import make
+    make(tmp_path / "src", ["a", "b"], shape=(4, 40, 44))
+    (tmp_path / "src" / "imagesTr").rename(tmp_path / "NEW")
+    Path(make_run(tmp_path / "runs" / "mt_qw", h5.read_info(gray))), (tmp_path / "runs" / "qp").mkdir()
+    shutil.copy(gray_quality[1], tmp_path / "runs" / "qp" / "qp.pt")
+    command, = commands(next(b for b in blocks("bash") if "evaluate.py NEW " in b))
+    execute(command, tmp_path, monkeypatch)
+    assert sorted(p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    assert (tmp_path / "runs" / "new" / "worst_first.csv").exists()
+
+
+def test_chinese_readme_has_the_same_commands():
+    """And every block of them that it should have: the first screen, the stages, new images, the three recipes."""
+    theirs = re.findall(r"```bash\n(.*?)```", (ROOT / "README.zh.md").read_text(), re.S)
+    assert len(theirs) == 6 and all(block in blocks("bash") for block in theirs)
+
+
+def test_the_method_quotes_the_code():
+    """Every line of code in METHOD.md stands in the file that is named above it."""
+    quoted = re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "METHOD.md").read_text(), re.S)
+    assert len(quoted) == 10
+    for path, text in quoted:
+        assert text in (ROOT / path).read_text(), (path, text)
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -121,28 +155,36 @@ def test_torchrun(tmp_path):
 
 
 def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links)
+    for name in ("README.md", "README.zh.md", "METHOD.md", "results/README.md"):
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text()) if "://" not in link]
+        assert links and all(((ROOT / name).parent / link).exists() for link in links), name
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_own_data(tmp_path, monkeypatch):
+    """The three recipes, each as a user has the data on disk, from the folder to the table and to masks of new images."""
     from test_data import make_ssl4mis
     from test_nifti import make as make_nifti
     from test_volumes import make_la
-    make_pictures(tmp_path / "MINE", 6)
-    make_ssl4mis(tmp_path / "ACDC"), make_la(tmp_path / "LA").joinpath("val.list").unlink(), make_nifti(tmp_path / "Task09_Spleen", ["a", "b", "c", "d", "e"])
+    make_pictures(tmp_path / "MINE", 26), make_pictures(tmp_path / "new", 2, seed=1)
+    (tmp_path / "new" / "images").rename(tmp_path / "NEW_PICTURES")
+    make_ssl4mis(tmp_path / "ACDC", range(10, 17)), make_la(tmp_path / "LA").joinpath("val.list").unlink(), make_nifti(tmp_path / "Task09_Spleen", list("abcdefg"))
+    make_nifti(tmp_path / "Task09_Spleen", ["x"], tr="Ts", labels=False)
     for name, p in (("IMD001", 1), ("IMD002", 2), ("IMD003", 3)):
         src = make_pictures(tmp_path / "tmp" / name, 1, seed=p)
         for kind, suffix in (("images", "_Dermoscopic_Image"), ("masks", "_lesion")):
             folder = tmp_path / "PH2Dataset" / name / f"{name}{suffix}"
             folder.mkdir(parents=True)
             (src / kind / "p0.png").rename(folder / f"{name}.png")
-    block = next(b for b in blocks("bash") if "data.images" in b)
-    for command in commands(block):
-        execute(command, tmp_path, monkeypatch)
-    for name, n in (("mine", 6), ("ph2", 3), ("acdc", 3), ("la", 3), ("spleen", 5)):
+    for word, command in (("data.images MINE", "python -m data.images --preset ph2 PH2Dataset --out ph2.h5"), ("data.nifti Task09", None), ("data.ssl4mis", None)):
+        for line in [*commands(next(b for b in blocks("bash") if word in b)), *([command] if command else [])]:
+            execute(line, tmp_path, monkeypatch)
+    for name, n in (("mine", 26), ("ph2", 3), ("acdc", 8), ("la", 3), ("spleen", 8)):
         info = h5.read_info(tmp_path / f"{name}.h5")
         assert sum(len(e) for e in info.splits.values()) == n
+    for name, mask in (("mine", "p0.png"), ("spleen", "x.nii.gz")):
+        assert (tmp_path / "runs" / name / "new" / "masks" / mask).exists() and (tmp_path / "runs" / name / "new" / "worst_first.csv").exists()
+        assert "| mean_teacher + QW |" in (tmp_path / "runs" / name / "table" / "summary.md").read_text()
 
 
 def test_rows_of_the_paper_parse(tmp_path):
@@ -204,8 +246,8 @@ def test_example_network(gray, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
 @pytest.mark.parametrize("target, count, rows", [
-    ("demo", 11, ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR")),
-    ("demo3d", 10, ("supervised", "mean_teacher", "mean_teacher + QW (class)", "ua_mt + QW (class)", "supervised + QAR"))])
+    ("demo", 12, ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR")),
+    ("demo3d", 11, ("supervised", "mean_teacher", "mean_teacher + QW (class)", "ua_mt + QW (class)", "supervised + QAR"))])
 def test_make_demo_in_miniature(target, count, rows, tmp_path, monkeypatch, capsys):
     """The recipe of `make demo`, line by line, each shrunk; the real one takes minutes."""
     recipe = subprocess.run(["make", "-n", target, f"OUT={tmp_path}/demo", "-o", ".venv/ready"], cwd=ROOT, capture_output=True, text=True)
