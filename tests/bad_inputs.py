@@ -511,7 +511,7 @@ MORE = {
                      "--model transformer", "--width 0", "--width 100000", "--dropout 0.5", "--model unetpp --encoder resnet9", "--encoder resnet18", "--encoder-weights DATA", "--model swin_unet --width 12 --size 72",
                      "--model swin_unet --width 12 --encoder-weights none.pt", "--model resnet_unet --width 8 --encoder-weights DATA", "--steps 0", "--batch 0", "--batch 1000000000", "--batch-unlabeled 1000000000", "--optimizer x", "--lr 11",
                      "--eval-every 0", "--unlabeled none.h5", "--unlabeled VOLUMES", "--cache disk", "--workers -1", "--seed 1.5", "--qar-share 0", "--clip nan", "--weight-power -1"],
-    "evaluate.py": ["--split nowhere", "--split unlabeled", "--baseline none", "--baseline none.pt", "--second none.pt", "--second none.pt --qp QP", "--qp none.pt", "--predict --qp QP", "--predict --baseline supervised",
+    "evaluate.py": ["--split nowhere", "--split unlabeled", "--baseline none", "--baseline none.pt", "--second none.pt", "--second none.pt --qp QP", "--qp none.pt", "--predict --second RUN --qp QP", "--predict --baseline supervised",
                     "--stride 8", "--window whole", "--blend uniform", "--batch 0", "--workers -1", "--pictures -1", "--weights both", "--second RUN --qp QP"]}
 VOLUME_FLAGS = {"corrupt.py": ["--size 8", "--size 16,16", "--size 1000,1000,1000", "--size 16,16,16,16"],
                 "train_ssl.py": ["--size 16 --stride 17", "--size 16 --stride 8,8", "--size 16 --stride 0", "--size 32 --qar 1 --qp QP", "--size 16,8,16"],
@@ -630,7 +630,7 @@ def word_of(line):
     option, value = [w for w in line.split() if w.startswith("--")][-1], line.split()[-1]
     if line in ("--second none.pt", "--baseline none.pt", "--second none.pt --qp QP"):
         return {"--second none.pt --qp QP": "none.pt"}.get(line, option)
-    return {"--split unlabeled": "'unlabeled'", "--predict --qp QP": "--predict", "--size 32 --qar 1 --qp QP": "qp.pt", "--qp none.pt --qar 1": "none.pt", "--second RUN --qp QP": "--second",
+    return {"--split unlabeled": "'unlabeled'", "--predict --second RUN --qp QP": "--predict", "--size 32 --qar 1 --qp QP": "qp.pt", "--qp none.pt --qar 1": "none.pt", "--second RUN --qp QP": "--second",
             "--head scalar --width 8 --encoder-weights DATA": "data.h5", "--model resnet_unet --width 8 --encoder-weights DATA": "data.h5", "--encoder-weights DATA": "--encoder-weights",
             "--model swin_unet --width 12 --size 72": "--model swin_unet", "--model unetpp --encoder resnet9": "resnet9"}.get(line) or files.get(value) or option
 

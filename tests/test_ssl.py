@@ -534,15 +534,18 @@ def same(a, b):
     return all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
 
 
-@pytest.mark.parametrize("kind", ["gray", "rgb", "volumes"])
-@pytest.mark.parametrize("method, hooks", list(itertools.product(
-    train_ssl.METHODS, [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
-                        ("--weight", "quality", "--weight-level", "pixel")])))
-def test_three_steps_of_everything(kind, method, hooks, request, tmp_path):
+HOOKS = [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
+         ("--weight", "quality", "--weight-level", "pixel")]
+
+
+@pytest.mark.parametrize("kind, method, hooks", [*itertools.product(("gray", "volumes"), train_ssl.METHODS, HOOKS), *itertools.product(("rgb",), train_ssl.METHODS, HOOKS[3:4])])
+def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
+    """Every method, weighting and dimension (of RGB, which g and f see as two more channels, one weighting)."""
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp, "--steps", 3)
+    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp, "--steps", 2, "--lam-ramp", 0, "--qar-warmup", 0, "--qar-ramp", 0)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert state["step"] == 3 and [r["step"] for r in rows] == ["2", "3"] and (tmp_path / "best.pt").exists()
+    assert state["step"] == 2 and [r["step"] for r in rows] == ["2"] and (tmp_path / "best.pt").exists()
+    assert float(rows[0]["lam"]) == 0.25 and (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
 
