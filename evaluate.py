@@ -21,6 +21,7 @@ Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W 
 import collections
 import contextlib
 import csv
+import glob
 import itertools
 import json
 import math
@@ -28,7 +29,6 @@ import multiprocessing
 import os
 import shlex
 import sys
-import tempfile
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, processes
-from data.files import InputError, Parser, cli, folder, grid, load_checkpoint, number, replacing
+from data.files import InputError, Parser, claim, cli, folder, grid, load_checkpoint, number, replacing
 from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
                           score_case, triage)
 from models import distributed, quality
@@ -63,12 +63,14 @@ def parse_args(argv=None):
     p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
                    "difference in Dice, patient by patient, with its interval and a test")
     p.add_argument("--largest-component", action="store_true",
-                   help="keep the largest connected component of each class (in the scores; --qp sees the outputs as they are)")
+                   help="keep the largest connected component of each class, in scores and masks (where --qp compares estimates with the truth, it sees the outputs as they are)")
+    p.add_argument("--overwrite", action="store_true", help="with --predict: replace the masks that OUT holds")
     p.section("quality of the outputs")
-    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality")
+    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality; "
+                   "with --predict: list the masks by the Dice that it predicts, worst first")
     p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
     p.section("pictures")
-    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread from best to worst; 0 draws nothing")
+    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread from best to worst; 0 draws nothing at all")
     p.section("running")
     p.add_argument("--batch", type=number(1, 65_536), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
     p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
@@ -577,7 +579,7 @@ def write_scores(args, info, entries, groups, states, scores, cut):
 
 
 def write_quality(args, info, groups, states, outputs, reference, samples, reference_case, cost):
-    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample"""
+    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample -> what was written, in words"""
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
     sample, (shown, curves) = "slice" if info.dims == 2 else "patch", triage(outputs, samples.case)
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
@@ -603,6 +605,7 @@ def write_quality(args, info, groups, states, outputs, reference, samples, refer
     figures.estimates(os.path.join(args.out, "estimates.png"), tables[first])
     if curves:
         figures.triage(os.path.join(args.out, "triage.png"), {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves})
+    return ", quality.*, estimates.png" + (", triage.png" if curves else "")
 
 
 # ---------------------------------------------------------------------------------------------------- --predict
@@ -614,9 +617,14 @@ def dataset(args, data):
     if not unlabeled.are_new(args.data):
         yield h5.read_info(args.data)
         return
-    os.makedirs(args.out, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as temporary:
-        yield unlabeled.convert(args.data, os.path.join(temporary, "images.h5"), data)
+    if args.split:
+        raise InputError(f"--split {args.split}: {args.data} holds images, not a dataset that has splits")
+    temporary = os.path.join(args.out, f".images.{os.getpid()}.part")  # a name that claim() removes should this process be killed
+    try:
+        yield unlabeled.convert(args.data, temporary, data)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
 
 
 @torch.no_grad()
@@ -644,10 +652,16 @@ def predict(args):
     """--predict: a mask of every case of a split, labeled or not, or of every new image; with --qp the Dice that g predicts of it, worst first."""
     on, (path,) = models.compute(args.device, args.amp), args.checkpoints
     net, state = load_run(path, args.weights, on)
-    with dataset(args, state["data"]) as info:
+    size, data, folder = state["args"]["size"], state["data"], os.path.join(args.out, "masks")
+    needed = h5.Info(path, data["name"], data["classes"], data["dims"], data["channels"], {}, 0)
+    check_size(path, needed, size)
+    cut, g = window(size, args, args.batch), load_quality(args.qp, needed, on, size)[0] if args.qp else None  # fail before images are read
+    held = claim(args.out)  # noqa: F841  (until this ends)
+    if os.path.isdir(folder) and os.listdir(folder) and not args.overwrite:
+        raise InputError(f"{folder}: holds masks already, perhaps corrected ones; replace them with --overwrite, or choose another --out")
+    with dataset(args, data) as info:
         check_runs(args, info, {path: state})
-        size, K, names = state["args"]["size"], len(info.classes), None
-        g = load_quality(args.qp, info, on, size)[0] if args.qp else None
+        K, names = len(info.classes), None
         split = args.split or ("unlabeled" if info.splits.get("unlabeled") else "val")
         if split == "held_out":
             split, names = "train", held_out(info, {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
@@ -655,18 +669,20 @@ def predict(args):
         for entry in cases.entries:
             if len(entry.grid) == 2 and entry.source_grid:  # a picture that was resized for the dataset
                 entry.grid = entry.source_grid
-        batch = args.batch or models.samples_in(32, h5.shape_of(size))
-        found = predict_cases(net, cases, on, window(size, args, args.batch), batch)
+        found = predict_cases(net, cases, on, cut, args.batch or models.samples_in(32, h5.shape_of(size)))
+        for former in [*glob.glob(os.path.join(glob.escape(folder), "*")), *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png"))]:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(former)
         for entry, label, _ in progress(found, len(cases), "predict"):
             label = largest_component(label, K) if args.largest_component else label
-            mask = write_mask(os.path.join(args.out, "masks"), label, entry)
+            mask = write_mask(folder, label, entry)
             if g:
                 q = predicted_quality(g, label, h5.load_samples(info, split, size, [entry.name], labels=False), size, on)
                 z = figures.middle(label, len(label))
                 rows.append((q, entry, mask, z, pack(label[z])))
-        print(f"wrote {len(cases)} masks in {args.out}/masks")
+        print(f"wrote {len(cases)} masks in {folder}")
         if g:
-            write_worst_first(args.out, info, split, sorted(rows, key=lambda row: row[0].mean()))
+            write_worst_first(args, info, split, sorted(rows, key=lambda row: row[0].mean()))
         else:
             print("next: look at them; with --qp QP.pt, a list says which first")
 
@@ -682,23 +698,29 @@ def write_mask(folder, label, entry):
     return name
 
 
-def write_worst_first(out, info, split, rows):
+def write_worst_first(args, info, split, rows):
     """What a person should look at, in this order: a CSV of all cases, and a picture of the first sixteen. rows: (g's answers [K-1], Entry, file of the
     mask, slice to show, its mask packed), worst first"""
-    write_csv(os.path.join(out, "worst_first.csv"), [
+    write_csv(os.path.join(args.out, "worst_first.csv"), [
         {"rank": i, "case": entry.name, "predicted Dice": round(float(q.mean()), 4), **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
          "mask": f"masks/{mask}", "source": entry.source} for i, (q, entry, mask, _, _) in enumerate(rows, 1)])
     panels = []
     with h5.open_file(info.path) as f:
-        for i, (q, entry, _, z, packed) in enumerate(rows[:16], 1):
+        for i, (q, entry, _, z, packed) in enumerate(rows[:16] if args.pictures else [], 1):
             image, _ = h5.read_case(f, info, split, entry.name, label=False)
             mask = cv2.resize(unpack(packed), image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)  # that of a picture is on its source's grid
-            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask))
-    figures.cases(os.path.join(out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
-    print(f"wrote {out}/worst_first.csv, worst_first.png; the first of them, by the Dice that g predicts:")
+            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask, aspect(entry)))
+    if panels:
+        figures.cases(os.path.join(args.out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
+    print(f"wrote {args.out}/worst_first.csv" + (", worst_first.png" if panels else "") + "; the first of them, by the Dice that g predicts:")
     for q, entry, *_ in rows[:5]:
         print(f"  {q.mean():.3f}  {entry.name}")
     print("next: look at these, from the top, and correct what is wrong")
+
+
+def aspect(entry):
+    """Height of a pixel of a case's slices over its width."""
+    return entry.spacing[-2] / entry.spacing[-1]
 
 
 def pack(label):
@@ -723,22 +745,27 @@ def draw(args, info, split, entries, groups, scores, packed):
     dice = [case_dice(scores, members) for _, _, members in groups]                                       # [groups][cases]
     figures.comparison(os.path.join(args.out, "compare.png"), dict(zip(names, dice)))
     order = np.argsort(-np.mean(dice, 0), kind="stable").tolist()                                         # best first
-    marks = {order[0]: "best", order[-1]: "worst", order[len(order) // 2]: "median"}
+    marks = {order[len(order) // 2]: "median", order[-1]: "worst", order[0]: "best"}
     shown, rows = {order[i] for i in np.linspace(0, len(order) - 1, min(args.pictures, len(order))).astype(int)}, {}
     with h5.open_file(info.path) as f:
         for c in sorted(shown | set(marks)):
             image, truth = h5.read_case(f, info, split, entries[c].name)
-            z, title = figures.middle(truth, len(image)), entries[c].name
-            rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None), ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z])]
-            rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c]))
+            z, title, pixel = figures.middle(truth, len(image)), entries[c].name, aspect(entries[c])
+            rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
+                       ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
+            rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c]), pixel)
                         for name, (_, _, members) in zip(names, groups)]
             if c in shown:
                 figures.cases(os.path.join(args.out, "cases", f"{entries[c].name}.png"), [rows[c]], info.classes, columns=5, side=2.5)
     figures.cases(os.path.join(args.out, "cases.png"), [rows[c] for c in dict.fromkeys(order) if c in marks], info.classes)
-    logs = {path: os.path.join(os.path.dirname(path), "log.csv") for path in args.checkpoints}
-    logs = list(dict.fromkeys(log for log in logs.values() if os.path.isfile(log)))
-    if logs:
-        figures.curves(os.path.join(args.out, "curves.png"), dict(zip(figures.run_names(logs), map(figures.read_log, logs))))
+    logs = dict.fromkeys(os.path.join(os.path.dirname(path), "log.csv") for path in args.checkpoints)
+    logs = [log for log in logs if os.path.isfile(log)]
+    try:
+        if logs:
+            figures.curves(os.path.join(args.out, "curves.png"), dict(zip(figures.run_names(logs), map(figures.read_log, logs))))
+    except InputError as error:  # the scores are what was asked for
+        print(f"note: no training curves: {error}")
+        logs = []
     return ", compare.png, cases.png, cases/*.png" + (", curves.png" if logs else "")
 
 
@@ -806,10 +833,10 @@ def main(argv=None):
         x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
         cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
-        write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
+        quality_files = write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
     drawn = draw(args, info, split, entries, groups, scores, packed) if args.pictures > 0 else ""
     best = args.checkpoints[int(np.argmax([case_dice(scores, [i]).mean() for i in range(len(scores))]))]
-    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (", quality.*, estimates.png, triage.png" if g else "") + drawn
+    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (quality_files if g else "") + drawn
           + "\nnext: " + shlex.join(["python", "evaluate.py", "NEW", best, "--predict", *(["--qp", args.qp] if g else []), "--out", "runs/new"])
           + "    (NEW: images without labels)")
 

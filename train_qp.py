@@ -51,7 +51,7 @@ def parse_args(argv=None):
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer")
     p.add_argument("--encoder-weights", "--pretrained", metavar="FILE", help="scalar: ResNet-18 state dict of torchvision or timm to start from; or the word "
                    "imagenet, which downloads torchvision's")
-    p.section("training: epochs, masks, batch, decay and patience are the paper's")
+    p.section("training (epochs, masks, batch, decay and patience are the paper's)")
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
     p.add_argument("--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch")
     p.add_argument("--batch", type=number(2, 65_536), help="masks in a step (default: 32, of volumes 4)")
@@ -322,7 +322,7 @@ def main(argv=None):
     distributed.wait()  # until everything is written
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
-                                 ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", "runs/mt_qw"]))
+                                 ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", os.path.join(os.path.dirname(args.out), "mt_qw")]))
 
 
 if __name__ == "__main__":

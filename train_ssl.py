@@ -91,8 +91,8 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient")
     p.add_argument("--eval-every", type=number(1), default=200, help="steps between validations, log rows and checkpoints")
     p.add_argument("--patience", type=number(1), default=30, help="validations without a better Dice before stopping")
-    evaluate.add_window_options(p)
     p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[], help="also keep the checkpoints of these steps, as OUT/stepN.pt")
+    evaluate.add_window_options(p)
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -584,6 +584,14 @@ def set_defaults(args, info):
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess"]
 
 
+def averaged(table, step, args):
+    """Means of PARTS over the steps up to `step`, weights over those alone that had some. [steps, parts] -> {name: mean}"""
+    weighed = [args.method != "supervised" and lambdas(args, (s - 1) / args.steps)[0] > 0 for s in range(step - len(table) + 1, step + 1)]
+    means = dict(zip(PARTS, table.mean(0).tolist()))
+    some = dict(zip(PARTS, table[weighed].mean(0).tolist())) if any(weighed) else {}
+    return {name: value for name, value in (means | {"weight": some.get("weight"), "ess": some.get("ess")}).items() if value is not None}
+
+
 def advice(parts):
     """What to try when a loss is not finite, from the values of PARTS in that step."""
     if all(map(math.isfinite, (parts.get("sup", math.inf), parts.get("unsup", math.inf)))):
@@ -696,12 +704,12 @@ def main(argv=None):
             if step in args.keep:
                 save(f"step{step}.pt", step, means(step))
             if step % args.eval_every == 0 or step == args.steps:
-                averages, milliseconds = means(step).mean(0).tolist(), (time.perf_counter() - start) / len(parts) * 1000
+                averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)
-                log.write(step, **dict(zip(PARTS, averages)), lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
+                log.write(step, **averages, lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                           **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds, **(look(nets[0], g, watched, on) if watched else {}))
                 finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
                 parts, start = [], time.perf_counter()

@@ -2,17 +2,18 @@
 
     python -m data.figures runs/*/log.csv --out curves.png    # training curves of several runs, also while they train
 
-Legend: N samples, K classes, H, W, D height, width and depth; R runs.
+Legend: N samples, K classes, D depth, H height, W width.
 """
 import csv
 import itertools
 import os
+import warnings
 
 import cv2
 import numpy as np
 
 from data.files import InputError, Parser, cli, picture, replacing
-from data.metrics import agreement, monotone
+from data.metrics import SHOWN, agreement, monotone
 
 COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167], [86, 180, 233], [213, 94, 0]]) / 255
 #        Okabe and Ito's palette: distinguishable for color-blind readers
@@ -39,7 +40,8 @@ def pyplot():
 
 def save_figure(figure, path):
     """Writes a PNG, whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be written in any script
         figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight")
     pyplot().close(figure)
 
@@ -159,8 +161,9 @@ def quality(path, panels, classes):
         both = agreement(predicted, true)
         axis.set_title(f"{title}\nMAE {both['mae']:.3f}, r {both['pearson'] or 0:.3f}", fontsize=9)
         axis.set(xlabel="predicted Dice", ylabel="true Dice", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.flat[0].legend(fontsize=7, loc="upper left", framealpha=0.8)
-    legend(figure, classes)
+    from matplotlib.lines import Line2D
+    dots = [Line2D([], [], color=color(k - 1), ls="", marker="o", markersize=4, label=c) for k, c in enumerate(classes) if k]
+    figure.legend(handles=[*dots, *axes.flat[0].get_legend_handles_labels()[0]], loc="outside lower center", ncols=min(columns, 3), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -191,9 +194,10 @@ def triage(path, panels):
         axis.axis("off")
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for i, (name, found) in enumerate(curves.items()):
-            axis.plot(np.linspace(0, 1, len(found)), found, label=name, lw=2.6 if i == 0 else 1.2, zorder=3 if i == 0 else 2, **style(i))
-        axis.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0, label="at random")
-        axis.axvline(0.2, color="0.6", lw=0.8, zorder=0)
+            look = dict(color="black", lw=1, ls=":") if name == "at best" else dict(lw=2.6 if i == 0 else 1.2, zorder=3 if i == 0 else 2, **style(i))
+            axis.plot(np.linspace(0, 1, len(found)), found, label=name, **look)
+        axis.plot([0, 1], [0, 1], color="0.5", lw=1, zorder=0, label="at random")
+        axis.axvline(SHOWN, color="black", lw=0.8, ls=(0, (6, 3)), zorder=0, label=f"{SHOWN:.0%} of the cases")
         axis.grid(lw=0.4)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of cases shown, lowest estimate first")
         axis.set_title(title, fontsize=9)
@@ -214,10 +218,10 @@ CURVES = {  # columns of log.csv -> the panel's title
 def read_log(path):
     """A log.csv -> {column: values [rows]}, NaN where empty. InputError if it is none."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; give the log.csv of a run")
+        raise InputError(f"{path}: {'a folder' if os.path.isdir(path) else 'no such file'}; give the log.csv of a run")
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [row for row in csv.DictReader(f) if None not in row.values() and None not in row]  # the last may be cut short
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [row for row in csv.DictReader(f) if row.get("step", "-") and None not in row.values() and None not in row]  # the last may be cut short
         table = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a log of a training ({error}); give the log.csv of a run") from None
@@ -227,11 +231,13 @@ def read_log(path):
 
 
 def curves(path, logs):
-    """Training curves of several runs in one figure. logs: {run: what read_log() gives}"""
+    """Training curves of several runs in one figure. logs: {run: what read_log() gives}. InputError if they hold nothing to draw."""
     some = lambda log, name: name in log and np.isfinite(log[name]).any() and np.nanmax(log[name]) > 0
     told = lambda log, name: some(log, name) and (name != "lam" or some(log, "unsup"))   # a supervised run has nothing that λ could weigh
     panels = [names for names in CURVES if any(told(log, name) for log in logs.values() for name in names)
               and not (names == ("loss",) and any("sup" in log for log in logs.values()))]
+    if not panels:
+        raise InputError(f"{', '.join(logs)}: no log has a column to draw; give the log.csv of runs that have validated")
     columns = min(3, len(panels))
     figure, axes = pyplot().subplots(-(-len(panels) // columns), columns, figsize=(3.6 * columns, 2.7 * -(-len(panels) // columns) + 0.16 * len(logs)),
                                      squeeze=False, layout="constrained")
@@ -240,7 +246,8 @@ def curves(path, logs):
     for axis, names in zip(axes.flat, panels):
         for (i, log), (j, name) in itertools.product(enumerate(logs.values()), enumerate(names)):
             if told(log, name):
-                axis.plot(log["step"], log[name], marker="." if len(log["step"]) < 12 else None, lw=1.4, **style(i) | (dict(linestyle="--") if j else {}))
+                few, second = len(log["step"]) < 12, dict(linestyle="--") if j else {}
+                axis.plot(log["step"], log[name], lw=1.4, marker=".x"[j] if few else None, **style(i) | second)
         axis.set_title(CURVES[names], fontsize=9)
         axis.set_xlabel("step" if any("sup" in log for log in logs.values() if told(log, names[0])) else "epoch", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -254,7 +261,8 @@ def run_names(paths):
     """What tells runs apart: their folders, without what all of them share."""
     folders = [os.path.dirname(os.path.abspath(p)).split(os.sep) for p in paths]
     shared = len(os.path.commonprefix(folders)) if len(folders) > 1 else len(folders[0]) - 1
-    return [os.sep.join(f[min(shared, len(f) - 1):]) for f in folders]
+    names = [os.sep.join(f[min(shared, len(f) - 1):]) for f in folders]
+    return [name if names.count(name) == 1 else os.path.join(name, os.path.basename(path)) for name, path in zip(names, paths)]
 
 
 def main(argv=None):

@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell a reader nothing
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return f"{action.help} (default: {action.default:.3g})" if isinstance(action.default, float) else super()._get_help_string(action)
 
 
 def number(low, high=math.inf, kind=int):
@@ -102,6 +104,8 @@ def picture(text):
     folder(os.path.dirname(text) or ".")
     if not text or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a picture in it")
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: pictures are PNG files; name it .png")
     return text
 
 
@@ -323,7 +327,7 @@ class Log:
     def __init__(self, out, columns, after=0, writes=True, fresh=True, shown=()):
         """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
         fresh: a former run is removed. writes: False for all but one of several processes, which keep no records.
-        shown: columns of the screen's table, as many as fit into 80 characters; default: all."""
+        shown: columns of the screen's table, which should fit into 80 characters; default: all."""
         self.writes, self.shown, self.lines = writes, shown or columns, 0
         if not writes:
             return

@@ -175,6 +175,8 @@ def _check_case(path, case, K, channels, dims):
             raise InputError(f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed")
         if case.label.max() >= K:
             raise InputError(f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})")
+    if case.source_grid is not None and len(case.source_grid) != len(grid):
+        raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
     if case.spacing is not None and (len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
     _check_grid(where, grid, dims)
@@ -666,7 +668,7 @@ def preview(info, path):
             for entry in (entries[i * len(entries) // min(most, len(entries))] for i in range(min(most, len(entries)))):
                 image, label = read_case(f, info, split, entry.name)
                 title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
-                views = [(image[z], None if label is None else label[z], 1.0)] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
+                views = [(image[z], None if label is None else label[z], entry.spacing[-2] / entry.spacing[-1])] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
                 rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
     figures.cases(path, [row for row in rows if row], info.classes)
 
@@ -695,7 +697,7 @@ def report(info):
     """Prints what a converter has written, or summary() alone says, and what comes next."""
     print(summary(info))
     if any(e.labeled for e in info.splits.get("train", ())):
-        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", "runs/vqm"]) + "    (--labeled 7: as if only the first 7 patients had labels)")
+        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"]) + "    (--labeled 7: as if only the first 7 patients had labels)")
 
 
 def main(argv=None):

@@ -31,12 +31,12 @@ PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 def pictures(folder):
     """Name without ending -> path, for the pictures directly in a folder, in natural order (2 before 10)."""
-    found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES] if Path(folder).is_dir() else []
+    found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")] if Path(folder).is_dir() else []
     by_number = sorted(found, key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
-    by_name = {p.stem: p for p in by_number}
-    if twice := [p for p in by_number if by_name[p.stem] != p]:
-        raise InputError(f"{twice[0]}: {by_name[twice[0].stem].name} is there too; remove or rename one of the two")
-    return by_name
+    by_name = {p.stem.lower(): p for p in by_number}  # their masks must not be one file where endings or capitals are all that differs
+    if twice := [p for p in by_number if by_name[p.stem.lower()] != p]:
+        raise InputError(f"{twice[0]}: {by_name[twice[0].stem.lower()].name} is there too; remove or rename one of the two")
+    return {p.stem: p for p in by_number}
 
 
 # Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
@@ -111,8 +111,8 @@ def read_lists(folder):
 
 
 def read_picture(path, flag):
-    """A picture through OpenCV's decoder; InputError if there is none."""
-    picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag) if os.path.getsize(path) else None
+    """A picture through OpenCV's decoder, on the grid on which it is stored (an orientation in its EXIF data turns nothing); InputError if there is none."""
+    picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION) if os.path.getsize(path) else None
     if picture is None:
         raise InputError(f"{path}: not a readable picture; replace it, or take it out")
     return picture
@@ -161,6 +161,9 @@ def read_pair(image_path, mask_path, classes, gray):
     image = read_picture(image_path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
     if mask_path is None:
         return image, None
+    with Image.open(image_path) as opened:
+        if opened.getexif().get(0x112, 1) != 1:  # many programs would have shown it turned when its mask was drawn
+            raise InputError(f"{image_path}: is stored turned (EXIF orientation {opened.getexif()[0x112]}), so nobody knows whether its mask is, too; save both upright")
     mask = read_mask(mask_path, classes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "

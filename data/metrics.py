@@ -111,13 +111,12 @@ def agreement(predicted, true):
                 rmse=float(np.sqrt(((predicted - true) ** 2).mean())) if n else None,
                 pearson=float(scipy.stats.pearsonr(predicted, true)[0]) if varied else None,
                 spearman=float(scipy.stats.spearmanr(predicted, true)[0]) if varied else None,
-                worst=float((lowest(predicted) * lowest(true)).sum() / -(-n // 5)) if varied else None)
+                worst=float((lowest(predicted, -(-n // 5)) * lowest(true, -(-n // 5))).sum() / -(-n // 5)) if varied else None)
 
 
-def lowest(values, share=0.2):
-    """1 for each of the lowest 20%, or another share, rounded up; 0 for the others, and in between for those that are tied at the limit."""
-    count = max(1, math.ceil(share * len(values) - 1e-9))
-    limit = np.sort(values)[count - 1]
+def lowest(values, count):
+    """1 for each of the `count` lowest, which need not be whole; 0 for the others, and in between for those that are tied at the limit."""
+    limit = np.sort(values)[max(1, math.ceil(count - 1e-9)) - 1]
     below, tied = values < limit, values == limit
     return below + tied * (count - below.sum()) / tied.sum()
 
@@ -209,28 +208,29 @@ def compare_rows(groups, outputs, reference, case, reference_case, patient):
 
 
 BAD, SHOWN = 0.7, 0.2
-TRIAGE = f"Triage: of the cases with Dice below {BAD:g}, the share among the {SHOWN:.0%} that an estimate ranks lowest (cases, and their mean over classes)"
+TRIAGE = f"Triage: share of the bad cases (Dice, mean over classes, below {BAD:g}) that is among the {SHOWN:.0%} of all cases that an estimate ranks lowest"
 
 
 def triage(outputs, case):
     """Who finds the bad cases: of those whose true Dice (mean over classes) is below BAD, the share that is among the SHOWN share of all cases that
-    an estimate ranks lowest, mean over the runs that have such cases and others; between "at random" and "at best", which is less than 1 where they are many.
+    an estimate ranks lowest, mean over the runs that have such cases and others. At random it is SHOWN; "at best", as the true Dice would rank, it is
+    less than 1 where bad cases are many.
 
     -> rows, one for each estimate, and {estimate: the same for shares of 0, .01, ..., 1}; both empty where no run has both
     """
-    shares, K1 = np.linspace(0, 1, 101), outputs[0].area.shape[1]
-    per_case = lambda o, name=None: at_level(o, "volume", case, name)[0].reshape(-1, K1).mean(1)                                # [cases]
-    runs = [o for o in outputs if 0 < (per_case(o) < BAD).mean() < 1]
-    if not runs:
+    def of_cases(o, name=None):
+        return at_level(o, "volume", case, name)[0].reshape(-1, o.area.shape[1]).mean(1)                                        # [cases]
+
+    def curve(estimate, bad):
+        return [float((lowest(estimate, share * len(bad)) * bad).sum() / bad.sum()) for share in np.linspace(0, 1, 101)]
+    judged = [(o, of_cases(o) < BAD) for o in outputs]
+    judged = [(o, bad) for o, bad in judged if 0 < bad.mean() < 1]
+    if not judged:
         return [], {}
-    bad = [per_case(o) < BAD for o in runs]
-    found = lambda estimate, b: [float((lowest(estimate, s) * b).sum() / b.sum()) if s else 0.0 for s in shares]
-    curves = {name: np.mean([found(per_case(o, name), b) for o, b in zip(runs, bad)], 0).tolist() for name in runs[0].estimates}
-    at_best = np.mean([found(per_case(o), b) for o, b in zip(runs, bad)], 0)
-    at = round(SHOWN * 100)
-    rows = [{"estimate": name, "found": values[at], "area under curve": float(np.mean(values))} for name, values in [*curves.items(), ("at best", at_best.tolist())]]
-    of = {"runs": f"{len(runs)} of {len(outputs)}", "cases": len(bad[0]), "bad": float(np.mean([b.sum() for b in bad]))}
-    return [row | of for row in rows], curves
+    curves = {name: np.mean([curve(of_cases(o, name), bad) for o, bad in judged], 0).tolist() for name in judged[0][0].estimates}
+    curves["at best"] = np.mean([curve(of_cases(o), bad) for o, bad in judged], 0).tolist()
+    of = {"runs": f"{len(judged)} of {len(outputs)}", "cases": len(judged[0][1]), "bad": float(np.mean([bad.sum() for _, bad in judged]))}
+    return [{"estimate": name, "found": found[round(100 * SHOWN)], "area under curve": float(np.trapezoid(found, dx=0.01))} | of for name, found in curves.items()], curves
 
 
 def quality_rows(title, predicted, true, present, classes):

@@ -11,9 +11,14 @@ from data import h5, images, nifti
 from data.files import InputError
 
 
-def are_new(path):
-    """Whether a path is a folder or file of images, and not a dataset."""
-    path = Path(path)
+KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
+
+
+def are_new(source):
+    """Whether a path is a folder or file of images, and not a dataset. InputError if nothing is there."""
+    path = Path(source)
+    if not source or not path.exists():
+        raise InputError(f"{source}: no such file or folder; give new images, or a dataset file")
     return path.is_dir() or path.is_file() and (path.suffix.lower() in images.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
 
 
@@ -36,39 +41,44 @@ def convert(source, out, data):
 
     InputError if they cannot be what the network has learned from, or if one of them cannot be read.
     """
-    kind, paths = find(Path(source))
-    kinds = {"pictures": "pictures", "nifti": "NIfTI volumes"}
-    prepared = data.get("prepared")
+    (kind, paths), prepared = find(Path(source)), data.get("prepared")
     if prepared is None:
         if not data.get("standardize", True):
             raise InputError(f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not say which; "
                              "convert the data again, and train on them")
-        print(f"note: the checkpoint does not say how its data were prepared; {kinds[kind]} are taken as they are, " + (
+        print(f"note: the checkpoint does not say how its data were prepared; {KINDS[kind]} are taken as they are, " + (
             "as MR, each at its own spacing" if kind == "nifti" else "gray" if data["channels"] == 1 else "RGB"))
         prepared = {"from": kind}
-    if prepared.get("from") != kind:
-        raise InputError(f"{source}: holds {kinds[kind]}, but the network has learned from {kinds.get(prepared.get('from'), 'another kind of images')}")
+    how = preparation(prepared, source)
+    if prepared["from"] != kind:
+        raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[prepared['from']]}")
     if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
-        raise InputError(f"{source}: holds {kinds[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
-    cases = pictures(paths, data["channels"] == 1) if kind == "pictures" else volumes(paths, preparation(prepared, source))
-    return h5.write(out, cases, name=Path(source).resolve().name, classes=data["classes"], dims=data["dims"], channels=data["channels"],
-                    standardize=data.get("standardize", True), prepared=prepared)
+        raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
+    try:
+        return h5.write(out, pictures(paths, data["channels"] == 1) if kind == "pictures" else volumes(paths, how), name=Path(source).resolve().name,
+                        classes=data["classes"], dims=data["dims"], channels=data["channels"], standardize=data.get("standardize", True), prepared=prepared)
+    except InputError as error:  # in words that fit images which nobody had to convert
+        raise InputError(str(error).replace(str(out), str(source)).replace(" and convert the data again", "").replace("; convert the data again", "")) from None
 
 
 def pictures(paths, gray):
     """Yields each of some pictures as an h5.Case, on its own grid."""
     for name, path in paths.items():
+        h5.check_name(path, name)
         image = images.read_picture(path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
         yield h5.Case("unlabeled", name, image, None, name, source=path.name)
 
 
 def preparation(prepared, source):
-    """nifti.Preparation of what a dataset or checkpoint, which may come from anybody, says of it. InputError if that is none."""
-    numbers = lambda value, n: value is None or isinstance(value, (list, tuple)) and len(value) == n and all(isinstance(v, (int, float)) for v in value)
-    how = {key: value for key, value in prepared.items() if key != "from"}
-    if not (set(how) <= {"spacing", "window", "channel", "nnunet"} and numbers(how.get("spacing"), 3) and numbers(how.get("window"), 2)
-            and isinstance(how.get("channel"), (int, type(None))) and all(s > 0 for s in how.get("spacing") or ())):
-        raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(how)[:100]}); convert the data again, and train on them")
+    """nifti.Preparation of what a checkpoint, which may come from anybody, says of it. InputError if that is none."""
+    def numbers(value, n, low, high):
+        return isinstance(value, (list, tuple)) and len(value) == n and all(type(v) in (int, float) and low < v < high for v in value)  # no NaN, no bool
+    how = {key: value for key, value in prepared.items() if key != "from"} if isinstance(prepared, dict) else {"": prepared}
+    spacing, window, channel = (how.get(key) for key in ("spacing", "window", "channel"))
+    if not (set(how) <= {"spacing", "window", "channel", "nnunet"} and isinstance(prepared.get("from"), str) and prepared["from"] in KINDS
+            and (spacing is None or numbers(spacing, 3, 0.01, 1000)) and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
+            and (channel is None or type(channel) is int and 0 <= channel < 10_000) and type(how.get("nnunet", False)) is bool):
+        raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, and train on them")
     return nifti.Preparation(**how)
 
 

@@ -407,13 +407,13 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
             else:
                 assert row["one_empty"] == str(a.any() != b.any())
     mean = {e.name: np.mean([float(found[e.name, c]["dice"]) for c in info.classes[1:]]) for e, _, _ in cases}
-    best, worst = sorted(mean, key=mean.get, reverse=True)                     # the median of two is the worse one
+    best, worst = sorted(mean, key=mean.get, reverse=True)
     assert list(shown) == [str(out / "cases" / f"{best}.png"), str(out / "cases.png")]
-    assert [[panel[0].split(":")[0] for panel in row[:1]] for row in shown[str(out / "cases.png")]] == [["best"], ["median"]]
+    assert [[panel[0].split(":")[0] for panel in row[:1]] for row in shown[str(out / "cases.png")]] == [["best"], ["worst"]]
     for name, row in zip((best, worst), shown[str(out / "cases.png")]):
         (entry, label, truth), = [c for c in cases if c[0].name == name]
         z = (truth > 0).sum((1, 2)).argmax()
-        (_, image, none), (_, _, drawn), (title, _, outline) = row
+        (_, image, none, _), (_, _, drawn, _), (title, _, outline, _) = row
         assert none is None and (drawn == truth[z]).all() and title.endswith(f"Dice {mean[name]:.3f}")
         assert (outline == label[z]).all() and (label != label[:1]).any()
 

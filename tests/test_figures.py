@@ -95,9 +95,15 @@ def test_curves_of_several_runs(tmp_path, drawn, refused):
     assert panels["Dice on val"].lines[1].get_xydata().tolist() == [[10, 0.5], [20, 0.7]]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["sup", "mt"]
     (tmp_path / "empty.csv").write_text("step,sup\n"), (tmp_path / "other.csv").write_text("a,b\n1,2\n"), (tmp_path / "text.csv").write_text("step,b\n1,x\n")
+    (tmp_path / "nothing.csv").write_text("step,sup,val_dice\n10,,\n20,0,0\n"), (tmp_path / "bom.csv").write_text("\ufeffstep,sup\n10,1\n,2\n")
+    assert figures.read_log(str(tmp_path / "bom.csv"))["step"].tolist() == [10]
+    refused(figures.main, [tmp_path / "nothing.csv", "--out", tmp_path / "d.png"], "no log has a column to draw")
+    with pytest.raises(SystemExit):
+        figures.main([a, "--out", a])
     for name, word in (("empty.csv", "no row"), ("other.csv", "no column step"), ("text.csv", "x"), ("none.csv", "no such file")):
         refused(figures.main, [tmp_path / name, "--out", tmp_path / "d.png"], name, word)
     assert figures.run_names(["a/x/log.csv", "a/y/log.csv"]) == ["x", "y"] and figures.run_names(["a/log.csv"]) == ["a"]
+    assert figures.run_names(["a/x/log.csv", "a/x/old.csv"]) == ["x/log.csv", "x/old.csv"]
 
 
 def test_the_calibration_line_is_the_monotone_map(drawn):
@@ -135,6 +141,16 @@ def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, c
         assert [e.value for e in events.Scalars(name)] == pytest.approx([float(r[name]) for r in rows], rel=1e-4)
     picture = cv2.imdecode(np.frombuffer(events.Images("val: image, truth, output")[-1].encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
     assert picture.shape == (2 * 192, 3 * 192, 3) and picture.std() > 5                          # two val cases
+
+
+def test_weights_are_averaged_over_steps_that_have_some():
+    """Lambda sets in after half of the ten steps; of the supervised method nothing is weighed."""
+    table = torch.tensor([[1.0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [3, 1, 2, 0, 0.5, 0.25], [3, 1, 2, 0, 0.3, 0.75]])
+    args = train_ssl.parse_args(["f.h5", "--out", "runs/x", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.55", "--lam-ramp", "0.05"])
+    assert train_ssl.averaged(table, 8, args) == pytest.approx(dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5))
+    assert set(train_ssl.averaged(table, 4, args)) == {"loss", "sup", "unsup", "qar"}
+    args.method = "supervised"
+    assert set(train_ssl.averaged(table, 8, args)) == {"loss", "sup", "unsup", "qar"}
 
 
 @pytest.mark.parametrize("kind", ["gray", "volumes"])
@@ -192,6 +208,10 @@ def test_help_is_grouped_and_shows_defaults(script, groups, capsys):
     places = [text.index(f"\n{group}") for group in groups]
     assert places == sorted(places) and text.count("(default: ") > 3
     assert text.rindex("--device") > text.index("\nrunning:")
+    assert script is evaluate or re.search(r"--seed SEED.*\(default: 0\)", " ".join(text.split()))                        # also a default of 0
+    if script is train_ssl:
+        assert text.index("\nnetwork and training") < text.rindex("--keep") < text.index("\nvolumes:") < text.rindex("--stride") < text.index("\nrunning:")
+        assert "(default: 0.667)" in text and "[]" not in text
 
 
 def test_scripts_are_silent_but_for_their_words_when_piped(tmp_path):

@@ -71,7 +71,7 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
     folder, masks = pictures
     run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
     evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
-    assert sorted(p.name for p in out.iterdir()) == ["masks", "worst_first.csv", "worst_first.png"]
+    assert {p.name for p in out.iterdir()} == {".lock", "masks", "worst_first.csv", "worst_first.png"}
     assert {p.stem for p in (out / "masks").iterdir()} == set(masks)
     for name, mask in masks.items():
         with Image.open(out / "masks" / f"{name}.png") as found:
@@ -216,7 +216,8 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     refused(evaluate.main, [tmp_path / "empty", run, *out], "empty", "no picture")
     refused(evaluate.main, [tmp_path / "nowhere", run, *out], "no such file")
     refused(evaluate.main, [folder, run, "--out", tmp_path / "o"], "a folder")                   # scoring needs a dataset
-    refused(evaluate.main, [folder, run, *out, "--split", "val"], "val")                         # new images are of no split
+    refused(evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder))        # new images are of no split
+    refused(evaluate.main, ["", run, *out], "no such file")
     shutil.copy(scans / "a.nii.gz", folder)
     refused(evaluate.main, [folder, run, *out], "both")
     (folder / "a.nii.gz").unlink()
@@ -225,8 +226,12 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     (folder / "p4.bmp").unlink()
     (folder / "p5.png").write_bytes((folder / "p5.png").read_bytes()[:60])
     refused(evaluate.main, [folder, run, *out], "p5.png", "not a readable picture")
-    assert not list((tmp_path / "o").glob("*")) and not list((tmp_path / "o").glob(".*"))        # nor what was converted before
-    for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]}):
+    cv2.imwrite(str(folder / "p5.png"), np.zeros((3, 60, 3), np.uint8))
+    refused(evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60")        # not the temporary file, nor what nobody did
+    assert {p.name for p in (tmp_path / "o").glob("*")} | {p.name for p in (tmp_path / "o").glob(".*")} <= {".lock"}       # nor what was read before
+    for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]},
+                  {"from": "nifti", "spacing": [1e-6] * 3}, {"from": "nifti", "spacing": [float("inf")] * 3}, {"from": "nifti", "window": [1, 1]},
+                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti"):
         state = torch.load(in3d, weights_only=True)
         state["data"]["prepared"] = wrong
         save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")})
@@ -236,6 +241,55 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         with h5py.File(tmp_path / "f.h5", "a") as f:
             f.attrs["prepared"] = wrong
         refused(evaluate.main, [tmp_path / "f.h5", run, *out], "f.h5")
+
+
+def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused):
+    """They may have been corrected. With --overwrite nothing of the former run stays; nor, ever, what a killed process had read."""
+    folder, _ = pictures
+    run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
+    evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
+    refused(evaluate.main, [folder / "p3.jpg", run, "--predict", "--out", out], "masks", "--overwrite")
+    (out / ".images.123.part").touch()
+    evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--out", str(out), "--overwrite"])
+    assert [p.name for p in (out / "masks").iterdir()] == ["p3.png"] and {p.name for p in out.iterdir()} <= {"masks", ".lock"}
+    evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--qp", "qp.pt", "--pictures", "0", "--out", str(out), "--overwrite"])
+    assert {p.name for p in out.iterdir()} <= {"masks", ".lock", "worst_first.csv"} and len(read_list(out)) == 1
+
+
+def test_a_wrong_g_is_refused_before_images_are_read(rgb, gray_quality, pictures, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(images, "read_picture", None)
+    refused(evaluate.main, [pictures[0], make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--qp", gray_quality[1], "--out", tmp_path / "o"], "qp.pt", "classes")
+
+
+def turned(path, array, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(array).save(path, exif=exif, quality=95)
+
+
+def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused):
+    """A camera's EXIF orientation turns nothing: the mask lies on the grid that is stored. With a mask beside it such a picture is refused."""
+    folder, mask = tmp_path / "new", np.zeros((60, 90), np.uint8)
+    folder.mkdir()
+    mask[10:40, 5:30] = 1
+    for orientation in (1, 3, 6):
+        turned(folder / f"p{orientation}.jpg", np.repeat(mask[..., None] * np.uint8(150) + 40, 3, 2), orientation)
+    evaluate.main([str(folder), make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--out", str(tmp_path / "out")])
+    for p in (tmp_path / "out" / "masks").iterdir():
+        assert evaluate.dice(np.array(Image.open(p)) > 0, mask > 0) > 0.9
+    (tmp_path / "src").mkdir()
+    folder.rename(tmp_path / "src" / "images"), (tmp_path / "src" / "masks").mkdir()
+    for orientation in (1, 3, 6):
+        cv2.imwrite(str(tmp_path / "src" / "masks" / f"p{orientation}.png"), mask * 255)
+    refused(images.main, [tmp_path / "src", "--out", tmp_path / "f.h5"], ".jpg", "EXIF")
+
+
+def test_hidden_files_and_names_that_differ_in_capitals(tmp_path, refused):
+    for name in (".hidden.png", "._a.png", "a.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((9, 9, 3), np.uint8))
+    assert list(images.pictures(tmp_path)) == ["a"]
+    cv2.imwrite(str(tmp_path / "A.png"), np.zeros((9, 9, 3), np.uint8))
+    refused(lambda argv: images.pictures(tmp_path), [], "a.png", "A.png", "is there too")
 
 
 def test_a_case_without_the_channel_is_refused(tmp_path, refused):
@@ -262,8 +316,10 @@ def test_triage_by_hand():
     found = {r["estimate"]: r["found"] for r in rows}
     assert found == pytest.approx({"g": 2 / 3, "wrong": 0, "flat": 0.2, "half": 1 / 3, "at best": 2 / 3})
     assert rows[0]["bad"] == 3 and rows[0]["cases"] == 10 and rows[0]["runs"] == "1 of 1"
-    assert curves["g"][0] == 0 and curves["g"][10] == pytest.approx(1 / 3) and curves["g"][30] == 1 == curves["g"][100] and curves["wrong"][70] == 0
-    assert np.allclose(curves["flat"][::10], np.linspace(0, 1, 11))
+    assert curves["g"][0] == 0 and curves["g"][10] == pytest.approx(1 / 3) and curves["g"][15] == pytest.approx(0.5) and curves["g"][30] == curves["g"][100] == 1
+    assert curves["wrong"][70] == pytest.approx(0) and np.allclose(curves["flat"], np.linspace(0, 1, 101))                  # at random, whatever the number
+    assert {r["estimate"]: r["area under curve"] for r in rows}["flat"] == pytest.approx(0.5)
+    assert {r["estimate"]: r["area under curve"] for r in rows}["at best"] == pytest.approx(1 - 0.3 / 2)
 
 
 def test_triage_is_that_of_runs_with_bad_and_good_cases():
@@ -279,4 +335,4 @@ def test_triage_takes_the_mean_over_classes_of_whole_volumes():
     shared, total = np.array([[10, 1], [10, 1], [10, 10], [10, 9]]), np.array([[20, 10], [20, 10], [20, 20], [20, 20]])
     o = metrics.Outputs(shared > 0, shared, total / 2, total, {"g": np.array([[1, 0.1], [1, 0.1], [1, 1], [1, 1]])})
     rows, _ = metrics.triage([o], ["v", "v", "w", "w"])
-    assert rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == 1      # (1 + .2) / 2 = .6; one of two cases is shown
+    assert rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == pytest.approx(0.4)      # (1 + .2) / 2 = .6; 20% of two cases

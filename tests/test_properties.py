@@ -477,7 +477,7 @@ def test_a_comparison_shifts_with_the_values_and_turns_with_the_runs(both, shift
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), SEEDS)
 def test_the_lowest_fifth_and_monotone_maps(values, seed):
     values, rng = np.array(values, float), np.random.default_rng(seed)
-    share = metrics.lowest(values)
+    share = metrics.lowest(values, -(-len(values) // 5))
     assert share.sum() == pytest.approx(-(-len(values) // 5)) and ((share >= 0) & (share <= 1)).all()
     assert (share[values > values[share > 0].max()] == 0).all() and (share[values < values[share > 0].max()] == 1).all()
     true = rng.random(len(values))
@@ -509,8 +509,9 @@ def datasets(draw, dims=None, labeled=None):
             image = rng.integers(0, 256, shape, np.uint8) if draw(st.booleans()) else (100 * rng.standard_normal(shape)).astype(np.float32)
             cases.append(h5.Case(split, name, image, rng.integers(0, K, grid, np.uint8) if labeled or draw(st.booleans()) else None,
                                  f"{split} {draw(st.sampled_from(patients))}", draw(st.none() | spacings(len(grid))), draw(TEXT),
-                                 draw(st.none() | st.just(rng.standard_normal((4, 4)))), draw(st.none() | grids(3, 1, 99))))
-    what = dict(name=draw(TEXT), classes=draw(st.lists(TEXT, min_size=K, max_size=K, unique=True)), dims=dims, channels=channels, standardize=draw(st.booleans()))
+                                 draw(st.none() | st.just(rng.standard_normal((4, 4)))), draw(st.none() | grids(len(grid), 1, 99))))
+    what = dict(name=draw(TEXT), classes=draw(st.lists(TEXT, min_size=K, max_size=K, unique=True)), dims=dims, channels=channels, standardize=draw(st.booleans()),
+                prepared=draw(st.none() | st.fixed_dictionaries({"from": TEXT, "spacing": st.lists(st.floats(0.1, 9), min_size=3, max_size=3)})))
     return cases, what
 
 
