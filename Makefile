@@ -28,7 +28,7 @@ demo: .venv/ready
 	$(TRAIN) --out $(OUT)/mt_qw --method mean_teacher --weight quality --weight-level class
 	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --out $(OUT)/table --split test
-	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --out $(OUT)/new
+	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --out $(OUT)/new --overwrite
 
 demo3d: OUT = runs/demo3d
 demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 \
@@ -44,7 +44,7 @@ demo3d: .venv/ready
 	$(TRAIN) --out $(OUT)/ua_mt_qw --method ua_mt --weight quality --weight-level class
 	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/table --split test
-	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/new
+	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/new --overwrite
 
 test: .venv/ready
 	$(PY) -m pytest -q -n 2 tests
