@@ -415,7 +415,8 @@ def as_seen(w, term):
 def unlabeled_loss(g, terms, args, device):
     """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, effective share of the samples]
 
-    The latter is Kish's effective sample size, (sum w)^2 / sum w^2, over U: 1 where all weigh alike, 1/U where one alone counts. sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
+    The latter is Kish's effective sample size, (sum w)^2 / sum w^2, over U: 1 where all weigh alike, 1/U where one alone counts.
+    sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
     """
     total, seen, known = torch.zeros((), device=device), [], {}
     for term in terms:
@@ -585,11 +586,10 @@ PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess"]
 
 
 def averaged(table, step, args):
-    """Means of PARTS over the steps up to `step`, weights over those alone that had some. [steps, parts] -> {name: mean}"""
+    """Means of PARTS over the steps up to `step`, the weights' over those alone in which something was weighed. [steps, parts] -> {name: mean}"""
     weighed = [args.method != "supervised" and lambdas(args, (s - 1) / args.steps)[0] > 0 for s in range(step - len(table) + 1, step + 1)]
-    means = dict(zip(PARTS, table.mean(0).tolist()))
-    some = dict(zip(PARTS, table[weighed].mean(0).tolist())) if any(weighed) else {}
-    return {name: value for name, value in (means | {"weight": some.get("weight"), "ess": some.get("ess")}).items() if value is not None}
+    means = dict(zip(PARTS[:-2], table[:, :-2].mean(0).tolist()))
+    return means | dict(zip(PARTS[-2:], table[weighed, -2:].mean(0).tolist())) if any(weighed) else means
 
 
 def advice(parts):

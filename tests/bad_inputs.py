@@ -619,7 +619,7 @@ def corpus(folder=Path("base"), everything=False):
             run = [str(flat / "run/best.pt")] if stage == "evaluate.py" and name != "no data" else []
             yield stage, f"options, {name}", lambda work, a=argv, r=run, n=needed: filled([*a[:1], *r, *a[1:], *n] if r else [*a, *n], flat, work), [word.replace("DATA", "data.h5")], False
         for base, table in ((flat, MORE), (deep, VOLUME_FLAGS)):
-            for line, _ in taken([(line, None) for line in table.get(stage, [])], place % 2, 2):
+            for line, _ in taken([(line, None) for line in table.get(stage, [])], place % 4, 4):
                 yield stage, f"options, {base.name}, {line}", lambda work, s=stage, b=base, line=line: [*arguments(s, b, str(work / "out")), *filled(line.split(), b, work)], [word_of(line)], False
     yield from converters()
 
