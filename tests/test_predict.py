@@ -15,7 +15,7 @@ from torch import nn
 
 import evaluate
 import models
-from data import figures, h5, images, metrics, nifti
+from data import figures, h5, images, metrics, nifti, unlabeled
 from data.files import save_checkpoint
 
 ON = models.compute("cpu", "off")
@@ -91,6 +91,21 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
     assert sheet.shape[0] > 1000 and sheet.std() > 5
     said = capsys.readouterr()
     assert "wrote 20 masks" in said.out and said.out.index("p18") < said.out.index("next:") and "note" not in said.out and said.err == ""
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_pictures_are_read_like_the_data(gray, tmp_path):
+    """Color by color, what data.images makes of the same files."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "src" / "images").mkdir(parents=True)
+    for name, shape in (("rgb", (12, 16, 3)), ("rgba", (12, 16, 4)), ("gray", (12, 16))):
+        cv2.imwrite(str(tmp_path / "src" / "images" / f"{name}.png"), rng.integers(0, 256, shape, np.uint8))
+    images.main([str(tmp_path / "src"), "--out", str(tmp_path / "a.h5"), *(["--gray"] if gray else [])])
+    info = h5.read_info(str(tmp_path / "a.h5"))
+    found = unlabeled.convert(str(tmp_path / "src"), str(tmp_path / "b.h5"), info.describe())
+    theirs = {name: image for split in info.splits for name, image, *_ in h5.read_cases(info, split, labels=False)}
+    ours = {name: image for name, image, *_ in h5.read_cases(found, "unlabeled", labels=False)}
+    assert set(ours) == set(theirs) == {"rgb", "rgba", "gray"} and all((ours[name] == theirs[name]).all() for name in ours)
 
 
 def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp_path):
