@@ -709,18 +709,13 @@ def write_worst_first(args, info, split, rows):
         for i, (q, entry, _, z, packed) in enumerate(rows[:16] if args.pictures else [], 1):
             image, _ = h5.read_case(f, info, split, entry.name, label=False)
             mask = cv2.resize(unpack(packed), image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)  # that of a picture is on its source's grid
-            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask, aspect(entry)))
+            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask, entry.aspect))
     if panels:
         figures.cases(os.path.join(args.out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
     print(f"wrote {args.out}/worst_first.csv" + (", worst_first.png" if panels else "") + "; the first of them, by the Dice that g predicts:")
     for q, entry, *_ in rows[:5]:
         print(f"  {q.mean():.3f}  {entry.name}")
     print("next: look at these, from the top, and correct what is wrong")
-
-
-def aspect(entry):
-    """Height of a pixel of a case's slices over its width."""
-    return entry.spacing[-2] / entry.spacing[-1]
 
 
 def pack(label):
@@ -750,7 +745,7 @@ def draw(args, info, split, entries, groups, scores, packed):
     with h5.open_file(info.path) as f:
         for c in sorted(shown | set(marks)):
             image, truth = h5.read_case(f, info, split, entries[c].name)
-            z, title, pixel = figures.middle(truth, len(image)), entries[c].name, aspect(entries[c])
+            z, title, pixel = figures.middle(truth, len(image)), entries[c].name, entries[c].aspect
             rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
                        ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
             rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c]), pixel)

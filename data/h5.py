@@ -69,6 +69,11 @@ class Entry:
     source_grid: tuple | None = None
     itemsize: int = 1  # bytes of a number of the image
 
+    @property
+    def aspect(self):
+        """Height of a pixel of its slices over its width."""
+        return self.spacing[-2] / self.spacing[-1]
+
 
 @dataclass
 class Info:
@@ -668,7 +673,7 @@ def preview(info, path):
             for entry in (entries[i * len(entries) // min(most, len(entries))] for i in range(min(most, len(entries)))):
                 image, label = read_case(f, info, split, entry.name)
                 title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
-                views = [(image[z], None if label is None else label[z], entry.spacing[-2] / entry.spacing[-1])] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
+                views = [(image[z], None if label is None else label[z], entry.aspect)] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
                 rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
     figures.cases(path, [row for row in rows if row], info.classes)
 

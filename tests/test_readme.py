@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +76,7 @@ def test_new_images(gray, gray_quality, tmp_path, monkeypatch):
     from test_nifti import make
     make(tmp_path / "src", ["a", "b"], shape=(4, 40, 44))
     (tmp_path / "src" / "imagesTr").rename(tmp_path / "NEW")
-    Path(make_run(tmp_path / "runs" / "mt_qw", h5.read_info(gray))), (tmp_path / "runs" / "qp").mkdir()
+    make_run(tmp_path / "runs" / "mt_qw", h5.read_info(gray)), (tmp_path / "runs" / "qp").mkdir()
     shutil.copy(gray_quality[1], tmp_path / "runs" / "qp" / "qp.pt")
     command, = commands(next(b for b in blocks("bash") if "evaluate.py NEW " in b))
     execute(command, tmp_path, monkeypatch)
