@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import make_pictures
 from PIL import Image
 from test_evaluate import make_run
 from test_nifti import ball, make, save
@@ -240,6 +241,8 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     out, scans = ["--predict", "--out", tmp_path / "o"], make(tmp_path / "scans", ["a"]) / "imagesTr"
     refused(evaluate.main, [scans, run, *out], "NIfTI", "pictures")
     refused(evaluate.main, [folder, in3d, *out], "pictures", "volumes")
+    images.main([str(make_pictures(tmp_path / "g", 4)), "--out", str(tmp_path / "g.h5"), "--gray", "--val", "0.3"])
+    refused(evaluate.main, [scans, make_run(tmp_path / "gray", h5.read_info(str(tmp_path / "g.h5"))), *out], "NIfTI", "learned from pictures")   # gray, too
     (tmp_path / "empty").mkdir()
     refused(evaluate.main, [tmp_path / "empty", run, *out], "empty", "no picture")
     refused(evaluate.main, [tmp_path / "nowhere", run, *out], "no such file")
