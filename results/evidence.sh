@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The experiments of results/protocol.md, one data set at a time, from the project's top folder:
+#     bash results/evidence.sh g|grid|seeds|controls|qar ph2|cvc|acdc [FAMILY ...]
+# in this order. Several may run at once on the same list; what is finished is passed over. PY names the Python; runs/DATA.h5 with a test split
+# is made by the converters and `python results/evidence.py split` (protocol.md).
+set -eu
+PY=${PY:-.venv/bin/python}
+part=$1 data=$2 out=runs/v/$2
+shift 2
+mkdir -p "$out"
+case $data in
+  ph2)  labeled=14 masks=200 folds=3 batch=24 per_image=200 epochs=4 ;;
+  cvc)  labeled=4  masks=60  folds=2 batch=24 per_image=40  epochs=4 ;;
+  acdc) labeled=7  masks=60  folds=3 batch=16 per_image=30  epochs=3 ;;
+  *)    echo "no setting for $data"; exit 2 ;;
+esac
+run() { $PY results/evidence.py $data "$@"; }
+
+if [ "$part" = g ]; then
+  $PY corrupt.py runs/$data.h5 --out "$out/vqm" --labeled $labeled --size 64 --masks $masks --val-masks 5 --folds $folds
+  $PY train_qp.py runs/$data.h5 --vqm "$out/vqm/vqm.h5" --out "$out/g" --size 64 --batch $batch --per-image $per_image --epochs $epochs
+  exit
+fi
+for family in "$@"; do
+  case $family in  # squared differences of probabilities are small
+    mean_teacher|ict) lams="0.3 1 3" ;;
+    *)                lams="0.1 0.3 1" ;;
+  esac
+  case $part in
+    grid)     run --families $family --rows none qw_pixel --lams $lams --seeds 0 ;;
+    seeds)    run --families $family --rows none qw_pixel --seeds 1 2
+              run --families $family --rows oracle_pixel --like qw_pixel ;;
+    controls) run --families $family --rows conf conf_class conf_pixel --like none
+              run --families $family --rows qw shuffled_pixel oracle --like qw_pixel ;;
+    qar)      run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
+  esac
+done
