@@ -366,7 +366,8 @@ def run_name(args):
     if args["weight"] != "none" and args["method"] != "supervised":  # which has nothing to weight
         name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
         name += "" if args["weight_level"] == "image" else f" ({args['weight_level']})"
-    return name + (" + QAR" if args["qar"] else "")
+    corrects = args.get("correct") and args["method"] != "supervised"
+    return name + (" + correction" if corrects else "") + (" + QAR" if args["qar"] else "")
 
 
 def group_runs(states, paths):

@@ -22,7 +22,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import numpy as np
@@ -65,10 +65,12 @@ def parse_args(argv=None):
     p.section("quality guidance")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
-    p.add_argument("--weight-level", choices=("image", "class", "pixel"), default="image",
-                   help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that it is right (g: dense head)")
+    p.add_argument("--weight-level", choices=("image", "class", "pixel"),
+                   help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that it is right (default: image, as in the paper; "
+                        "quality with a dense head: pixel)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
+    p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, takes its place")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
@@ -105,8 +107,9 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
-    if (args.weight == "quality" or args.qar) and not args.qp:
-        raise InputError(f"--qp is missing: {'--weight quality' if args.weight == 'quality' else '--qar'} needs the qp.pt of train_qp.py")
+    asks = "--weight quality" if args.weight == "quality" else "--qar" if args.qar else "--correct" if args.correct else None
+    if asks and not args.qp:
+        raise InputError(f"--qp is missing: {asks} needs the qp.pt of train_qp.py")
     if args.weight_threshold is None:
         args.weight_threshold = {"none": 0.0, "confidence": 0.9, "quality": 0.5}[args.weight]
     return args
@@ -122,6 +125,7 @@ class Batch:
     u: torch.Tensor   # [U, C, *S] unlabeled images, weak view
     s1: torch.Tensor  # [U, C, *S] two strong views of u: other intensity, the same geometry
     s2: torch.Tensor
+    corrected: Callable[[torch.Tensor], torch.Tensor] = lambda p: p    # of u's pseudo-label, [U, K, *S] -> [U, K, *S]; of g with --correct
 
 
 @dataclass
@@ -150,7 +154,7 @@ def pseudo_label(nets, teacher, batch, args, t):
 
     Deviation from Lee, who uses the student's own label. PL-C and PL-QW of the paper keep every pixel: --conf-threshold 0.
     """
-    target = probabilities(teacher, batch.u)                                  # [U, K, *S]
+    target = batch.corrected(probabilities(teacher, batch.u))                 # [U, K, *S]
     sure = confident(target, args)                                            # [U, *S]
     at_x, at_u = together(nets[0], batch.x, batch.u)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_u, harden(target), w * sure))]
@@ -161,7 +165,7 @@ def mean_teacher(nets, teacher, batch, args, t):
 
     Deviation: the teacher is in eval mode (running BN statistics, no dropout).
     """
-    target = probabilities(teacher, batch.u)
+    target = batch.corrected(probabilities(teacher, batch.u))
     at_x, at_s = together(nets[0], batch.x, batch.s1)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w))]
 
@@ -174,7 +178,7 @@ def ua_mt(nets, teacher, batch, args, t):
     ln 2, as in the public multi-class implementations. A network without dropout (those on a ResNet) leaves the noise alone.
     Deviations: the student sees a strong view, not noise, and the target comes from one clean pass in eval mode.
     """
-    target = probabilities(teacher, batch.u)
+    target = batch.corrected(probabilities(teacher, batch.u))
     limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
     sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()    # [U, *S]
     at_x, at_s = together(nets[0], batch.x, batch.s1)
@@ -186,7 +190,7 @@ def ict(nets, teacher, batch, args, t):
 
     Deviations: each pair has its own share, not the whole batch one; the teacher is in eval mode.
     """
-    target, perm = probabilities(teacher, batch.u), shuffled(batch.u)
+    target, perm = batch.corrected(probabilities(teacher, batch.u)), shuffled(batch.u)
     share = torch.distributions.Beta(args.mix_alpha, args.mix_alpha).sample((len(perm),)).to(batch.u.device)  # [U] of the second
     blend = lambda v: torch.lerp(v, v[perm], to_samples(share, v))
     at_x, at_blend = together(nets[0], batch.x, blend(batch.u))
@@ -200,7 +204,7 @@ def cps(nets, teacher, batch, args, t):
     Deviations: l is our seg_loss (the paper: cross-entropy), and L_cps is not applied to the labeled images too.
     """
     (x1, u1), (x2, u2) = (together(net, batch.x, batch.u) for net in nets)
-    p1, p2 = (u.detach().float().softmax(1) for u in (u1, u2))
+    p1, p2 = (batch.corrected(u.detach().float().softmax(1)) for u in (u1, u2))
     return seg_loss(x1, batch.y) + seg_loss(x2, batch.y), [Term(batch.u, p2, lambda w: seg_loss(u1, harden(p2), w)),
                                                           Term(batch.u, p1, lambda w: seg_loss(u2, harden(p1), w))]
 
@@ -214,7 +218,7 @@ def contrastive(nets, teacher, batch, args, t):
     """
     with torch.no_grad():
         keys = teacher.encode(batch.u)
-        target = teacher.decode(keys).float().softmax(1)
+        target = batch.corrected(teacher.decode(keys).float().softmax(1))
     sure, B, middle = confident(target, args), len(batch.x), len(keys) // 2
     features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
     at_x, at_u = nets[0].decode(features).split([B, len(batch.u)])
@@ -235,7 +239,7 @@ def fixmatch(nets, teacher, batch, args, t):
 
     Deviations: the label is made in eval mode; the loss is ours and relative to the confident pixels, not to all.
     """
-    target, (cut, mix) = own_probabilities(nets[0], batch.u), cutmix(batch.u)
+    target, (cut, mix) = batch.corrected(own_probabilities(nets[0], batch.u)), cutmix(batch.u)
     at_x, at_s = together(nets[0], batch.x, cut(batch.s1))
     label, sure = cut(harden(target)), cut(confident(target, args))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s, label, w * sure), mix=mix)]
@@ -247,7 +251,7 @@ def unimatch(nets, teacher, batch, args, t):
 
     Deviations: those of fixmatch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
     """
-    target, U = own_probabilities(nets[0], batch.u), len(batch.u)
+    target, U = batch.corrected(own_probabilities(nets[0], batch.u)), len(batch.u)
     label, sure = harden(target), confident(target, args)
     (cut1, mix1), (cut2, mix2) = cutmix(batch.u), cutmix(batch.u)
     images = models.channels_last(torch.cat([batch.x, cut1(batch.s1), cut2(batch.s2), batch.u]))
@@ -266,7 +270,7 @@ def bcp(nets, teacher, batch, args, t):
     alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviations: the mean, not the sum, over the two; a
     box for each pair; the second stage goes on from the first one's last weights, not its best.
     """
-    target = probabilities(teacher, batch.u)
+    target = batch.corrected(probabilities(teacher, batch.u))
     if args.largest_component:
         target = keep_largest(target)
     n = max(len(batch.x), len(batch.u))
@@ -404,6 +408,12 @@ def pixel_weights(g, term, args):
     return w
 
 
+@torch.no_grad()
+def corrected(g, image, p):
+    """--correct: the probability of the truth for a dense g that has seen the pseudo-label. image [U, C, *S], p [U, K, *S] -> [U, K, *S]"""
+    return g.belief(image, harden(p)[:, 1:])
+
+
 def as_seen(w, term):
     """Weights [U, *S] blended like the images that the loss saw, times the method's own weight."""
     if term.mix is not None:
@@ -462,6 +472,8 @@ def total_loss(nets, teacher, g, batch, args, t):
     """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, effective share]."""
     lam, lam_qar = lambdas(args, t)
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
+    if args.correct:
+        batch = replace(batch, corrected=lambda p: corrected(g, batch.u, p))
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     few = batch.u[:max(2, math.ceil(args.qar_share * len(batch.u)))]          # of each process; at least two, for batch norm
@@ -625,6 +637,8 @@ def main(argv=None):
     network = set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
+    g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
+    args.weight_level = args.weight_level or ("pixel" if args.weight == "quality" and hasattr(g, "belief") else "image")
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "
@@ -632,9 +646,9 @@ def main(argv=None):
         return
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
-    g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
-    if g and args.weight == "quality" and args.weight_level == "pixel" and not hasattr(g, "error"):
-        raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; --weight-level pixel needs train_qp.py --head dense")
+    asks = "--correct" if args.correct else "--weight-level pixel" if args.weight == "quality" and args.weight_level == "pixel" else None
+    if asks and not hasattr(g, "belief"):
+        raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; {asks} needs train_qp.py --head dense")
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")

@@ -37,7 +37,7 @@ COMMON = "--size 64 --width 8 --batch 8 --batch-unlabeled 8 --ema 0.99".split()
 DATA = {  # labeled patients; learning rate; steps, of which the first are supervised; steps between validations
     "ph2": dict(labeled=14, lr=1e-3, steps=450, start=150, every=50),
     "cvc": dict(labeled=4, lr=1e-3, steps=500, start=200, every=100),
-    "acdc": dict(labeled=7, lr=3e-3, steps=900, start=600, every=100),
+    "acdc": dict(labeled=7, lr=3e-3, steps=800, start=400, every=100),
 }
 FAMILIES = {
     "supervised": "--method supervised",
@@ -59,12 +59,12 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
     "qw": (f"{QUALITY} image", None),
     "qw_class": (f"{QUALITY} class", None),
     "qw_pixel": (f"{QUALITY} pixel", None),
-    "qw_class_batch": (f"{QUALITY} class --weight-total batch", None),
-    "qw_pixel_batch": (f"{QUALITY} pixel --weight-total batch", None),
     "oracle": (f"{QUALITY} image", "oracle"),
     "oracle_class": (f"{QUALITY} class", "oracle"),
-    "oracle_class_batch": (f"{QUALITY} class --weight-total batch", "oracle"),
     "oracle_pixel": (f"{QUALITY} pixel", "oracle"),
+    "correct": ("--correct", None),
+    "correct_conf": ("--correct --weight confidence --weight-level pixel --weight-threshold 0.5", None),
+    "full": ("--correct", "oracle"),
     "shuffled": (f"{QUALITY} image", "shuffled"),
     "shuffled_pixel": (f"{QUALITY} pixel", "shuffled"),
     "qar": ("--qar 0.01", None),
@@ -85,6 +85,9 @@ class Oracle(torch.nn.Module):
 
     def error(self, image, mask):
         return (mask != self.truth(len(mask))[:, 1:]).any(1).float()
+
+    def belief(self, image, mask):
+        return self.truth(len(mask))
 
     def truth(self, count):
         return one_hot(self.label[:count], self.classes)
@@ -163,7 +166,7 @@ def controlled(control):
 def command(data, family, row, lam, seed, out):
     """What train_ssl.py is called with."""
     d, guide = DATA[data], ROWS[row][0].split()
-    qp = ["--qp", f"runs/v/{data}/g/qp.pt"] if "quality" in guide or "--qar" in guide else []
+    qp = ["--qp", f"runs/v/{data}/g/qp.pt"] if "quality" in guide or "--qar" in guide or "--correct" in guide else []
     warm = d["start"] / d["steps"]
     return [f"runs/{data}.h5", "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON, "--lr",
             str(d["lr"]), "--seed", str(seed),
@@ -206,6 +209,7 @@ def train(data, family, row, lam, seed, out):
     if not os.path.isfile(f"{out}/last.pt"):
         args = train_ssl.parse_args(argv)
         train_ssl.set_defaults(args, h5.read_info(args.data))
+        args.weight_level = args.weight_level or "image"
         state = torch.load(start(data, family, seed), weights_only=True)
         state |= dict(args=vars(args), inputs=dict(qp=checksum(args.qp), unlabeled=None), best=dict(dice=-1.0, step=0), seconds=0.0)
         torch.save(state, f"{out}/last.pt")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments of results/protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence.sh g|grid|seeds|controls|qar ph2|cvc|acdc [FAMILY ...]
+#     bash results/evidence.sh g|grid|seeds|qw|conf|qar ph2|cvc|acdc [FAMILY ...]
 # in this order. Several may run at once on the same list; what is finished is passed over. PY names the Python; runs/DATA.h5 with a test split
 # is made by the converters and `python results/evidence.py split` (protocol.md).
 set -eu
@@ -27,11 +27,13 @@ for family in "$@"; do
     *)                lams="0.1 0.3 1" ;;
   esac
   case $part in
-    grid)     run --families $family --rows none qw_pixel --lams $lams --seeds 0 ;;
-    seeds)    run --families $family --rows none qw_pixel --seeds 1 2
-              run --families $family --rows oracle_pixel --like qw_pixel ;;
-    controls) run --families $family --rows conf conf_class conf_pixel --like none
-              run --families $family --rows qw shuffled_pixel oracle --like qw_pixel ;;
+    grid)     run --families $family --rows none correct --lams $lams --seeds 0 ;;
+    seeds)    run --families $family --rows none correct --seeds 1 2
+              run --families $family --rows full --like correct --seeds 0 1 2 ;;
+    qw)       run --families $family --rows qw_pixel --lams $lams --seeds 0
+              run --families $family --rows qw_pixel --seeds 1 2
+              run --families $family --rows qw oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
+    conf)     run --families $family --rows conf conf_class conf_pixel --like none ;;
     qar)      run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
   esac
 done

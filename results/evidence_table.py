@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from data import figures  # noqa: E402
 from data.files import Parser, cli, picture  # noqa: E402
 from results.evidence import DATA, FAMILIES, ROWS  # noqa: E402
 
@@ -93,12 +94,41 @@ def table(data, checkpoint):
     return points
 
 
+SHOWN = {"qw_pixel": "QW, pixel", "qw": "QW, image (the paper's)", "qar": "QAR", "conf": "confidence, image", "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g",
+         "oracle_pixel": "oracle, pixel", "oracle": "oracle, image"}
+
+
+def draw(path, points):
+    """Difference to the family's own baseline with its interval, a panel for each data set."""
+    plt, sets = figures.pyplot(), list(dict.fromkeys(p[0] for p in points))
+    families = [f for f in FAMILIES if any(p[1] == f for p in points)]
+    rows = [row for row in SHOWN if any(p[2] == row for p in points)]
+    figure, axes = plt.subplots(1, len(sets), figsize=(3.6 * len(sets), 0.5 + 0.16 * len(families) * (len(rows) + 1.5)), sharey=True, squeeze=False)
+    for axis, data in zip(axes[0], sets):
+        for _, family, row, mean, low, high in (p for p in points if p[0] == data and p[2] in rows):
+            k = rows.index(row)
+            axis.errorbar(mean, families.index(family) + (k + 1) / (len(rows) + 1.5), xerr=[[mean - low], [high - mean]], fmt="os^D"[k % 4], markersize=4, color=figures.color(k), capsize=2, label=SHOWN[row])
+        axis.axvline(0, color="black", linewidth=0.8)
+        for y in range(1, len(families)):
+            axis.axhline(y, color="0.85", linewidth=0.8)
+        axis.set(title=data, xlabel="difference in Dice, points", ylim=(len(families), 0))
+        axis.set_yticks([i + 0.5 for i in range(len(families))], [f.replace("_", " ") for f in families])
+    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout()
+    figures.save_figure(figure, path)
+
+
 def main():
     p = Parser(__doc__, prog="evidence_table.py")
     p.add_argument("data", nargs="+", choices=DATA)
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args()
-    points = [table(data, checkpoint) for data in args.data for checkpoint in ("best.pt", "last.pt")]
+    points = [point for data in args.data for point in table(data, "best.pt")]
+    for data in args.data:
+        table(data, "last.pt")
+    if args.out:
+        draw(args.out, points)
 
 
 if __name__ == "__main__":

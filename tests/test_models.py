@@ -122,6 +122,7 @@ def test_dense_head(dims):
     assert not torch.allclose(g.members[0](views[1]), g.members[0](torch.cat([image, with_background(0 * mask)], 1)), atol=1e-3)
     label = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1, keepdim=True)
     assert torch.allclose(g.error(image, mask), 1 - p.gather(1, label)[:, 0], atol=1e-5)
+    assert torch.allclose(g.belief(image, mask), sum((m(views[0]) / 1.5).softmax(1) for m in g.members) / 2, atol=1e-5)  # having seen the mask
     soft = mask.clone().requires_grad_()
     g(image, soft).sum().backward()
     assert soft.grad.abs().sum() > 0
@@ -135,7 +136,7 @@ def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depend
     torch.manual_seed(0)
     g = models.build("quality_dense", channels=3, classes=2, width=4, members=1, mask_dropout=dropout).eval()
     image, a, b = torch.randn(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32)
-    assert torch.allclose(g.truth(image, a), g.truth(image, b)) != depends
+    assert torch.allclose(g.truth(image, a), g.truth(image, b)) != depends and torch.allclose(g.belief(image, a), g.belief(image, b)) != depends
 
 
 def test_the_default_g_is_small():

@@ -121,6 +121,44 @@ def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(k
     assert plain.item() != pytest.approx(parts[0].item(), abs=1e-4)
 
 
+class Corrects(nn.Module):
+    """A g that has an opinion of its own, whatever mask it is shown; or that of the mask."""
+
+    def __init__(self, own=None):
+        super().__init__()
+        self.own, self.shown = own, []
+
+    def belief(self, image, mask):
+        self.shown.append(mask)
+        return torch.cat([1 - mask.sum(1, keepdim=True), mask], 1) if self.own is None else self.own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", UNLABELED)
+def test_what_g_believes_takes_the_place_of_the_pseudo_label(kind, method, monkeypatch):
+    C, K, S = KINDS[kind]
+    students = train_ssl.STUDENTS.get(method, 1)
+    args = options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method)
+    nets, teacher, batch = setting(kind, students=students)
+    g, seen = Corrects(torch.rand(3, K, *S).softmax(1)), []
+    plain = train_ssl.METHODS[method]
+    monkeypatch.setitem(train_ssl.METHODS, method, lambda *a: seen.append(plain(*a)) or seen[-1])
+    train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)[0].backward()
+    (_, terms), = seen
+    assert terms and all(torch.equal(term.target, g.own) for term in terms) and len(g.shown) == students
+    assert all(set(mask.unique().tolist()) <= {0, 1} and mask.shape == (3, K - 1, *S) for mask in g.shown)
+    if method in ("pseudo_label", "mean_teacher", "ua_mt", "ict", "contrastive", "bcp"):
+        assert torch.equal(g.shown[0], one_hot(train_ssl.probabilities(teacher, batch.u).argmax(1), K)[:, 1:])
+
+
+@pytest.mark.parametrize("method", ["pseudo_label", "cps", "fixmatch", "unimatch", "bcp"])
+def test_a_g_that_agrees_changes_no_hard_label(method):
+    plain, _ = loss_of("4-class gray", None, options("--conf-threshold", "0", method=method))
+    agreed, _ = loss_of("4-class gray", Corrects(), options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method))
+    other, _ = loss_of("4-class gray", Corrects(torch.rand(3, 4, 32, 32).softmax(1)), options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method))
+    assert agreed.item() == pytest.approx(plain.item(), abs=2e-6) and other.item() != pytest.approx(plain.item(), abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
     C, K, S = KINDS[kind]
@@ -534,8 +572,8 @@ def same(a, b):
     return all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
 
 
-HOOKS = [(), ("--weight", "confidence"), ("--weight", "quality"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
-         ("--weight", "quality", "--weight-level", "pixel")]
+HOOKS = [(), ("--weight", "confidence"), ("--weight", "quality", "--correct"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
+         ("--weight", "quality", "--weight-level", "image")]
 
 
 @pytest.mark.parametrize("kind, method, hooks", [*itertools.product(("gray", "volumes"), train_ssl.METHODS, HOOKS), *itertools.product(("rgb",), train_ssl.METHODS, HOOKS[3:4])])
@@ -558,6 +596,14 @@ def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
     assert third["step"] == 3 and not same(third, last)
     train(gray, tmp_path / "a", "--overwrite")
     assert not list((tmp_path / "a").glob("step*.pt"))
+
+
+def test_the_level_of_a_weight_is_the_finest_that_g_knows_unless_it_is_given(rgb, rgb_quality, rgb_scalar, tmp_path):
+    dense, scalar = ("--weight", "quality", "--qp", rgb_quality[1]), ("--weight", "quality", "--qp", rgb_scalar)
+    for name, hooks, level in (("a", dense, "pixel"), ("b", (*dense, "--weight-level", "image"), "image"), ("c", scalar, "image"), ("d", ("--weight", "confidence"), "image")):
+        state = train(rgb, tmp_path / name, "--method", "mean_teacher", "--steps", 2, *hooks)
+        assert state["args"]["weight_level"] == level
+        assert same(state, train(rgb, tmp_path / f"{name}_said", "--method", "mean_teacher", "--steps", 2, *hooks, "--weight-level", level))
 
 
 def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
@@ -690,6 +736,8 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     refused(train_ssl.main, ["none.h5", *out], "none.h5")
     refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
     refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
+    refused(train_ssl.main, [gray, *out, "--correct"], "--correct needs the qp.pt")
+    refused(train_ssl.main, [rgb, *out, "--correct", "--qp", rgb_scalar], "--correct needs train_qp.py --head dense")
     refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", rgb_quality[1]], "qp.pt", "classes")
     refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", gray_quality[0]], "vqm.h5")
     refused(train_ssl.main, [rgb, *out, "--weight", "quality", "--weight-level", "pixel", "--qp", rgb_scalar], "scalar head", "--head dense")
