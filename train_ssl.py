@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=4 train_ssl.py ...    # the same training, each step's --batch shared by four processes, or GPUs
 
 Reads  DATA.h5: labels of the labeled train cases and of val; images of all other train cases, of the split `unlabeled`, and of
-       --unlabeled OTHER.h5; with --weight quality or --qar also the qp.pt of train_qp.py.
+       --unlabeled OTHER.h5; with --weight quality, --correct or --qar also the qp.pt of train_qp.py.
 Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
 
 One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
-           QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i)
+           QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i), or of each pixel
+           --correct: what g believes to be the truth, having seen u_i and its pseudo-label, takes that one's place
            QAR  1 - g(u, softmax f(u)), whose gradient flows through g into f
 
 Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid that f sees: S, S of slices, or D, H, W of patches of volumes; x, y labeled

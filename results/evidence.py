@@ -1,6 +1,7 @@
 """The experiments behind results/evidence.md: every family of methods with every kind of guidance, and the controls that tell why.
 
     python results/evidence.py split FULL.h5 runs/ph2.h5 --patients 46       the last train patients become the test split
+    python results/evidence.py g ph2 cvc acdc                                Dice on test of g itself
     python results/evidence.py ph2 --families mean_teacher --rows none qw_pixel --lams 0.3 1 --seeds 0
 
 Reads  runs/DATA.h5, runs/v/DATA/g/qp.pt (evidence.sh makes it). Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores
@@ -29,7 +30,7 @@ import evaluate  # noqa: E402
 import train_ssl  # noqa: E402
 from data import augment, h5  # noqa: E402
 from data.files import InputError, Parser, checksum, cli  # noqa: E402
-from models import channels_last  # noqa: E402
+from models import channels_last, compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 from models.quality import quality_target, true_dice  # noqa: E402
 
@@ -255,15 +256,40 @@ def split(argv):
     last = list(dict.fromkeys(e.patient for e in train))[-args.patients:]
     shutil.copy(args.source, args.out)
     with h5py.File(args.out, "r+") as f:
-        f.create_group("test", track_order=True)
+        if "test" not in f:
+            f.create_group("test", track_order=True)
         for entry in train:
             if entry.patient in last:
                 f.move(f"train/{entry.name}", f"test/{entry.name}")
 
 
+class Segments(torch.nn.Module):
+    """g as a segmentation network: what it believes to be the truth without having seen a mask. [B, C, *S] -> logits [B, K, *S]"""
+
+    def __init__(self, g, classes):
+        super().__init__()
+        self.g, self.classes = g, classes
+
+    def forward(self, image):
+        return self.g.logits(image, torch.zeros(len(image), self.classes - 1, *image.shape[2:]))[:, 0].div(self.g.temperature).softmax(2).mean(0).log()
+
+
+def g_itself(argv):
+    """Dice on test of g itself: how much of what it teaches f could have been had without f."""
+    for data in argv:
+        info, on = h5.read_info(f"runs/{data}.h5"), compute("cpu", "off", False)
+        g, _ = evaluate.load_quality(f"runs/v/{data}/g/qp.pt", info, on, 64)
+        K = len(info.classes)
+        cases = evaluate.Cases(info, "test", 64, [e.name for e in info.entries("test")], keep=False)
+        dice = evaluate.dice_table(Segments(g, K), cases, on, K)
+        print(f"{data}: {100 * evaluate.mean_dice(dice)[0]:.1f}")
+
+
 def main():
     if sys.argv[1:2] == ["split"]:
         return split(sys.argv[2:])
+    if sys.argv[1:2] == ["g"]:
+        return g_itself(sys.argv[2:])
     p = Parser(__doc__, prog="evidence.py")
     p.add_argument("data", choices=DATA)
     p.add_argument("--families", nargs="+", choices=FAMILIES, required=True)

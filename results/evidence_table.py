@@ -18,13 +18,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from data import figures  # noqa: E402
 from data.files import Parser, cli, picture  # noqa: E402
-from results.evidence import DATA, FAMILIES, ROWS  # noqa: E402
+from evidence import DATA, FAMILIES, ROWS, best_on_val  # noqa: E402
 
 
 def read(folder, start):
     """A finished run. -> (best Dice on val after its start, {checkpoint: {metric: [cases]}}, the cases' patients)"""
-    with open(f"{folder}/log.csv", newline="") as f:
-        val = max(float(row["val_dice"]) for row in csv.DictReader(f) if int(row["step"]) > start)
     scores = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(list)))
     patients = {}
     with open(f"{folder}/test/cases.csv", newline="") as f:
@@ -32,7 +30,7 @@ def read(folder, start):
             patients[row["case"]] = row["patient"]
             for metric in ("dice", "hd95"):
                 scores[os.path.basename(row["checkpoint"])][metric][row["case"]].append(float(row[metric]))
-    return val, {c: {m: np.array([np.mean(v) for v in cases.values()]) for m, cases in s.items()} for c, s in scores.items()}, list(patients.values())
+    return best_on_val(f"{folder}/log.csv", start), {c: {m: np.array([np.mean(v) for v in cases.values()]) for m, cases in s.items()} for c, s in scores.items()}, list(patients.values())
 
 
 def runs_of(data):

@@ -1,0 +1,83 @@
+"""The experiment behind results/evidence.md: its shortcut changes nothing, its controls are what they say, its intervals are right."""
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "results"))
+
+import evidence  # noqa: E402
+import evidence_table  # noqa: E402
+import train_ssl  # noqa: E402
+from data import h5  # noqa: E402
+from models.losses import one_hot  # noqa: E402
+
+
+@pytest.fixture
+def small(gray, gray_quality, tmp_path, monkeypatch):
+    """The phantom as a data set of the experiment, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/v/tiny/g")
+    evidence.split([gray, "runs/tiny.h5", "--patients", "1"])
+    shutil.copy(gray_quality[1], "runs/v/tiny/g/qp.pt")
+    monkeypatch.setitem(evidence.DATA, "tiny", dict(labeled=2, lr=1e-3, steps=6, start=3, every=2))
+    monkeypatch.setattr(evidence, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --ema 0.9".split())
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return [v for net in [*state["nets"], state["teacher"]] for v in net.values()]
+
+
+def test_the_last_patients_are_the_test_split(gray, small):
+    full, part = h5.read_info(gray), h5.read_info("runs/tiny.h5")
+    last = full.entries("train")[-1].patient
+    assert [e.name for e in part.entries("train")] == [e.name for e in full.entries("train") if e.patient != last]
+    assert {e.patient for e in part.entries("test")} == {last} | {e.patient for e in full.splits.get("test", [])}
+
+
+@pytest.mark.parametrize("family, row", [("mean_teacher", "none"), ("pseudo_label", "correct"), ("cps", "qw"), ("bcp", "none"), ("supervised", "qar")])
+def test_a_run_from_the_common_start_is_the_whole_run(family, row, small):
+    os.makedirs("runs/v/tiny/a")
+    evidence.train("tiny", family, row, 0.5, 1, "runs/v/tiny/a")
+    train_ssl.main(evidence.command("tiny", family, row, 0.5, 1, "b"))
+    assert all(torch.equal(x, y) for x, y in zip(weights("runs/v/tiny/a/last.pt"), weights("b/last.pt"), strict=True))
+    assert os.path.isfile("runs/v/tiny/a/test/cases.csv")
+
+
+def test_controls(small):
+    """The oracle learns from hidden labels, the shuffled g from other answers; afterwards train_ssl.py is what it was."""
+    kept, found = (train_ssl.views, train_ssl.train_step, h5.load_slices), {}
+    for row in ("none", "qw", "oracle", "oracle_pixel", "full", "shuffled", "qar", "qar_hard", "qar_fresh"):
+        out = f"runs/v/tiny/{row}"
+        os.makedirs(out)
+        evidence.train("tiny", "pseudo_label", row, 0.5, 1, out)
+        found[row] = weights(f"{out}/last.pt")
+    for a, b in (("none", "full"), ("none", "oracle_pixel"), ("qar", "qar_hard"), ("qar", "qar_fresh"), ("none", "qar")):
+        assert not all(torch.equal(x, y) for x, y in zip(found[a], found[b]))
+    assert kept == (train_ssl.views, train_ssl.train_step, h5.load_slices)
+
+
+def test_the_oracle_knows_the_truth():
+    oracle = evidence.Oracle()
+    oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3
+    truth = one_hot(oracle.label, 3)[:, 1:]
+    assert torch.allclose(oracle(None, truth), torch.ones(4, 2)) and oracle.error(None, truth).sum() == 0
+    wrong = one_hot((oracle.label + 1) % 3, 3)[:, 1:]
+    assert oracle(None, wrong).sum() < 1e-3 and oracle.error(None, wrong).mean() == 1 and oracle.belief(None, wrong).argmax(1).equal(oracle.label)
+
+
+def test_intervals_by_hand():
+    """Equal differences have no width; of one seed it is the interval of a mean; cases of one patient move together."""
+    assert evidence_table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
+    d = np.random.default_rng(1).normal(1, 1, (1, 400))
+    low, high = evidence_table.interval(d, np.arange(400))
+    assert low == pytest.approx(d.mean() - 1.96 * d.std() / 20, abs=0.01) and high == pytest.approx(d.mean() + 1.96 * d.std() / 20, abs=0.01)
+    few, groups = np.repeat(np.random.default_rng(2).normal(0, 1, (1, 8)), 10, 1), np.repeat(np.arange(8), 10)
+    alike, apart = (np.ptp(evidence_table.interval(few, g)) for g in (groups, np.arange(80)))
+    assert alike > 2 * apart
+    seeds = np.array([[0.0] * 50, [1.0] * 50, [2.0] * 50])
+    assert evidence_table.interval(seeds, np.arange(50)).tolist() == [0, 2]
