@@ -4,7 +4,7 @@
     python results/evidence.py g ph2 cvc acdc                                Dice on test of g itself
     python results/evidence.py ph2 --families mean_teacher --rows none qw_pixel --lams 0.3 1 --seeds 0
 
-Reads  runs/DATA.h5, runs/v/DATA/g/qp.pt (evidence.sh makes it). Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores
+Reads  runs/DATA.h5 (acdc.h5 of acdc_3), runs/v/DATA/g/qp.pt (evidence.sh makes it). Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores
        on test. Runs that are finished, or that another process is at, are passed over, so that several processes may share a list.
 
 Until lambda sets in, all runs of a seed are the same supervised training. It is done once (FAMILY `start`), and each run goes on from its checkpoint: the
@@ -39,6 +39,7 @@ DATA = {  # labeled patients; learning rate; steps, of which the first are super
     "ph2": dict(labeled=14, lr=1e-3, steps=450, start=150, every=50),
     "cvc": dict(labeled=4, lr=1e-3, steps=500, start=200, every=100),
     "acdc": dict(labeled=7, lr=3e-3, steps=800, start=400, every=100),
+    "acdc_3": dict(labeled=3, lr=3e-3, steps=800, start=400, every=100),
 }
 FAMILIES = {
     "supervised": "--method supervised",
@@ -164,12 +165,17 @@ def controlled(control):
 
 # ---------------------------------------------------------------------------------------------------- runs
 
+def file_of(data):
+    """acdc_3 is a part of acdc."""
+    return f"runs/{data.split('_')[0]}.h5"
+
+
 def command(data, family, row, lam, seed, out):
     """What train_ssl.py is called with."""
     d, guide = DATA[data], ROWS[row][0].split()
     qp = ["--qp", f"runs/v/{data}/g/qp.pt"] if "quality" in guide or "--qar" in guide or "--correct" in guide else []
     warm = d["start"] / d["steps"]
-    return [f"runs/{data}.h5", "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON, "--lr",
+    return [file_of(data), "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON, "--lr",
             str(d["lr"]), "--seed", str(seed),
             "--lam", str(lam), "--lam-warmup", str(warm), "--lam-ramp", "0.1", "--qar-warmup", str(warm), "--qar-ramp", "0.1", *FAMILIES[family].split(), *guide, *qp]
 
@@ -216,7 +222,7 @@ def train(data, family, row, lam, seed, out):
         torch.save(state, f"{out}/last.pt")
     with controlled(ROWS[row][1]):
         train_ssl.main([*argv, "--resume"])
-    evaluate.main([f"runs/{data}.h5", f"{out}/best.pt", f"{out}/last.pt", "--split", "test", "--out", f"{out}/test", "--pictures", "0"])
+    evaluate.main([file_of(data), f"{out}/best.pt", f"{out}/last.pt", "--split", "test", "--out", f"{out}/test", "--pictures", "0"])
 
 
 def best_on_val(log, start):
@@ -277,7 +283,7 @@ class Segments(torch.nn.Module):
 def g_itself(argv):
     """Dice on test of g itself: how much of what it teaches f could have been had without f."""
     for data in argv:
-        info, on = h5.read_info(f"runs/{data}.h5"), compute("cpu", "off", False)
+        info, on = h5.read_info(file_of(data)), compute("cpu", "off", False)
         g, _ = evaluate.load_quality(f"runs/v/{data}/g/qp.pt", info, on, 64)
         K = len(info.classes)
         cases = evaluate.Cases(info, "test", 64, [e.name for e in info.entries("test")], keep=False)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments of results/protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence.sh g|grid|seeds|qw|conf|qar ph2|cvc|acdc [FAMILY ...]
+#     bash results/evidence.sh g|grid|seeds|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
 # in this order. Several may run at once on the same list; what is finished is passed over. PY names the Python; runs/DATA.h5 with a test split
 # is made by the converters and `python results/evidence.py split` (protocol.md).
 set -eu
@@ -12,13 +12,14 @@ case $data in
   ph2)  labeled=14 masks=200 folds=3 batch=24 per_image=200 epochs=4 ;;
   cvc)  labeled=4  masks=60  folds=2 batch=24 per_image=40  epochs=4 ;;
   acdc) labeled=7  masks=60  folds=3 batch=16 per_image=30  epochs=3 ;;
+  acdc_3) labeled=3 masks=60 folds=3 batch=16 per_image=60 epochs=3 ;;
   *)    echo "no setting for $data"; exit 2 ;;
 esac
 run() { $PY results/evidence.py $data "$@"; }
 
 if [ "$part" = g ]; then
-  $PY corrupt.py runs/$data.h5 --out "$out/vqm" --labeled $labeled --size 64 --masks $masks --val-masks 5 --folds $folds
-  $PY train_qp.py runs/$data.h5 --vqm "$out/vqm/vqm.h5" --out "$out/g" --size 64 --batch $batch --per-image $per_image --epochs $epochs
+  $PY corrupt.py runs/${data%_*}.h5 --out "$out/vqm" --labeled $labeled --size 64 --masks $masks --val-masks 5 --folds $folds
+  $PY train_qp.py runs/${data%_*}.h5 --vqm "$out/vqm/vqm.h5" --out "$out/g" --size 64 --batch $batch --per-image $per_image --epochs $epochs
   exit
 fi
 for family in "$@"; do
