@@ -366,8 +366,7 @@ def run_name(args):
     if args["weight"] != "none" and args["method"] != "supervised":  # which has nothing to weight
         name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
         name += "" if args["weight_level"] == "image" else f" ({args['weight_level']})"
-    corrects = args.get("correct") and args["method"] != "supervised"
-    return name + (" + correction" if corrects else "") + (" + QAR" if args["qar"] else "")
+    return name + (" + correction" if args.get("correct") else "") + (" + QAR" if args["qar"] else "")
 
 
 def group_runs(states, paths):
@@ -378,7 +377,7 @@ def group_runs(states, paths):
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
         config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}}
-        config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
+        config = {"correct": False} | config | {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}    # older ones know no correction
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
             key, config = path, config | {"checkpoint": path}

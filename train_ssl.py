@@ -68,10 +68,10 @@ def parse_args(argv=None):
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class", "pixel"),
                    help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that it is right (default: image, as in the paper; "
-                        "quality with a dense head: pixel)")
+                        "of --weight quality with a dense head: pixel)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
-    p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, takes its place")
+    p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, takes its place, also for --conf-threshold and --weight")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
@@ -108,11 +108,15 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
+    if args.correct and args.method == "supervised":
+        raise InputError("--correct: supervised training has no pseudo-label; choose another --method")
     asks = "--weight quality" if args.weight == "quality" else "--qar" if args.qar else "--correct" if args.correct else None
     if asks and not args.qp:
         raise InputError(f"--qp is missing: {asks} needs the qp.pt of train_qp.py")
     if args.weight_threshold is None:
         args.weight_threshold = {"none": 0.0, "confidence": 0.9, "quality": 0.5}[args.weight]
+    if args.weight_level is None and args.weight != "quality":  # whose default depends on g
+        args.weight_level = "image"
     return args
 
 
@@ -639,7 +643,7 @@ def main(argv=None):
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
-    args.weight_level = args.weight_level or ("pixel" if args.weight == "quality" and hasattr(g, "belief") else "image")
+    args.weight_level = args.weight_level or ("pixel" if hasattr(g, "belief") else "image")
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "

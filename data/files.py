@@ -398,6 +398,8 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
         raise InputError(f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out")
     state = load_checkpoint(last, stage)
     for key, value in vars(args).items():
+        if key not in state["args"] and not value:  # an option that is younger than the run, and off
+            continue
         if key not in {"resume", "overwrite", "out", "data", "device", *inputs, *free} and state["args"].get(key) != value:
             raise InputError(f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}; "
                              "replace it with --overwrite, or choose another --out")

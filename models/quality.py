@@ -91,28 +91,29 @@ class DenseQualityPredictor(nn.Module):
         shown = with_background(mask) * (1 - withheld.reshape(-1, *[1] * (mask.dim() - 1)))
         return torch.cat([image, shown.to(image.dtype)], 1)
 
-    def logits(self, image, mask, withheld=True):
-        """Every member's answer to every view that it knows, on the grid of `size`, if not `withheld` without that of a withheld mask. -> [M, V, B, K, *S]"""
+    def logits(self, image, mask, both=True):
+        """Every member's answer to every view that it knows, or, if not `both`, to that of the shown mask, on the grid of `size`. -> [M, V, B, K, *S]"""
         image, mask = resample(image, self.size), resample(mask.to(image.dtype), self.size)
-        views = ([torch.ones] if self.mask_dropout > 0 and (withheld or self.mask_dropout == 1) else []) + ([torch.zeros] if self.mask_dropout < 1 else [])
+        views = ([torch.ones] if self.mask_dropout > 0 and (both or self.mask_dropout == 1) else []) + ([torch.zeros] if self.mask_dropout < 1 else [])
         x = torch.cat([self.show(image, mask, view(len(image), device=image.device)) for view in views])
         x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
         return torch.stack([member(x).float() for member in self.members]).unflatten(1, (len(views), len(image)))
 
-    def truth(self, image, mask, withheld=True):
+    def truth(self, image, mask, both=True):
         """Probability of the truth, on the grid of `size`. -> [B, K, *S]"""
-        return (self.logits(image, mask, withheld) / self.temperature).softmax(3).mean((0, 1))
+        return (self.logits(image, mask, both) / self.temperature).softmax(3).mean((0, 1))
 
     def forward(self, image, mask):
         return quality_target(resample(mask.to(image.dtype), self.size), self.truth(image, mask)[:, 1:])
 
-    def belief(self, image, mask, withheld=False):
-        """Probability of the truth for one who has seen the mask, on its own grid; half the cost of asking also without it. -> [B, K, *S]"""
-        return F.interpolate(self.truth(image, mask, withheld), mask.shape[2:], mode="bilinear" if mask.dim() == 4 else "trilinear")
+    def belief(self, image, mask, both=False):
+        """Probability of the truth for members that have seen the mask (if they know that view), on the mask's grid, to which it is interpolated; half the
+        cost of asking also without it. -> [B, K, *S]"""
+        return F.interpolate(self.truth(image, mask, both), mask.shape[2:], mode="bilinear" if mask.dim() == 4 else "trilinear")
 
     def error(self, image, mask):
         """Probability that each pixel's class in the mask is wrong. -> [B, *S] on the mask's own grid"""
-        return 1 - (with_background(mask) * self.belief(image, mask, withheld=True)).sum(1)
+        return 1 - (with_background(mask) * self.belief(image, mask, both=True)).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------- what g has to beat

@@ -66,6 +66,7 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
     "oracle_pixel": (f"{QUALITY} pixel", "oracle"),
     "correct": ("--correct", None),
     "correct_conf": ("--correct --weight confidence --weight-level pixel --weight-threshold 0.5", None),
+    "blind": ("--correct", "blind"),
     "full": ("--correct", "oracle"),
     "shuffled": (f"{QUALITY} image", "shuffled"),
     "shuffled_pixel": (f"{QUALITY} pixel", "shuffled"),
@@ -108,6 +109,21 @@ class Shuffled(torch.nn.Module):
     def error(self, image, mask):
         return self.g.error(image, mask).roll(1, 0)
 
+    def belief(self, image, mask):
+        return self.g.belief(image, mask).roll(1, 0)
+
+
+class Blind(torch.nn.Module):
+    """g, whose belief comes from the image alone, as if it were f's teacher."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.g = g
+
+    def belief(self, image, mask):
+        logits = self.g.logits(image, mask) / self.g.temperature                 # [M, V, B, K, *S], the first view is that of the withheld mask
+        return F.interpolate(logits[:, 0].softmax(2).mean(0), mask.shape[2:], mode="bilinear")
+
 
 def hard_quality_loss(g, nets, image):
     """QAR on hard masks; the gradient passes straight through the argmax."""
@@ -145,13 +161,13 @@ def controlled(control):
         u, oracle.label = augment.weak(*h5.standardized(unlabeled, device))
         oracle.classes, u = K, channels_last(u)
         return train_ssl.Batch(channels_last(x), one_hot(y, K), u, *(channels_last(augment.strong(u)) for _ in range(2)))
-    if control in ("oracle", "shuffled"):
+    if control in ("oracle", "shuffled", "blind"):
         train_ssl.look = lambda *_: {}
     if control == "oracle":
         train_ssl.views, evaluate.load_quality = views, lambda *_: (oracle, [])
         h5.load_slices = lambda info, split, size, names=None, labels=True: load_slices(info, split, size, names)
-    if control == "shuffled":
-        evaluate.load_quality = lambda *a: (Shuffled(load_quality(*a)[0]), [])
+    if control in ("shuffled", "blind"):
+        evaluate.load_quality = lambda *a: ({"shuffled": Shuffled, "blind": Blind}[control](load_quality(*a)[0]), [])
     if control == "hard":
         train_ssl.quality_loss = hard_quality_loss
     if control == "fresh":
@@ -216,7 +232,6 @@ def train(data, family, row, lam, seed, out):
     if not os.path.isfile(f"{out}/last.pt"):
         args = train_ssl.parse_args(argv)
         train_ssl.set_defaults(args, h5.read_info(args.data))
-        args.weight_level = args.weight_level or "image"
         state = torch.load(start(data, family, seed), weights_only=True)
         state |= dict(args=vars(args), inputs=dict(qp=checksum(args.qp), unlabeled=None), best=dict(dice=-1.0, step=0), seconds=0.0)
         torch.save(state, f"{out}/last.pt")
@@ -234,6 +249,8 @@ def best_on_val(log, start):
 def tuned(data, family, row):
     """The lambda that was best on val for seed 0."""
     folders = [os.path.dirname(os.path.dirname(path)) for path in glob.glob(f"runs/v/{data}/{family}-{row}-*-0/test/cases.csv")]
+    if unfinished := [folder for folder in glob.glob(f"runs/v/{data}/{family}-{row}-*-0") if not os.path.isfile(f"{folder}/test/cases.csv")]:
+        raise InputError(f"{unfinished[0]} is not finished, so that lambda cannot be chosen yet")
     found = {folder.rsplit("-", 2)[1]: best_on_val(f"{folder}/log.csv", DATA[data]["start"]) for folder in folders}
     if not found:
         raise InputError(f"{data}, {family}, {row}: no run of seed 0 that would say which lambda is best; give --lams")
@@ -246,8 +263,8 @@ def run(args):
             out = f"runs/v/{args.data}/{family}-{row}-{lam:g}-{seed}"
             if not os.path.isfile(f"{out}/test/cases.csv"):
                 with alone(out) as first:
+                    print(f"\n{out}" + ("" if first else f": passed over; another process is at it, or was killed: then remove {out}/busy"), flush=True)
                     if first:
-                        print(f"\n{out}", flush=True)
                         train(args.data, family, row, lam, seed, out)
 
 
@@ -277,7 +294,7 @@ class Segments(torch.nn.Module):
         self.g, self.classes = g, classes
 
     def forward(self, image):
-        return self.g.logits(image, torch.zeros(len(image), self.classes - 1, *image.shape[2:]))[:, 0].div(self.g.temperature).softmax(2).mean(0).log()
+        return Blind(self.g).belief(image, torch.zeros(len(image), self.classes - 1, *image.shape[2:])).log()
 
 
 def g_itself(argv):

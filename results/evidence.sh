@@ -30,11 +30,12 @@ for family in "$@"; do
   case $part in
     grid)     run --families $family --rows none correct --lams $lams --seeds 0 ;;
     seeds)    run --families $family --rows none correct --seeds 1 2
-              run --families $family --rows full --like correct --seeds 0 1 2 ;;
+              run --families $family --rows full blind --like correct --seeds 0 1 2 ;;
     qw)       run --families $family --rows qw_pixel --lams $lams --seeds 0
               run --families $family --rows qw_pixel --seeds 1 2
-              run --families $family --rows qw oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
+              run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
     conf)     run --families $family --rows conf conf_class conf_pixel --like none ;;
     qar)      run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
+    *)        echo "no part $part"; exit 2 ;;
   esac
 done

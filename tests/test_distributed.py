@@ -44,7 +44,7 @@ def trained(name, rank=0, world=1):
         layer.p = 0.0
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], 0.05, momentum=0.9, fused=True)
-    args = train_ssl.parse_args(["d", "--out", "o", "--method", method, "--weight", weight, "--qp", "g", "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0",
+    args = train_ssl.parse_args(["d", "--out", "o", "--method", method, "--weight", weight, "--weight-level", "image", "--qp", "g", "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0",
                                  "--weight-threshold", "0.2", "--qar", "0.5", "--qar-share", "1", "--qar-warmup", "0", "--qar-ramp", "0", "--steps", "3"])
     run, S, parts = train_ssl.Run(nets, teacher, Bright(), optimizer, ON.scaler(), ON), (32,) * dims if dims == 2 else (16, 16, 16), []
     for step in range(1, 4):

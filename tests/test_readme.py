@@ -59,14 +59,14 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     assert {line.split()[2] for line in out.split("\n") if line.startswith("next: ")} == {"corrupt.py", "train_qp.py", "train_ssl.py", "evaluate.py"}
     assert (tmp_path / "runs" / "curves.png").exists()
     assert "expected Dice under a second network" in out and (tmp_path / "runs" / "estimates" / "estimates.png").exists()
-    assert "| mean_teacher + QW |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
+    assert "| mean_teacher + QW (pixel) |" in out and "| supervised |" in out and (tmp_path / "runs" / "masks.png").exists()
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
     for command in commands(next(b for b in blocks("bash") if "--dims 3" in b)):
         execute(command, tmp_path, monkeypatch)
-    assert "| mean_teacher + QW |" in capsys.readouterr().out and (tmp_path / "runs" / "masks3d.png").exists()
+    assert "| mean_teacher + QW (pixel) |" in capsys.readouterr().out and (tmp_path / "runs" / "masks3d.png").exists()
     assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == ["phantom010.nii.gz"]
 
 
@@ -93,7 +93,7 @@ def test_chinese_readme_has_the_same_commands():
 def test_the_method_quotes_the_code():
     """Every line of code in METHOD.md stands in the file that is named above it."""
     quoted = re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "METHOD.md").read_text(), re.S)
-    assert len(quoted) == 10
+    assert len(quoted) == 11
     for path, text in quoted:
         assert text in (ROOT / path).read_text(), (path, text)
 
@@ -183,7 +183,7 @@ def test_own_data(tmp_path, monkeypatch):
         assert sum(len(e) for e in info.splits.values()) == n
     for name, mask in (("mine", "p0.png"), ("spleen", "x.nii.gz")):
         assert (tmp_path / "runs" / name / "new" / "masks" / mask).exists() and (tmp_path / "runs" / name / "new" / "worst_first.csv").exists()
-        assert "| mean_teacher + QW |" in (tmp_path / "runs" / name / "table" / "summary.md").read_text()
+        assert "| mean_teacher + QW (pixel) |" in (tmp_path / "runs" / name / "table" / "summary.md").read_text()
 
 
 def test_rows_of_the_paper_parse(tmp_path):

@@ -451,7 +451,7 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
     for split in ("val", "held_out"):
         evaluate.main([volumes, *runs, "--out", str(tmp_path / split), "--qp", volumes_quality[1], "--split", split, "--pictures", "1" if split == "val" else "0"])
     text = capsys.readouterr().out
-    assert "| supervised | 2 |" in text and "| mean_teacher + QW | 2 |" in text and "HD95 mm" in text and "of each patch and class that is present" in text
+    assert "| supervised | 2 |" in text and "| mean_teacher + QW (pixel) | 2 |" in text and "HD95 mm" in text and "of each patch and class that is present" in text
     cases = list(csv.DictReader(open(tmp_path / "val" / "cases.csv")))
     assert len(cases) == 3 * 2 * 3 and {c["unit"] for c in cases} == {"mm"}
     info = h5.read_info(volumes)
