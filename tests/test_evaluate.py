@@ -538,6 +538,11 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
         ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3]),
         ("mean_teacher (qp=a/qp.pt)", [4]), ("mean_teacher (qp=b/qp.pt)", [5]),
         ("ict (checkpoint=best.pt)", [6]), ("ict (checkpoint=7/best.pt)", [7])]  # the same seed twice is no second seed
+    del states[1]["args"]["correct"]                             # a run that is older than this option
+    assert [(name, members) for name, _, members in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])] == [("supervised", [0, 1])]
+    states[2]["args"]["correct"] = True
+    assert [name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])] == ["supervised", "supervised + correction"]
+    states[2]["args"]["correct"] = False
     groups = evaluate.group_runs(states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"])
     assert [(name, members) for name, _, members in groups] == [("supervised (checkpoint=step1.pt)", [0, 1]), ("supervised (checkpoint=best.pt)", [2, 3])]
 

@@ -70,6 +70,15 @@ def test_the_oracle_knows_the_truth():
     assert oracle(None, wrong).sum() < 1e-3 and oracle.error(None, wrong).mean() == 1 and oracle.belief(None, wrong).argmax(1).equal(oracle.label)
 
 
+def test_a_shuffled_g_answers_for_the_next_image():
+    class Counts(torch.nn.Module):
+        def forward(self, image, mask):
+            return image[:, 0, 0, :1]
+        error = belief = forward
+    g, image = evidence.Shuffled(Counts()), torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
+    assert all(f(image, None).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
+
+
 def test_intervals_by_hand():
     """Equal differences have no width; of one seed it is the interval of a mean; cases of one patient move together."""
     assert evidence_table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
