@@ -258,6 +258,7 @@ def tuned(data, family, row):
 
 
 def run(args):
+    """All runs of the options, seed by seed; those that are finished are left."""
     for seed, family, row in itertools.product(args.seeds, args.families, args.rows):
         for lam in args.lams or [tuned(args.data, family, args.like or row)]:
             out = f"runs/v/{args.data}/{family}-{row}-{lam:g}-{seed}"
