@@ -25,6 +25,7 @@ import cv2
 import h5py
 import numpy as np
 import torch
+import torch._dynamo  # what each child would else import for itself, with its first optimizer: seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

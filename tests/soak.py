@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 import psutil
 import torch
+import torch._dynamo  # what each child would else import for itself, with its first optimizer: seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

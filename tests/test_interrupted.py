@@ -20,21 +20,22 @@ SOAK = """
 import json, sys
 sys.path.insert(0, "tests")
 import soak
-name, folder, data, volumes, vqm, qp, *numbers = sys.argv[1:]
-script, argv = soak.scripts(data, volumes, vqm, qp)[name]
-print(json.dumps([row for n in numbers for row in soak.soak(name, script, argv, soak.Path(folder), 1, [int(n)], 0.6)]))
+number, folder, data, volumes, vqm, qp, *names = sys.argv[1:]
+runs = soak.scripts(data, volumes, vqm, qp)
+print(json.dumps([row for name in names for row in soak.soak(name, *runs[name], soak.Path(folder), 1, [int(number)], 0.6)]))
 """
 
 
-@pytest.mark.parametrize("name, numbers", [
-    ("corrupt.py --workers 2", [signal.SIGKILL]), ("train_qp.py", [signal.SIGKILL]),
-    ("train_ssl.py --cache off --workers 2", [signal.SIGTERM]), ("train_ssl.py, volumes", [signal.SIGTERM])])
-def test_interrupted_at_a_random_moment_equals_uninterrupted(name, numbers, gray, volumes, gray_quality, tmp_path):
+@pytest.mark.parametrize("number, names", [(signal.SIGKILL, ("corrupt.py --workers 2", "train_qp.py")),
+                                           (signal.SIGTERM, ("train_ssl.py --cache off --workers 2", "train_ssl.py, volumes"))])
+def test_interrupted_at_a_random_moment_equals_uninterrupted(number, names, gray, volumes, gray_quality, tmp_path):
     """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py. The moment lies in
     the second half of the run, when there is something to go on from."""
-    done = python("-c", SOAK, name, tmp_path, gray, volumes, *gray_quality, *(int(n) for n in numbers))
+    done = python("-c", SOAK, int(number), tmp_path, gray, volumes, *gray_quality, *names)
     assert done.returncode == 0, done.stderr
-    for row in json.loads(done.stdout):
+    rows = json.loads(done.stdout)
+    assert [row["run"] for row in rows] == list(names)
+    for row in rows:
         assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
 
 
