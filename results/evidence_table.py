@@ -9,6 +9,7 @@ same for both rows. Of three seeds that is a rough interval, too narrow where se
 import collections
 import csv
 import glob
+import itertools
 import os
 import sys
 
@@ -94,6 +95,30 @@ def table(data, checkpoint):
     return points
 
 
+def glance(sets, checkpoint="best.pt"):
+    """Markdown: the correction beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's goal. A pair
+    counts once both rows and `full` have run with the same seeds."""
+    found, cells = {data: runs_of(data) for data in sets}, collections.defaultdict(dict)
+    pairs = []
+    for data, family in itertools.product(sets, FAMILIES):
+        none, correct, full = (chosen(found[data][family, row])[1] for row in ("none", "correct", "full"))
+        dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
+        if family == "supervised" and none:
+            cells[family][data] = f"{dice(none):.1f}"
+        if not none or not correct or not full or not set(none) == set(correct) == set(full):
+            continue
+        mean, _, (low, high) = compare(correct, none, checkpoint)
+        most = dice(full) - dice(none)
+        pairs.append((family, data, mean, low, most))
+        cells[family][data] = f"{dice(none):.1f} → {dice(correct):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
+    print("| family | " + " | ".join(sets) + " |\n|" + "---|" * (len(sets) + 1))
+    for family, row in cells.items():
+        print(f"| {family} | " + " | ".join(row.get(data, "") for data in sets) + " |")
+    gains = [mean for *_, mean, _, _ in pairs]
+    print(f"\nOf {len(pairs)} pairs of a family and a data set the correction is above its own baseline in {sum(m > 0 for m in gains)}, with an interval above zero in "
+          f"{sum(low > 0 for *_, low, _ in pairs)}; it reaches half of what all labels would give in {sum(mean >= most / 2 for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
+
+
 SHOWN = {"correct": "correction", "qw_pixel": "QW, pixel", "full": "all labels", "blind": "correction, mask unseen", "qw": "QW, image (the paper's)", "qar": "QAR", "conf": "confidence, image", "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g",
          "oracle_pixel": "oracle, pixel", "oracle": "oracle, image"}
 
@@ -124,6 +149,7 @@ def main():
     p.add_argument("data", nargs="+", choices=DATA)
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args()
+    glance(args.data)
     points = [point for data in args.data for point in table(data, "best.pt")]
     for data in args.data:
         table(data, "last.pt")

@@ -90,3 +90,25 @@ def test_intervals_by_hand():
     assert alike > 2 * apart
     seeds = np.array([[0.0] * 50, [1.0] * 50, [2.0] * 50])
     assert evidence_table.interval(seeds, np.arange(50)).tolist() == [0, 2]
+
+
+def test_at_a_glance(tmp_path, monkeypatch, capsys):
+    """Pairs are counted by hand; a family whose `full` lacks a seed is none yet."""
+    monkeypatch.chdir(tmp_path)
+
+    def made(family, row, dice, seeds=(0, 1, 2), lam=1):
+        for seed in seeds:
+            folder = tmp_path / f"runs/v/ph2/{family}-{row}-{lam}-{seed}"
+            (folder / "test").mkdir(parents=True)
+            (folder / "log.csv").write_text(f"step,val_dice\n100,0.99\n200,{dice}\n")
+            lines = [f"{checkpoint},{case},{case},{dice + case / 100},1" for checkpoint in ("best.pt", "last.pt") for case in range(3)]
+            (folder / "test/cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95", *lines]))
+    made("supervised", "none", 0.5)
+    for family, none, correct, full in (("pseudo_label", 0.6, 0.7, 0.75), ("mean_teacher", 0.6, 0.59, 0.7), ("ict", 0.6, 0.62, 0.7), ("cps", 0.6, 0.5, 0.6)):
+        made(family, "none", none), made(family, "correct", correct), made(family, "full", full, seeds=(0, 1) if family == "cps" else (0, 1, 2))
+    made("pseudo_label", "none", 0.5, seeds=[0], lam=0.3)   # a lambda that is worse on val
+    evidence_table.glance(["ph2"])
+    out = capsys.readouterr().out
+    assert "| supervised | 51.0 |" in out and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out and "cps" not in out
+    assert "Of 3 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
+    assert "would give in 1; it is more than .3 points below in 1." in out
