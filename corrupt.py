@@ -515,7 +515,8 @@ def train_weak(samples, patients, info, fold, args, done=None):
             scaler.update()
         check_finite(torch.stack(losses)[:, None], [f"weak network of fold {fold}"], [net], epoch * steps, lambda _: "try --amp off")
         if epoch in args.harvest_epochs:
-            save_checkpoint(path(fold, epoch), "weak", model=net.config, weights=net.state_dict(), epoch=epoch, fold=fold, args=vars(args), data=info.describe())
+            save_checkpoint(path(fold, epoch), "weak", model=net.config, weights=net.state_dict(), epoch=epoch, fold=fold, args=vars(args),
+                            data=info.describe())
         save_state(args, info, fold, epoch=epoch, net=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     return {epoch: load_checkpoint(path(fold, epoch), "weak")["weights"] for epoch in args.harvest_epochs}
 

@@ -44,8 +44,8 @@ from tqdm import tqdm
 import models
 from data import augment, figures, h5, processes
 from data.files import InputError, Parser, claim, cli, folder, grid, load_checkpoint, number, replacing
-from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, paired, plain_dice, quality_rows, score,  # noqa: F401
-                          score_case, triage)
+from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, paired,  # noqa: F401
+                          plain_dice, quality_rows, score, score_case, triage)
 from models import distributed, quality
 from models.losses import one_hot
 
@@ -58,12 +58,14 @@ def parse_args(argv=None):
     p.section("what to do")
     p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
                    "else val); held_out: train cases whose labels no run and no g has learned from")
-    p.add_argument("--predict", action="store_true", help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
+    p.add_argument("--predict", action="store_true",
+                   help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
     p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
                    "difference in Dice, patient by patient, with its interval and a test")
     p.add_argument("--largest-component", action="store_true",
-                   help="keep the largest connected component of each class, in scores and masks (where --qp compares estimates with the truth, it sees the outputs as they are)")
+                   help="keep the largest connected component of each class, in scores and masks (where --qp compares estimates with the truth, it sees "
+                        "the outputs as they are)")
     p.add_argument("--overwrite", action="store_true", help="with --predict: replace the masks that OUT holds")
     p.section("quality of the outputs")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality; "
@@ -153,7 +155,8 @@ class Window:
 
 
 def window(size, args, batch=None):
-    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices. batch: windows in a pass"""
+    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices.
+    batch: windows in a pass"""
     if isinstance(size, int):
         if args.stride or args.window != "sliding" or args.blend != "gaussian":
             raise InputError("--window, --stride and --blend are for volumes (dims=3); these networks see slices")
@@ -352,7 +355,8 @@ def load_quality(path, info, on, size=None):
 def check_size(path, info, size):
     """InputError unless a checkpoint's size is one that --size would take for this data."""
     sides = (size,) if isinstance(size, int) else size
-    if isinstance(size, int) != (info.dims == 2) or not isinstance(sides, tuple) or not all(isinstance(s, int) for s in sides) or len(sides) != info.dims * 2 - 3:
+    whole = isinstance(sides, tuple) and all(isinstance(s, int) for s in sides)
+    if isinstance(size, int) != (info.dims == 2) or not whole or len(sides) != info.dims * 2 - 3:
         raise InputError(f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again")
     try:
         h5.check_size(info, sides)
@@ -376,7 +380,8 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}}
+        free = {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}
+        config = {k: v for k, v in state["args"].items() if k not in free}
         config = {"correct": False} | config | {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}    # older ones know no correction
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
@@ -566,8 +571,8 @@ def write_scores(args, info, entries, groups, states, scores, cut):
     if args.baseline:
         baselines, patient = find_baselines(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
         rows = [row | columns for row, columns in zip(rows, against(baselines, groups, scores, patient))]
-        title += (f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, percentiles) over "
-                  f"{len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
+        title += (f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, "
+                  f"percentiles) over {len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
     write_csv(os.path.join(args.out, "cases.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
@@ -579,7 +584,8 @@ def write_scores(args, info, entries, groups, states, scores, cut):
 
 
 def write_quality(args, info, groups, states, outputs, reference, samples, reference_case, cost):
-    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample -> what was written, in words"""
+    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample
+    -> what was written, in words"""
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
     sample, (shown, curves) = "slice" if info.dims == 2 else "patch", triage(outputs, samples.case)
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
@@ -589,16 +595,19 @@ def write_quality(args, info, groups, states, outputs, reference, samples, refer
              + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
     write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
         f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items())
-               + (f"\n{TRIAGE}\n\n{markdown(shown)}\n" if shown else f"\nNo run has cases with Dice both below and above {BAD:g}, so there is nothing to find.\n"))
-    write_text(os.path.join(args.out, "quality.json"), json.dumps(dict(title=title, levels=tables, triage=dict(rows=shown, curves=curves), args=vars(args)), indent=1))
+               + (f"\n{TRIAGE}\n\n{markdown(shown)}\n" if shown else
+                  f"\nNo run has cases with Dice both below and above {BAD:g}, so there is nothing to find.\n"))
+    found = dict(title=title, levels=tables, triage=dict(rows=shown, curves=curves), args=vars(args))
+    write_text(os.path.join(args.out, "quality.json"), json.dumps(found, indent=1))
     first = next(iter(tables))  # "present", unless no class is
     print(f"\n{title}\n\nMean over all runs, {levels[first]} (quality.md has all)\n\n"
           + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"])
           + (f"\n\n{TRIAGE}\n\n{markdown(shown)}" if shown else ""))
     true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": samples.case[n], sample: " ".join(map(str, samples.at[n])), "class": c,
-         "present": outputs[i].present[n, k], "true": true[i][n, k], **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
+        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": samples.case[n],
+         sample: " ".join(map(str, samples.at[n])), "class": c, "present": outputs[i].present[n, k], "true": true[i][n, k],
+         **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
         for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(info.classes[1:])])
     figures.quality(os.path.join(args.out, "quality.png"),
                     {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
@@ -702,14 +711,16 @@ def write_worst_first(args, info, split, rows):
     """What a person should look at, in this order: a CSV of all cases, and a picture of the first sixteen. rows: (g's answers [K-1], Entry, file of the
     mask, slice to show, its mask packed), worst first"""
     write_csv(os.path.join(args.out, "worst_first.csv"), [
-        {"rank": i, "case": entry.name, "predicted Dice": round(float(q.mean()), 4), **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
+        {"rank": i, "case": entry.name, "predicted Dice": round(float(q.mean()), 4),
+         **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
          "mask": f"masks/{mask}", "source": entry.source} for i, (q, entry, mask, _, _) in enumerate(rows, 1)])
     panels = []
     with h5.open_file(info.path) as f:
         for i, (q, entry, _, z, packed) in enumerate(rows[:16] if args.pictures else [], 1):
             image, _ = h5.read_case(f, info, split, entry.name, label=False)
             mask = cv2.resize(unpack(packed), image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)  # that of a picture is on its source's grid
-            panels.append((f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}", image[z], mask, entry.aspect))
+            title = f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}"
+            panels.append((title, image[z], mask, entry.aspect))
     if panels:
         figures.cases(os.path.join(args.out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
     print(f"wrote {args.out}/worst_first.csv" + (", worst_first.png" if panels else "") + "; the first of them, by the Dice that g predicts:")
@@ -826,7 +837,8 @@ def main(argv=None):
     write_scores(args, info, entries, groups, states, scores, cut)
     if g:
         x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
-        cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
+        cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: "
+                f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
         quality_files = write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
     drawn = draw(args, info, split, entries, groups, scores, packed) if args.pictures > 0 else ""

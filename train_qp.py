@@ -310,8 +310,8 @@ def main(argv=None):
     kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     rows, panels, image_dependence = report(kept, synthetic, real, info, on)
     chosen = " and ".join(["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")) or "nothing"
-    text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n{evaluate.markdown(rows)}\n\n"
-            "Dependence on the image: correlation of g's answers with those for a "
+    text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n"
+            f"{evaluate.markdown(rows)}\n\nDependence on the image: correlation of g's answers with those for a "
             + ", ".join(f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()) + " (the paper asks for less than .7)\n")
     if distributed.rank() == 0:
         evaluate.write_text(os.path.join(args.out, "qp.md"), text)
@@ -322,7 +322,8 @@ def main(argv=None):
     distributed.wait()  # until everything is written
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
-                                 ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality", "--qp", f"{args.out}/qp.pt", "--out", os.path.join(os.path.dirname(args.out), "mt_qw")]))
+                                 ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality",
+                                 "--qp", f"{args.out}/qp.pt", "--out", os.path.join(os.path.dirname(args.out), "mt_qw")]))
 
 
 if __name__ == "__main__":

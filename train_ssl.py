@@ -71,9 +71,11 @@ def parse_args(argv=None):
                         "of --weight quality with a dense head: pixel)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
-    p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, takes its place, also for --conf-threshold and --weight")
+    p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, "
+                   "takes its place, also for --conf-threshold and --weight")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0, help="lambda_qar after its ramp; the paper's value is 0.01")
-    p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3, help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
+    p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
+                   help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2, help="share of training over which lambda_qar then grows")
     p.section("network and training")
@@ -81,8 +83,8 @@ def parse_args(argv=None):
                    "volumes vnet); smp:UnetPlusPlus is that of segmentation_models_pytorch, if it is installed")
     p.add_argument("--width", type=number(1, 256), help="channels of the network's first level (default: its own)")
     p.add_argument("--encoder", metavar="NAME", help=f"of resnet_unet, unetpp, attention_unet: {', '.join(models.RESNETS)} (default: resnet34)")
-    p.add_argument("--encoder-weights", metavar="FILE", help="state dict to start the encoder from: a ResNet's of torchvision or timm, for swin_unet the official "
-                   "Swin-T's; or the word imagenet, which downloads torchvision's")
+    p.add_argument("--encoder-weights", metavar="FILE", help="state dict to start the encoder from: a ResNet's of torchvision or timm, for swin_unet "
+                   "the official Swin-T's; or the word imagenet, which downloads torchvision's")
     p.add_argument("--dropout", type=number(0, 0.99, float), help="vnet: at the bottom and before the head (default: 0.5)")
     p.add_argument("--size", type=grid, help="side of the images that f sees (default 224); of volumes D,H,W of a patch (default 80,112,112)")
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
@@ -218,8 +220,9 @@ def contrastive(nets, teacher, batch, args, t):
     """CL of the paper: pseudo-label, plus .1 times the contrast of confident pixels between pseudo-classes (models.losses.pixel_contrast).
 
     The paper gives weight, temperature, negatives and threshold. The rest is ours, near U2PL (Wang et al. 2022): keys are the teacher's
-    features; all are those of the middle level of the encoder (a quarter of the side in the U-Net, an eighth on a ResNet, a sixteenth in Swin-UNet), without a projection head; every confident
-    pixel is an anchor; negatives are confident pixels of other classes (U2PL: unreliable ones) of the batch. Pixels of no weight take no part.
+    features; all are those of the middle level of the encoder (a quarter of the side in the U-Net, an eighth on a ResNet, a sixteenth in
+    Swin-UNet), without a projection head; every confident pixel is an anchor; negatives are confident pixels of other classes (U2PL: unreliable
+    ones) of the batch. Pixels of no weight take no part.
     """
     with torch.no_grad():
         keys = teacher.encode(batch.u)
@@ -557,7 +560,8 @@ def load_data(info, args, on):
                 raise InputError(f"{args.unlabeled}: has {key} {getattr(other, key)}, but {info.path} has {getattr(info, key)}")
         parts += [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
     if args.cache == "auto":
-        args.cache = where_it_fits(sum(stored.bytes_in_memory(i, s, args.size, n) for i, s, n in [(info, "train", labeled), (info, "val", None), *parts]), on.device)
+        everything = [(info, "train", labeled), (info, "val", None), *parts]
+        args.cache = where_it_fits(sum(stored.bytes_in_memory(i, split, args.size, names) for i, split, names in everything), on.device)
     load = stored.Stored if args.cache == "off" else h5.load_slices if info.dims == 2 else h5.load_volumes
     train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
@@ -709,8 +713,9 @@ def main(argv=None):
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
     steps = range(first + 1, args.steps + 1)
-    feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, pin_memory=args.cache != "device" and on.device.type == "cuda",
-                                       num_workers=args.workers if args.cache == "off" else 0, worker_init_fn=processes.start_reader)
+    feed = torch.utils.data.DataLoader(Feed(labeled, unlabeled, args), batch_size=None, sampler=steps, worker_init_fn=processes.start_reader,
+                                       num_workers=args.workers if args.cache == "off" else 0,
+                                       pin_memory=args.cache != "device" and on.device.type == "cuda")
     bar = tqdm(zip(steps, feed), initial=first, total=args.steps, desc=args.method, unit=" steps", disable=not sys.stderr.isatty() or distributed.rank() > 0)
     start = time.perf_counter() - seconds
     with postponed_signals() as stop:

@@ -210,8 +210,8 @@ def triage(path, panels):
 # ---------------------------------------------------------------------------------------------------- training curves
 
 CURVES = {  # columns of log.csv -> the panel's title
-    ("sup",): "supervised loss", ("unsup",): "unlabeled loss, unweighted by λ", ("qar",): "QAR: 1 - g", ("loss",): "loss", ("weight",): "mean weight of a pseudo-label",
-    ("ess",): "effective share of the samples", ("lam",): "λ", ("val_dice",): "Dice on val",
+    ("sup",): "supervised loss", ("unsup",): "unlabeled loss, unweighted by λ", ("qar",): "QAR: 1 - g", ("loss",): "loss",
+    ("weight",): "mean weight of a pseudo-label", ("ess",): "effective share of the samples", ("lam",): "λ", ("val_dice",): "Dice on val",
     ("g_true", "g_predicted"): "Dice of val images: true, and by g (dashed)", ("error_synthetic", "error_real"): "g's error on val: synthetic, real (dashed)"}
 
 

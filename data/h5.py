@@ -154,8 +154,9 @@ def _check_layout(path, classes, dims, channels):
 
 def _check_grid(where, grid, dims):
     if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
-        raise InputError(f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs {'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of "
-                         f"at least {SMALLEST}; leave it out, or pad it, and convert the data again")
+        raise InputError(f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
+                         f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least {SMALLEST}; leave it out, or pad it, "
+                         "and convert the data again")
 
 
 def _check_case(path, case, K, channels, dims):
@@ -399,7 +400,8 @@ def choose_labeled(info, spec, seed=None):
     if not patients:
         raise InputError(f"{info.path}: no train case has a label; convert the data again with labels of some")
     if not 1 <= n <= len(patients):
-        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, a fraction or all")
+        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, "
+                         "a fraction or all")
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
@@ -673,7 +675,8 @@ def preview(info, path):
             for entry in (entries[i * len(entries) // min(most, len(entries))] for i in range(min(most, len(entries)))):
                 image, label = read_case(f, info, split, entry.name)
                 title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
-                views = [(image[z], None if label is None else label[z], entry.aspect)] if info.dims == 2 else figures.planes(image, label, label, entry.spacing)
+                views = figures.planes(image, label, label, entry.spacing) if info.dims == 3 else [
+                    (image[z], None if label is None else label[z], entry.aspect)]
                 rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
     figures.cases(path, [row for row in rows if row], info.classes)
 
@@ -702,7 +705,9 @@ def report(info):
     """Prints what a converter has written, or summary() alone says, and what comes next."""
     print(summary(info))
     if any(e.labeled for e in info.splits.get("train", ())):
-        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"]) + "    (--labeled 7: as if only the first 7 patients had labels)")
+        out = f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"
+        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", out])
+              + "    (--labeled 7: as if only the first 7 patients had labels)")
 
 
 def main(argv=None):

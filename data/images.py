@@ -163,7 +163,8 @@ def read_pair(image_path, mask_path, classes, gray):
         return image, None
     with Image.open(image_path) as opened:
         if opened.getexif().get(0x112, 1) != 1:  # many programs would have shown it turned when its mask was drawn
-            raise InputError(f"{image_path}: is stored turned (EXIF orientation {opened.getexif()[0x112]}), so nobody knows whether its mask is, too; save both upright")
+            raise InputError(f"{image_path}: is stored turned (EXIF orientation {opened.getexif()[0x112]}), so nobody knows whether its mask is, too; "
+                             "save both upright")
     mask = read_mask(mask_path, classes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "

@@ -230,7 +230,9 @@ def triage(outputs, case):
     curves = {name: np.mean([curve(of_cases(o, name), bad) for o, bad in judged], 0).tolist() for name in judged[0][0].estimates}
     curves["at best"] = np.mean([curve(of_cases(o), bad) for o, bad in judged], 0).tolist()
     of = {"runs": f"{len(judged)} of {len(outputs)}", "cases": len(judged[0][1]), "bad": float(np.mean([bad.sum() for _, bad in judged]))}
-    return [{"estimate": name, "found": found[round(100 * SHOWN)], "area under curve": float(np.trapezoid(found, dx=0.01))} | of for name, found in curves.items()], curves
+    rows = [{"estimate": name, "found": found[round(100 * SHOWN)], "area under curve": float(np.trapezoid(found, dx=0.01))} | of
+            for name, found in curves.items()]
+    return rows, curves
 
 
 def quality_rows(title, predicted, true, present, classes):

@@ -44,8 +44,8 @@ def convert(source, out, data):
     (kind, paths), prepared = find(Path(source)), data.get("prepared")
     if prepared is None:
         if not data.get("standardize", True):
-            raise InputError(f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not say which; "
-                             "convert the data again, and train on them")
+            raise InputError(f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not "
+                             "say which; convert the data again, and train on them")
         print(f"note: the checkpoint does not say how its data were prepared; {KINDS[kind]} are taken as they are, " + (
             "as MR, each at its own spacing" if kind == "nifti" else "gray" if data["channels"] == 1 else "RGB"))
         prepared = {"from": kind}
@@ -78,7 +78,8 @@ def preparation(prepared, source):
     if not (set(how) <= {"spacing", "window", "channel", "nnunet"} and isinstance(prepared.get("from"), str) and prepared["from"] in KINDS
             and (spacing is None or numbers(spacing, 3, 0.01, 1000)) and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
             and (channel is None or type(channel) is int and 0 <= channel < 10_000) and type(how.get("nnunet", False)) is bool):
-        raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, and train on them")
+        raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, "
+                         "and train on them")
     return nifti.Preparation(**how)
 
 

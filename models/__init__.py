@@ -107,7 +107,8 @@ def load_encoder(net, source):
 def rebuild(config, weights):
     """The network that a checkpoint holds: build(**config) with its weights, every key, shape and type matched, all of them finite.
 
-    ValueError or whatever torch says if it holds none. Nothing is allocated that is not in the weights, whatever the config claims: the network takes these very tensors.
+    ValueError or whatever torch says if it holds none. Nothing is allocated that is not in the weights, whatever the config claims: the network
+    takes these very tensors.
     """
     for name, low, high in (("width", 1, math.inf), ("members", 1, len(weights)), ("mask_dropout", 0, 1)):
         if type(value := config.get(name, 1)) not in (int, float) or not low <= value <= high:

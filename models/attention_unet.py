@@ -1,7 +1,8 @@
 """Attention U-Net on a ResNet encoder: what comes through a skip connection is gated by what the coarser level has seen.
 
 Oktay et al., Attention U-Net, MIDL 2018; the additive gate of its public implementation (one coefficient per pixel, half as many inner channels
-as the skip connection has). Deviations from the paper: a ResNet encoder, one output without deep supervision; the deepest level gates as it is, without a convolution of its own.
+as the skip connection has). Deviations from the paper: a ResNet encoder, one output without deep supervision; the deepest level gates as it is,
+without a convolution of its own.
 """
 import torch
 from torch import nn

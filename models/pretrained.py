@@ -51,7 +51,8 @@ def read(source, encoder):
         raise ValueError("cannot be read as a state dict (torch.save or safetensors); it may be damaged") from None
     for wrapped in ("model", "state_dict"):  # Swin's files, and those of many training scripts
         state = state[wrapped] if isinstance(state, dict) and isinstance(state.get(wrapped), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex() for name, value in state.items()):
+    usable = lambda value: torch.is_tensor(value) and value.layout == torch.strided and not value.is_complex()
+    if not isinstance(state, dict) or not all(isinstance(name, str) and usable(value) for name, value in state.items()):
         raise ValueError("no state dict of a network")
     return {name.removeprefix("module."): value for name, value in state.items()}
 

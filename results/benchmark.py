@@ -186,7 +186,8 @@ def feeding(b):
     seconds = b.timed({base: one_by_one, ours: lambda: train_ssl.views(b.feed[next(step)], len(b.info.classes), b.on.device)})
     whole = seconds[ours] + b.timed({"step": step_of(b)})["step"]
     rows = rows_of("feeding", seconds, base)
-    return rows + [{"part": "feeding", "version": f"ours, with the step that it feeds: {100 * seconds[ours] / whole:.1f}% is feeding", "seconds": whole, "ratio": None}]
+    return rows + [{"part": "feeding", "version": f"ours, with the step that it feeds: {100 * seconds[ours] / whole:.1f}% is feeding", "seconds": whole,
+                    "ratio": None}]
 
 
 def stepping(b):
@@ -220,15 +221,17 @@ def evaluation(b):
 
 
 def our_scores(b, net, names, size, pool=None):
-    tasks = ((label, truth, entry.spacing, len(b.info.classes)) for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(b.info, "val", size, names), b.on))
+    cases = evaluate.Cases(b.info, "val", size, names)
+    tasks = ((label, truth, entry.spacing, len(b.info.classes)) for entry, label, truth in evaluate.predict_cases(net, cases, b.on))
     return list(evaluate.in_order(pool, evaluate.score_case, tasks, 4))
 
 
 def processes(b):
     """Milliseconds of a step in the log of one training at half of --size, on CPUs: two processes of a core each, and one process."""
     out, seconds, base = os.path.join(b.args.out, "processes"), {}, "one process, one core"
-    command = ["train_ssl.py", b.args.data, "--out", out, "--labeled", b.args.labeled, "--method", "mean_teacher", "--size", str(b.args.size // 2), "--batch", "12",
-               "--batch-unlabeled", "12", "--lam-warmup", "0", "--lam-ramp", "0", "--steps", "12", "--eval-every", "4", "--device", "cpu", "--overwrite"]
+    command = ["train_ssl.py", b.args.data, "--out", out, "--labeled", b.args.labeled, "--method", "mean_teacher", "--size",
+               str(b.args.size // 2), "--batch", "12", "--batch-unlabeled", "12", "--lam-warmup", "0", "--lam-ramp", "0", "--steps", "12",
+               "--eval-every", "4", "--device", "cpu", "--overwrite"]
     for name, launch, threads in ((base, [], 1), ("one process, two cores", [], 2),
                                   ("torchrun --nproc_per_node=2", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1)):
         subprocess.run([sys.executable, *launch, *command], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -270,12 +273,13 @@ def large(args):
         h5.write(path, (h5.Case("val" if i < 2 else "train", f"case{i}", np.roll(noise, i, 1), label, f"patient{i}")
                         for i in range(int(args.large * gigabyte / noise.size))), name="large", classes=["background", "square"], dims=2, channels=1)
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEAK, "train_ssl.py", path, "--out", os.path.join(args.out, "large"), "--labeled", "0.5", "--method", "mean_teacher",
-                           "--size", "96", "--batch", "8", "--batch-unlabeled", "8", "--steps", "200", "--eval-every", "100", "--cache", "off", "--overwrite",
+    done = subprocess.run([sys.executable, "-c", PEAK, "train_ssl.py", path, "--out", os.path.join(args.out, "large"), "--labeled", "0.5",
+                           "--method", "mean_teacher", "--size", "96", "--batch", "8", "--batch-unlabeled", "8", "--steps", "200",
+                           "--eval-every", "100", "--cache", "off", "--overwrite",
                            "--lam-warmup", "0", "--device", args.device], check=True, capture_output=True, text=True)
     mine, reader = (int(n) / 2 ** 20 for n in done.stdout.split("peak")[1].split())
-    print(f"\n--cache off, a file of {os.path.getsize(path) / gigabyte:.1f} GB, 200 steps in {time.perf_counter() - start:.0f} s: peak resident memory {mine:.2f} GB, of the "
-          f"largest reading process {reader:.2f} GB")
+    print(f"\n--cache off, a file of {os.path.getsize(path) / gigabyte:.1f} GB, 200 steps in {time.perf_counter() - start:.0f} s: peak resident memory "
+          f"{mine:.2f} GB, of the largest reading process {reader:.2f} GB")
 
 
 PARTS = {"feeding": feeding, "step": stepping, "guidance": guidance, "evaluation": evaluation, "processes": processes, "growth": growth}

@@ -4,8 +4,9 @@
     python results/evidence.py g ph2 cvc acdc                                Dice on test of g itself
     python results/evidence.py ph2 --families mean_teacher --rows none qw_pixel --lams 0.3 1 --seeds 0
 
-Reads  runs/DATA.h5 (acdc.h5 of acdc_3), runs/v/DATA/g/qp.pt (evidence.sh makes it). Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores
-       on test. Runs that are finished, or that another process is at, are passed over, so that several processes may share a list.
+Reads  runs/DATA.h5 (acdc.h5 of acdc_3), runs/v/DATA/g/qp.pt (evidence.sh makes it).
+Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores on test. Runs that are finished, or that another process is at, are
+       passed over, so that several processes may share a list.
 
 Until lambda sets in, all runs of a seed are the same supervised training. It is done once (FAMILY `start`), and each run goes on from its checkpoint: the
 weights are those of the whole command, to the last bit. Validations before that step do not count for `best.pt`.
@@ -191,9 +192,9 @@ def command(data, family, row, lam, seed, out):
     d, guide = DATA[data], ROWS[row][0].split()
     qp = ["--qp", f"runs/v/{data}/g/qp.pt"] if "quality" in guide or "--qar" in guide or "--correct" in guide else []
     warm = d["start"] / d["steps"]
-    return [file_of(data), "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON, "--lr",
-            str(d["lr"]), "--seed", str(seed),
-            "--lam", str(lam), "--lam-warmup", str(warm), "--lam-ramp", "0.1", "--qar-warmup", str(warm), "--qar-ramp", "0.1", *FAMILIES[family].split(), *guide, *qp]
+    return [file_of(data), "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON,
+            "--lr", str(d["lr"]), "--seed", str(seed), "--lam", str(lam), "--lam-warmup", str(warm), "--lam-ramp", "0.1", "--qar-warmup", str(warm),
+            "--qar-ramp", "0.1", *FAMILIES[family].split(), *guide, *qp]
 
 
 @contextlib.contextmanager

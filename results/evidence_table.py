@@ -2,9 +2,10 @@
 
     python results/evidence_table.py ph2 cvc acdc --out results/evidence.png > results/evidence_tables.md
 
-For every family and row, lambda is the one with the best Dice on val for seed 0; then scores on test of best.pt (chosen on val), %: Dice, mean and deviation over seeds, HD95, and
-the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from 10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the
-same for both rows. Of three seeds that is a rough interval, too narrow where seeds differ more than cases do; of one seed it is one over cases alone. The figure has the intervals over patients.
+For every family and row, lambda is the one with the best Dice on val for seed 0; then scores on test of best.pt (chosen on val), %: Dice, mean and
+deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from
+10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a rough interval, too
+narrow where seeds differ more than cases do; of one seed it is one over cases alone. The figure has the intervals over patients.
 """
 import collections
 import csv
@@ -24,14 +25,15 @@ from evidence import DATA, FAMILIES, ROWS, best_on_val  # noqa: E402
 
 def read(folder, start):
     """A finished run. -> (best Dice on val after its start, {checkpoint: {metric: [cases]}}, the cases' patients)"""
-    scores = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(list)))
+    scores = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(list)))    # of each class of a case
     patients = {}
     with open(f"{folder}/test/cases.csv", newline="") as f:
         for row in csv.DictReader(f):
             patients[row["case"]] = row["patient"]
             for metric in ("dice", "hd95"):
                 scores[os.path.basename(row["checkpoint"])][metric][row["case"]].append(float(row[metric]))
-    return best_on_val(f"{folder}/log.csv", start), {c: {m: np.array([np.mean(v) for v in cases.values()]) for m, cases in s.items()} for c, s in scores.items()}, list(patients.values())
+    means = {name: {metric: np.array([np.mean(v) for v in cases.values()]) for metric, cases in of.items()} for name, of in scores.items()}
+    return best_on_val(f"{folder}/log.csv", start), means, list(patients.values())
 
 
 def runs_of(data):
@@ -74,7 +76,8 @@ def compare(ours, base, checkpoint):
 def table(data, checkpoint):
     """Markdown rows of one data set, and what the figure shows of it."""
     runs, points = runs_of(data), []
-    print(f"\n### {data}, {checkpoint}\n\n| family | guidance | lambda | seeds | Dice % | HD95 px | difference to its own baseline | by patient |\n|---|---|---|---|---|---|---|---|")
+    print(f"\n### {data}, {checkpoint}\n")
+    print("| family | guidance | lambda | seeds | Dice % | HD95 px | difference to its own baseline | by patient |\n|" + "---|" * 8)
     for family in FAMILIES:
         base = chosen(runs[family, "none"])[1] if (family, "none") in runs else None
         for row in ROWS:
@@ -84,7 +87,8 @@ def table(data, checkpoint):
             if not seeds:
                 continue
             dice, hd95 = (np.array([s[1][checkpoint][m].mean() for s in seeds.values()]) for m in ("dice", "hd95"))
-            cells = [family, row, f"{lam:g}", str(len(seeds)), f"{100 * dice.mean():.1f} ± {100 * dice.std(ddof=1) if len(dice) > 1 else 0:.1f}", f"{hd95.mean():.1f}"]
+            scatter = f" ± {100 * dice.std(ddof=1):.1f}" if len(dice) > 1 else ""
+            cells = [family, row, f"{lam:g}", str(len(seeds)), f"{100 * dice.mean():.1f}{scatter}", f"{hd95.mean():.1f}"]
             if base and row != "none":
                 mean, case, patient = compare(seeds, base, checkpoint)
                 points.append((data, family, row, mean, *patient))
@@ -96,8 +100,8 @@ def table(data, checkpoint):
 
 
 def glance(sets, checkpoint="best.pt"):
-    """Markdown: the correction beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's goal. A pair
-    counts once both rows and `full` have run with the same seeds."""
+    """Markdown: the correction beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's
+    goal. A pair counts once both rows and `full` have run with the same seeds."""
     found, cells = {data: runs_of(data) for data in sets}, collections.defaultdict(dict)
     pairs = []
     for data, family in itertools.product(sets, FAMILIES):
@@ -115,12 +119,13 @@ def glance(sets, checkpoint="best.pt"):
     for family, row in cells.items():
         print(f"| {family} | " + " | ".join(row.get(data, "") for data in sets) + " |")
     gains = [mean for *_, mean, _, _ in pairs]
-    print(f"\nOf {len(pairs)} pairs of a family and a data set the correction is above its own baseline in {sum(m > 0 for m in gains)}, with an interval above zero in "
-          f"{sum(low > 0 for *_, low, _ in pairs)}; it reaches half of what all labels would give in {sum(mean >= most / 2 for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
+    print(f"\nOf {len(pairs)} pairs of a family and a data set the correction is above its own baseline in {sum(m > 0 for m in gains)}, with an interval "
+          f"above zero in {sum(low > 0 for *_, low, _ in pairs)}; it reaches half of what all labels would give in "
+          f"{sum(mean >= most / 2 for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
 
 
-SHOWN = {"correct": "correction", "qw_pixel": "QW, pixel", "full": "all labels", "blind": "correction, mask unseen", "qw": "QW, image (the paper's)", "qar": "QAR", "conf": "confidence, image", "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g",
-         "oracle_pixel": "oracle, pixel", "oracle": "oracle, image"}
+SHOWN = {"correct": "correction", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel", "qw": "QW, image (the paper's)",
+         "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g", "qar": "QAR", "full": "all labels"}
 
 
 def draw(path, points):
@@ -132,7 +137,8 @@ def draw(path, points):
     for axis, data in zip(axes[0], sets):
         for _, family, row, mean, low, high in (p for p in points if p[0] == data and p[2] in rows):
             k = rows.index(row)
-            axis.errorbar(mean, families.index(family) + (k + 1) / (len(rows) + 1.5), xerr=[[mean - low], [high - mean]], fmt="os^D"[k % 4], markersize=4, color=figures.color(k), capsize=2, label=SHOWN[row])
+            axis.errorbar(mean, families.index(family) + (k + 1) / (len(rows) + 1.5), xerr=[[mean - low], [high - mean]], fmt="os^D"[k % 4],
+                          markersize=4, color=figures.color(k), capsize=2, label=SHOWN[row])
         axis.axvline(0, color="black", linewidth=0.8)
         for y in range(1, len(families)):
             axis.axhline(y, color="0.85", linewidth=0.8)

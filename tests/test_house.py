@@ -27,6 +27,11 @@ def test_dependency_rule(path):
     assert set(imported(path)) & ({"models", "data"} | STAGES) <= allowed
 
 
+def test_lines_fit_a_screen():
+    for path in [*SOURCES, *ROOT.glob("results/*.py")]:
+        assert not [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 160], path.name
+
+
 def test_processes_that_score_import_numpy_and_scipy_alone():
     assert set(imported(ROOT / "data" / "metrics.py")) == {"dataclasses", "math", "numpy", "scipy"}
 
