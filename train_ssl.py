@@ -38,6 +38,7 @@ from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, clai
                         seed_of, start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
+from models.quality import expected_dice
 
 
 def parse_args(argv=None):
@@ -68,7 +69,7 @@ def parse_args(argv=None):
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class", "pixel"),
                    help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that it is right (default: image, as in the paper; "
-                        "of --weight quality with a dense head: pixel)")
+                        "of --weight quality with a dense head and without --correct: pixel)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
     p.add_argument("--weight-threshold", type=SHARE, help="w = 0 where q is below (default: quality .5, confidence .9)")
     p.add_argument("--correct", action="store_true", help="g (dense head) corrects pseudo-labels: what it believes to be the truth, having seen one, "
@@ -385,15 +386,16 @@ def scores(g, term, args):
     """Quality of a pseudo-label at --weight-level. -> q [U, 1] of the image, [U, K] of its classes, or [U, *S] of its pixels
 
     quality: g's answer for the hard label (Eq. 7); for the image the mean over the foreground classes, and so for the background's pixels;
-    for a pixel the probability that its class is right. confidence: the largest probability of the pixel; its mean over all pixels
+    for a pixel the probability that its class is right. Of a corrected label, which is g's own belief, the same by that belief, without asking g
+    again. confidence: the largest probability of the pixel; its mean over all pixels
     (PL-C of the paper), and over those of each pseudo-class. An absent class counts with g's answer for its empty mask.
     """
     hard = harden(term.target)                                               # [U, K, *S]
     if args.weight == "quality":
         with torch.no_grad():
             if args.weight_level == "pixel":
-                return 1 - g.error(term.image, hard[:, 1:])
-            q = g(term.image, hard[:, 1:])                                   # [U, K-1]
+                return term.target.amax(1) if args.correct else 1 - g.error(term.image, hard[:, 1:])
+            q = expected_dice(term.target) if args.correct else g(term.image, hard[:, 1:])  # [U, K-1]
         whole = q.mean(1, keepdim=True)
         return whole if args.weight_level == "image" else torch.cat([whole, q], 1)
     confidence = term.target.amax(1, keepdim=True)                           # [U, 1, *S]
@@ -647,7 +649,7 @@ def main(argv=None):
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
-    args.weight_level = args.weight_level or ("pixel" if hasattr(g, "belief") else "image")
+    args.weight_level = args.weight_level or ("pixel" if hasattr(g, "belief") and not args.correct else "image")
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
         print(f"{args.out}: this run is finished (step {resumed['step']}, best val Dice {resumed['best']['dice']:.4f} at step {resumed['best']['step']}); "

@@ -67,6 +67,8 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
     "oracle_pixel": (f"{QUALITY} pixel", "oracle"),
     "correct": ("--correct", None),
     "correct_conf": ("--correct --weight confidence --weight-level pixel --weight-threshold 0.5", None),
+    "correct_qw": (f"--correct {QUALITY} image", None),
+    "correct_qw_class": (f"--correct {QUALITY} class", None),
     "blind": ("--correct", "blind"),
     "full": ("--correct", "oracle"),
     "shuffled": (f"{QUALITY} image", "shuffled"),

@@ -158,6 +158,20 @@ def test_a_g_that_agrees_changes_no_hard_label(method):
     assert agreed.item() == pytest.approx(plain.item(), abs=2e-6) and other.item() != pytest.approx(plain.item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("method", ["pseudo_label", "cps", "unimatch"])
+def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level, monkeypatch):
+    """The expected Dice of its classes, or its largest probability; g is asked for nothing but its belief, which is all that this one knows."""
+    own, found, plain = torch.rand(3, 4, 32, 32).mul(6).softmax(1), [], train_ssl.scores
+    monkeypatch.setattr(train_ssl, "scores", lambda *a: found.append(plain(*a)) or found[-1])
+    loss, parts = loss_of("4-class gray", Corrects(own), options("--conf-threshold", "0", "--weight-threshold", "0", "--correct", weight="quality", level=level, method=method))
+    label, smooth = one_hot(own.argmax(1), 4), 32 * 32 * 1e-4
+    q = (2 * (label * own).sum((2, 3)) + smooth) / (label.sum((2, 3)) + own.sum((2, 3)) + smooth)
+    whole = q[:, 1:].mean(1, keepdim=True)
+    expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}[level]
+    assert found and all(torch.allclose(answer, expected, atol=1e-6) for answer in found) and loss.isfinite() and 0 < parts[3] < 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
     C, K, S = KINDS[kind]
@@ -600,7 +614,8 @@ def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
 
 def test_the_level_of_a_weight_is_the_finest_that_g_knows_unless_it_is_given(rgb, rgb_quality, rgb_scalar, tmp_path):
     dense, scalar = ("--weight", "quality", "--qp", rgb_quality[1]), ("--weight", "quality", "--qp", rgb_scalar)
-    for name, hooks, level in (("a", dense, "pixel"), ("b", (*dense, "--weight-level", "image"), "image"), ("c", scalar, "image"), ("d", ("--weight", "confidence"), "image")):
+    for name, hooks, level in (("a", dense, "pixel"), ("b", (*dense, "--weight-level", "image"), "image"), ("c", scalar, "image"), ("d", ("--weight", "confidence"), "image"),
+                               ("e", (*dense, "--correct"), "image")):
         state = train(rgb, tmp_path / name, "--method", "mean_teacher", "--steps", 2, *hooks)
         assert state["args"]["weight_level"] == level
         assert same(state, train(rgb, tmp_path / f"{name}_said", "--method", "mean_teacher", "--steps", 2, *hooks, "--weight-level", level))
