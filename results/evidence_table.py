@@ -100,12 +100,12 @@ def table(data, checkpoint):
 
 
 def glance(sets, checkpoint="best.pt"):
-    """Markdown: the correction beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's
-    goal. A pair counts once both rows and `full` have run with the same seeds."""
+    """Markdown: the correction beside each family's own baseline and all labels, and with weights where that has run, a column for each data set, and how
+    many pairs reach the protocol's goal. A pair counts once both rows and `full` have run with the same seeds."""
     found, cells = {data: runs_of(data) for data in sets}, collections.defaultdict(dict)
     pairs = []
     for data, family in itertools.product(sets, FAMILIES):
-        none, correct, full = (chosen(found[data][family, row])[1] for row in ("none", "correct", "full"))
+        none, correct, weighted, full = (chosen(found[data][family, row])[1] for row in ("none", "correct", "correct_qw", "full"))
         dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
         if family == "supervised" and none:
             cells[family][data] = f"{dice(none):.1f}"
@@ -115,6 +115,9 @@ def glance(sets, checkpoint="best.pt"):
         most = dice(full) - dice(none)
         pairs.append((family, data, mean, low, most))
         cells[family][data] = f"{dice(none):.1f} → {dice(correct):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
+        if weighted and set(weighted) == set(none):
+            mean, _, (low, high) = compare(weighted, none, checkpoint)
+            cells[family][data] += f"; **weighted** {dice(weighted):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
     print("| family | " + " | ".join(sets) + " |\n|" + "---|" * (len(sets) + 1))
     for family, row in cells.items():
         print(f"| {family} | " + " | ".join(row.get(data, "") for data in sets) + " |")
@@ -124,8 +127,8 @@ def glance(sets, checkpoint="best.pt"):
           f"{sum(mean >= most / 2 for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
 
 
-SHOWN = {"correct": "correction", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel", "qw": "QW, image (the paper's)",
-         "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g", "qar": "QAR", "full": "all labels"}
+SHOWN = {"correct": "correction", "correct_qw": "correction and QW, image", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel",
+         "qw": "QW, image (the paper's)", "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g", "qar": "QAR", "full": "all labels"}
 
 
 def draw(path, points):
