@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments of results/protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence.sh g|grid|seeds|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
+#     bash results/evidence.sh g|grid|seeds|weighted|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
 # in this order. Several may run at once on the same list; what is finished is passed over. PY names the Python; runs/DATA.h5 with a test split
 # is made by the converters and `python results/evidence.py split` (protocol.md).
 set -eu
@@ -32,6 +32,7 @@ for family in "$@"; do
     grid)     run --families $family --rows none correct --lams $lams --seeds 0 ;;
     seeds)    run --families $family --rows none correct --seeds 1 2
               run --families $family --rows full --like correct ;;
+    weighted) run --families $family --rows correct_qw --like correct ;;
     blind)    run --families $family --rows blind --like correct ;;
     qw)       run --families $family --rows qw_pixel --lams $lams --seeds 0
               run --families $family --rows qw_pixel --seeds 1 2

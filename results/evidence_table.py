@@ -141,7 +141,7 @@ def draw(path, points):
         for _, family, row, mean, low, high in (p for p in points if p[0] == data and p[2] in rows):
             k = rows.index(row)
             axis.errorbar(mean, families.index(family) + (k + 1) / (len(rows) + 1.5), xerr=[[mean - low], [high - mean]], fmt="os^D"[k % 4],
-                          markersize=4, color=figures.color(k), capsize=2, label=SHOWN[row])
+                          markersize=4, color="0.5" if row == "full" else figures.color(k), capsize=2, label=SHOWN[row])
         axis.axvline(0, color="black", linewidth=0.8)
         for y in range(1, len(families)):
             axis.axhline(y, color="0.85", linewidth=0.8)
