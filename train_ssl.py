@@ -9,7 +9,8 @@ Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/step*.pt (w
 
 One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
            QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i), or of each pixel
-           --correct: what g believes to be the truth, having seen u_i and its pseudo-label, takes that one's place
+           --correct: what g believes to be the truth, having seen u_i and its pseudo-label, takes that one's place, and q_i is
+           the Dice that it expects of it
            QAR  1 - g(u, softmax f(u)), whose gradient flows through g into f
 
 Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid that f sees: S, S of slices, or D, H, W of patches of volumes; x, y labeled
@@ -38,7 +39,7 @@ from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, clai
                         seed_of, start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
-from models.quality import expected_dice
+from models.quality import quality_target
 
 
 def parse_args(argv=None):
@@ -143,6 +144,7 @@ class Term:
     target: torch.Tensor                            # [U, K, *S] probabilities of its pseudo-label, no gradient
     loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, *S] -> loss [U], relative to the sum of these weights
     weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, *S] of its pixels
+    belief: torch.Tensor | None = None              # [U, K, *S] what g believes, with --correct, where it is not the target itself
     mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
 #                                                     share [U] or [U, *S] of the second
 
@@ -279,18 +281,17 @@ def bcp(nets, teacher, batch, args, t):
     alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviations: the mean, not the sum, over the two; a
     box for each pair; the second stage goes on from the first one's last weights, not its best.
     """
-    target = batch.corrected(probabilities(teacher, batch.u))
-    if args.largest_component:
-        target = keep_largest(target)
+    belief = batch.corrected(probabilities(teacher, batch.u))
+    target = keep_largest(belief) if args.largest_component else belief
     n = max(len(batch.x), len(batch.u))
-    x, y, u, target = (repeated(v, n) for v in (batch.x, batch.y, batch.u, target))
+    x, y, u, target, belief = (repeated(v, n) for v in (batch.x, batch.y, batch.u, target, belief))
     box = augment.random_box(x, args.paste)                                   # [n, 1, *S]
     inward = to_samples(torch.arange(n, device=x.device) % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
     seen = 1 - labeled[:, 0]                                                  # [n, *S] of u
     seen = seen / to_samples(seen.flatten(1).mean(1).clamp_min(1e-8), seen)   # mean 1
     logits = nets[0](models.channels_last(torch.where(labeled > 0, x, u)))
-    return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen)]
+    return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen, belief=belief)]
 
 
 def copy_paste(nets, teacher, batch, args, t):
@@ -386,16 +387,17 @@ def scores(g, term, args):
     """Quality of a pseudo-label at --weight-level. -> q [U, 1] of the image, [U, K] of its classes, or [U, *S] of its pixels
 
     quality: g's answer for the hard label (Eq. 7); for the image the mean over the foreground classes, and so for the background's pixels;
-    for a pixel the probability that its class is right. Of a corrected label, which is g's own belief, the same by that belief, without asking g
-    again. confidence: the largest probability of the pixel; its mean over all pixels
-    (PL-C of the paper), and over those of each pseudo-class. An absent class counts with g's answer for its empty mask.
+    for a pixel the probability that its class is right. Of a corrected label, its expected Dice by the belief that made it, without asking g
+    again (optimistic, as any judgment of oneself); of a pixel, the label's confidence. confidence: the largest probability of the pixel; its
+    mean over all pixels (PL-C of the paper), and over those of each pseudo-class. An absent class counts with g's answer for its empty mask.
     """
     hard = harden(term.target)                                               # [U, K, *S]
     if args.weight == "quality":
         with torch.no_grad():
+            belief = term.target if term.belief is None else term.belief
             if args.weight_level == "pixel":
-                return term.target.amax(1) if args.correct else 1 - g.error(term.image, hard[:, 1:])
-            q = expected_dice(term.target) if args.correct else g(term.image, hard[:, 1:])  # [U, K-1]
+                return (hard * belief).sum(1) if args.correct else 1 - g.error(term.image, hard[:, 1:])
+            q = quality_target(hard[:, 1:], belief[:, 1:]) if args.correct else g(term.image, hard[:, 1:])  # [U, K-1]
         whole = q.mean(1, keepdim=True)
         return whole if args.weight_level == "image" else torch.cat([whole, q], 1)
     confidence = term.target.amax(1, keepdim=True)                           # [U, 1, *S]
@@ -649,6 +651,9 @@ def main(argv=None):
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
+    asks = "--correct" if args.correct else "--weight-level pixel" if args.weight == "quality" and args.weight_level == "pixel" else None
+    if asks and not hasattr(g, "belief"):
+        raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; {asks} needs train_qp.py --head dense")
     args.weight_level = args.weight_level or ("pixel" if hasattr(g, "belief") and not args.correct else "image")
     resumed, inputs = start_run("ssl", args, info.describe(), inputs=("qp", "unlabeled"), free=("keep", "window", "stride", "blend", "cache", "workers"))
     if resumed and resumed["finished"]:
@@ -657,9 +662,6 @@ def main(argv=None):
         return
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
-    asks = "--correct" if args.correct else "--weight-level pixel" if args.weight == "quality" and args.weight_level == "pixel" else None
-    if asks and not hasattr(g, "belief"):
-        raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; {asks} needs train_qp.py --head dense")
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")

@@ -124,7 +124,7 @@ def glance(sets, checkpoint="best.pt"):
     gains = [mean for *_, mean, _, _ in pairs]
     print(f"\nOf {len(pairs)} pairs of a family and a data set the correction is above its own baseline in {sum(m > 0 for m in gains)}, with an interval "
           f"above zero in {sum(low > 0 for *_, low, _ in pairs)}; it reaches half of what all labels would give in "
-          f"{sum(mean >= most / 2 for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
+          f"{sum(0 < most <= 2 * mean for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
 
 
 SHOWN = {"correct": "correction", "correct_qw": "correction and QW, image", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel",

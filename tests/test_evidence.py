@@ -107,8 +107,10 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
     for family, none, correct, full in (("pseudo_label", 0.6, 0.7, 0.75), ("mean_teacher", 0.6, 0.59, 0.7), ("ict", 0.6, 0.62, 0.7), ("cps", 0.6, 0.5, 0.6)):
         made(family, "none", none), made(family, "correct", correct), made(family, "full", full, seeds=(0, 1) if family == "cps" else (0, 1, 2))
     made("pseudo_label", "none", 0.5, seeds=[0], lam=0.3)   # a lambda that is worse on val
+    made("ict", "correct_qw", 0.65)
+    made("unimatch", "none", 0.6), made("unimatch", "correct", 0.598), made("unimatch", "full", 0.59)    # where labels harm, there is no half to reach
     evidence_table.glance(["ph2"])
     out = capsys.readouterr().out
     assert "| supervised | 51.0 |" in out and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out and "cps" not in out
-    assert "Of 3 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
+    assert "all labels +10.0; **weighted** 66.0, +5.0 [+5.0, +5.0] |" in out and "Of 4 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
     assert "would give in 1; it is more than .3 points below in 1." in out

@@ -172,6 +172,18 @@ def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level,
     assert found and all(torch.allclose(answer, expected, atol=1e-6) for answer in found) and loss.isfinite() and 0 < parts[3] < 1
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_the_largest_component_removes_weighs_what_g_believes_of_it(level):
+    """BCP removes a blob that g believes in at .9: as background it is right with .1, and the label misses a third of the class."""
+    belief, args = torch.full((1, 2, 16, 16), 0.01), options("--weight-threshold", "0", "--correct", weight="quality", level=level, method="bcp")
+    belief[:, 1, 2:6, 2:6], belief[:, 1, 10:12, 10:14] = 0.99, 0.9
+    belief[:, 0] = 1 - belief[:, 1]
+    kept = train_ssl.keep_largest(belief)
+    q = train_ssl.scores(None, train_ssl.Term(belief, kept, None, belief=belief), args)
+    expected = 2 * 16 * 0.99 / (16 + belief[:, 1].sum())
+    assert q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99) if level == "pixel" else q[0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
     C, K, S = KINDS[kind]
