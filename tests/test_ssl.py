@@ -172,6 +172,14 @@ def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level,
     assert found and all(torch.allclose(answer, expected, atol=1e-6) for answer in found) and loss.isfinite() and 0 < parts[3] < 1
 
 
+def test_bcp_tells_what_g_believes_before_the_largest_component():
+    nets, teacher, batch = setting("4-class gray")
+    batch.corrected = lambda p: own
+    own = torch.rand(3, 4, 32, 32).softmax(1)
+    _, (term,) = train_ssl.bcp(nets, teacher, batch, options("--largest-component", "--correct", "--qp", "qp.pt", method="bcp"), 0.5)
+    assert torch.equal(term.belief, own) and torch.equal(term.target, train_ssl.keep_largest(own)) and not torch.equal(term.target, own)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_the_largest_component_removes_weighs_what_g_believes_of_it(level):
     """BCP removes a blob that g believes in at .9: as background it is right with .1, and the label misses a third of the class."""
