@@ -144,9 +144,9 @@ class Term:
     target: torch.Tensor                            # [U, K, *S] probabilities of its pseudo-label, no gradient
     loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, *S] -> loss [U], relative to the sum of these weights
     weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, *S] of its pixels
-    belief: torch.Tensor | None = None              # [U, K, *S] what g believes, with --correct, where it is not the target itself
     mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
 #                                                     share [U] or [U, *S] of the second
+    belief: torch.Tensor | None = None              # [U, K, *S] what g believes, with --correct, where it is not the target itself
 
 
 # ---------------------------------------------------------------------------------------------------- methods
