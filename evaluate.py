@@ -564,8 +564,20 @@ def check_runs(args, info, states):
         raise InputError(f"--second {args.second}: is among the runs that it should judge; give an independent one")
 
 
-def write_scores(args, info, entries, groups, states, scores, cut):
-    """The table, on the screen too, and a CSV with a row per run, case and class. scores[run][case][class]; cut: Window or None"""
+@dataclass
+class Scored:
+    """Runs, and how they scored on some cases."""
+    info: h5.Info
+    split: str      # the file's, in which the cases are
+    entries: list   # [cases]
+    states: list    # [runs] of their checkpoints: args, data, labeled
+    groups: list    # runs that differ only in their seed: (name, labeled, [run, ...])
+    scores: list    # [runs][cases][classes] of Score
+
+
+def write_scores(args, runs, cut):
+    """The table, on the screen too, and a CSV with a row per run, case and class. cut: Window or None"""
+    info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
     rows = summarize(info, groups, scores, "mm" if all(e.spacing_known for e in entries) else "px")
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
     if args.baseline:
@@ -574,7 +586,7 @@ def write_scores(args, info, entries, groups, states, scores, cut):
         title += (f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, "
                   f"percentiles) over {len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
     write_csv(os.path.join(args.out, "cases.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
+        {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": runs.states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
          "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
         for name, labeled, members in groups for i in members for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
     write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
@@ -583,13 +595,14 @@ def write_scores(args, info, entries, groups, states, scores, cut):
     print(text)
 
 
-def write_quality(args, info, groups, states, outputs, reference, samples, reference_case, cost):
-    """The tables, pictures and CSV of --qp. samples: those of the outputs; reference_case: cases of the reference, for each sample
-    -> what was written, in words"""
+def write_quality(args, runs, ours, reference, cost):
+    """The tables, pictures and CSV of --qp. ours: Outputs of each run, and their samples; reference: the same on val, or None -> what was written,
+    in words"""
+    info, groups, (outputs, samples) = runs.info, runs.groups, ours
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
     sample, (shown, curves) = "slice" if info.dims == 2 else "patch", triage(outputs, samples.case)
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
-    tables = compare_rows(groups, outputs, reference, samples.case, reference_case, patient)
+    tables = compare_rows(groups, (outputs, samples.case), reference and (reference[0], reference[1].case), patient)
     title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(samples.case))} cases: mean over seeds. MAE calibrated: after a "
              f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
              + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
@@ -605,7 +618,7 @@ def write_quality(args, info, groups, states, outputs, reference, samples, refer
           + (f"\n\n{TRIAGE}\n\n{markdown(shown)}" if shown else ""))
     true = [plain_dice(o.shared, o.total) for o in outputs]
     write_csv(os.path.join(args.out, "quality.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "seed": states[i]["args"]["seed"], "case": samples.case[n],
+        {"checkpoint": args.checkpoints[i], "run": name, "seed": runs.states[i]["args"]["seed"], "case": samples.case[n],
          sample: " ".join(map(str, samples.at[n])), "class": c, "present": outputs[i].present[n, k], "true": true[i][n, k],
          **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
         for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(info.classes[1:])])
@@ -745,8 +758,9 @@ def progress(iterable, total, name):
     return tqdm(iterable, name, total, leave=False, unit=" cases", disable=not sys.stderr.isatty())
 
 
-def draw(args, info, split, entries, groups, scores, packed):
+def draw(args, runs, packed):
     """All pictures of runs that were scored. packed: (run, case) -> its mask of the slice to show -> what was written, in words"""
+    info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
     names = [f"{name}, labeled {labeled}" for name, labeled, _ in groups]
     dice = [case_dice(scores, members) for _, _, members in groups]                                       # [groups][cases]
     figures.comparison(os.path.join(args.out, "compare.png"), dict(zip(names, dice)))
@@ -755,7 +769,7 @@ def draw(args, info, split, entries, groups, scores, packed):
     shown, rows = {order[i] for i in np.linspace(0, len(order) - 1, min(args.pictures, len(order))).astype(int)}, {}
     with h5.open_file(info.path) as f:
         for c in sorted(shown | set(marks)):
-            image, truth = h5.read_case(f, info, split, entries[c].name)
+            image, truth = h5.read_case(f, info, runs.split, entries[c].name)
             z, title, pixel = figures.middle(truth, len(image)), entries[c].name, entries[c].aspect
             rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
                        ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
@@ -834,14 +848,15 @@ def main(argv=None):
                 if val:
                     reference.append(compare_estimates(g, by, val, on, args.batch))
 
-    write_scores(args, info, entries, groups, states, scores, cut)
+    runs = Scored(info, split, entries, states, groups, scores)
+    write_scores(args, runs, cut)
     if g:
         x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
         cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: "
                 f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
                 f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
-        quality_files = write_quality(args, info, groups, states, outputs, reference or None, samples, val and val.case, cost)
-    drawn = draw(args, info, split, entries, groups, scores, packed) if args.pictures > 0 else ""
+        quality_files = write_quality(args, runs, (outputs, samples), (reference, val) if val else None, cost)
+    drawn = draw(args, runs, packed) if args.pictures > 0 else ""
     best = args.checkpoints[int(np.argmax([case_dice(scores, [i]).mean() for i in range(len(scores))]))]
     print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (quality_files if g else "") + drawn
           + "\nnext: " + shlex.join(["python", "evaluate.py", "NEW", best, "--predict", *(["--qp", args.qp] if g else []), "--out", "runs/new"])

@@ -256,7 +256,7 @@ def main(argv=None):
             part.load_state_dict(resumed[name])
         first, best, losses, seconds = resumed["epoch"], resumed["best"], [*resumed["losses"].to(on.device)], resumed["seconds"]
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, distributed.rank() == 0, fresh=not resumed)
+    log = Log(args.out, ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"], first, writes=distributed.rank() == 0, fresh=not resumed)
     print(f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
           f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}" + (f", {distributed.world()} processes" if distributed.world() > 1 else ""))
 

@@ -712,7 +712,7 @@ def main(argv=None):
 
     distributed.wait()  # until all have looked at what is in OUT
     log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms"], first,
-              distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS, "lam", "val_dice"])
+              writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS, "lam", "val_dice"])
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))

@@ -324,7 +324,7 @@ def _check_plain(path, value, where="the checkpoint", depth=0):
 class Log:
     """A training run's records: a row of OUT/log.csv, TensorBoard scalars and pictures, and a line of a table on the screen for each."""
 
-    def __init__(self, out, columns, after=0, writes=True, fresh=True, shown=()):
+    def __init__(self, out, columns, after=0, *, writes=True, fresh=True, shown=()):
         """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
         fresh: a former run is removed. writes: False for all but one of several processes, which keep no records.
         shown: columns of the screen's table, which should fit into 80 characters; default: all."""

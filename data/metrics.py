@@ -175,12 +175,13 @@ def at_level(outputs, level, case, name=None):
     return values[chosen], np.broadcast_to(case[:, None], values.shape)[chosen]
 
 
-def compare_rows(groups, outputs, reference, case, reference_case, patient):
+def compare_rows(groups, ours, reference, patient):
     """Agreement of every estimate with the truth, for each level and each group of runs, the mean over all runs, and all outputs pooled.
 
-    outputs: Outputs of each run; reference: those on val, for calibration, or None; patient: of each case. -> {level: rows}
+    ours: Outputs of each run, and the case of each sample; reference: the same on val, for calibration, or None; patient: of each case.
+    -> {level: rows}
     """
-    tables = {}
+    tables, (outputs, case) = {}, ours
     for level in LEVELS:
         true, owner = at_level(outputs[0], level, case)
         alone = (level == "volume" and len(set(case)) == len(case)) or (level == "image" and outputs[0].area.shape[1] == 1)
@@ -190,7 +191,7 @@ def compare_rows(groups, outputs, reference, case, reference_case, patient):
         for name in outputs[0].estimates:
             pairs = [(at_level(o, level, case, name)[0], at_level(o, level, case)[0]) for o in outputs]
             # one map for all runs, since nobody knows how good a run is
-            on_val = reference and [np.concatenate([at_level(o, level, reference_case, n)[0] for o in reference]) for n in (name, None)]
+            on_val = reference and [np.concatenate([at_level(o, level, reference[1], n)[0] for o in reference[0]]) for n in (name, None)]
             estimate, truth = map(np.concatenate, zip(*pairs))
             mapped = calibrated(estimate, truth, np.tile([patient[c] for c in owner], len(outputs)), on_val)
             errors = [None] * len(outputs) if mapped is None else np.abs(mapped - truth).reshape(len(outputs), -1).mean(1)
