@@ -1,7 +1,9 @@
-"""The tables and the figure of results/evidence.md, from the runs of evidence.py.
+"""The tables and the figure of results/evidence.md.
 
-    python results/evidence_table.py ph2 cvc acdc --out results/evidence.png > results/evidence_tables.md
+    python results/evidence_table.py ph2 cvc acdc_3 --out results/evidence.png > results/evidence_tables.md    from results/evidence.json
+    python results/evidence_table.py ph2 --add                                                  first adds the finished runs of evidence.py to it
 
+results/evidence.json keeps, for each run, the best Dice on val and each test case's Dice and HD95 (mean over classes), so that a table needs no runs.
 For every family and row, lambda is the one with the best Dice on val for seed 0; then scores on test of best.pt (chosen on val), %: Dice, mean and
 deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from
 10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a rough interval, too
@@ -11,6 +13,7 @@ import collections
 import csv
 import glob
 import itertools
+import json
 import os
 import sys
 
@@ -19,8 +22,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from data import figures  # noqa: E402
-from data.files import Parser, cli, picture  # noqa: E402
+from data.files import InputError, Parser, cli, picture, replacing  # noqa: E402
 from evidence import DATA, FAMILIES, ROWS, best_on_val  # noqa: E402
+
+KEPT = os.path.join(os.path.dirname(__file__), "evidence.json")    # {data: {patients: of each case, runs: {FAMILY-ROW-LAM-SEED: ...}}}
 
 
 def read(folder, start):
@@ -36,18 +41,44 @@ def read(folder, start):
     return best_on_val(f"{folder}/log.csv", start), means, list(patients.values())
 
 
-def runs_of(data):
-    """-> {(family, row): {lambda: {seed: read()}}}"""
-    found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for path in glob.glob(f"runs/v/{data}/*/test/cases.csv"):
+def kept():
+    """What results/evidence.json holds."""
+    if not os.path.isfile(KEPT):
+        return {}
+    with open(KEPT) as f:
+        return json.load(f)
+
+
+def add(data):
+    """Adds the finished runs of a data set to what is kept, in the place of older ones of the same name; a line of the file for each run."""
+    sets = kept()
+    for path in sorted(glob.glob(f"runs/v/{data}/*/test/cases.csv")):
         folder = os.path.dirname(os.path.dirname(path))
-        family, row, lam, seed = os.path.basename(folder).rsplit("-", 3)
-        found[family, row][float(lam)][int(seed)] = read(folder, DATA[data]["start"])
+        val, means, patients = read(folder, DATA[data]["start"])
+        mine = sets.setdefault(data, dict(patients=patients, runs={}))
+        if mine["patients"] != patients:
+            raise InputError(f"{folder}: has other test cases than {KEPT}; begin that file anew")
+        mine["runs"][os.path.basename(folder)] = {"val": val} | {
+            checkpoint: {metric: np.round(v, 4).tolist() for metric, v in of.items()} for checkpoint, of in means.items()}
+    lines = lambda runs: ",\n".join(f"  {json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs))
+    with replacing(KEPT) as temporary, open(temporary, "w") as f:
+        f.write("{" + ",\n".join(f'{json.dumps(d)}: {{"patients": {json.dumps(s["patients"])}, "runs": {{\n{lines(s["runs"])}\n}}}}'
+                                 for d, s in sets.items()) + "}\n")
+
+
+def runs_of(data):
+    """-> {(family, row): {lambda: {seed: (val, {checkpoint: {metric: [cases]}}, patients)}}}"""
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    mine = kept().get(data, dict(runs={}))
+    for name, run in mine["runs"].items():
+        family, row, lam, seed = name.rsplit("-", 3)
+        means = {checkpoint: {metric: np.array(v) for metric, v in of.items()} for checkpoint, of in run.items() if checkpoint != "val"}
+        found[family, row][float(lam)][int(seed)] = run["val"], means, mine["patients"]
     return found
 
 
 def chosen(by_lambda):
-    """The lambda of the best Dice on val for seed 0, which all have been tried on. -> lambda, {seed: read()}; None where seed 0 is missing"""
+    """The lambda of the best Dice on val for seed 0, which all have been tried on. -> lambda, {seed: run}; None where seed 0 is missing"""
     tried = [lam for lam, seeds in by_lambda.items() if 0 in seeds]
     best = max(tried, key=lambda lam: by_lambda[lam][0][0], default=None)
     return best, by_lambda.get(best)
@@ -99,32 +130,26 @@ def table(data, checkpoint):
     return points
 
 
-def glance(sets, checkpoint="best.pt"):
-    """Markdown: the correction beside each family's own baseline and all labels, and with weights where that has run, a column for each data set, and how
-    many pairs reach the protocol's goal. A pair counts once both rows and `full` have run with the same seeds."""
-    found, cells = {data: runs_of(data) for data in sets}, collections.defaultdict(dict)
-    pairs = []
+def glance(sets, guided, checkpoint="best.pt"):
+    """Markdown: a guided row beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's
+    goal. A pair counts once these three rows have run with the same seeds."""
+    found, cells, pairs = {data: runs_of(data) for data in sets}, collections.defaultdict(dict), []
+    dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
     for data, family in itertools.product(sets, FAMILIES):
-        none, correct, weighted, full = (chosen(found[data][family, row])[1] for row in ("none", "correct", "correct_qw", "full"))
-        dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
+        none, ours, full = (chosen(found[data][family, row])[1] for row in ("none", guided, "full"))
         if family == "supervised" and none:
             cells[family][data] = f"{dice(none):.1f}"
-        if not none or not correct or not full or not set(none) == set(correct) == set(full):
-            continue
-        mean, _, (low, high) = compare(correct, none, checkpoint)
-        most = dice(full) - dice(none)
-        pairs.append((family, data, mean, low, most))
-        cells[family][data] = f"{dice(none):.1f} → {dice(correct):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
-        if weighted and set(weighted) == set(none):
-            mean, _, (low, high) = compare(weighted, none, checkpoint)
-            cells[family][data] += f"; **weighted** {dice(weighted):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    print("| family | " + " | ".join(sets) + " |\n|" + "---|" * (len(sets) + 1))
+        if none and ours and full and set(none) == set(ours) == set(full):
+            mean, _, (low, high) = compare(ours, none, checkpoint)
+            most = dice(full) - dice(none)
+            pairs.append((mean, low, most))
+            cells[family][data] = f"{dice(none):.1f} → {dice(ours):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
+    print(f"\n### {guided}\n\n| family | " + " | ".join(sets) + " |\n|" + "---|" * (len(sets) + 1))
     for family, row in cells.items():
         print(f"| {family} | " + " | ".join(row.get(data, "") for data in sets) + " |")
-    gains = [mean for *_, mean, _, _ in pairs]
-    print(f"\nOf {len(pairs)} pairs of a family and a data set the correction is above its own baseline in {sum(m > 0 for m in gains)}, with an interval "
-          f"above zero in {sum(low > 0 for *_, low, _ in pairs)}; it reaches half of what all labels would give in "
-          f"{sum(0 < most <= 2 * mean for *_, mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m in gains)}.")
+    print(f"\nOf {len(pairs)} pairs of a family and a data set `{guided}` is above its own baseline in {sum(m > 0 for m, _, _ in pairs)}, with an interval "
+          f"above zero in {sum(low > 0 for _, low, _ in pairs)}; it reaches half of what all labels would give in "
+          f"{sum(0 < most <= 2 * mean for mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m, _, _ in pairs)}.")
 
 
 SHOWN = {"correct": "correction", "correct_qw": "correction and QW, image", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel",
@@ -156,9 +181,13 @@ def draw(path, points):
 def main():
     p = Parser(__doc__, prog="evidence_table.py")
     p.add_argument("data", nargs="+", choices=DATA)
+    p.add_argument("--add", action="store_true", help="first add the finished runs under runs/v to results/evidence.json")
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args()
-    glance(args.data)
+    for data in args.data if args.add else []:
+        add(data)
+    for guided in ("correct_qw", "correct"):
+        glance(args.data, guided)
     points = [point for data in args.data for point in table(data, "best.pt")]
     for data in args.data:
         table(data, "last.pt")

@@ -13,6 +13,7 @@ import evidence  # noqa: E402
 import evidence_table  # noqa: E402
 import train_ssl  # noqa: E402
 from data import h5  # noqa: E402
+from data.files import InputError  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 
 
@@ -93,8 +94,9 @@ def test_intervals_by_hand():
 
 
 def test_at_a_glance(tmp_path, monkeypatch, capsys):
-    """Pairs are counted by hand; a family whose `full` lacks a seed is none yet."""
+    """Runs are added to what is kept, and pairs counted by hand; a family whose `full` lacks a seed is none yet."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
 
     def made(family, row, dice, seeds=(0, 1, 2), lam=1):
         for seed in seeds:
@@ -109,8 +111,34 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
     made("pseudo_label", "none", 0.5, seeds=[0], lam=0.3)   # a lambda that is worse on val
     made("ict", "correct_qw", 0.65)
     made("unimatch", "none", 0.6), made("unimatch", "correct", 0.598), made("unimatch", "full", 0.59)    # where labels harm, there is no half to reach
-    evidence_table.glance(["ph2"])
-    out = capsys.readouterr().out
+    evidence_table.add("ph2")
+    shutil.rmtree("runs")
+    evidence_table.glance(["ph2"], "correct")
+    evidence_table.glance(["ph2"], "correct_qw")
+    out, weighted = capsys.readouterr().out.split("### correct_qw")
     assert "| supervised | 51.0 |" in out and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out and "cps" not in out
-    assert "all labels +10.0; **weighted** 66.0, +5.0 [+5.0, +5.0] |" in out and "Of 4 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
+    assert "Of 4 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
     assert "would give in 1; it is more than .3 points below in 1." in out
+    assert "| ict | 61.0 → 66.0, +5.0 [+5.0, +5.0]; all labels +10.0 |" in weighted and "Of 1 pairs" in weighted and "would give in 1;" in weighted
+
+
+def test_what_is_kept_grows(tmp_path, monkeypatch):
+    """A second session's runs join those of the first, in whose place they come where the name is the same; other test cases are refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+
+    def made(name, dice, cases=3):
+        folder = tmp_path / "runs/v/ph2" / name
+        (folder / "test").mkdir(parents=True, exist_ok=True)
+        (folder / "log.csv").write_text(f"step,val_dice\n200,{dice}\n")
+        (folder / "test/cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95", *(f"best.pt,{c},p{c},{dice},{c / 3}" for c in range(cases))]))
+        evidence_table.add("ph2")
+        shutil.rmtree(folder)
+    made("ict-none-0.3-0", 0.5), made("ict-correct_qw-1-2", 0.6), made("ict-none-0.3-0", 0.7)
+    runs = evidence_table.runs_of("ph2")
+    assert {(*key, lam, seed) for key, by in runs.items() for lam, seeds in by.items() for seed in seeds} == {("ict", "none", 0.3, 0), ("ict", "correct_qw", 1.0, 2)}
+    val, means, patients = runs["ict", "none"][0.3][0]
+    assert (val, patients) == (0.7, ["p0", "p1", "p2"]) and means["best.pt"]["dice"].tolist() == [0.7] * 3
+    assert means["best.pt"]["hd95"].tolist() == [0, 0.3333, 0.6667]
+    with pytest.raises(InputError, match="other test cases"):
+        made("ict-none-1-0", 0.5, cases=4)
