@@ -25,10 +25,11 @@ demo: .venv/ready
 	$(TRAIN) --out $(OUT)/sup_all --method supervised --labeled all
 	$(TRAIN) --out $(OUT)/pl --method pseudo_label
 	$(TRAIN) --out $(OUT)/pl_qw --method pseudo_label --conf-threshold 0 --weight quality --weight-level class
-	$(TRAIN) --out $(OUT)/mt_qw --method mean_teacher --weight quality --weight-level class
+	$(TRAIN) --out $(OUT)/pl_correct --method pseudo_label --conf-threshold 0 --correct --weight quality
+	$(TRAIN) --out $(OUT)/mt_correct --method mean_teacher --correct --weight quality
 	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
 	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --out $(OUT)/table --split test
-	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --out $(OUT)/new --overwrite
+	$(PY) evaluate.py $(DATA) $(OUT)/mt_correct/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --out $(OUT)/new --overwrite
 
 demo3d: OUT = runs/demo3d
 demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 \

@@ -86,7 +86,7 @@ def planes(image, label, truth, spacing):
 
 def cases(path, rows, classes, columns=8, side=2.1):
     """Panels in rows, each begun on a new line of at most `columns`; of a side in inches. rows: lists of (title, image, label or None[, aspect])"""
-    lines = [row[i:i + columns] for row in rows for i in range(0, len(row), columns)]
+    lines = [line for row in rows for line in evenly(row, columns)]
     heights = [max(side * image.shape[0] / image.shape[1] * (aspect or [1.0])[0] for _, image, _, *aspect in line)
                + 0.15 * max(title.count("\n") + 2 for title, *_ in line) for line in lines]
     figure, axes = pyplot().subplots(len(lines), max(map(len, lines)), figsize=(side * max(map(len, lines)), sum(heights) + 0.3),
@@ -98,6 +98,13 @@ def cases(path, rows, classes, columns=8, side=2.1):
             draw(axis, image, label, title, *aspect)
     legend(figure, classes)
     save_figure(figure, path)
+
+
+def evenly(panels, columns):
+    """A list, not empty, in as few lines of at most `columns` as there can be, all but the last equally long. -> lists"""
+    lines = -(-len(panels) // columns)
+    each = -(-len(panels) // lines)
+    return [panels[i:i + each] for i in range(0, len(panels), each)]
 
 
 def overlay(image, labels, side=192):

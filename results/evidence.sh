@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The experiments of results/protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence.sh g|grid|seeds|weighted|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
-# in this order. Several may run at once on the same list; what is finished is passed over. PY names the Python; runs/DATA.h5 with a test split
-# is made by the converters and `python results/evidence.py split` (protocol.md).
+#     bash results/evidence.sh g|grid|seeds|plain|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
+# in this order; then `python results/evidence_table.py DATA --add`. Several may run at once on the same list; what is finished is passed over. PY names
+# the Python; runs/DATA.h5 with a test split is made by the converters and `python results/evidence.py split` (protocol.md).
 set -eu
 PY=${PY:-.venv/bin/python}
 part=$1 data=$2 out=runs/v/$2
@@ -29,16 +29,16 @@ for family in "$@"; do
   esac
   [ $family = supervised ] && { run --families supervised --rows none --lams 0; continue; }
   case $part in
-    grid)     run --families $family --rows none correct --lams $lams --seeds 0 ;;
-    seeds)    run --families $family --rows none correct --seeds 1 2
-              run --families $family --rows full --like correct ;;
-    weighted) run --families $family --rows correct_qw --like correct ;;
-    blind)    run --families $family --rows blind --like correct ;;
-    qw)       run --families $family --rows qw_pixel --lams $lams --seeds 0
-              run --families $family --rows qw_pixel --seeds 1 2
-              run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
-    conf)     run --families $family --rows conf conf_class conf_pixel --like none ;;
-    qar)      run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
-    *)        echo "no part $part"; exit 2 ;;
+    grid)  run --families $family --rows none correct_qw --lams $lams --seeds 0 ;;
+    seeds) run --families $family --rows none correct_qw --seeds 1 2
+           run --families $family --rows full --like correct_qw ;;
+    plain) run --families $family --rows correct --like correct_qw ;;
+    blind) run --families $family --rows blind --like correct_qw ;;
+    qw)    run --families $family --rows qw_pixel --lams $lams --seeds 0
+           run --families $family --rows qw_pixel --seeds 1 2
+           run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
+    conf)  run --families $family --rows conf conf_class conf_pixel --like none ;;
+    qar)   run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
+    *)     echo "no part $part"; exit 2 ;;
   esac
 done

@@ -25,6 +25,12 @@ MACHADO = {  # Machado et al. 2009: linear RGB as seen without one kind of cone
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
 
 
+@pytest.mark.parametrize("count, columns, lengths", [(8, 8, [8]), (9, 8, [5, 4]), (10, 4, [4, 4, 2]), (1, 5, [1]), (17, 8, [6, 6, 5])])
+def test_lines_of_panels_are_about_equally_long(count, columns, lengths):
+    lines = figures.evenly(list(range(count)), columns)
+    assert [len(line) for line in lines] == lengths and sum(lines, []) == list(range(count))
+
+
 @pytest.mark.parametrize("kind", MACHADO)
 def test_colors_differ_for_color_blind_readers(kind):
     """Any two are further apart (in CIELAB, where 2.3 is just noticed) than red and green of the usual palettes are then."""

@@ -1,4 +1,5 @@
 """Networks, losses and the target of g, against closed forms and published sizes."""
+import copy
 import math
 
 import numpy as np
@@ -33,6 +34,25 @@ def test_unet_has_the_size_of_the_acdc_baselines():
     assert models.parameters(net) == pytest.approx(1.81e6, rel=0.01)
     assert [f.shape[1] for f in net.encode(torch.zeros(2, 1, 32, 32))] == [16, 32, 64, 128, 256]
     assert [m.p for m in net.down.modules() if isinstance(m, torch.nn.Dropout)] == [0.05, 0.1, 0.2, 0.3, 0.5]
+
+
+@pytest.mark.parametrize("grid", [(2, 6, 6), (1, 1, 1), (6, 2, 2), (4, 4, 1), (4, 6, 6)])
+def test_gradients_of_small_volumes_in_bfloat16(grid):
+    """On some CPUs torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's rounding, of a copied network, too."""
+    on = models.Compute(torch.device("cpu"), torch.bfloat16)
+    net = copy.deepcopy(on.place(models.build("resnet_unet", channels=2, classes=3, dims=3, width=8, encoder="resnet18")))
+    kinds = {(m.kernel_size, m.stride): m for m in net.modules() if isinstance(m, torch.nn.Conv3d)}
+    assert {(3, 1), (3, 2), (7, 2)} <= {(kernel[0], stride[0]) for kernel, stride in kinds}
+    for conv in kinds.values():
+        x = torch.randn(2, conv.in_channels, *grid, generator=torch.Generator().manual_seed(0))
+        found = []
+        for precision in (on, models.Compute(on.device, None)):
+            conv.zero_grad()
+            with precision.autocast():
+                out = conv(models.channels_last(x)).float()
+            (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
+            found.append(conv.weight.grad)
+        assert (found[0] - found[1]).norm() < 0.03 * found[1].norm(), (conv, grid)
 
 
 def test_an_unknown_network_raises():

@@ -245,7 +245,7 @@ def test_example_network(gray, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout")
 @pytest.mark.parametrize("target, count, rows", [
-    ("demo", 12, ("pseudo_label + QW (class)", "mean_teacher + QW (class)", "supervised + QAR")),
+    ("demo", 13, ("pseudo_label + QW (class)", "pseudo_label + QW + correction", "mean_teacher + QW + correction", "supervised + QAR")),
     ("demo3d", 11, ("supervised", "mean_teacher", "mean_teacher + QW (class)", "ua_mt + QW (class)", "supervised + QAR"))])
 def test_make_demo_in_miniature(target, count, rows, tmp_path, monkeypatch, capsys):
     """The recipe of `make demo`, line by line, each shrunk; the real one takes minutes."""
