@@ -133,15 +133,23 @@ def parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-class CPUConv3d(nn.Conv3d):
-    """In float32 where an axis is shorter than the kernel: there the gradient of the weights is garbage in bfloat16 (torch 2.13 on CPUs with AVX-512
-    BF16; by 100% and more for every such 3 x 3 x 3 kernel on a grid of depth 2). Such grids are tiny, so that it costs nothing."""
+class InFloat32WhereTiny:
+    """A convolution in float32 where an axis is shorter than the kernel: on CPUs with AVX-512 BF16, torch 2.13's gradient of the weights is garbage in
+    bfloat16 there, often finite (3 x 3 x 3 on a grid of depth 2, 3 x 3 with stride 2 on a single pixel, and more). So small a grid costs nothing."""
 
     def forward(self, x):
         if all(side >= kernel for side, kernel in zip(x.shape[2:], self.kernel_size)):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
+
+
+class CPUConv2d(InFloat32WhereTiny, nn.Conv2d):
+    pass
+
+
+class CPUConv3d(InFloat32WhereTiny, nn.Conv3d):
+    pass
 
 
 @dataclass
@@ -160,8 +168,7 @@ class Compute:
     def place(self, net):
         """Moves a network to the device, in channels_last memory."""
         for module in net.modules() if self.device.type == "cpu" and self.amp else []:
-            if type(module) is nn.Conv3d:
-                module.__class__ = CPUConv3d
+            module.__class__ = {nn.Conv2d: CPUConv2d, nn.Conv3d: CPUConv3d}.get(type(module), type(module))
         return net.to(self.device, memory_format=torch.channels_last if net.config["dims"] == 2 else torch.channels_last_3d)
 
     def __str__(self):
