@@ -70,6 +70,7 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
     "correct_qw": (f"--correct {QUALITY} image", None),
     "correct_qw_class": (f"--correct {QUALITY} class", None),
     "blind": ("--correct", "blind"),
+    "blind_qw": (f"--correct {QUALITY} image", "blind"),
     "full": ("--correct", "oracle"),
     "shuffled": (f"{QUALITY} image", "shuffled"),
     "shuffled_pixel": (f"{QUALITY} pixel", "shuffled"),

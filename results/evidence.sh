@@ -33,7 +33,7 @@ for family in "$@"; do
     seeds) run --families $family --rows none correct_qw --seeds 1 2
            run --families $family --rows full --like correct_qw ;;
     plain) run --families $family --rows correct --like correct_qw ;;
-    blind) run --families $family --rows blind --like correct_qw ;;
+    blind) run --families $family --rows blind blind_qw --like correct_qw ;;
     qw)    run --families $family --rows qw_pixel --lams $lams --seeds 0
            run --families $family --rows qw_pixel --seeds 1 2
            run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel --like qw_pixel ;;

@@ -152,8 +152,9 @@ def glance(sets, guided, checkpoint="best.pt"):
           f"{sum(0 < most <= 2 * mean for mean, _, most in pairs)}; it is more than .3 points below in {sum(m < -0.3 for m, _, _ in pairs)}.")
 
 
-SHOWN = {"correct": "correction", "correct_qw": "correction and QW, image", "blind": "correction, mask unseen", "qw_pixel": "QW, pixel",
-         "qw": "QW, image (the paper's)", "conf_pixel": "confidence, pixel", "shuffled_pixel": "QW, pixel, shuffled g", "qar": "QAR", "full": "all labels"}
+SHOWN = {"correct": "correction", "correct_qw": "correction, weighted", "blind": "correction, mask unseen", "blind_qw": "correction, weighted, mask unseen",
+         "qw_pixel": "QW, pixel", "qw": "QW, image (the paper's)", "conf": "confidence, image", "conf_pixel": "confidence, pixel",
+         "shuffled_pixel": "QW, pixel, shuffled g", "qar": "QAR", "qar_hard": "QAR, hard masks", "qar_fresh": "QAR, g refreshed", "full": "all labels"}
 
 
 def draw(path, points):

@@ -449,7 +449,8 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
         train(volumes, tmp_path / str(i), *more, "--steps", 2)
         runs.append(str(tmp_path / str(i) / "best.pt"))
     for split in ("val", "held_out"):
-        evaluate.main([volumes, *runs, "--out", str(tmp_path / split), "--qp", volumes_quality[1], "--split", split, "--pictures", "1" if split == "val" else "0"])
+        evaluate.main([volumes, *runs, "--out", str(tmp_path / split), "--qp", volumes_quality[1], "--split", split, "--pictures", "1" if split == "val" else "0",
+                       "--amp", "off"])
     text = capsys.readouterr().out
     assert "| supervised | 2 |" in text and "| mean_teacher + QW (pixel) | 2 |" in text and "HD95 mm" in text and "of each patch and class that is present" in text
     cases = list(csv.DictReader(open(tmp_path / "val" / "cases.csv")))
