@@ -174,6 +174,7 @@ def draw(path, points):
         axis.set(title=data, xlabel="difference in Dice, points", ylim=(len(families), 0))
         axis.set_yticks([i + 0.5 for i in range(len(families))], [f.replace("_", " ") for f in families])
     handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    handles = {SHOWN[row]: handles[SHOWN[row]] for row in rows}
     figure.legend(handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8, frameon=False)
     figure.tight_layout()
     figures.save_figure(figure, path)
