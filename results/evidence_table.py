@@ -96,11 +96,16 @@ def interval(difference, groups, count=10_000):
     return np.percentile(means, [2.5, 97.5])
 
 
-def compare(ours, base, checkpoint):
-    """Paired difference of Dice in points over common seeds. -> mean, (low, high) over cases, (low, high) over patients"""
+def differences(ours, base, checkpoint):
+    """Paired differences of Dice in points over common seeds. -> [seeds, cases], the patient of each case as a number"""
     seeds = sorted(set(ours) & set(base))
-    difference = 100 * np.stack([ours[s][1][checkpoint]["dice"] - base[s][1][checkpoint]["dice"] for s in seeds])    # [seeds, cases]
-    patients = np.unique(ours[seeds[0]][2], return_inverse=True)[1]
+    difference = 100 * np.stack([ours[s][1][checkpoint]["dice"] - base[s][1][checkpoint]["dice"] for s in seeds])
+    return difference, np.unique(ours[seeds[0]][2], return_inverse=True)[1]
+
+
+def compare(ours, base, checkpoint):
+    """-> the mean of the paired differences, (low, high) over cases, (low, high) over patients"""
+    difference, patients = differences(ours, base, checkpoint)
     return difference.mean(), interval(difference, np.arange(difference.shape[1])), interval(difference, patients)
 
 
@@ -132,18 +137,27 @@ def table(data, checkpoint):
 
 def glance(sets, guided, checkpoint="best.pt"):
     """Markdown: a guided row beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's
-    goal. A pair counts once these three rows have run with the same seeds."""
+    goal. A pair counts once these three rows have run with seeds 0, 1 and 2. In the last row the difference is, for each seed and case, the mean over the
+    families above, whose runs share seeds, cases and their supervised beginning."""
     found, cells, pairs = {data: runs_of(data) for data in sets}, collections.defaultdict(dict), []
+    pooled = collections.defaultdict(list)
     dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
     for data, family in itertools.product(sets, FAMILIES):
         none, ours, full = (chosen(found[data][family, row])[1] for row in ("none", guided, "full"))
         if family == "supervised" and none:
             cells[family][data] = f"{dice(none):.1f}"
-        if none and ours and full and set(none) == set(ours) == set(full):
+        if all(seeds and {0, 1, 2} == set(seeds) for seeds in (none, ours, full)):
             mean, _, (low, high) = compare(ours, none, checkpoint)
             most = dice(full) - dice(none)
             pairs.append((mean, low, most))
+            pooled[data].append(differences(ours, none, checkpoint))
             cells[family][data] = f"{dice(none):.1f} → {dice(ours):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
+    if not pairs:
+        return
+    for data, of in pooled.items():
+        difference, patients = np.mean([d for d, _ in of], 0), of[0][1]
+        low, high = interval(difference, patients)
+        cells["mean of the families"][data] = f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
     print(f"\n### {guided}\n\n| family | " + " | ".join(sets) + " |\n|" + "---|" * (len(sets) + 1))
     for family, row in cells.items():
         print(f"| {family} | " + " | ".join(row.get(data, "") for data in sets) + " |")

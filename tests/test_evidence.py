@@ -119,6 +119,7 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
     assert "| supervised | 51.0 |" in out and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out and "cps" not in out
     assert "Of 4 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
     assert "would give in 1; it is more than .3 points below in 1." in out
+    assert "| mean of the families | +2.7 [+2.7, +2.7] |" in out                       # (10 - 1 + 2 - .2) / 4, the same for every seed and case
     assert "| ict | 61.0 → 66.0, +5.0 [+5.0, +5.0]; all labels +10.0 |" in weighted and "Of 1 pairs" in weighted and "would give in 1;" in weighted
 
 
