@@ -134,11 +134,12 @@ def parameters(net):
 
 
 class InFloat32WhereTiny:
-    """A convolution in float32 where an axis is shorter than the kernel: on CPUs with AVX-512 BF16, torch 2.13's gradient of the weights is garbage in
-    bfloat16 there, often finite (3 x 3 x 3 on a grid of depth 2, 3 x 3 with stride 2 on a single pixel, and more). So small a grid costs nothing."""
+    """A convolution in float32 where an axis is not longer than the kernel: in bfloat16 on CPUs with AVX-512 BF16, torch 2.13's gradient of the weights is
+    garbage there, often finite, or memory is corrupted (3 x 3 x 3 on a grid of depth 2, 3 x 3 with stride 2 on a single pixel, and more). So small a
+    grid costs nothing. Transposed convolutions and subclasses are left as they are; the only one here, V-Net's 2 x 2 x 2 with stride 2, is right."""
 
     def forward(self, x):
-        if all(side >= kernel for side, kernel in zip(x.shape[2:], self.kernel_size)):
+        if all(side > kernel for side, kernel in zip(x.shape[2:], self.kernel_size)):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
@@ -166,7 +167,7 @@ class Compute:
         return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
 
     def place(self, net):
-        """Moves a network to the device, in channels_last memory."""
+        """Moves a network to the device, in channels_last memory; on a CPU in mixed precision, its convolutions become InFloat32WhereTiny."""
         for module in net.modules() if self.device.type == "cpu" and self.amp else []:
             module.__class__ = {nn.Conv2d: CPUConv2d, nn.Conv3d: CPUConv3d}.get(type(module), type(module))
         return net.to(self.device, memory_format=torch.channels_last if net.config["dims"] == 2 else torch.channels_last_3d)

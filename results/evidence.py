@@ -258,7 +258,7 @@ def tuned(data, family, row):
     found = {folder.rsplit("-", 2)[1]: best_on_val(f"{folder}/log.csv", DATA[data]["start"]) for folder in folders}
     if not found:
         raise InputError(f"{data}, {family}, {row}: no run of seed 0 that would say which lambda is best; give --lams")
-    return float(max(found, key=found.get))
+    return float(max(sorted(found, key=float), key=found.get))
 
 
 def run(args):

@@ -4,8 +4,8 @@
     python results/evidence_table.py ph2 --add                                                  first adds the finished runs of evidence.py to it
 
 results/evidence.json keeps, for each run, the best Dice on val and each test case's Dice and HD95 (mean over classes), so that a table needs no runs.
-For every family and row, lambda is the one with the best Dice on val for seed 0; then scores on test of best.pt (chosen on val), %: Dice, mean and
-deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from
+For every family and row, lambda is the one with the best Dice on val for seed 0, of those that were tried; then scores on test of best.pt (chosen on
+val), %: Dice, mean and deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from
 10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a rough interval, too
 narrow where seeds differ more than cases do; of one seed it is one over cases alone. The figure has the intervals over patients.
 """
@@ -22,14 +22,14 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from data import figures  # noqa: E402
-from data.files import InputError, Parser, cli, picture, replacing  # noqa: E402
+from data.files import InputError, Parser, checksum, cli, picture, replacing  # noqa: E402
 from evidence import DATA, FAMILIES, ROWS, best_on_val  # noqa: E402
 
-KEPT = os.path.join(os.path.dirname(__file__), "evidence.json")    # {data: {patients: of each case, runs: {FAMILY-ROW-LAM-SEED: ...}}}
+KEPT = os.path.join(os.path.dirname(__file__), "evidence.json")    # {data: {g: its CRC-32, patients: {case: patient}, runs: {FAMILY-ROW-LAM-SEED: ...}}}
 
 
 def read(folder, start):
-    """A finished run. -> (best Dice on val after its start, {checkpoint: {metric: [cases]}}, the cases' patients)"""
+    """A finished run. -> (best Dice on val after its start, {checkpoint: {metric: [cases]}}, {case: patient})"""
     scores = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(list)))    # of each class of a case
     patients = {}
     with open(f"{folder}/test/cases.csv", newline="") as f:
@@ -38,7 +38,7 @@ def read(folder, start):
             for metric in ("dice", "hd95"):
                 scores[os.path.basename(row["checkpoint"])][metric][row["case"]].append(float(row[metric]))
     means = {name: {metric: np.array([np.mean(v) for v in cases.values()]) for metric, cases in of.items()} for name, of in scores.items()}
-    return best_on_val(f"{folder}/log.csv", start), means, list(patients.values())
+    return best_on_val(f"{folder}/log.csv", start), means, patients
 
 
 def kept():
@@ -50,36 +50,41 @@ def kept():
 
 
 def add(data):
-    """Adds the finished runs of a data set to what is kept, in the place of older ones of the same name; a line of the file for each run."""
-    sets = kept()
+    """Adds the finished runs of a data set to what is kept, in the place of older ones of the same name; a line of the file for each run. Runs with another
+    g, or other test cases, could not be compared with those that are there: InputError."""
+    sets, g = kept(), f"runs/v/{data}/g/qp.pt"
     for path in sorted(glob.glob(f"runs/v/{data}/*/test/cases.csv")):
         folder = os.path.dirname(os.path.dirname(path))
         val, means, patients = read(folder, DATA[data]["start"])
-        mine = sets.setdefault(data, dict(patients=patients, runs={}))
-        if mine["patients"] != patients:
-            raise InputError(f"{folder}: has other test cases than {KEPT}; begin that file anew")
+        mine = sets.setdefault(data, dict(g=checksum(g), patients=patients, runs={}))
+        if mine["g"] != checksum(g) or list(mine["patients"].items()) != list(patients.items()):
+            raise InputError(f"{folder}: has another g or other test cases than the runs of {data} in {KEPT}; remove those")
         mine["runs"][os.path.basename(folder)] = {"val": val} | {
             checkpoint: {metric: np.round(v, 4).tolist() for metric, v in of.items()} for checkpoint, of in means.items()}
     lines = lambda runs: ",\n".join(f"  {json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs))
+    if data not in sets:
+        raise InputError(f"runs/v/{data}: no finished run of evidence.py, and none in {KEPT}")
     with replacing(KEPT) as temporary, open(temporary, "w") as f:
-        f.write("{" + ",\n".join(f'{json.dumps(d)}: {{"patients": {json.dumps(s["patients"])}, "runs": {{\n{lines(s["runs"])}\n}}}}'
+        f.write("{" + ",\n".join(f'{json.dumps(d)}: {{"g": {s["g"]}, "patients": {json.dumps(s["patients"])}, "runs": {{\n{lines(s["runs"])}\n}}}}'
                                  for d, s in sets.items()) + "}\n")
 
 
 def runs_of(data):
     """-> {(family, row): {lambda: {seed: (val, {checkpoint: {metric: [cases]}}, patients)}}}"""
     found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    mine = kept().get(data, dict(runs={}))
+    mine = kept().get(data)
+    if not mine:
+        raise InputError(f"{KEPT}: holds no run of {data}; --add those of evidence.py")
     for name, run in mine["runs"].items():
         family, row, lam, seed = name.rsplit("-", 3)
         means = {checkpoint: {metric: np.array(v) for metric, v in of.items()} for checkpoint, of in run.items() if checkpoint != "val"}
-        found[family, row][float(lam)][int(seed)] = run["val"], means, mine["patients"]
+        found[family, row][float(lam)][int(seed)] = run["val"], means, list(mine["patients"].values())
     return found
 
 
 def chosen(by_lambda):
-    """The lambda of the best Dice on val for seed 0, which all have been tried on. -> lambda, {seed: run}; None where seed 0 is missing"""
-    tried = [lam for lam, seeds in by_lambda.items() if 0 in seeds]
+    """The lambda of the best Dice on val for seed 0, of those that were tried on it. -> lambda, {seed: run}; None where seed 0 is missing"""
+    tried = sorted(lam for lam, seeds in by_lambda.items() if 0 in seeds)
     best = max(tried, key=lambda lam: by_lambda[lam][0][0], default=None)
     return best, by_lambda.get(best)
 
@@ -125,7 +130,7 @@ def table(data, checkpoint):
             dice, hd95 = (np.array([s[1][checkpoint][m].mean() for s in seeds.values()]) for m in ("dice", "hd95"))
             scatter = f" ± {100 * dice.std(ddof=1):.1f}" if len(dice) > 1 else ""
             cells = [family, row, f"{lam:g}", str(len(seeds)), f"{100 * dice.mean():.1f}{scatter}", f"{hd95.mean():.1f}"]
-            if base and row != "none":
+            if base and row != "none" and set(base) & set(seeds):
                 mean, case, patient = compare(seeds, base, checkpoint)
                 points.append((data, family, row, mean, *patient))
                 cells += [f"{mean:+.1f} [{case[0]:+.1f}, {case[1]:+.1f}]", f"[{patient[0]:+.1f}, {patient[1]:+.1f}]"]
@@ -136,9 +141,9 @@ def table(data, checkpoint):
 
 
 def glance(sets, guided, checkpoint="best.pt"):
-    """Markdown: a guided row beside each family's own baseline and all labels, a column for each data set, and how many pairs reach the protocol's
-    goal. A pair counts once these three rows have run with seeds 0, 1 and 2. In the last row the difference is, for each seed and case, the mean over the
-    families above, whose runs share seeds, cases and their supervised beginning."""
+    """Markdown: a guided row beside each family's own baseline and all labels, a column for each data set, and how many pairs gain. A pair counts
+    once these three rows have run with seeds 0, 1 and 2. In the last row the difference is, for each seed and case, the mean over the families above,
+    whose runs share seeds, cases and their supervised beginning."""
     found, cells, pairs = {data: runs_of(data) for data in sets}, collections.defaultdict(dict), []
     pooled = collections.defaultdict(list)
     dice = lambda seeds: 100 * np.mean([s[1][checkpoint]["dice"].mean() for s in seeds.values()])
@@ -173,10 +178,12 @@ SHOWN = {"correct": "correction", "correct_qw": "correction, weighted", "blind":
 
 def draw(path, points):
     """Difference to the family's own baseline with its interval, a panel for each data set."""
+    if not points:
+        raise InputError("no row beside a family's `none`, so there is nothing to draw")
     plt, sets = figures.pyplot(), list(dict.fromkeys(p[0] for p in points))
     families = [f for f in FAMILIES if any(p[1] == f for p in points)]
     rows = [row for row in SHOWN if any(p[2] == row for p in points)]
-    figure, axes = plt.subplots(1, len(sets), figsize=(3.6 * len(sets), 0.5 + 0.16 * len(families) * (len(rows) + 1.5)), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(sets), figsize=(3.6 * len(sets), 1.2 + 0.16 * len(families) * (len(rows) + 1.5)), sharey=True, squeeze=False)
     for axis, data in zip(axes[0], sets):
         for _, family, row, mean, low, high in (p for p in points if p[0] == data and p[2] in rows):
             k = rows.index(row)

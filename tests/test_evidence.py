@@ -97,6 +97,8 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
     """Runs are added to what is kept, and pairs counted by hand; a family whose `full` lacks a seed is none yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    (tmp_path / "runs/v/ph2/g").mkdir(parents=True)
+    (tmp_path / "runs/v/ph2/g/qp.pt").write_text("g")
 
     def made(family, row, dice, seeds=(0, 1, 2), lam=1):
         for seed in seeds:
@@ -127,19 +129,49 @@ def test_what_is_kept_grows(tmp_path, monkeypatch):
     """A second session's runs join those of the first, in whose place they come where the name is the same; other test cases are refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    g = tmp_path / "runs/v/ph2/g/qp.pt"
+    g.parent.mkdir(parents=True)
+    g.write_text("g")
+    for asked in (lambda: evidence_table.runs_of("ph2"), lambda: evidence_table.add("ph2"), lambda: evidence_table.draw("f.png", [])):
+        with pytest.raises(InputError, match="no (finished )?run of|nothing to draw"):
+            asked()
 
-    def made(name, dice, cases=3):
+    def made(name, dice, cases="abc"):
         folder = tmp_path / "runs/v/ph2" / name
         (folder / "test").mkdir(parents=True, exist_ok=True)
         (folder / "log.csv").write_text(f"step,val_dice\n200,{dice}\n")
-        (folder / "test/cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95", *(f"best.pt,{c},p{c},{dice},{c / 3}" for c in range(cases))]))
+        (folder / "test/cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95", *(f"best.pt,{c},p{c},{dice},{i / 3}" for i, c in enumerate(cases))]))
         evidence_table.add("ph2")
         shutil.rmtree(folder)
     made("ict-none-0.3-0", 0.5), made("ict-correct_qw-1-2", 0.6), made("ict-none-0.3-0", 0.7)
     runs = evidence_table.runs_of("ph2")
     assert {(*key, lam, seed) for key, by in runs.items() for lam, seeds in by.items() for seed in seeds} == {("ict", "none", 0.3, 0), ("ict", "correct_qw", 1.0, 2)}
     val, means, patients = runs["ict", "none"][0.3][0]
-    assert (val, patients) == (0.7, ["p0", "p1", "p2"]) and means["best.pt"]["dice"].tolist() == [0.7] * 3
+    assert (val, patients) == (0.7, ["pa", "pb", "pc"]) and means["best.pt"]["dice"].tolist() == [0.7] * 3
     assert means["best.pt"]["hd95"].tolist() == [0, 0.3333, 0.6667]
-    with pytest.raises(InputError, match="other test cases"):
-        made("ict-none-1-0", 0.5, cases=4)
+    for cases in ("abcd", "bac"):
+        with pytest.raises(InputError, match="other test cases"):
+            made("ict-none-1-0", 0.5, cases=cases)
+    shutil.rmtree(tmp_path / "runs/v/ph2/ict-none-1-0")
+    g.write_text("another g")
+    with pytest.raises(InputError, match="another g"):
+        made("ict-none-1-0", 0.5)
+
+
+def test_table_and_figure(tmp_path, monkeypatch, capsys):
+    """The command, from runs to what is printed and drawn; lambda is that of the best val, the smaller one where two are equal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    for name, val, dice in (("none-0.3-0", 0.6, 0.4), ("none-1-0", 0.6, 0.7), ("none-3-0", 0.5, 0.9), ("correct_qw-1-0", 0.7, 0.5)):
+        folder = tmp_path / f"runs/v/cvc/ict-{name}/test"
+        folder.mkdir(parents=True)
+        (folder.parent / "log.csv").write_text(f"step,val_dice\n300,{val}\n")
+        (folder / "cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95",
+                                                      *(f"{part}.pt,{c},{c % 2},{dice},7" for part in ("best", "last") for c in range(4))]))
+    (tmp_path / "runs/v/cvc/g").mkdir()
+    (tmp_path / "runs/v/cvc/g/qp.pt").write_text("g")
+    monkeypatch.setattr(sys, "argv", ["evidence_table.py", "cvc", "--add", "--out", "f.png"])
+    evidence_table.main()
+    out = capsys.readouterr().out
+    assert "| ict | none | 0.3 | 1 | 40.0 | 7.0 |  |  |" in out and "| ict | correct_qw | 1 | 1 | 50.0 | 7.0 | +10.0 [+10.0, +10.0] | [+10.0, +10.0] |" in out
+    assert "### cvc, last.pt" in out and (tmp_path / "f.png").stat().st_size > 10_000

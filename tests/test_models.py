@@ -38,8 +38,8 @@ def test_unet_has_the_size_of_the_acdc_baselines():
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 6, 6), (1, 1, 1), (6, 2, 2), (4, 4, 1), (4, 6, 6)])
 def test_gradients_of_small_grids_in_bfloat16(grid):
-    """On some CPUs torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's rounding, of a copied network, too. The
-    first kernel of a ResNet (7) sees at least 16 pixels a side."""
+    """On CPUs with AVX-512 BF16 (on others this cannot fail) torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's
+    rounding, of a copied network, too. The first kernel of a ResNet (7) sees at least 16 pixels a side."""
     on = models.Compute(torch.device("cpu"), torch.bfloat16)
     net = copy.deepcopy(on.place(models.build("resnet_unet", channels=2, classes=3, dims=len(grid), width=8, encoder="resnet18")))
     kinds = {(m.kernel_size[0], m.stride[0]): m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))}
