@@ -159,7 +159,7 @@ def glance(sets, guided, checkpoint="best.pt"):
             cells[family][data] = f"{dice(none):.1f} → {dice(ours):.1f}, {mean:+.1f} [{low:+.1f}, {high:+.1f}]; all labels {most:+.1f}"
     if not pairs:
         return
-    for data, of in pooled.items():
+    for data, of in [item for item in pooled.items() if len(item[1]) > 1]:
         difference, patients = np.mean([d for d, _ in of], 0), of[0][1]
         low, high = interval(difference, patients)
         cells["mean of the families"][data] = f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
