@@ -5,9 +5,9 @@
 
 results/evidence.json keeps, for each run, the best Dice on val and each test case's Dice and HD95 (mean over classes), so that a table needs no runs.
 For every family and row, lambda is the one with the best Dice on val for seed 0, of those that were tried; then scores on test of best.pt (chosen on
-val), %: Dice, mean and deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a 95% interval from
-10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a rough interval, too
-narrow where seeds differ more than cases do; of one seed it is one over cases alone. The figure has the intervals over patients.
+val), %: Dice, mean and deviation over seeds, HD95, and the paired difference of Dice to the family's own row `none` over the seeds that both have, with a
+95% interval from 10,000 bootstrap samples: seeds and cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a
+rough interval, too narrow where seeds differ more than cases do; of one seed it is one over cases alone. The figure has the intervals over patients.
 """
 import collections
 import csv

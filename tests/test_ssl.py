@@ -83,7 +83,10 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
 def test_gradient_under_mixed_precision(kind, method):
     """In bf16 losses stay float32, and a pass without gradient before the student's own leaves its casts usable."""
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
-    with torch.autocast("cpu", torch.bfloat16):
+    on = models.Compute(torch.device("cpu"), torch.bfloat16)
+    for net in (*nets, teacher):
+        on.place(net)
+    with on.autocast():
         loss, parts = train_ssl.total_loss(nets, teacher, None, batch, options("--conf-threshold", "0", method=method), 0.5)
     loss.backward()
     assert loss.dtype == parts.dtype == torch.float32 and loss.isfinite()
