@@ -136,7 +136,8 @@ def parameters(net):
 class InFloat32WhereTiny:
     """A convolution in float32 where an axis is not longer than the kernel: in bfloat16 on CPUs with AVX-512 BF16, torch 2.13's gradient of the weights is
     garbage there, often finite, or memory is corrupted (3 x 3 x 3 on a grid of depth 2, 3 x 3 with stride 2 on a single pixel, and more). Patches
-    have at least 16 voxels a side, so that this concerns deep levels. Transposed convolutions and subclasses are left as they are; the only one here, V-Net's 2 x 2 x 2 with stride 2, is right."""
+    have at least 16 voxels a side, so that this concerns deep levels. Transposed convolutions and subclasses are left as they are; the only
+    one here, V-Net's 2 x 2 x 2 with stride 2, is right."""
 
     def forward(self, x):
         if all(side > kernel for side, kernel in zip(x.shape[2:], self.kernel_size)):
