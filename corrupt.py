@@ -507,7 +507,7 @@ def train_weak(samples, patients, info, fold, args, done=None):
             x, y = augment.weak(*samples.batch(index, on.device))
             with on.autocast():
                 logits = net(models.channels_last(x))
-            loss = dice_loss(logits, one_hot(y, K)).mean()
+            loss = dice_loss(logits, one_hot(y, K))
             losses.append(loss.detach())
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -133,7 +133,7 @@ def dense_loss(g, views, args):
         withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
         logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, *S]
         expected = quality_target(mask, logits.float().softmax(1)[:, 1:])               # [B, K-1]
-        total = total + (seg_loss(logits, with_background(truth)).mean()
+        total = total + (seg_loss(logits, with_background(truth))
                          + args.quality_loss * F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1))
     return total
 

@@ -7,7 +7,7 @@ Reads  DATA.h5: labels of the labeled train cases and of val; images of all othe
        --unlabeled OTHER.h5; with --weight quality, --correct or --qar also the qp.pt of train_qp.py.
 Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
 
-One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
+One step:  L = L_sup + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
            QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i), or of each pixel
            --correct: what g believes to be the truth, having seen u_i and its pseudo-label, takes that one's place, and q_i is
            the Dice that it expects of it
@@ -16,6 +16,7 @@ One step:  L = mean(L_sup) + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) Q
 Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid that f sees: S, S of slices, or D, H, W of patches of volumes; x, y labeled
 images and labels, u unlabeled images, s1, s2 strong views of u.
 """
+import argparse
 import copy
 import functools
 import math
@@ -52,19 +53,20 @@ def parse_args(argv=None):
     p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
     p.section("method")
     p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
-    p.add_argument("--conf-threshold", type=SHARE, default=0.9,
-                   help="pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps all")
-    p.add_argument("--lam", type=number(0, 1e6, float), default=0.25, help="lambda: weight of the unlabeled loss after its ramp")
-    p.add_argument("--lam-warmup", type=SHARE, default=0.075, help="share of training before the unlabeled loss sets in")
-    p.add_argument("--lam-ramp", type=SHARE, default=0.15, help="share of training over which lambda then grows")
-    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.999, help="decay of the teacher")
+    p.add_argument("--conf-threshold", type=SHARE,
+                   help=f"pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps all ({defaults_of('conf_threshold')})")
+    p.add_argument("--lam", type=number(0, 1e6, float), help=f"lambda: weight of the unlabeled loss after its ramp ({defaults_of('lam')})")
+    p.add_argument("--lam-warmup", type=SHARE, help=f"share of training before the unlabeled loss sets in ({defaults_of('lam_warmup')})")
+    p.add_argument("--lam-ramp", type=SHARE, help=f"share of training over which lambda then grows ({defaults_of('lam_ramp')})")
+    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="decay of the teacher, which starts from the student where lambda sets in")
     p.add_argument("--mc-passes", type=number(1, 1000), default=8, help="ua_mt: noisy passes of the teacher")
     p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0, help="ict: two images are blended by Beta(alpha, alpha)")
     p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1, help="contrastive: weight of the contrast")
     p.add_argument("--temperature", type=number(1e-3, 1e3, float), default=0.1, help="contrastive: of the similarities")
     p.add_argument("--negatives", type=number(1, 100_000), default=256, help="contrastive: pixels of other classes for each class")
     p.add_argument("--paste", type=SHARE, default=2 / 3, help="bcp: side of the pasted box, as a share of the image's")
-    p.add_argument("--largest-component", action="store_true", help="bcp: a pseudo-label keeps the largest component of each class")
+    p.add_argument("--largest-component", action=argparse.BooleanOptionalAction, default=True,
+                   help="bcp: a pseudo-label keeps the largest component of each class")
     p.section("quality guidance")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none", help="what weights a pseudo-label (QW: quality)")
@@ -92,8 +94,9 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
     p.add_argument("--batch", type=number(1, 65_536), help="labeled images in a step (default 32, of volumes 2)")
     p.add_argument("--batch-unlabeled", type=number(1, 65_536), help="unlabeled images in a step (default 64, of volumes 2)")
+    p.add_argument("--strength", type=number(0, 2, float), default=0.5, help="of the intensity augmentation of labeled images; that of strong views is 1")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
-    p.add_argument("--lr", type=number(0, 10, float), default=1e-4, help="initial learning rate (sgd: 0.01 is usual)")
+    p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="initial learning rate (sgd: 0.01 is usual; with --encoder-weights 1e-4)")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer")
     p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient")
     p.add_argument("--eval-every", type=number(1), default=200, help="steps between validations, log rows and checkpoints")
@@ -112,6 +115,9 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
+    for name, value in {**PAPER, **DEFAULTS.get(args.method, {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.correct and args.method == "supervised":
         raise InputError("--correct: supervised training has no pseudo-label; choose another --method")
     asks = "--weight quality" if args.weight == "quality" else "--qar" if args.qar else "--correct" if args.correct else None
@@ -142,7 +148,7 @@ class Term:
     """One unlabeled loss of a method, not yet weighted."""
     image: torch.Tensor                             # [U, C, *S] clean image: what g sees
     target: torch.Tensor                            # [U, K, *S] probabilities of its pseudo-label, no gradient
-    loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, *S] -> loss [U], relative to the sum of these weights
+    loss: Callable[[torch.Tensor], torch.Tensor]    # pixel weights [U, *S] -> scalar, in which only their ratios matter
     weight: torch.Tensor | float = 1.0              # the method's own weight, [U] of a sample or [U, *S] of its pixels
     mix: tuple | None = None                        # (perm [U], share): the loss saw image and image[perm] blended,
 #                                                     share [U] or [U, *S] of the second
@@ -150,9 +156,9 @@ class Term:
 
 
 # ---------------------------------------------------------------------------------------------------- methods
-# method(nets, teacher, batch, args, t) -> supervised loss of each sample, [Term, ...].  nets: the students; teacher: EMA of the first, in
-# eval mode; t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two.
-# Common deviation: a loss is the mean over a sample's pixels that count and then over samples, where most papers pool the pixels of the batch.
+# method(nets, teacher, batch, args, t) -> supervised loss, [Term, ...].  nets: the students; teacher: EMA of the first, in eval mode;
+# t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two; in DEFAULTS if
+# its options differ from the paper's. Clean images go through a student in one pass, strong views in another, each with its own batch statistics.
 
 def supervised(nets, teacher, batch, args, t):
     """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
@@ -173,10 +179,10 @@ def pseudo_label(nets, teacher, batch, args, t):
 def mean_teacher(nets, teacher, batch, args, t):
     """Tarvainen and Valpola 2017: squared difference of the student's probabilities on a strong view and the teacher's on the weak one.
 
-    Deviation: the teacher is in eval mode (running BN statistics, no dropout).
+    Deviation: the teacher is in eval mode, with averaged BN statistics and without dropout.
     """
     target = batch.corrected(probabilities(teacher, batch.u))
-    at_x, at_s = together(nets[0], batch.x, batch.s1)
+    at_x, at_s = nets[0](batch.x), nets[0](batch.s1)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w))]
 
 
@@ -191,7 +197,7 @@ def ua_mt(nets, teacher, batch, args, t):
     target = batch.corrected(probabilities(teacher, batch.u))
     limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
     sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()    # [U, *S]
-    at_x, at_s = together(nets[0], batch.x, batch.s1)
+    at_x, at_s = nets[0](batch.x), nets[0](batch.s1)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_s, target, w * sure))]
 
 
@@ -248,11 +254,12 @@ def fixmatch(nets, teacher, batch, args, t):
     """FixMatch, Sohn et al. 2020, [max p(u) >= threshold] l(p(s1), argmax p(u)) (their Eq. 4): the student's own hard label on the weak view
     teaches it on a strong one, for segmentation with CutMix, as the baseline of UniMatch.
 
-    Deviations: the label is made in eval mode; the loss is ours and relative to the confident pixels, not to all.
+    Deviation: the loss is ours, and relative to the confident pixels, not to all.
     """
-    target, (cut, mix) = batch.corrected(own_probabilities(nets[0], batch.u)), cutmix(batch.u)
-    at_x, at_s = together(nets[0], batch.x, cut(batch.s1))
+    at_x, at_u = together(nets[0], batch.x, batch.u)
+    target, (cut, mix) = batch.corrected(at_u.detach().float().softmax(1)), cutmix(batch.u)
     label, sure = cut(harden(target)), cut(confident(target, args))
+    at_s = nets[0](models.channels_last(cut(batch.s1)))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s, label, w * sure), mix=mix)]
 
 
@@ -260,14 +267,16 @@ def unimatch(nets, teacher, batch, args, t):
     """UniMatch, Yang et al. 2023: L_u = lambda l(p_fp, p_w) + mu / 2 (l(p_s1, p_w) + l(p_s2, p_w)), lambda = mu = 1/2 (their final loss of
     unlabeled images): two strong views with CutMix, and the weak view with half of the encoder's feature channels dropped.
 
-    Deviations: those of fixmatch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
+    Deviations: that of fixmatch; images are mixed within the batch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
     """
-    target, U = batch.corrected(own_probabilities(nets[0], batch.u)), len(batch.u)
+    B, U = len(batch.x), len(batch.u)
+    features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
+    both = [torch.cat([f, torch.feature_dropout(f[B:], 0.5, True)]) for f in features]
+    at_x, at_u, at_dropped = nets[0].decode(both).split([B, U, U])
+    target = batch.corrected(at_u.detach().float().softmax(1))
     label, sure = harden(target), confident(target, args)
     (cut1, mix1), (cut2, mix2) = cutmix(batch.u), cutmix(batch.u)
-    images = models.channels_last(torch.cat([batch.x, cut1(batch.s1), cut2(batch.s2), batch.u]))
-    features = [torch.cat([f[:-U], torch.feature_dropout(f[-U:], 0.5, True)]) for f in nets[0].encode(images)]
-    at_x, at_s1, at_s2, at_dropped = nets[0].decode(features).split([len(batch.x), U, U, U])
+    at_s1, at_s2 = together(nets[0], cut1(batch.s1), cut2(batch.s2))
     label1, label2, sure1, sure2 = cut1(label), cut2(label), cut1(sure), cut2(sure)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s1, label1, w * sure1) / 4, mix=mix1),
                                      Term(batch.u, target, lambda w: seg_loss(at_s2, label2, w * sure2) / 4, mix=mix2),
@@ -278,8 +287,8 @@ def bcp(nets, teacher, batch, args, t):
     """BCP, Bai et al. 2023: X_in = M x + (1 - M) u and X_out = M u + (1 - M) x with M a box of 2/3 of each side, L = l on the labeled pixels
     against y + alpha l on the unlabeled ones against the teacher's hard label. Until lambda sets in, `copy_paste` trains on labeled images alone.
 
-    alpha is --lam 0.5. As in the paper, half of the images take part in each direction. Deviations: the mean, not the sum, over the two; a
-    box for each pair; the second stage goes on from the first one's last weights, not its best.
+    As in the paper, half of the images take part in each direction. Deviations: both directions are pooled, not summed; a box for each
+    pair; the second stage goes on from the first one's last weights, not its best.
     """
     belief = batch.corrected(probabilities(teacher, batch.u))
     target = keep_largest(belief) if args.largest_component else belief
@@ -289,7 +298,6 @@ def bcp(nets, teacher, batch, args, t):
     inward = to_samples(torch.arange(n, device=x.device) % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
     seen = 1 - labeled[:, 0]                                                  # [n, *S] of u
-    seen = seen / to_samples(seen.flatten(1).mean(1).clamp_min(1e-8), seen)   # mean 1
     logits = nets[0](models.channels_last(torch.where(labeled > 0, x, u)))
     return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen, belief=belief)]
 
@@ -306,6 +314,20 @@ STUDENTS = {"cps": 2}             # the others have one
 WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 
+PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)   # the schedule of QW
+DEFAULTS = {                      # options of a method whose own publication has other ones, or none (results/baselines.md)
+    "mean_teacher": dict(lam=3.0), "ua_mt": dict(lam=3.0), "ict": dict(lam=3.0), "cps": dict(lam=1.0),
+    "fixmatch": dict(lam=1.0, conf_threshold=0.95), "unimatch": dict(lam=1.0, conf_threshold=0.95),
+    "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),
+}
+
+
+def defaults_of(name):
+    """The default of an option, by method, as the help says it."""
+    own = [f"{method} {d[name]:g}" for method, d in DEFAULTS.items() if name in d]
+    return f"default: {', '.join([f'{PAPER[name]:g}', *own])}"
+
+
 @torch.no_grad()
 def probabilities(net, image):
     """Softmax of a network that gets no gradient here. [B, C, *S] -> [B, K, *S] float32"""
@@ -318,16 +340,8 @@ def harden(p):
 
 
 def together(net, *images):
-    """One pass over several batches: faster, and batch norm sees labeled and unlabeled images alike."""
+    """One pass over several batches, whose images batch norm sees alike."""
     return net(models.channels_last(torch.cat(images))).split([len(i) for i in images])
-
-
-def own_probabilities(net, image):
-    """Those of a student itself, without its dropout and with the running statistics of batch norm."""
-    net.eval()
-    p = probabilities(net, image)
-    net.train()
-    return p
 
 
 def confident(p, args):
@@ -437,8 +451,8 @@ def as_seen(w, term):
 def unlabeled_loss(g, terms, args, device):
     """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, effective share of the samples]
 
-    The latter is Kish's effective sample size, (sum w)^2 / sum w^2, over U: 1 where all weigh alike, 1/U where one alone counts.
-    sum(w_i) is taken over all processes (divided by their number, since gradients are averaged), so that a sample counts alike in each.
+    The weights stand inside the sums of each loss (models/losses.py). The effective share is Kish's sample size, (sum w)^2 / sum w^2,
+    over U: 1 where all weigh alike, 1/U where one alone counts.
     """
     total, seen, known = torch.zeros((), device=device), [], {}
     for term in terms:
@@ -446,9 +460,15 @@ def unlabeled_loss(g, terms, args, device):
             known[id(term.target)] = pixel_weights(g, term, args)
         pixels = as_seen(known[id(term.target)], term)                       # [U, *S]
         w = pixels.flatten(1).mean(1)                                        # [U]
-        total = total + (w * term.loss(pixels)).sum() / distributed.mean(w.sum()).clamp_min(1e-8)
+        total = total + term.loss(pixels)
         seen.append(torch.stack([w.mean(), w.sum() ** 2 / (len(w) * (w ** 2).sum()).clamp_min(1e-12)]))
     return total, torch.stack(seen).mean(0) if seen else torch.zeros(2, device=device)
+
+
+def foreground_share(labels, device):
+    """Mean share of the pixels that a foreground class takes in labels [B, K, *S], one-hot or probabilities that are hardened. -> scalar"""
+    shares = [(label.argmax(1) > 0).float().mean() / (label.shape[1] - 1) for label in labels]
+    return torch.stack(shares).mean() if shares else torch.zeros((), device=device)
 
 
 def quality_loss(g, nets, image):
@@ -481,21 +501,23 @@ def lambdas(args, t):
 
 
 def total_loss(nets, teacher, g, batch, args, t):
-    """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, effective share]."""
+    """The loss of one step, and its parts for the log: [supervised, unlabeled, QAR, mean weight, effective share, foreground of the
+    pseudo-labels, of the labels]."""
     lam, lam_qar = lambdas(args, t)
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     if args.correct:
         batch = replace(batch, corrected=lambda p: corrected(g, batch.u, p))
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
+    shares = foreground_share([term.target for term in terms], sup.device), foreground_share([batch.y], sup.device)
     few = batch.u[:max(2, math.ceil(args.qar_share * len(batch.u)))]          # of each process; at least two, for batch norm
     qar = quality_loss(g, nets, few) if lam_qar else torch.zeros((), device=sup.device)
-    loss = sup.mean() + lam * unsup + lam_qar * qar
-    return loss, torch.stack([sup.mean(), unsup, qar, *weights]).detach()
+    loss = sup + lam * unsup + lam_qar * qar
+    return loss, torch.stack([sup, unsup, qar, *weights, *shares]).detach()
 
 
 def train_step(run, batch, args, step):
-    """One optimizer step on a batch. -> the loss and its parts [6], not read back from the device"""
+    """One optimizer step on a batch. -> the loss and its parts [8], not read back from the device"""
     with run.on.autocast():
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, (step - 1) / args.steps)
     run.optimizer.zero_grad(set_to_none=True)
@@ -506,7 +528,7 @@ def train_step(run, batch, args, step):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    models.update_average(run.teacher, run.nets[0], step, args.ema)
+    models.update_average(run.teacher, run.nets[0], max(0, step - 1 - round(args.lam_warmup * args.steps)), args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 
@@ -538,13 +560,13 @@ class Feed(torch.utils.data.Dataset):
             return error
 
 
-def views(fetched, K, device):
+def views(fetched, K, args, device):
     """The batch of a step from what the feed has read: standardized and augmented on the device."""
     if isinstance(fetched, InputError):
         raise fetched
     labeled, unlabeled = fetched
     x, y = augment.weak(*h5.standardized(labeled, device))
-    x = models.channels_last(x)
+    x = models.channels_last(augment.strong(x, args.strength))
     if unlabeled is None:
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
     u = models.channels_last(augment.weak(h5.standardized(unlabeled, device)[0]))
@@ -607,14 +629,17 @@ def set_defaults(args, info):
     return network
 
 
-PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess"]
+PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]
+OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
 
 def averaged(table, step, args):
-    """Means of PARTS over the steps up to `step`, the weights' over those alone in which something was weighed. [steps, parts] -> {name: mean}"""
+    """Means of PARTS over the steps up to `step`, those of the unlabeled loss over the steps alone that had one. [steps, parts] -> {name: mean}"""
     weighed = [args.method != "supervised" and lambdas(args, (s - 1) / args.steps)[0] > 0 for s in range(step - len(table) + 1, step + 1)]
-    means = dict(zip(PARTS[:-2], table[:, :-2].mean(0).tolist()))
-    return means | dict(zip(PARTS[-2:], table[weighed, -2:].mean(0).tolist())) if any(weighed) else means
+    means = dict(zip(PARTS, table.mean(0).tolist()))
+    if not any(weighed):
+        return {name: value for name, value in means.items() if name not in OF_TERMS}
+    return means | {name: table[weighed, PARTS.index(name)].mean().item() for name in OF_TERMS}
 
 
 def advice(parts):
@@ -689,6 +714,7 @@ def main(argv=None):
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: (1 - step / args.steps) ** 0.9
     run = Run(nets, teacher, g, optimizer, on.scaler(), on)
+    onset = round(args.lam_warmup * args.steps) if args.method != "supervised" else -1
     first, best, parts, seconds = 0, dict(dice=-1.0, step=0), [], 0.0  # parts: those of each step since the last validation
     if resumed:
         for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
@@ -712,7 +738,7 @@ def main(argv=None):
 
     distributed.wait()  # until all have looked at what is in OUT
     log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms"], first,
-              writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS, "lam", "val_dice"])
+              writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS[:-2], "lam", "val_dice"])
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
@@ -727,13 +753,15 @@ def main(argv=None):
             torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * factor(step - 1)
-            parts.append(train_step(run, views(fetched, K, on.device), args, step))
+            parts.append(train_step(run, views(fetched, K, args, on.device), args, step))
 
             if step in args.keep:
                 save(f"step{step}.pt", step, means(step))
             if step % args.eval_every == 0 or step == args.steps:
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
+                if best["step"] <= onset < step:  # a Dice from before lambda set in is another training's
+                    best = dict(dice=-1.0, step=step)
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)

@@ -233,10 +233,16 @@ def samples_in(images, shape):
 
 
 @torch.no_grad()
-def update_average(average, net, step, decay):
-    """Exponential moving average over parameters, with decay min(1 - 1 / (step + 1), decay); buffers are copied. Peers differ: some leave
-    the average's batch norm in training mode, some average the buffers too, and each choice moves results by points."""
-    decay = min(1 - 1 / (step + 1), decay)
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-    if buffers := list(average.buffers()):
-        torch._foreach_copy_(buffers, list(net.buffers()))
+def update_average(average, net, count, decay):
+    """Exponential moving average of weights, and of batch norm's statistics, with decay min(1 - 1 / (count + 1), decay).
+
+    count: steps that the average has seen; at 0 it becomes a copy. Statistics of the present network would not fit averaged weights:
+    with them, pseudo-labels collapse (results/baselines.md).
+    """
+    decay = min(1 - 1 / (count + 1), decay)
+    torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
+
+
+def averaged(net):
+    """What a moving average keeps: parameters, and buffers that are not counts."""
+    return [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]

@@ -90,6 +90,11 @@ class _Mean(torch.autograd.Function):
         return mean(gradient)
 
 
+def differentiable_mean(x):
+    """Mean of a tensor over all processes, with gradient."""
+    return _Mean.apply(x) if world() > 1 else x
+
+
 class SyncedNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes, which are of one size. torch.nn.SyncBatchNorm does the same, but not on CPUs."""
 

@@ -1,9 +1,16 @@
-"""Losses per sample, in float32, for any number of classes and dimensions. Reduction over the batch is the caller's.
+"""Losses of a batch, in float32, for any number of classes and dimensions.
+
+Every loss takes weights of pixels, which stand inside its sums over the batch: only their ratios matter, and pixels of no weight are
+as if they were not there. Several processes take their sums together.
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
 import torch
 from torch.nn import functional as F
+
+from models import distributed
+
+SMOOTH = 1e-5  # of Dice in losses; at 1, an empty target rewards empty predictions more than cross-entropy does
 
 
 def one_hot(label, classes):
@@ -11,36 +18,38 @@ def one_hot(label, classes):
     return F.one_hot(label.long(), classes).movedim(-1, 1).float()
 
 
-def soft_dice(a, b, weight=None, smooth=1.0):
-    """(2 sum(a b) + s) / (sum a + sum b + s) over space. a, b [B, K, *S] in [0, 1], weight [B, *S] -> [B, K]
+def soft_dice(a, b, smooth=1.0):
+    """(2 sum(a b) + s) / (sum a + sum b + s) over space, what g predicts. a, b [B, K, *S] in [0, 1] -> [B, K]
 
-    Milletari et al., V-Net, 3DV 2016, with plain instead of squared sums, smoothed so that two empty masks score 1.
+    Two empty masks score 1.
     """
     a, b = a.float().flatten(2), b.float().flatten(2)                          # [B, K, P]
-    w = 1.0 if weight is None else weight.flatten(1)[:, None]                  # [B, 1, P]
-    return (2 * (a * b * w).sum(2) + smooth) / ((a * w).sum(2) + (b * w).sum(2) + smooth)
+    return (2 * (a * b).sum(2) + smooth) / (a.sum(2) + b.sum(2) + smooth)
 
 
 def dice_loss(logits, target, weight=None):
-    """1 - mean soft Dice of the foreground classes. logits and target [B, K, *S] -> [B]"""
-    return 1 - soft_dice(logits.float().softmax(1)[:, 1:], target[:, 1:], weight).mean(1)
+    """1 - mean soft Dice of all classes. logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
+
+    Dice of a class is 2 sum(w p y) / (sum(w p^2) + sum(w y^2)), with sums over the batch: a class that one image lacks does not pull
+    this image toward empty predictions. Squares: Milletari et al., V-Net, 3DV 2016; the batch: SSL4MIS (Luo et al.).
+    """
+    p, y = logits.float().softmax(1), target.float()
+    if weight is None:
+        weight = torch.ones_like(p[:, 0])
+    w = (weight / distributed.mean(weight.mean()).clamp_min(1e-8))[:, None]     # [B, 1, *S]
+    both, one, other = (in_batch(w * v) for v in (p * y, p * p, y * y))         # [K]
+    return 1 - ((2 * both + SMOOTH) / (one + other + SMOOTH)).mean()
 
 
 def seg_loss(logits, target, weight=None):
-    """(cross-entropy + soft Dice loss) / 2. logits and target (one-hot or probabilities) [B, K, *S] -> [B]
-
-    weight [B, *S] counts each pixel by its share in the sample's total weight; a sample of no weight has loss 0.
-    """
-    ce = -(target * logits.float().log_softmax(1)).sum(1)                      # [B, *S]
-    if weight is None:
-        return (ce.flatten(1).mean(1) + dice_loss(logits, target)) / 2
-    return (weighted_mean(ce, weight) + dice_loss(logits, target, relative(weight))) / 2
+    """(cross-entropy + Dice loss) / 2. logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar, 0 where nothing has weight"""
+    cross_entropy = -(target * logits.float().log_softmax(1)).sum(1)            # [B, *S]
+    return (weighted_mean(cross_entropy, weight) + dice_loss(logits, target, weight)) / 2
 
 
 def mse_loss(logits, target, weight=None):
-    """Squared difference of probabilities, mean over classes. logits, target probabilities [B, K, *S], weight [B, *S] -> [B]"""
-    error = (logits.float().softmax(1) - target).square().mean(1)              # [B, *S]
-    return error.flatten(1).mean(1) if weight is None else weighted_mean(error, weight)
+    """Squared difference of probabilities, mean over classes. logits, target probabilities [B, K, *S], weight [B, *S] -> scalar"""
+    return weighted_mean((logits.float().softmax(1) - target).square().mean(1), weight)
 
 
 def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
@@ -69,13 +78,16 @@ def to_samples(value, like):
     return value.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def weighted_mean(value, weight):
-    """sum(w v) / sum(w) over space, 0 where all weights are. [B, *S] twice -> [B]"""
-    value, weight = value.flatten(1), weight.flatten(1)
-    return (value * weight).sum(1) / weight.sum(1).clamp_min(1e-8)
+def in_batch(x):
+    """Sum over batch and space, mean over processes. [B, K, *S] -> [K]"""
+    return distributed.differentiable_mean(x.sum([0, *range(2, x.dim())]))
 
 
-def relative(weight):
-    """Weights scaled to a largest value of 1 per sample, so that the smoothing of Dice means the same for all. [B, *S]"""
-    most = weight.flatten(1).amax(1).clamp_min(1e-8)
-    return weight / to_samples(most, weight)
+def weighted_mean(value, weight=None):
+    """sum(w v) / sum(w) over the batch, 0 where nothing has weight. value, weight [B, *S] -> scalar
+
+    The gradient of several processes, once averaged, is that of sums over all of them.
+    """
+    if weight is None:
+        return value.mean()
+    return (value * weight).sum() / distributed.mean(weight.sum()).clamp_min(1e-8)

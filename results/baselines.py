@@ -1,0 +1,99 @@
+"""Are our baselines as strong as the published code? Every method on three data sets, and guidance beside it (results/baselines.md).
+
+    python results/baselines.py run ph2 --rows supervised mean_teacher --seeds 0 1 2
+    python results/baselines.py table
+
+Reads  runs/ph2.h5, cvc.h5, acdc.h5, whose test split nobody trains on (results/protocol.md says how they are made); guided rows
+       also runs/b/DATA/g/qp.pt.
+Writes runs/b/DATA/ROW-SEED/: a run of train_ssl.py and its scores on test; results/baselines.csv: a line for each run.
+
+Until lambda sets in, all runs of a seed are the same supervised training. `start` does it once, and each run goes on from its
+checkpoint: the weights are those of the whole command, to the last bit. Several processes may share a list of runs.
+The column `code` of baselines.csv says whose training step it was: ours, or that of published code, which stands outside the project.
+"""
+import csv
+import os
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import evaluate  # noqa: E402
+import train_ssl  # noqa: E402
+from data import h5  # noqa: E402
+from data.files import Parser, checksum  # noqa: E402
+from evidence import alone  # noqa: E402
+
+SCORES = os.path.join(os.path.dirname(__file__), "baselines.csv")
+STEPS, START = 1000, 300
+COMMON = (f"--size 64 --width 8 --batch 8 --batch-unlabeled 8 --steps {STEPS} --eval-every 100 --patience 100 --mc-passes 4 "
+          f"--lam-warmup {START / STEPS} --lam-ramp 0.1 --qar-warmup {START / STEPS} --qar-ramp 0.1").split()
+DATA = {
+    "ph2": "--labeled 14 --lr 1e-3",
+    "cvc": "--labeled 4 --lr 1e-3",
+    "acdc": "--labeled 7 --lr 3e-3",
+}
+METHODS = ["supervised", "pseudo_label", "mean_teacher", "ua_mt", "ict", "cps", "contrastive", "fixmatch", "unimatch", "bcp"]
+GUIDED = ["pseudo_label", "mean_teacher", "bcp"]
+ROWS = {method: f"--method {method}" for method in METHODS}
+ROWS |= {f"{method}_qw": f"--method {method} --weight quality" for method in GUIDED}
+ROWS |= {f"{method}_correct_qw": f"--method {method} --correct --weight quality" for method in GUIDED}
+
+
+def command(data, row, seed, out, extra=()):
+    """What train_ssl.py is called with."""
+    guide = ROWS[row].split()
+    qp = ["--qp", f"runs/b/{data}/g/qp.pt"] if "quality" in guide else []
+    return [f"runs/{data}.h5", "--out", out, *DATA[data].split(), *COMMON, "--seed", str(seed), *guide, *qp, *extra]
+
+
+def run(data, row, seed, folder=None):
+    """One run of train_ssl.py and its scores on test, in runs/b/DATA/ROW-SEED; what is finished, or another process is at, is passed over.
+
+    A supervised run keeps its checkpoint of step START, from which the runs of all methods with the same warm-up go on; so do
+    cps, which has two students, and bcp, whose warm-up is its own. Published code in the place of ours calls this with a `folder`.
+    """
+    out = folder or f"runs/b/{data}/{row}-{seed}"
+    with alone(out) as first:
+        if not first or os.path.isfile(f"{out}/test/summary.json"):
+            return
+        print(f"\n{out}", flush=True)
+        method = train_ssl.parse_args(command(data, row, seed, out)).method
+        origin = method if method in (*train_ssl.STUDENTS, *train_ssl.WARM_UP) else "supervised"
+        if out == f"runs/b/{data}/{origin}-{seed}":
+            train_ssl.main([*command(data, row, seed, out), "--keep", str(START), "--resume"])
+        else:
+            go_on(data, row, seed, out, f"runs/b/{data}/{origin}-{seed}/step{START}.pt")
+        evaluate.main([f"runs/{data}.h5", f"{out}/best.pt", f"{out}/last.pt", "--split", "test", "--out", f"{out}/test", "--pictures", "0"])
+
+
+def go_on(data, row, seed, out, start):
+    """A run from the checkpoint `start` of another one, as soon as that is there."""
+    while not os.path.isfile(start):
+        time.sleep(5)
+    argv = command(data, row, seed, out)
+    if not os.path.isfile(f"{out}/last.pt"):
+        args = train_ssl.parse_args(argv)
+        train_ssl.set_defaults(args, h5.read_info(args.data))
+        state = torch.load(start, weights_only=True)
+        inputs = dict(qp=args.qp and checksum(args.qp), unlabeled=None)
+        state |= dict(args=vars(args), inputs=inputs, best=dict(dice=-1.0, step=0), seconds=0.0)
+        torch.save(state, f"{out}/last.pt")
+    train_ssl.main([*argv, "--resume"])
+
+
+def main():
+    p = Parser(__doc__, prog="baselines.py")
+    p.add_argument("data", choices=DATA, nargs="?", help="no data set: print the table")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = p.parse_args()
+    for seed in args.seeds:
+        for row in args.rows:
+            run(args.data, row, seed)
+
+
+if __name__ == "__main__":
+    main()
