@@ -649,6 +649,24 @@ def advice(parts):
     return "try a lower --lr, --amp off, or a lower --lam"
 
 
+def alarm(parts, dice, best, args):
+    """A line for the log where pseudo-labels collapse, else "". parts: means since the last validation; dice, best: of val, now and so far
+
+    Signs are a share of foreground in the pseudo-labels under a third, or over three times, that of the labels, and a third of the best Dice lost.
+    """
+    share, truth = parts.get("share"), parts["share_y"]
+    if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
+        sign = f"a class takes {100 * share:.2g}% of the pseudo-labels' pixels, {100 * truth:.2g}% of the labels'"
+    elif dice < best * 2 / 3:
+        sign = f"val Dice fell from {best:.3f} to {dice:.3f}"
+    else:
+        return ""
+    remedies = [] if args.method == "supervised" else ["a lower --lam", "a later --lam-warmup"]
+    remedies += ["a lower --qar"] if args.qar else []
+    remedies += ["guidance (--weight quality, --correct)"] if remedies and args.weight != "quality" and not args.correct else []
+    return f"warning: {sign}; try {', '.join(remedies or ['a lower --lr'])}"
+
+
 def look(net, g, samples, on):
     """f's outputs for a few val images, as pictures, and what g says of them: the mean of its answers over images and classes, that of the truth, and
     the mean error. Where the first rises and the second does not, f fools g. -> what Log.write() takes"""
@@ -737,7 +755,7 @@ def main(argv=None):
                             parts=parts.cpu(), seconds=time.perf_counter() - start)
 
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms"], first,
+    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms", "note"], first,
               writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS[:-2], "lam", "val_dice"])
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
@@ -760,12 +778,13 @@ def main(argv=None):
             if step % args.eval_every == 0 or step == args.steps:
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
+                note = alarm(averages, dice, best["dice"], args)
                 if best["step"] <= onset < step:  # a Dice from before lambda set in is another training's
                     best = dict(dice=-1.0, step=step)
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)
-                log.write(step, **averages, lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
+                log.write(step, note=note, **averages, lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                           **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds, **(look(nets[0], g, watched, on) if watched else {}))
                 finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
                 parts, start = [], time.perf_counter()

@@ -218,7 +218,8 @@ def triage(path, panels):
 
 CURVES = {  # columns of log.csv -> the panel's title
     ("sup",): "supervised loss", ("unsup",): "unlabeled loss, unweighted by λ", ("qar",): "QAR: 1 - g", ("loss",): "loss",
-    ("weight",): "mean weight of a pseudo-label", ("ess",): "effective share of the samples", ("lam",): "λ", ("val_dice",): "Dice on val",
+    ("weight",): "mean weight of a pseudo-label", ("ess",): "effective share of the samples", ("lam",): "λ",
+    ("share", "share_y"): "foreground, share per class: pseudo-labels, labels (dashed)", ("val_dice",): "Dice on val",
     ("g_true", "g_predicted"): "Dice of val images: true, and by g (dashed)", ("error_synthetic", "error_real"): "g's error on val: synthetic, real (dashed)"}
 
 
@@ -229,7 +230,7 @@ def read_log(path):
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if row.get("step", "-") and None not in row.values() and None not in row]  # the last may be cut short
-        table = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ())}
+        table = {name: np.array([float(row[name] or "nan") for row in rows]) for name in (rows[0] if rows else ()) if name != "note"}
     except (ValueError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a log of a training ({error}); give the log.csv of a run") from None
     if "step" not in table:
@@ -240,7 +241,7 @@ def read_log(path):
 def curves(path, logs):
     """Training curves of several runs in one figure. logs: {run: what read_log() gives}. InputError if they hold nothing to draw."""
     some = lambda log, name: name in log and np.isfinite(log[name]).any() and np.nanmax(log[name]) > 0
-    told = lambda log, name: some(log, name) and (name != "lam" or some(log, "unsup"))   # a supervised run has nothing that λ could weigh
+    told = lambda log, name: some(log, name) and (name not in ("lam", "share_y") or some(log, "unsup"))   # a supervised run has no pseudo-label
     panels = [names for names in CURVES if any(told(log, name) for log in logs.values() for name in names)
               and not (names == ("loss",) and any("sup" in log for log in logs.values()))]
     if not panels:

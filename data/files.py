@@ -328,7 +328,7 @@ class Log:
         """after: the step that a resumed run goes on from; later rows of the interrupted run are dropped.
         fresh: a former run is removed. writes: False for all but one of several processes, which keep no records.
         shown: columns of the screen's table, which should fit into 80 characters; default: all."""
-        self.writes, self.shown, self.lines = writes, shown or columns, 0
+        self.writes, self.shown, self.lines, self.noted = writes, shown or columns, 0, False
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -347,14 +347,15 @@ class Log:
             writer.writerows(rows)
         self.events = SummaryWriter(out, purge_step=after + 1 if after else None)
 
-    def write(self, step, pictures=(), **values):
-        """One record; columns that are not given stay empty. pictures: (name, (H, W, 3) uint8), ... for TensorBoard"""
+    def write(self, step, pictures=(), note="", **values):
+        """One record; columns that are not given stay empty. pictures: (name, (H, W, 3) uint8), ... for TensorBoard.
+        note: a line, in the column of this name; on the screen it stands where the row before had none."""
         if not self.writes:
             return
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
         with room_for(self.path):
             with open(self.path, "a", newline="") as f:
-                csv.DictWriter(f, self.columns).writerow({"step": step, **shown})
+                csv.DictWriter(f, self.columns).writerow({"step": step, **shown, **({"note": note} if note else {})})
             sync(self.path)
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
@@ -366,8 +367,10 @@ class Log:
         if self.lines % 25 == 0:
             tqdm.write(line(lambda name: name))
         tqdm.write(line(lambda name: short(row[name]) if name in row else "-"))  # past a bar, if there is one
+        if note and not self.noted:
+            tqdm.write(note)
         sys.stdout.flush()
-        self.lines += 1
+        self.lines, self.noted = self.lines + 1, bool(note)
 
 
 def short(value):
