@@ -8,7 +8,7 @@ STEPS = 300
 LABELED = 6
 DATA = $(OUT)/phantom.h5
 TRAIN = $(PY) train_ssl.py $(DATA) --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --size 64 --steps $(STEPS) --eval-every 100 \
-        --batch 16 --batch-unlabeled 16 --lr 2e-3 --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --overwrite
+        --batch 16 --batch-unlabeled 16 --lr 2e-3 --lam-warmup 0.4 --lam-ramp 0.3 --overwrite
 
 .PHONY: demo demo3d test
 .venv/ready: requirements.txt
@@ -33,7 +33,7 @@ demo: .venv/ready
 
 demo3d: OUT = runs/demo3d
 demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 \
-        --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
+        --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
 demo3d: .venv/ready
 	$(PY) -m data.phantom --out $(DATA) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
 	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png

@@ -142,7 +142,9 @@ def fresh_step(run, batch, args, step, train_step=train_ssl.train_step):
         run.g.requires_grad_(True)
         if not hasattr(run.g, "optimizer"):
             run.g.optimizer = torch.optim.AdamW(run.g.parameters(), 1e-4)
-        mask = train_ssl.own_probabilities(run.nets[0], batch.x)[:, 1:]
+        run.nets[0].eval()
+        mask = train_ssl.probabilities(run.nets[0], batch.x)[:, 1:]
+        run.nets[0].train()
         run.g.optimizer.zero_grad()
         F.smooth_l1_loss(run.g(batch.x, mask), quality_target(mask, batch.y[:, 1:])).backward()
         run.g.optimizer.step()
@@ -157,9 +159,10 @@ def controlled(control):
     kept = [getattr(*where) for where in patched]
     load_quality, load_slices, oracle = evaluate.load_quality, h5.load_slices, Oracle()
 
-    def views(fetched, K, device):
+    def views(fetched, K, args, device):
         labeled, unlabeled = fetched
         x, y = augment.weak(*h5.standardized(labeled, device))
+        x = augment.strong(x, args.strength)
         if unlabeled is None:
             return train_ssl.Batch(channels_last(x), one_hot(y, K), x[:0], x[:0], x[:0])
         u, oracle.label = augment.weak(*h5.standardized(unlabeled, device))

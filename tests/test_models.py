@@ -165,13 +165,14 @@ def test_the_default_g_is_small():
 
 
 def test_seg_loss_equals_an_independent_formula():
-    logits, label = torch.randn(3, 4, 8, 9), torch.randint(4, (3, 8, 9))
-    ours = seg_loss(logits, one_hot(label, 4))
+    """Cross-entropy of all pixels and the Dice of each class, pooled over the batch, with weights inside the sums."""
+    logits, label, w = torch.randn(3, 4, 8, 9), torch.randint(4, (3, 8, 9)), torch.rand(3, 8, 9)
     p = logits.softmax(1)
-    for i in range(3):
-        ce = torch.nn.functional.cross_entropy(logits[i:i + 1], label[i:i + 1])
-        dice = [(2 * p[i, k][label[i] == k].sum() + 1) / (p[i, k].sum() + (label[i] == k).sum() + 1) for k in range(1, 4)]
-        assert ours[i].item() == pytest.approx(((ce + 1 - sum(dice) / 3) / 2).item(), rel=1e-5)
+    for weight in (torch.ones(3, 8, 9), w):
+        ce = (torch.nn.functional.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
+        dice = [2 * (weight * p[:, k])[label == k].sum() / ((weight * p[:, k] ** 2).sum() + weight[label == k].sum()) for k in range(4)]
+        assert seg_loss(logits, one_hot(label, 4), weight).item() == pytest.approx(((ce + 1 - sum(dice) / 4) / 2).item(), rel=1e-5)
+    assert torch.equal(seg_loss(logits, one_hot(label, 4)), seg_loss(logits, one_hot(label, 4), torch.ones(3, 8, 9)))
 
 
 @pytest.mark.parametrize("loss", [seg_loss, mse_loss])
@@ -181,14 +182,14 @@ def test_pixel_weights(loss):
     ones = torch.ones(2, 8, 8)
     for c in (1e-3, 0.49, 1.0):
         assert torch.allclose(loss(logits, target), loss(logits, target, c * ones), atol=1e-6)
-    assert (loss(logits, target, 0 * ones) == 0).all()
+    assert loss(logits, target, 0 * ones) == 0
     weight = ones.clone()
     weight[:, :4] = 0
     value = loss(logits, target, weight)
     changed = logits.detach().clone()
     changed[:, :, :4] += 3
     assert torch.allclose(value, loss(changed, target, weight), atol=1e-6)
-    assert (torch.autograd.grad(value.sum(), logits)[0][:, :, :4] == 0).all()
+    assert (torch.autograd.grad(value, logits)[0][:, :, :4] == 0).all()
 
 
 def test_losses_are_float32_whatever_comes_in():

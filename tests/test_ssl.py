@@ -13,7 +13,7 @@ import models
 import train_ssl
 from conftest import python
 from data import h5, phantom
-from models.losses import mse_loss, one_hot, seg_loss
+from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
 KINDS = {"binary RGB": (3, 2, (32, 32)), "4-class gray": (1, 4, (32, 32)), "3-class volumes": (1, 3, (16, 17, 18))}  # channels, classes, grid
@@ -73,7 +73,7 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
     args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
     loss.backward()
-    assert loss.isfinite() and parts.shape == (5,) and not parts.requires_grad
+    assert loss.isfinite() and parts.shape == (7,) and not parts.requires_grad
     assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
     assert all(p.grad is None for frozen in (teacher, g) for p in frozen.parameters())
 
@@ -102,7 +102,7 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
     ones = torch.ones(3, *KINDS[kind][2])
     for term in terms:
         loss = term.loss(ones)
-        assert loss.shape == (3,) and loss.requires_grad and not term.target.requires_grad
+        assert loss.shape == () and loss.requires_grad and not term.target.requires_grad
         assert torch.allclose(term.target.sum(1), ones, atol=1e-5)
     train_ssl.unlabeled_loss(None, terms, args, CPU)[0].backward()
     assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)
@@ -140,7 +140,7 @@ class Corrects(nn.Module):
 def test_what_g_believes_takes_the_place_of_the_pseudo_label(kind, method, monkeypatch):
     C, K, S = KINDS[kind]
     students = train_ssl.STUDENTS.get(method, 1)
-    args = options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method)
+    args = options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", "--no-largest-component", method=method)
     nets, teacher, batch = setting(kind, students=students)
     g, seen = Corrects(torch.rand(3, K, *S).softmax(1)), []
     plain = train_ssl.METHODS[method]
@@ -273,7 +273,7 @@ def test_g_is_asked_once_for_each_pseudo_label():
 
 def test_the_loss_is_the_weighted_mean_over_samples():
     q, values = torch.tensor([[0.6], [0.8], [0.1]]), torch.tensor([1.0, 2.0, 50.0])
-    term = train_ssl.Term(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5), lambda w: values)
+    term = train_ssl.Term(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5), lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w))
     loss, (weight, share) = train_ssl.unlabeled_loss(Table(q), [term], options(weight="quality"), CPU)
     assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
     assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx((0.36 + 0.64) ** 2 / (3 * (0.36 ** 2 + 0.64 ** 2)))
@@ -288,7 +288,7 @@ def test_formulas_of_the_methods():
     target, ones = teacher(batch.u).softmax(1), torch.ones(3, 32, 32)
     sup, [term] = train_ssl.mean_teacher(nets, teacher, batch, options(), 0.5)
     assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y), atol=1e-5)
-    assert torch.allclose(term.loss(ones), (nets[0](batch.s1).softmax(1) - target).square().mean((1, 2, 3)), atol=1e-6)
+    assert torch.allclose(term.loss(ones), (nets[0](batch.s1).softmax(1) - target).square().mean(), atol=1e-6)
     assert torch.allclose(term.loss(ones), mse_loss(nets[0](batch.s1), target), atol=1e-6)
     limit = target.amax(1).median().item()
     _, [term] = train_ssl.pseudo_label(nets, teacher, batch, options("--conf-threshold", str(limit)), 0.5)
@@ -334,7 +334,7 @@ def test_ua_mt_trusts_by_entropy():
     error = ((p - 0.5) ** 2)
     for t, sure in ((0.0, [1, 3]), (1.0, [0, 1, 3])):
         _, [term] = step_of("ua_mt", [student], teacher, batch, t=t)
-        assert torch.allclose(term.loss(torch.ones(2, 4, 4)), error[sure].mean().expand(2), atol=1e-5), t
+        assert torch.allclose(term.loss(torch.ones(2, 4, 4)), error[sure].mean(), atol=1e-5), t
 
 
 def test_uncertainty_draws_dropout_and_leaves_the_teacher_as_it_was():
@@ -358,8 +358,9 @@ def test_ict_blends_images_answers_and_weights_alike():
     p = teacher(batch.u).softmax(1)
     for i, (j, s) in enumerate(zip(perm.tolist(), share.tolist())):
         assert torch.allclose(echo.seen[0][4 + i], (1 - s) * batch.u[i] + s * batch.u[j], atol=1e-6)
-        error = ((1 - s) * p[i] + s * p[j] - 0.25).square().mean()
-        assert term.loss(torch.ones(4, 32, 32))[i].item() == pytest.approx(error.item(), abs=1e-6)
+        error, only = ((1 - s) * p[i] + s * p[j] - 0.25).square().mean(), torch.zeros(4, 32, 32)
+        only[i] = 1
+        assert term.loss(only).item() == pytest.approx(error.item(), abs=1e-6)
     assert share.std() > 0.05 and torch.allclose(term.target, p) and term.image is batch.u
 
 
@@ -375,7 +376,7 @@ def test_cps_is_symmetric_and_each_learns_from_the_other():
     assert torch.allclose(a.target, logits[1].softmax(1), atol=1e-5) and torch.allclose(b.target, logits[0].softmax(1), atol=1e-5)
     assert torch.allclose(a.loss(ones), seg_loss(logits[0], one_hot(logits[1].argmax(1), 4)), atol=1e-5)
     assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y) + seg_loss(nets[1](batch.x), batch.y), atol=1e-5)
-    a.loss(ones).sum().backward()
+    a.loss(ones).backward()
     assert nets[0].head.weight.grad.abs().sum() > 0 and nets[1].head.weight.grad is None
 
 
@@ -390,11 +391,11 @@ def test_contrastive_adds_a_tenth_of_the_contrast():
     _, [tenth] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5")
     _, [whole] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1")
     base, contrast = without.loss(ones), whole.loss(ones) - without.loss(ones)
-    assert torch.allclose(base, plain.loss(ones), atol=1e-5) and (contrast > 0.1).all()
+    assert torch.allclose(base, plain.loss(ones), atol=1e-5) and contrast > 0.1
     assert torch.allclose(tenth.loss(ones) - base, 0.1 * contrast, atol=1e-5)
     half = ones.clone()
     half[:, :, 16:] = 0    # pixels of no weight have no contrast either: two classes remain, and fewer negatives
-    assert (whole.loss(half) - without.loss(half) < contrast).all()
+    assert whole.loss(half) - without.loss(half) < contrast
     half[:, :, 8:] = 0     # one class remains: none
     assert torch.allclose(whole.loss(half), without.loss(half), atol=1e-6)
     answer[..., 8:] *= 0.1   # the other classes are not confident: one class remains again
@@ -418,22 +419,20 @@ def test_cutmix_shows_another_sample_in_the_box_and_nowhere_else():
 def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
     nets, teacher, batch = setting("4-class gray")
     with torch.no_grad():
-        nets[0].head.weight.mul_(20)
-        p = copy.deepcopy(nets[0]).eval()(batch.u).softmax(1)
-    limit = p.amax(1).median().item()
-    nets[0].train()
-    _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", str(limit))
-    assert nets[0].training and torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
+        torch.manual_seed(7)
+        p = copy.deepcopy(nets[0])(torch.cat([batch.x, batch.u]))[3:].softmax(1)   # in train mode, in one pass with the labeled images
+    _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", "0.5")
+    assert torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
     echo = Echo(torch.randn(1, 4, 1, 1))
     hard = one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32)
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", "0")
     perm, box = term.mix
-    shown = echo.seen[1][3:]
-    assert torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
+    shown = echo.seen[1]
+    assert torch.equal(echo.seen[0], torch.cat([batch.x, batch.u])) and torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
     assert torch.allclose(term.loss(torch.ones(3, 32, 32)), seg_loss(echo.logits.expand(3, 4, 32, 32), hard), atol=1e-5)
     certain = echo.logits.softmax(1).max().item() + 0.01   # nothing is confident: nothing is learned
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", str(certain))
-    assert (term.loss(torch.ones(3, 32, 32)) == 0).all()
+    assert term.loss(torch.ones(3, 32, 32)) == 0
 
 
 class Threshold(nn.Module):
@@ -477,11 +476,12 @@ def test_unimatch_weighs_its_three_streams_a_quarter_twice_and_a_half():
     loss = seg_loss(echo.logits.expand(3, 4, 32, 32), one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32))
     for term, weight in zip(terms, (0.25, 0.25, 0.5), strict=True):
         assert torch.allclose(term.loss(torch.ones(3, 32, 32)), weight * loss, atol=1e-6)
-    shown = echo.seen[1][3:].split(3)
+    assert torch.equal(echo.seen[0], torch.cat([batch.x, batch.u]))
+    shown = echo.seen[1].split(3)
     for strong, image, term in ((batch.s1, shown[0], terms[0]), (batch.s2, shown[1], terms[1])):
         perm, box = term.mix
         assert torch.equal(image, torch.where(box[:, None] > 0, strong[perm], strong))
-    assert torch.equal(shown[2], batch.u) and terms[2].mix is None
+    assert terms[2].mix is None
 
 
 def test_unimatch_drops_half_of_the_channels_of_the_weak_view_only():
@@ -490,9 +490,9 @@ def test_unimatch_drops_half_of_the_channels_of_the_weak_view_only():
     decode = nets[0].decode
     nets[0].decode = lambda features: seen.append(features) or decode(features)
     step_of("unimatch", nets, teacher, batch)
-    for f in seen[-1]:   # x, s1, s2, u
-        dropped = (f.flatten(2).abs().sum(2) == 0).float()
-        assert dropped[:9].mean() < 0.05 and 0.3 < dropped[9:].mean() < 0.75
+    for clean, strong in zip(*seen):   # x, u, and u again; s1, s2
+        dropped, others = ((f.flatten(2).abs().sum(2) == 0).float() for f in (clean, strong))
+        assert dropped[:6].mean() < 0.05 and 0.3 < dropped[6:].mean() < 0.75 and others.mean() < 0.05
 
 
 @pytest.mark.parametrize("B, U", [(4, 4), (2, 5), (5, 2), (3, 1)])
@@ -501,7 +501,7 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
     x, u = torch.full((B, 1, 30, 30), 1.0), torch.full((U, 1, 30, 30), -1.0)
     y = one_hot(torch.ones(B, 30, 30), 2)
     echo, teacher = Echo(torch.randn(1, 2, 30, 30)), Echo(torch.tensor([2.0, 0.0])[None, :, None, None])
-    sup, [term] = step_of("bcp", [echo], teacher, train_ssl.Batch(x, y, u, u, u))
+    sup, [term] = step_of("bcp", [echo], teacher, train_ssl.Batch(x, y, u, u, u), "--no-largest-component")
     n = max(B, U)
     labeled = (echo.seen[0][:, 0] == 1).float()                                   # [n, 30, 30]
     assert labeled.shape == (n, 30, 30) and set(echo.seen[0].unique().tolist()) == {-1.0, 1.0}
@@ -512,7 +512,7 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
     logits = echo.logits.expand(n, -1, -1, -1)
     assert torch.allclose(sup, seg_loss(logits, y[:1].expand(n, -1, -1, -1), labeled))
     assert term.image.shape == (n, 1, 30, 30) and term.target.shape == (n, 2, 30, 30)
-    assert torch.allclose(train_ssl.as_seen(torch.ones(n, 30, 30), term).mean((1, 2)), torch.ones(n))   # no direction outweighs the other
+    assert torch.equal(train_ssl.as_seen(torch.ones(n, 30, 30), term), 1 - labeled)
     for weights in (torch.ones(n, 30, 30), torch.rand(n, 30, 30)):
         loss = term.loss(train_ssl.as_seen(weights, term))
         assert torch.allclose(loss, seg_loss(logits, one_hot(torch.zeros(n, 30, 30), 2), weights * (1 - labeled)), atol=1e-6)
@@ -554,8 +554,8 @@ def test_largest_component_of_a_pseudo_label():
     assert torch.equal(kept.movedim(1, -1)[same], p.movedim(1, -1)[same])
     assert torch.allclose(kept.amax(1), p.amax(1))   # what was removed is trusted as much as it was before
     _, teacher, batch = setting("binary RGB")
-    _, [plain] = step_of("bcp", [teacher], teacher, batch)
-    _, [largest] = step_of("bcp", [teacher], teacher, batch, "--largest-component")
+    _, [plain] = step_of("bcp", [teacher], teacher, batch, "--no-largest-component")
+    _, [largest] = step_of("bcp", [teacher], teacher, batch)
     assert not torch.equal(plain.target, largest.target)
     assert torch.equal(largest.target, train_ssl.keep_largest(plain.target))
 
@@ -582,17 +582,22 @@ def test_schedules():
     assert before.item() == plain.item()  # before its warm-up has passed, every method is the supervised one
 
 
-def test_teacher_is_the_ema_of_parameters_with_copied_buffers():
-    nets, teacher, _ = setting("binary RGB")
-    before = [p.clone() for p in teacher.parameters()]
+def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student():
+    nets, teacher, batch = setting("binary RGB")
     nets[0].down[0][1].running_mean.fill_(3.0)
+    before, now = ([v.clone() for v in models.averaged(net)] for net in (teacher, nets[0]))
     models.update_average(teacher, nets[0], 10_000, 0.99)
-    for old, new, p in zip(before, teacher.parameters(), nets[0].parameters()):
-        assert torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6)
-    assert (teacher.down[0][1].running_mean == 3).all()
-    models.update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (step + 1)
-    again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, nets[0].parameters())]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, teacher.parameters()))
+    assert all(torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6) for old, new, p in zip(before, models.averaged(teacher), now))
+    assert torch.allclose(teacher.down[0][1].running_mean, torch.tensor(0.03))
+    models.update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (count + 1)
+    again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, now)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, models.averaged(teacher)))
+    args, on = train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.3"]), models.compute("cpu", "off")
+    run = train_ssl.Run(nets, teacher, None, torch.optim.SGD(nets[0].parameters(), 0.1), on.scaler(), on)
+    equal = lambda: [torch.equal(a, b) for a, b in zip(models.averaged(teacher), models.averaged(nets[0]))]
+    for step in range(1, 6):
+        train_ssl.train_step(run, batch, args, step)
+        assert all(equal()) == (step <= 4)   # the first step with lambda is the fifth
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -620,7 +625,7 @@ def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
     state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp, "--steps", 2, "--lam-ramp", 0, "--qar-warmup", 0, "--qar-ramp", 0)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert state["step"] == 2 and [r["step"] for r in rows] == ["2"] and (tmp_path / "best.pt").exists()
-    assert float(rows[0]["lam"]) == 0.25 and (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
+    assert float(rows[0]["lam"]) == state["args"]["lam"] and (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
 
