@@ -1,7 +1,7 @@
 """Are our baselines as strong as the published code? Every method on three data sets, and guidance beside it (results/baselines.md).
 
-    python results/baselines.py run ph2 --rows supervised mean_teacher --seeds 0 1 2
-    python results/baselines.py table
+    python results/baselines.py ph2 --rows supervised mean_teacher --seeds 0 1 2
+    python results/baselines.py     adds the runs that are finished to baselines.csv, and prints its tables
 
 Reads  runs/ph2.h5, cvc.h5, acdc.h5, whose test split nobody trains on (results/protocol.md says how they are made); guided rows
        also runs/b/DATA/g/qp.pt.
@@ -9,10 +9,14 @@ Writes runs/b/DATA/ROW-SEED/: a run of train_ssl.py and its scores on test; resu
 
 Until lambda sets in, all runs of a seed are the same supervised training. `start` does it once, and each run goes on from its
 checkpoint: the weights are those of the whole command, to the last bit. Several processes may share a list of runs.
-The column `code` of baselines.csv says whose training step it was: ours, or that of published code, which stands outside the project.
+Runs of published code are in runs/b/DATA/published-METHOD-SEED: its training step took the place of ours, all else is the same. That code is
+not part of the project; its scores are kept in baselines.csv.
 """
 import csv
+import glob
+import json
 import os
+import statistics
 import sys
 import time
 
@@ -84,12 +88,57 @@ def go_on(data, row, seed, out, start):
     train_ssl.main([*argv, "--resume"])
 
 
+COLUMNS = ["code", "data", "row", "seed", "best", "last"]
+
+
+def collect():
+    """The scores of baselines.csv, and of the runs that are at hand in their place. -> {(code, data, row, seed): (best, last)}, Dice in %"""
+    scores = {}
+    if os.path.isfile(SCORES):
+        with open(SCORES, newline="") as f:
+            scores = {tuple(line[:4]): tuple(map(float, line[4:])) for line in list(csv.reader(f))[1:]}
+    for path in glob.glob("runs/b/*/*/test/summary.json"):
+        data, run = path.split(os.sep)[2:4]
+        row, seed = run.removeprefix("published-").rsplit("-", 1)
+        code = "published" if run.startswith("published-") else "ours"
+        if row in ROWS:
+            with open(path) as f:
+                scores[code, data, row, seed] = tuple(round(one["Dice %"][0], 2) for one in json.load(f)["rows"])
+    return scores
+
+
+def keep(scores):
+    """Writes baselines.csv."""
+    with open(SCORES, "w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([COLUMNS, *([*key, *value] for key, value in sorted(scores.items()))])
+
+
+def table(scores, which):
+    """Mean and deviation over seeds, a line for each row. which: 0 best.pt, 1 last.pt -> Markdown"""
+    def cell(code, data, row):
+        found = [value[which] for key, value in scores.items() if key[:3] == (code, data, row)]
+        if not found:
+            return ""
+        return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "") + (f" ({len(found)})" if len(found) < 3 else "")
+    lines = ["| method | " + " | ".join(f"{data}, ours | published" for data in DATA) + " |", "|---" * (1 + 2 * len(DATA)) + "|"]
+    for row in ROWS:
+        cells = [cell(code, data, row) for data in DATA for code in ("ours", "published")]
+        if any(cells):
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main():
     p = Parser(__doc__, prog="baselines.py")
-    p.add_argument("data", choices=DATA, nargs="?", help="no data set: print the table")
+    p.add_argument("data", choices=DATA, nargs="?", help="no data set: the tables")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = p.parse_args()
+    if not args.data:
+        keep(scores := collect())
+        for which, name in enumerate(("at the best validation since lambda set in", "at the last step")):
+            print(f"Test Dice, %, {name}\n\n{table(scores, which)}\n")
+        return
     for seed in args.seeds:
         for row in args.rows:
             run(args.data, row, seed)

@@ -1,0 +1,137 @@
+"""Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines.md is right."""
+import csv
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "results"))
+
+import baselines  # noqa: E402
+import train_ssl  # noqa: E402
+from data import h5  # noqa: E402
+from models.losses import dice_loss, one_hot  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory):
+    """Small bright disks in noise, beside a bar as bright; every other image has none, so that empty pseudo-labels are tempting."""
+    rng = np.random.default_rng(0)
+    row, column = np.mgrid[:32, :32]
+
+    def cases():
+        for split, count in (("train", 36), ("val", 12)):
+            for i in range(count):
+                y, x, radius = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(3, 5)
+                image, bar = rng.normal(0, 1, (32, 32)), rng.integers(4, 28)
+                image[bar:bar + 2] += 2
+                disk = ((row - y) ** 2 + (column - x) ** 2 < radius ** 2) & (i % 2 == 0)
+                yield h5.Case(split, f"{split}{i}", (image + 2 * disk).astype(np.float32), disk.astype(np.uint8), f"{split}{i}", None, "made")
+    path = tmp_path_factory.mktemp("disks") / "disks.h5"
+    h5.write(path, cases(), name="disks", classes=["background", "disk"], dims=2, channels=1)
+    return str(path)
+
+
+def log_of(data, out, *more):
+    size = "--size 32 --width 8 --batch 6 --batch-unlabeled 6 --labeled 8 --steps 120 --eval-every 40 --lr 3e-3 --lam-warmup 0.4 --lam-ramp 0 --strength 0"
+    train_ssl.main([data, "--out", str(out), *size.split(), *more])
+    with open(out / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("method", ["--method bcp --no-largest-component", "--method pseudo_label --lam 1 --conf-threshold 0"])
+def test_pseudo_labels_do_not_collapse(method, disks, tmp_path):
+    """With the student's batch-norm statistics in the teacher and Dice smoothed by 1, these end at .50 (nothing is found) and .74."""
+    last = log_of(disks, tmp_path, *method.split())[-1]
+    assert float(last["val_dice"]) > 0.8 and 0.5 < float(last["share"]) / float(last["share_y"]) < 2 and not last["note"]
+
+
+def test_an_image_without_a_class_does_not_pull_toward_empty_predictions():
+    """Beside an image with the class, a little soft foreground costs an image without it next to nothing, however large its share is there."""
+    label = torch.zeros(2, 8, 8)
+    label[0, 2:6, 2:6] = 1
+    logits = 8 * one_hot(label, 2) - 4
+    logits[1, 1] = -2.0
+    logits.requires_grad_()
+    pull, = torch.autograd.grad(dice_loss(logits, one_hot(label, 2)), logits)
+    alone = logits[1:].detach().requires_grad_()
+    p = alone.softmax(1)[:, 1]
+    former, = torch.autograd.grad(1 - 1 / (p.sum() + 1), alone)   # Dice of that image by itself, smoothed by 1
+    assert pull[1].abs().sum() < former.abs().sum() / 5
+
+
+ALARMS = [({"share": 0.01, "share_y": 0.04}, 0.5, 0.5, "1% of the pseudo-labels' pixels, 4% of the labels'"),
+          ({"share": 0.13, "share_y": 0.04}, 0.5, 0.5, "13% of the pseudo-labels' pixels"),
+          ({"share": 0.04, "share_y": 0.04}, 0.3, 0.5, "val Dice fell from 0.500 to 0.300"),
+          ({"share_y": 0.04}, 0.3, 0.5, "val Dice fell"),
+          ({"share": 0.02, "share_y": 0.04}, 0.4, 0.5, ""), ({"share": 0.1, "share_y": 0.04}, 0.6, 0.5, ""), ({"share_y": 0.04}, 0.0, -1.0, ""),
+          ({"share": 0.02, "share_y": 0.0}, 0.5, 0.5, "")]
+
+
+@pytest.mark.parametrize("parts, dice, best, says", ALARMS)
+def test_the_alarm(parts, dice, best, says):
+    args = train_ssl.parse_args(["d", "--out", "o", "--method", "bcp"])
+    line = train_ssl.alarm(parts, dice, best, args)
+    assert says in line and bool(line) == bool(says) and "\n" not in line
+    assert not line or all(remedy in line for remedy in ("--lam", "--lam-warmup", "--weight quality"))
+
+
+def test_the_alarm_names_what_a_run_can_change():
+    fell = lambda *more: train_ssl.alarm({"share_y": 0.1}, 0.1, 0.9, train_ssl.parse_args(["d", "--out", "o", *more]))
+    assert fell().endswith("try a lower --lr") and fell("--qar", "1", "--qp", "g").endswith("try a lower --qar, guidance (--weight quality, --correct)")
+    assert "guidance" not in fell("--method", "ict", "--weight", "quality", "--qp", "g")
+
+
+def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkeypatch, capsys):
+    """A teacher that finds nothing: the line stands once on the screen, in each row of the log, and the log can still be drawn."""
+    from data import figures
+    nothing = lambda net, image: one_hot(torch.zeros(len(image), *image.shape[2:]), 4)
+    monkeypatch.setattr(train_ssl, "probabilities", nothing)
+    train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "mean_teacher", "--size", "32", "--width", "4", "--batch", "3",
+                    "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "2", "--lam-warmup", "0.4", "--lam-ramp", "0"])
+    with open(tmp_path / "log.csv", newline="") as f:
+        notes = [row["note"] for row in csv.DictReader(f)]
+    told = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: a class takes 0% of the pseudo-labels' pixels")]
+    assert not notes[0] and all(notes[1:]) and told == [notes[1]]
+    assert figures.read_log(str(tmp_path / "log.csv"))["share"][1:].tolist() == [0, 0]
+
+
+def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monkeypatch):
+    """A validation before lambda sets in belongs to another training, however good it was."""
+    values = iter([0.9, 0.8, 0.3, 0.4, 0.35])
+    monkeypatch.setattr(train_ssl.evaluate, "mean_dice", lambda table: (next(values), [0.0] * 3))
+    train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "ict", "--size", "32", "--width", "4", "--batch", "3",
+                    "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "1", "--lam-warmup", "0.4", "--patience", "100"])
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]
+    assert best == dict(dice=0.4, step=4)
+
+
+@pytest.mark.parametrize("row", ["mean_teacher", "cps", "bcp"])
+def test_a_run_of_the_comparison_is_the_whole_command(row, gray, tmp_path, monkeypatch):
+    """Going on from the shared start gives the weights of the whole command, to the last bit; its scores come into the table."""
+    import evidence
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs")
+    evidence.split([gray, "runs/tiny.h5", "--patients", "1"])
+    monkeypatch.setattr(baselines, "START", 2)
+    monkeypatch.setattr(baselines, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split())
+    monkeypatch.setattr(baselines, "DATA", {"tiny": "--labeled 2"})
+    monkeypatch.setattr(baselines, "SCORES", "scores.csv")
+    if row == "mean_teacher":
+        baselines.run("tiny", "supervised", 1)
+    baselines.run("tiny", row, 1)
+    train_ssl.main(baselines.command("tiny", row, 1, "whole"))
+    a, b = (torch.load(path, weights_only=True) for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt"))
+    assert all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
+    assert ("ours", "tiny", row, "1") in baselines.collect()
+
+
+def test_the_table_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(baselines, "SCORES", "scores.csv")
+    scores = {("ours", "ph2", "bcp", str(seed)): (90.0 + seed, 80.0) for seed in range(3)} | {("published", "ph2", "bcp", "0"): (70.0, 60.0)}
+    baselines.keep(scores)
+    assert baselines.collect() == scores
+    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in baselines.table(scores, 0) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in baselines.table(scores, 1)
