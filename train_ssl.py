@@ -53,12 +53,13 @@ def parse_args(argv=None):
     p.add_argument("--unlabeled", metavar="OTHER.h5", help="a second file whose train and unlabeled images join the unlabeled ones")
     p.section("method")
     p.add_argument("--method", choices=METHODS, default="supervised", help="semi-supervised method")
-    p.add_argument("--conf-threshold", type=SHARE,
-                   help=f"pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps all ({defaults_of('conf_threshold')})")
+    p.add_argument("--conf-threshold", type=SHARE, help="pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence are left out; 0 keeps "
+                   f"all ({defaults_of('conf_threshold')})")
     p.add_argument("--lam", type=number(0, 1e6, float), help=f"lambda: weight of the unlabeled loss after its ramp ({defaults_of('lam')})")
     p.add_argument("--lam-warmup", type=SHARE, help=f"share of training before the unlabeled loss sets in ({defaults_of('lam_warmup')})")
     p.add_argument("--lam-ramp", type=SHARE, help=f"share of training over which lambda then grows ({defaults_of('lam_ramp')})")
-    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99, help="decay of the teacher, which starts from the student where lambda sets in")
+    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
+                   help="decay of the teacher, which starts from the student where lambda sets in")
     p.add_argument("--mc-passes", type=number(1, 1000), default=8, help="ua_mt: noisy passes of the teacher")
     p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0, help="ict: two images are blended by Beta(alpha, alpha)")
     p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1, help="contrastive: weight of the contrast")
@@ -494,6 +495,11 @@ def ramp(t, warmup, length):
     return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
 
 
+def onset(args):
+    """The number of steps before the unlabeled loss sets in."""
+    return round(args.lam_warmup * args.steps)
+
+
 def lambdas(args, t):
     """Weights of the unlabeled loss and of QAR at progress t. While the first is 0, a step is a supervised one: the unlabeled images would
     only slow it, and in a batch with the labeled ones shift the statistics of batch norm."""
@@ -528,7 +534,7 @@ def train_step(run, batch, args, step):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    models.update_average(run.teacher, run.nets[0], max(0, step - 1 - round(args.lam_warmup * args.steps)), args.ema)
+    models.update_average(run.teacher, run.nets[0], max(0, step - 1 - onset(args)), args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 
@@ -732,9 +738,10 @@ def main(argv=None):
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: (1 - step / args.steps) ** 0.9
     run = Run(nets, teacher, g, optimizer, on.scaler(), on)
-    onset = round(args.lam_warmup * args.steps) if args.method != "supervised" else -1
     first, best, parts, seconds = 0, dict(dice=-1.0, step=0), [], 0.0  # parts: those of each step since the last validation
     if resumed:
+        if resumed["parts"].shape[1] != len(PARTS):
+            raise InputError(f"{args.out}/last.pt: was started by an earlier version, whose losses were others; replace it with --overwrite")
         for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
             net.load_state_dict(weights)
         optimizer.load_state_dict(resumed["optimizer"])
@@ -755,8 +762,8 @@ def main(argv=None):
                             parts=parts.cpu(), seconds=time.perf_counter() - start)
 
     distributed.wait()  # until all have looked at what is in OUT
-    log = Log(args.out, ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms", "note"], first,
-              writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS[:-2], "lam", "val_dice"])
+    columns = ["step", *PARTS, "lam", "lr", "val_dice", *(f"val_{c}" for c in info.classes[1:]), "g_true", "g_predicted", "g_mae", "ms", "note"]
+    log = Log(args.out, columns, first, writes=distributed.rank() == 0, fresh=not resumed, shown=["step", *PARTS[:-2], "lam", "val_dice"])
     print(f"{args.method}: {models.parameters(nets[0]) / 1e6:.1f} M parameters, {len(labeled)} labeled and {len(unlabeled)} unlabeled "
           f"{'slices' if info.dims == 2 else 'volumes'} ({dict(device='on the device', ram='in memory', off='read from disk')[args.cache]}), {on}"
           + (f", {distributed.world()} processes" if distributed.world() > 1 else "") + (f", from step {first}" if first else ""))
@@ -779,7 +786,7 @@ def main(argv=None):
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
                 note = alarm(averages, dice, best["dice"], args)
-                if best["step"] <= onset < step:  # a Dice from before lambda set in is another training's
+                if args.method != "supervised" and best["step"] <= onset(args) < step:  # a Dice from before lambda set in is another training's
                     best = dict(dice=-1.0, step=step)
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)

@@ -119,7 +119,8 @@ def table(scores, which):
         found = [value[which] for key, value in scores.items() if key[:3] == (code, data, row)]
         if not found:
             return ""
-        return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "") + (f" ({len(found)})" if len(found) < 3 else "")
+        deviation = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        return f"{statistics.mean(found):.1f}{deviation}" + (f" ({len(found)})" if len(found) < 3 else "")
     lines = ["| method | " + " | ".join(f"{data}, ours | published" for data in DATA) + " |", "|---" * (1 + 2 * len(DATA)) + "|"]
     for row in ROWS:
         cells = [cell(code, data, row) for data in DATA for code in ("ours", "published")]

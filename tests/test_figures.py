@@ -132,7 +132,7 @@ def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, c
     train(gray, tmp_path, "--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1], "--lam-warmup", 0, "--lam-ramp", 0, "--weight-threshold", 0)
     said = capfd.readouterr()
     assert said.err == ""
-    lines = said.out.split("\n")
+    lines = [line for line in said.out.split("\n") if not line.startswith("warning: ")]
     table = lines[next(i for i, line in enumerate(lines) if line.strip().startswith("step")):][:3]
     assert all(len(line) <= 80 for line in table) and len({len(line) for line in table}) == 1
     assert table[0].split() == ["step", "loss", "sup", "unsup", "qar", "weight", "ess", "lam", "val_dice"]
@@ -141,7 +141,7 @@ def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, c
     assert [float(v) for v in table[1].split()] == pytest.approx([float(rows[0][c]) for c in table[0].split()], rel=0.01, abs=1e-4)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {"loss", "sup", "unsup", "qar", "weight", "ess", "lam", "lr", "val_dice", "g_true", "g_predicted", "g_mae"} <= set(events.Tags()["scalars"])
+    assert {"loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y", "lam", "lr", "val_dice", "g_true", "g_predicted", "g_mae"} <= set(events.Tags()["scalars"])
     assert len(events.Tags()["images"]) == 2
     for name in ("ess", "g_predicted"):
         assert [e.value for e in events.Scalars(name)] == pytest.approx([float(r[name]) for r in rows], rel=1e-4)
@@ -151,12 +151,13 @@ def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, c
 
 def test_weights_are_averaged_over_steps_that_have_some():
     """Lambda sets in after half of the ten steps; of the supervised method nothing is weighed."""
-    table = torch.tensor([[1.0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [3, 1, 2, 0, 0.5, 0.25], [3, 1, 2, 0, 0.3, 0.75]])
+    none, some = [1.0, 1, 0, 0, 0, 0, 0, 0.1], [[3.0, 1, 2, 0, 0.5, 0.25, 0.2, 0.1], [3.0, 1, 2, 0, 0.3, 0.75, 0.4, 0.1]]
+    table = torch.tensor([none, none, *some])
     args = train_ssl.parse_args(["f.h5", "--out", "runs/x", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.55", "--lam-ramp", "0.05"])
-    assert train_ssl.averaged(table, 8, args) == pytest.approx(dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5))
-    assert set(train_ssl.averaged(table, 4, args)) == {"loss", "sup", "unsup", "qar"}
+    assert train_ssl.averaged(table, 8, args) == pytest.approx(dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5, share=0.3, share_y=0.1))
+    assert set(train_ssl.averaged(table, 4, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
     args.method = "supervised"
-    assert set(train_ssl.averaged(table, 8, args)) == {"loss", "sup", "unsup", "qar"}
+    assert set(train_ssl.averaged(table, 8, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
 
 
 @pytest.mark.parametrize("kind", ["gray", "volumes"])
