@@ -166,7 +166,7 @@ def train_step(run, masks, rows, args, step):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
-    models.update_average(run.g, run.net, step, args.ema)  # also resets g's temperature; it is fitted before g is asked or kept
+    models.update_average(run.g, run.net, step, args.ema)  # g's temperature, too; it is fitted before g is asked or kept
     return loss.detach()
 
 

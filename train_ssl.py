@@ -5,7 +5,7 @@
 
 Reads  DATA.h5: labels of the labeled train cases and of val; images of all other train cases, of the split `unlabeled`, and of
        --unlabeled OTHER.h5; with --weight quality, --correct or --qar also the qp.pt of train_qp.py.
-Writes OUT/best.pt (the best on val), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
+Writes OUT/best.pt (the best on val since unlabeled images came in), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
 
 One step:  L = L_sup + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
            QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i), or of each pixel
@@ -17,6 +17,7 @@ Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid that f se
 images and labels, u unlabeled images, s1, s2 strong views of u.
 """
 import argparse
+import bisect
 import copy
 import functools
 import math
@@ -136,7 +137,7 @@ def parse_args(argv=None):
 @dataclass
 class Batch:
     """What a method sees. No labels of u."""
-    x: torch.Tensor   # [B, C, *S] labeled images, weak view
+    x: torch.Tensor   # [B, C, *S] labeled images, weak view with some change of intensity
     y: torch.Tensor   # [B, K, *S] their labels, one-hot
     u: torch.Tensor   # [U, C, *S] unlabeled images, weak view
     s1: torch.Tensor  # [U, C, *S] two strong views of u: other intensity, the same geometry
@@ -159,7 +160,7 @@ class Term:
 # ---------------------------------------------------------------------------------------------------- methods
 # method(nets, teacher, batch, args, t) -> supervised loss, [Term, ...].  nets: the students; teacher: EMA of the first, in eval mode;
 # t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two; in DEFAULTS if
-# its options differ from the paper's. Clean images go through a student in one pass, strong views in another, each with its own batch statistics.
+# its options differ from the paper's. Weak and strong views go through a student in passes of their own, so that batch norm does not mix them.
 
 def supervised(nets, teacher, batch, args, t):
     """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
@@ -255,7 +256,7 @@ def fixmatch(nets, teacher, batch, args, t):
     """FixMatch, Sohn et al. 2020, [max p(u) >= threshold] l(p(s1), argmax p(u)) (their Eq. 4): the student's own hard label on the weak view
     teaches it on a strong one, for segmentation with CutMix, as the baseline of UniMatch.
 
-    Deviation: the loss is ours, and relative to the confident pixels, not to all.
+    Deviations: the loss is ours, and relative to the confident pixels, not to all; lambda has a warm-up and a ramp.
     """
     at_x, at_u = together(nets[0], batch.x, batch.u)
     target, (cut, mix) = batch.corrected(at_u.detach().float().softmax(1)), cutmix(batch.u)
@@ -268,7 +269,7 @@ def unimatch(nets, teacher, batch, args, t):
     """UniMatch, Yang et al. 2023: L_u = lambda l(p_fp, p_w) + mu / 2 (l(p_s1, p_w) + l(p_s2, p_w)), lambda = mu = 1/2 (their final loss of
     unlabeled images): two strong views with CutMix, and the weak view with half of the encoder's feature channels dropped.
 
-    Deviations: that of fixmatch; images are mixed within the batch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
+    Deviations: those of fixmatch; images are mixed within the batch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
     """
     B, U = len(batch.x), len(batch.u)
     features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
@@ -288,8 +289,8 @@ def bcp(nets, teacher, batch, args, t):
     """BCP, Bai et al. 2023: X_in = M x + (1 - M) u and X_out = M u + (1 - M) x with M a box of 2/3 of each side, L = l on the labeled pixels
     against y + alpha l on the unlabeled ones against the teacher's hard label. Until lambda sets in, `copy_paste` trains on labeled images alone.
 
-    As in the paper, half of the images take part in each direction. Deviations: both directions are pooled, not summed; a box for each
-    pair; the second stage goes on from the first one's last weights, not its best.
+    alpha is --lam. As in the paper, half of the images take part in each direction. Deviations: both directions are pooled, not summed; a box
+    for each pair; the second stage goes on from the first one's last weights, not its best.
     """
     belief = batch.corrected(probabilities(teacher, batch.u))
     target = keep_largest(belief) if args.largest_component else belief
@@ -315,8 +316,8 @@ STUDENTS = {"cps": 2}             # the others have one
 WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 
-PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)   # the schedule of QW
-DEFAULTS = {                      # options of a method whose own publication has other ones, or none (results/baselines.md)
+PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
+DEFAULTS = {                      # where a method's own publication says otherwise, or a larger lambda did better (results/baselines.md)
     "mean_teacher": dict(lam=3.0), "ua_mt": dict(lam=3.0), "ict": dict(lam=3.0), "cps": dict(lam=1.0),
     "fixmatch": dict(lam=1.0, conf_threshold=0.95), "unimatch": dict(lam=1.0, conf_threshold=0.95),
     "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),
@@ -341,7 +342,7 @@ def harden(p):
 
 
 def together(net, *images):
-    """One pass over several batches, whose images batch norm sees alike."""
+    """One pass over several batches, which share the statistics of batch norm."""
     return net(models.channels_last(torch.cat(images))).split([len(i) for i in images])
 
 
@@ -495,15 +496,22 @@ def ramp(t, warmup, length):
     return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
 
 
-def onset(args):
-    """The number of steps before the unlabeled loss sets in."""
-    return round(args.lam_warmup * args.steps)
-
-
 def lambdas(args, t):
     """Weights of the unlabeled loss and of QAR at progress t. While the first is 0, a step is a supervised one: the unlabeled images would
     only slow it, and in a batch with the labeled ones shift the statistics of batch norm."""
     return args.lam * ramp(t, args.lam_warmup, args.lam_ramp), args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
+
+
+def needs_unlabeled(args, step):
+    """Whether anybody will look at a step's unlabeled images."""
+    lam, lam_qar = lambdas(args, (step - 1) / args.steps)
+    return bool(lam_qar or (lam and args.method != "supervised"))
+
+
+def onset(args):
+    """The number of supervised steps before unlabeled images come in; 0 if they never do."""
+    count = bisect.bisect_left(range(1, args.steps + 1), True, key=lambda step: needs_unlabeled(args, step))
+    return count % args.steps
 
 
 def total_loss(nets, teacher, g, batch, args, t):
@@ -539,12 +547,6 @@ def train_step(run, batch, args, step):
 
 
 # ---------------------------------------------------------------------------------------------------- batches
-
-def needs_unlabeled(args, step):
-    """Whether anybody will look at a step's unlabeled images."""
-    lam, lam_qar = lambdas(args, (step - 1) / args.steps)
-    return bool(lam_qar or (lam and args.method != "supervised"))
-
 
 class Feed(torch.utils.data.Dataset):
     """Item n are the images of step n, as they are stored: labeled, and unlabeled ones or None. The same whoever reads them, and whether before or
@@ -628,7 +630,7 @@ def set_defaults(args, info):
             raise InputError(f"--{name} is an option of --model {', '.join(n for n in models.segmentation_networks() if name in models.options(n))}")
     network = dict(name=args.model, channels=info.channels, classes=len(info.classes), dims=info.dims, **options)
     try:
-        models.check(network, h5.shape_of(args.size), args.batch)
+        models.check(network, h5.shape_of(args.size), args.batch if args.method == "supervised" else min(args.batch, args.batch_unlabeled))
     except Exception as error:  # a network's own words
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         raise InputError(f"--model {args.model}: {' '.join(text.split())[:300]}") from None
@@ -662,14 +664,15 @@ def alarm(parts, dice, best, args):
     """
     share, truth = parts.get("share"), parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
-        sign = f"a class takes {100 * share:.2g}% of the pseudo-labels' pixels, {100 * truth:.2g}% of the labels'"
+        sign = f"foreground classes take {100 * share:.2g}% of the pseudo-labels' pixels each, {100 * truth:.2g}% of the labels'"
     elif dice < best * 2 / 3:
         sign = f"val Dice fell from {best:.3f} to {dice:.3f}"
     else:
         return ""
-    remedies = [] if args.method == "supervised" else ["a lower --lam", "a later --lam-warmup"]
-    remedies += ["a lower --qar"] if args.qar else []
-    remedies += ["guidance (--weight quality, --correct)"] if remedies and args.weight != "quality" and not args.correct else []
+    remedies = ["a lower --qar"] if args.qar else []
+    if args.method != "supervised":
+        remedies += ["a lower --lam", "a later --lam-warmup"]
+        remedies += [] if args.correct or args.weight == "quality" else ["guidance (--weight quality, --correct)"]
     return f"warning: {sign}; try {', '.join(remedies or ['a lower --lr'])}"
 
 
@@ -738,15 +741,14 @@ def main(argv=None):
         optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
         factor = lambda step: (1 - step / args.steps) ** 0.9
     run = Run(nets, teacher, g, optimizer, on.scaler(), on)
-    first, best, parts, seconds = 0, dict(dice=-1.0, step=0), [], 0.0  # parts: those of each step since the last validation
+    first, best, peak, parts, seconds = 0, dict(dice=-1.0, step=0), -1.0, [], 0.0  # parts: those of each step since the last validation
     if resumed:
-        if resumed["parts"].shape[1] != len(PARTS):
-            raise InputError(f"{args.out}/last.pt: was started by an earlier version, whose losses were others; replace it with --overwrite")
         for net, weights in zip([*nets, teacher], [*resumed["nets"], resumed["teacher"]]):
             net.load_state_dict(weights)
         optimizer.load_state_dict(resumed["optimizer"])
         run.scaler.load_state_dict(resumed["scaler"])
-        first, best, parts, seconds = resumed["step"], resumed["best"], [*resumed["parts"].to(on.device)], resumed["seconds"]
+        first, best, peak = resumed["step"], resumed["best"], resumed["peak"]
+        parts, seconds = [*resumed["parts"].to(on.device)], resumed["seconds"]
 
     def means(step):
         """Of the parts of each step since the last validation, over processes. -> [steps, parts]; refuses to go on where one is not finite"""
@@ -757,7 +759,7 @@ def main(argv=None):
     def save(name, step, parts=torch.zeros(0, len(PARTS)), finished=False):
         if distributed.rank() == 0:
             save_checkpoint(os.path.join(args.out, name), "ssl", model=nets[0].config, nets=[net.state_dict() for net in nets],
-                            teacher=teacher.state_dict(), args=vars(args), step=step, best=best, optimizer=optimizer.state_dict(), finished=finished,
+                            teacher=teacher.state_dict(), args=vars(args), step=step, best=best, peak=peak, optimizer=optimizer.state_dict(), finished=finished,
                             scaler=run.scaler.state_dict(), data=info.describe(), inputs=inputs, labeled=sorted({*labeled.case, *seen}),
                             parts=parts.cpu(), seconds=time.perf_counter() - start)
 
@@ -785,15 +787,15 @@ def main(argv=None):
             if step % args.eval_every == 0 or step == args.steps:
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
-                note = alarm(averages, dice, best["dice"], args)
-                if args.method != "supervised" and best["step"] <= onset(args) < step:  # a Dice from before lambda set in is another training's
+                note, peak = alarm(averages, dice, peak, args), max(dice, peak)
+                if best["step"] <= onset(args) < step:  # a Dice from before unlabeled images came in is another training's
                     best = dict(dice=-1.0, step=step)
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)
                 log.write(step, note=note, **averages, lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
                           **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds, **(look(nets[0], g, watched, on) if watched else {}))
-                finished = step == args.steps or step - best["step"] >= args.patience * args.eval_every
+                finished = step == args.steps or step - max(best["step"], onset(args)) >= args.patience * args.eval_every
                 parts, start = [], time.perf_counter()
                 save("last.pt", step, finished=finished)
                 if finished:

@@ -50,7 +50,9 @@ def weak(image, label=None):
 
 
 def strong(image, strength=1.0):
-    """Random intensity on a weak view: contrast, brightness, color, gamma, blur, noise; the geometry stays."""
+    """Random intensity on a weak view: contrast, brightness, color, gamma, blur, noise; the geometry stays. Strength 0 changes nothing."""
+    if not strength:
+        return image
     s, B = strength, len(image)
     channel = torch.rand(B, image.shape[1], *(1,) * (image.dim() - 2), device=image.device)
     x = image * uniform(1 - 0.4 * s, 1 + 0.4 * s, image) + uniform(-0.4 * s, 0.4 * s, image)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 FORMAT = 1  # of every file that a stage hands to the next one
+TRAINING = 2  # of what a step of training computes; a run goes on only as it began
 
 
 class InputError(Exception):
@@ -255,7 +256,7 @@ def save_checkpoint(path, stage, **state):
     """Writes a checkpoint of `stage` ("weak", "qp", "ssl"): plain containers, numbers and tensors only."""
     with replacing(path) as temporary:
         try:
-            torch.save(dict(format=FORMAT, stage=stage, torch=str(torch.__version__), **state), temporary)
+            torch.save(dict(format=FORMAT, training=TRAINING, stage=stage, torch=str(torch.__version__), **state), temporary)
         except RuntimeError as error:  # all that torch says of a failed write
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
@@ -400,6 +401,8 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
     if not os.path.isfile(last):
         raise InputError(f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out")
     state = load_checkpoint(last, stage)
+    if not state["finished"] and state.get("training") != TRAINING:
+        raise InputError(f"{last}: was started by another version, whose losses are others; replace it with --overwrite, or choose another --out")
     for key, value in vars(args).items():
         if key not in state["args"] and not value:  # an option that is younger than the run, and off
             continue

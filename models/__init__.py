@@ -83,7 +83,8 @@ def check(config, shape, batch=2):
         with torch.no_grad():
             net(torch.zeros(1, config["channels"], *shape))
     if batch == 1 and max(shape) <= coarsest:
-        raise ValueError(f"one image of {text} is a single pixel in its deepest level, where batch norm needs two; give a larger --size or --batch")
+        raise ValueError(f"one image of {text} is a single pixel in its deepest level, where batch norm needs two; give a larger --size, --batch or "
+                         "--batch-unlabeled")
 
 
 def load_encoder(net, source):
@@ -237,10 +238,12 @@ def update_average(average, net, count, decay):
     """Exponential moving average of weights, and of batch norm's statistics, with decay min(1 - 1 / (count + 1), decay).
 
     count: steps that the average has seen; at 0 it becomes a copy. Statistics of the present network would not fit averaged weights:
-    with them, pseudo-labels collapse (results/baselines.md).
+    with them, pseudo-labels collapse (results/baselines.md). Counts of batches are copied.
     """
     decay = min(1 - 1 / (count + 1), decay)
     torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
+    if counts := [b for b in average.buffers() if not b.is_floating_point()]:
+        torch._foreach_copy_(counts, [b for b in net.buffers() if not b.is_floating_point()])
 
 
 def averaged(net):

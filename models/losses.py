@@ -79,8 +79,8 @@ def to_samples(value, like):
 
 
 def in_batch(x):
-    """Sum over batch and space, mean over processes. [B, K, *S] -> [K]"""
-    return distributed.differentiable_mean(x.sum([0, *range(2, x.dim())]))
+    """Sum over batch, space and processes. [B, K, *S] -> [K]"""
+    return distributed.world() * distributed.differentiable_mean(x.sum([0, *range(2, x.dim())]))
 
 
 def weighted_mean(value, weight=None):

@@ -7,8 +7,8 @@ Reads  runs/ph2.h5, cvc.h5, acdc.h5, whose test split nobody trains on (results/
        also runs/b/DATA/g/qp.pt.
 Writes runs/b/DATA/ROW-SEED/: a run of train_ssl.py and its scores on test; results/baselines.csv: a line for each run.
 
-Until lambda sets in, all runs of a seed are the same supervised training. `start` does it once, and each run goes on from its
-checkpoint: the weights are those of the whole command, to the last bit. Several processes may share a list of runs.
+Until lambda sets in, all runs of a seed are the same supervised training. The supervised run keeps a checkpoint of that step, and the others go
+on from it: their weights and logs are those of the whole command, to the last bit. Several processes may share a list of runs.
 Runs of published code are in runs/b/DATA/published-METHOD-SEED: its training step took the place of ours, all else is the same. That code is
 not part of the project; its scores are kept in baselines.csv.
 """
@@ -42,8 +42,9 @@ DATA = {
 METHODS = ["supervised", "pseudo_label", "mean_teacher", "ua_mt", "ict", "cps", "contrastive", "fixmatch", "unimatch", "bcp"]
 GUIDED = ["pseudo_label", "mean_teacher", "bcp"]
 ROWS = {method: f"--method {method}" for method in METHODS}
-ROWS |= {f"{method}_qw": f"--method {method} --weight quality" for method in GUIDED}
-ROWS |= {f"{method}_correct_qw": f"--method {method} --correct --weight quality" for method in GUIDED}
+QW = "--weight quality --weight-level image"
+ROWS |= {f"{method}_qw": f"--method {method} {QW}" for method in GUIDED}
+ROWS |= {f"{method}_correct_qw": f"--method {method} --correct {QW}" for method in GUIDED}
 
 
 def command(data, row, seed, out, extra=()):
@@ -61,29 +62,34 @@ def run(data, row, seed, folder=None):
     """
     out = folder or f"runs/b/{data}/{row}-{seed}"
     with alone(out) as first:
-        if not first or os.path.isfile(f"{out}/test/summary.json"):
+        if os.path.isfile(f"{out}/test/summary.json"):
             return
-        print(f"\n{out}", flush=True)
+        print(f"\n{out}" + ("" if first else f": passed over; another process is at it, or was killed: then remove {out}/busy"), flush=True)
+        if not first:
+            return
         method = train_ssl.parse_args(command(data, row, seed, out)).method
         origin = method if method in (*train_ssl.STUDENTS, *train_ssl.WARM_UP) else "supervised"
         if out == f"runs/b/{data}/{origin}-{seed}":
             train_ssl.main([*command(data, row, seed, out), "--keep", str(START), "--resume"])
         else:
-            go_on(data, row, seed, out, f"runs/b/{data}/{origin}-{seed}/step{START}.pt")
+            go_on(data, row, seed, out, origin)
         evaluate.main([f"runs/{data}.h5", f"{out}/best.pt", f"{out}/last.pt", "--split", "test", "--out", f"{out}/test", "--pictures", "0"])
 
 
-def go_on(data, row, seed, out, start):
-    """A run from the checkpoint `start` of another one, as soon as that is there."""
+def go_on(data, row, seed, out, origin):
+    """A run from step START of the row `origin`, which is run first if nobody has; if another process is at it, this one waits."""
+    start = f"runs/b/{data}/{origin}-{seed}/step{START}.pt"
     while not os.path.isfile(start):
-        time.sleep(5)
+        run(data, origin, seed)
+        time.sleep(0 if os.path.isfile(start) else 5)
     argv = command(data, row, seed, out)
     if not os.path.isfile(f"{out}/last.pt"):
         args = train_ssl.parse_args(argv)
         train_ssl.set_defaults(args, h5.read_info(args.data))
         state = torch.load(start, weights_only=True)
         inputs = dict(qp=args.qp and checksum(args.qp), unlabeled=None)
-        state |= dict(args=vars(args), inputs=inputs, best=dict(dice=-1.0, step=0), seconds=0.0)
+        state |= dict(args=vars(args), inputs=inputs, teacher=state["nets"][0],  # it starts from the student
+                      best=dict(dice=-1.0, step=0), parts=state["parts"][:0], seconds=0.0)
         torch.save(state, f"{out}/last.pt")
     train_ssl.main([*argv, "--resume"])
 

@@ -1,6 +1,7 @@
 """Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines.md is right."""
 import csv
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "results"))
 
 import baselines  # noqa: E402
 import train_ssl  # noqa: E402
-from data import h5  # noqa: E402
+from data import augment, h5  # noqa: E402
 from models.losses import dice_loss, one_hot  # noqa: E402
 
 
@@ -62,8 +63,8 @@ def test_an_image_without_a_class_does_not_pull_toward_empty_predictions():
     assert pull[1].abs().sum() < former.abs().sum() / 5
 
 
-ALARMS = [({"share": 0.01, "share_y": 0.04}, 0.5, 0.5, "1% of the pseudo-labels' pixels, 4% of the labels'"),
-          ({"share": 0.13, "share_y": 0.04}, 0.5, 0.5, "13% of the pseudo-labels' pixels"),
+ALARMS = [({"share": 0.01, "share_y": 0.04}, 0.5, 0.5, "1% of the pseudo-labels' pixels each, 4% of the labels'"),
+          ({"share": 0.13, "share_y": 0.04}, 0.5, 0.5, "take 13% of the pseudo-labels' pixels"),
           ({"share": 0.04, "share_y": 0.04}, 0.3, 0.5, "val Dice fell from 0.500 to 0.300"),
           ({"share_y": 0.04}, 0.3, 0.5, "val Dice fell"),
           ({"share": 0.02, "share_y": 0.04}, 0.4, 0.5, ""), ({"share": 0.1, "share_y": 0.04}, 0.6, 0.5, ""), ({"share_y": 0.04}, 0.0, -1.0, ""),
@@ -75,12 +76,12 @@ def test_the_alarm(parts, dice, best, says):
     args = train_ssl.parse_args(["d", "--out", "o", "--method", "bcp"])
     line = train_ssl.alarm(parts, dice, best, args)
     assert says in line and bool(line) == bool(says) and "\n" not in line
-    assert not line or all(remedy in line for remedy in ("--lam", "--lam-warmup", "--weight quality"))
+    assert not line or all(remedy in line for remedy in ("a lower --lam,", "a later --lam-warmup", "--weight quality"))
 
 
 def test_the_alarm_names_what_a_run_can_change():
     fell = lambda *more: train_ssl.alarm({"share_y": 0.1}, 0.1, 0.9, train_ssl.parse_args(["d", "--out", "o", *more]))
-    assert fell().endswith("try a lower --lr") and fell("--qar", "1", "--qp", "g").endswith("try a lower --qar, guidance (--weight quality, --correct)")
+    assert fell().endswith("try a lower --lr") and fell("--qar", "1", "--qp", "g").endswith("try a lower --qar")
     assert "guidance" not in fell("--method", "ict", "--weight", "quality", "--qp", "g")
 
 
@@ -93,38 +94,74 @@ def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkey
                     "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "2", "--lam-warmup", "0.4", "--lam-ramp", "0"])
     with open(tmp_path / "log.csv", newline="") as f:
         notes = [row["note"] for row in csv.DictReader(f)]
-    told = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: a class takes 0% of the pseudo-labels' pixels")]
+    told = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: foreground classes take 0% of the pseudo-labels' pixels")]
     assert not notes[0] and all(notes[1:]) and told == [notes[1]]
     assert figures.read_log(str(tmp_path / "log.csv"))["share"][1:].tolist() == [0, 0]
 
 
 def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monkeypatch):
-    """A validation before lambda sets in belongs to another training, however good it was."""
-    values = iter([0.9, 0.8, 0.3, 0.4, 0.35])
+    """A validation before lambda sets in belongs to another training, however good it was. With a ramp, the first lambda is that of step 4."""
+    values, told = iter([0.9, 0.8, 0.7, 0.3, 0.4, 0.35]), []
+    monkeypatch.setattr(train_ssl, "alarm", lambda parts, dice, peak, args: told.append(peak) or "")
     monkeypatch.setattr(train_ssl.evaluate, "mean_dice", lambda table: (next(values), [0.0] * 3))
     train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "ict", "--size", "32", "--width", "4", "--batch", "3",
-                    "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "1", "--lam-warmup", "0.4", "--patience", "100"])
+                    "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "1", "--lam-warmup", "0.34", "--patience", "1"])
     best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]
-    assert best == dict(dice=0.4, step=4)
+    assert best == dict(dice=0.4, step=5)   # patience ended nothing before lambda set in, and the run one validation after its best
+    assert told == [-1.0, 0.9, 0.9, 0.9, 0.9, 0.9]   # the alarm compares with the best of all
 
 
-@pytest.mark.parametrize("row", ["mean_teacher", "cps", "bcp"])
-def test_a_run_of_the_comparison_is_the_whole_command(row, gray, tmp_path, monkeypatch):
-    """Going on from the shared start gives the weights of the whole command, to the last bit; its scores come into the table."""
+def test_onset_counts_the_steps_without_lambda():
+    def counted(*more):
+        args = train_ssl.parse_args(["d", "--out", "o", *map(str, more)])
+        return train_ssl.onset(args), sum(not train_ssl.needs_unlabeled(args, step) for step in range(1, args.steps + 1))
+    for warmup in (0, 0.1, 0.25, 0.3, 0.333, 0.99):
+        for ramp in (0, 0.1):
+            found, steps = counted("--method", "ict", "--steps", 1000, "--lam-warmup", warmup, "--lam-ramp", ramp)
+            assert found == steps <= 1000 * warmup + 1
+    assert counted("--qar", 1, "--qp", "g", "--steps", 100, "--qar-warmup", 0.2, "--qar-ramp", 0) == (20, 20)
+    assert counted()[0] == counted("--method", "ict", "--lam", 0)[0] == 0   # there are no unlabeled images
+
+
+def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):
+    """Strong views have a pass of their own, so a batch of one unlabeled image is too small for a network that ends in one pixel."""
+    more = ["--out", tmp_path, "--model", "resnet_unet", "--size", "32", "--batch", "2", "--batch-unlabeled", "1"]
+    refused(train_ssl.main, [rgb, *more, "--method", "mean_teacher"], "--batch-unlabeled")
+
+
+def test_strength_0_leaves_images_as_they_are():
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(augment.strong(image, 0), image) and not torch.allclose(augment.strong(image, 0.1), image, atol=1e-3)
+
+
+def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
+    more = ["--labeled", "2", "--size", "32", "--width", "4", "--batch", "3", "--steps", "4", "--eval-every", "2"]
+    train_ssl.main([gray, "--out", str(tmp_path), *more])
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["training"]
+    torch.save(state | dict(finished=False), tmp_path / "last.pt")
+    refused(train_ssl.main, [gray, "--out", tmp_path, *more, "--resume"], "another version", "--overwrite")
+
+
+@pytest.mark.parametrize("row", ["mean_teacher", "cps", "bcp", "pseudo_label_correct_qw"])
+def test_a_run_of_the_comparison_is_the_whole_command(row, gray, gray_quality, tmp_path, monkeypatch):
+    """Going on from the shared start gives the weights and the log of the whole command, to the last bit; its scores come into the table."""
     import evidence
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs")
     evidence.split([gray, "runs/tiny.h5", "--patients", "1"])
     monkeypatch.setattr(baselines, "START", 2)
     monkeypatch.setattr(baselines, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split())
-    monkeypatch.setattr(baselines, "DATA", {"tiny": "--labeled 2"})
+    monkeypatch.setattr(baselines, "DATA", {"tiny": "--labeled 4"})
     monkeypatch.setattr(baselines, "SCORES", "scores.csv")
-    if row == "mean_teacher":
-        baselines.run("tiny", "supervised", 1)
+    os.makedirs("runs/b/tiny/g")
+    shutil.copy(gray_quality[1], "runs/b/tiny/g/qp.pt")
     baselines.run("tiny", row, 1)
     train_ssl.main(baselines.command("tiny", row, 1, "whole"))
     a, b = (torch.load(path, weights_only=True) for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt"))
     assert all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
+    logs = [[{k: v for k, v in line.items() if k != "ms"} for line in csv.DictReader(open(f"{out}/log.csv"))] for out in (f"runs/b/tiny/{row}-1", "whole")]
+    assert all(line in logs[1] for line in logs[0]) and len(logs[0]) >= 3
     assert ("ours", "tiny", row, "1") in baselines.collect()
 
 
