@@ -542,7 +542,7 @@ def train_step(run, batch, args, step):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    models.update_average(run.teacher, run.nets[0], max(0, step - 1 - onset(args)), args.ema)
+    models.update_average(run.teacher, run.nets[0], max(0, step - onset(args)), args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 

@@ -597,7 +597,7 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
     equal = lambda: [torch.equal(a, b) for a, b in zip(models.averaged(teacher), models.averaged(nets[0]))]
     for step in range(1, 6):
         train_ssl.train_step(run, batch, args, step)
-        assert all(equal()) == (step <= 4)   # the first step with lambda is the fifth
+        assert all(equal()) == (step <= 4), step   # the first step with lambda is the fifth
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
