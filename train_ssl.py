@@ -7,8 +7,8 @@ Reads  DATA.h5: labels of the labeled train cases and of val; images of all othe
        --unlabeled OTHER.h5; with --weight quality, --correct or --qar also the qp.pt of train_qp.py.
 Writes OUT/best.pt (the best on val since unlabeled images came in), OUT/last.pt (to --resume), OUT/step*.pt (with --keep), OUT/log.csv, TensorBoard events.
 
-One step:  L = L_sup + lambda(t) sum(w_i L_i) / sum(w_i) + lambda_qar(t) QAR
-           QW   w_i = q_i^2 [q_i >= .5], q_i = g(u_i, pseudo-label of u_i), or of each pixel
+One step:  L = L_sup + lambda(t) sum(w l) / sum(w) + lambda_qar(t) QAR,    over the pixels of a batch, l the loss and w the weight of a pixel
+           QW   w = q^2 [q >= .5], q = g(u_i, pseudo-label of u_i) for all pixels of image u_i, or of each pixel by itself
            --correct: what g believes to be the truth, having seen u_i and its pseudo-label, takes that one's place, and q_i is
            the Dice that it expects of it
            QAR  1 - g(u, softmax f(u)), whose gradient flows through g into f
@@ -451,7 +451,7 @@ def as_seen(w, term):
 
 
 def unlabeled_loss(g, terms, args, device):
-    """sum(w_i L_i) / sum(w_i), summed over the terms; 0 where nothing has weight. -> loss, [mean weight, effective share of the samples]
+    """sum(w l) / sum(w) over pixels, summed over the terms; 0 where nothing has weight. -> loss, [mean weight, effective share of the samples]
 
     The weights stand inside the sums of each loss (models/losses.py). The effective share is Kish's sample size, (sum w)^2 / sum w^2,
     over U: 1 where all weigh alike, 1/U where one alone counts.
