@@ -183,7 +183,7 @@ def feeding(b):
         x, y = zip(*(plain[i] for i in np.random.randint(len(plain), size=b.args.batch)))
         return torch.stack(x).to(b.on.device), torch.stack(y).to(b.on.device)
     base, ours = "one by one: a turn or rotation of each image", "ours: affine, and two views of contrast, gamma, blur and noise"
-    seconds = b.timed({base: one_by_one, ours: lambda: train_ssl.views(b.feed[next(step)], len(b.info.classes), b.args, b.on.device)})
+    seconds = b.timed({base: one_by_one, ours: lambda: train_ssl.views(b.feed[next(step)], len(b.info.classes), b.run, b.on.device)})
     whole = seconds[ours] + b.timed({"step": step_of(b)})["step"]
     rows = rows_of("feeding", seconds, base)
     return rows + [{"part": "feeding", "version": f"ours, with the step that it feeds: {100 * seconds[ours] / whole:.1f}% is feeding", "seconds": whole,
