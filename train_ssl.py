@@ -747,7 +747,7 @@ def main(argv=None):
             net.load_state_dict(weights)
         optimizer.load_state_dict(resumed["optimizer"])
         run.scaler.load_state_dict(resumed["scaler"])
-        first, best, peak = resumed["step"], resumed["best"], resumed["peak"]
+        first, best, peak = resumed["step"], resumed["best"], resumed.get("peak", -1.0)
         parts, seconds = [*resumed["parts"].to(on.device)], resumed["seconds"]
 
     def means(step):

@@ -299,7 +299,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     refused(evaluate.main, [gray, run, larger, "--out", tmp_path / "o", "--qp", gray_quality[1]], "--size", "48", "32")
     refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", larger], "--size", "48", "32")
     state = evaluate.load_checkpoint(run, "ssl")
-    save_checkpoint(str(tmp_path / "d.pt"), "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")}
+    save_checkpoint(str(tmp_path / "d.pt"), "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")}
                     | dict(data=state["data"] | dict(checksum="another")))
     refused(evaluate.main, [gray, tmp_path / "d.pt", "--out", tmp_path / "o", "--split", "held_out"], "d.pt", "another file")
     assert not (tmp_path / "o").exists()

@@ -265,7 +265,7 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
                   {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti"):
         state = torch.load(in3d, weights_only=True)
         state["data"]["prepared"] = wrong
-        save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "stage", "torch")})
+        save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")})
         refused(evaluate.main, [scans, tmp_path / "w.pt", *out], "cannot be understood")
     shutil.copy(rgb, tmp_path / "f.h5")
     for wrong in ("[1]", "{"):
