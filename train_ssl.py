@@ -160,7 +160,8 @@ class Term:
 # ---------------------------------------------------------------------------------------------------- methods
 # method(nets, teacher, batch, args, t) -> supervised loss, [Term, ...].  nets: the students; teacher: EMA of the first, in eval mode;
 # t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two; in DEFAULTS if
-# its options differ from the paper's. Weak and strong views go through a student in passes of their own, so that batch norm does not mix them.
+# its options differ from the paper's. Labeled images, weak and strong views go through a student in passes of their own: mixed statistics of
+# batch norm let pseudo-labels drift (results/baselines.md).
 
 def supervised(nets, teacher, batch, args, t):
     """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
@@ -174,7 +175,7 @@ def pseudo_label(nets, teacher, batch, args, t):
     """
     target = batch.corrected(probabilities(teacher, batch.u))                 # [U, K, *S]
     sure = confident(target, args)                                            # [U, *S]
-    at_x, at_u = together(nets[0], batch.x, batch.u)
+    at_x, at_u = nets[0](batch.x), nets[0](batch.u)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_u, harden(target), w * sure))]
 
 
@@ -211,7 +212,7 @@ def ict(nets, teacher, batch, args, t):
     target, perm = batch.corrected(probabilities(teacher, batch.u)), shuffled(batch.u)
     share = torch.distributions.Beta(args.mix_alpha, args.mix_alpha).sample((len(perm),)).to(batch.u.device)  # [U] of the second
     blend = lambda v: torch.lerp(v, v[perm], to_samples(share, v))
-    at_x, at_blend = together(nets[0], batch.x, blend(batch.u))
+    at_x, at_blend = nets[0](batch.x), nets[0](blend(batch.u))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: mse_loss(at_blend, blend(target), w), mix=(perm, share))]
 
 
@@ -221,7 +222,7 @@ def cps(nets, teacher, batch, args, t):
 
     Deviations: l is our seg_loss (the paper: cross-entropy), and L_cps is not applied to the labeled images too.
     """
-    (x1, u1), (x2, u2) = (together(net, batch.x, batch.u) for net in nets)
+    (x1, u1), (x2, u2) = ((net(batch.x), net(batch.u)) for net in nets)
     p1, p2 = (batch.corrected(u.detach().float().softmax(1)) for u in (u1, u2))
     return seg_loss(x1, batch.y) + seg_loss(x2, batch.y), [Term(batch.u, p2, lambda w: seg_loss(u1, harden(p2), w)),
                                                           Term(batch.u, p1, lambda w: seg_loss(u2, harden(p1), w))]
@@ -238,10 +239,10 @@ def contrastive(nets, teacher, batch, args, t):
     with torch.no_grad():
         keys = teacher.encode(batch.u)
         target = batch.corrected(teacher.decode(keys).float().softmax(1))
-    sure, B, middle = confident(target, args), len(batch.x), len(keys) // 2
-    features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
-    at_x, at_u = nets[0].decode(features).split([B, len(batch.u)])
-    anchors = features[middle][B:]                                            # [U, F, *s]
+    sure, middle = confident(target, args), len(keys) // 2
+    features = nets[0].encode(batch.u)
+    at_x, at_u = nets[0](batch.x), nets[0].decode(features)
+    anchors = features[middle]                                                # [U, F, *s]
     small = F.interpolate(target, size=anchors.shape[2:], mode="area")        # [U, K, *s]
     clear = confident(small, args)                                            # [U, *s]
 
@@ -258,10 +259,9 @@ def fixmatch(nets, teacher, batch, args, t):
 
     Deviations: the loss is ours, and relative to the confident pixels, not to all; lambda has a warm-up and a ramp.
     """
-    at_x, at_u = together(nets[0], batch.x, batch.u)
-    target, (cut, mix) = batch.corrected(at_u.detach().float().softmax(1)), cutmix(batch.u)
+    target, (cut, mix) = batch.corrected(probabilities(nets[0], batch.u)), cutmix(batch.u)
     label, sure = cut(harden(target)), cut(confident(target, args))
-    at_s = nets[0](models.channels_last(cut(batch.s1)))
+    at_x, at_s = nets[0](batch.x), nets[0](models.channels_last(cut(batch.s1)))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s, label, w * sure), mix=mix)]
 
 
@@ -271,14 +271,14 @@ def unimatch(nets, teacher, batch, args, t):
 
     Deviations: those of fixmatch; images are mixed within the batch. Its L = (L_x + L_u) / 2 is --lam 1 but for the factor.
     """
-    B, U = len(batch.x), len(batch.u)
-    features = nets[0].encode(models.channels_last(torch.cat([batch.x, batch.u])))
-    both = [torch.cat([f, torch.feature_dropout(f[B:], 0.5, True)]) for f in features]
-    at_x, at_u, at_dropped = nets[0].decode(both).split([B, U, U])
+    features = nets[0].encode(batch.u)
+    both = [torch.cat([f, torch.feature_dropout(f, 0.5, True)]) for f in features]
+    at_u, at_dropped = nets[0].decode(both).split(len(batch.u))
     target = batch.corrected(at_u.detach().float().softmax(1))
     label, sure = harden(target), confident(target, args)
     (cut1, mix1), (cut2, mix2) = cutmix(batch.u), cutmix(batch.u)
-    at_s1, at_s2 = together(nets[0], cut1(batch.s1), cut2(batch.s2))
+    at_x, strong = nets[0](batch.x), torch.cat([cut1(batch.s1), cut2(batch.s2)])
+    at_s1, at_s2 = nets[0](models.channels_last(strong)).split(len(batch.u))
     label1, label2, sure1, sure2 = cut1(label), cut2(label), cut1(sure), cut2(sure)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s1, label1, w * sure1) / 4, mix=mix1),
                                      Term(batch.u, target, lambda w: seg_loss(at_s2, label2, w * sure2) / 4, mix=mix2),
@@ -339,11 +339,6 @@ def probabilities(net, image):
 def harden(p):
     """The one-hot label of the most probable class. [B, K, *S] -> [B, K, *S]"""
     return one_hot(p.argmax(1), p.shape[1])
-
-
-def together(net, *images):
-    """One pass over several batches, which share the statistics of batch norm."""
-    return net(models.channels_last(torch.cat(images))).split([len(i) for i in images])
 
 
 def confident(p, args):

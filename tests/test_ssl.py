@@ -357,7 +357,7 @@ def test_ict_blends_images_answers_and_weights_alike():
     perm, share = term.mix
     p = teacher(batch.u).softmax(1)
     for i, (j, s) in enumerate(zip(perm.tolist(), share.tolist())):
-        assert torch.allclose(echo.seen[0][4 + i], (1 - s) * batch.u[i] + s * batch.u[j], atol=1e-6)
+        assert torch.allclose(echo.seen[1][i], (1 - s) * batch.u[i] + s * batch.u[j], atol=1e-6)
         error, only = ((1 - s) * p[i] + s * p[j] - 0.25).square().mean(), torch.zeros(4, 32, 32)
         only[i] = 1
         assert term.loss(only).item() == pytest.approx(error.item(), abs=1e-6)
@@ -420,15 +420,15 @@ def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
     nets, teacher, batch = setting("4-class gray")
     with torch.no_grad():
         torch.manual_seed(7)
-        p = copy.deepcopy(nets[0])(torch.cat([batch.x, batch.u]))[3:].softmax(1)   # in train mode, in one pass with the labeled images
+        p = copy.deepcopy(nets[0])(batch.u).softmax(1)   # in train mode
     _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", "0.5")
     assert torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
     echo = Echo(torch.randn(1, 4, 1, 1))
     hard = one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32)
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", "0")
     perm, box = term.mix
-    shown = echo.seen[1]
-    assert torch.equal(echo.seen[0], torch.cat([batch.x, batch.u])) and torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
+    weak, labeled, shown = echo.seen
+    assert torch.equal(weak, batch.u) and torch.equal(labeled, batch.x) and torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
     assert torch.allclose(term.loss(torch.ones(3, 32, 32)), seg_loss(echo.logits.expand(3, 4, 32, 32), hard), atol=1e-5)
     certain = echo.logits.softmax(1).max().item() + 0.01   # nothing is confident: nothing is learned
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", str(certain))
@@ -476,8 +476,8 @@ def test_unimatch_weighs_its_three_streams_a_quarter_twice_and_a_half():
     loss = seg_loss(echo.logits.expand(3, 4, 32, 32), one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32))
     for term, weight in zip(terms, (0.25, 0.25, 0.5), strict=True):
         assert torch.allclose(term.loss(torch.ones(3, 32, 32)), weight * loss, atol=1e-6)
-    assert torch.equal(echo.seen[0], torch.cat([batch.x, batch.u]))
-    shown = echo.seen[1].split(3)
+    assert torch.equal(echo.seen[0], batch.u) and torch.equal(echo.seen[1], batch.x)
+    shown = echo.seen[2].split(3)
     for strong, image, term in ((batch.s1, shown[0], terms[0]), (batch.s2, shown[1], terms[1])):
         perm, box = term.mix
         assert torch.equal(image, torch.where(box[:, None] > 0, strong[perm], strong))
@@ -490,9 +490,9 @@ def test_unimatch_drops_half_of_the_channels_of_the_weak_view_only():
     decode = nets[0].decode
     nets[0].decode = lambda features: seen.append(features) or decode(features)
     step_of("unimatch", nets, teacher, batch)
-    for clean, strong in zip(*seen):   # x, u, and u again; s1, s2
-        dropped, others = ((f.flatten(2).abs().sum(2) == 0).float() for f in (clean, strong))
-        assert dropped[:6].mean() < 0.05 and 0.3 < dropped[6:].mean() < 0.75 and others.mean() < 0.05
+    for weak, labeled, strong in zip(*seen):   # u twice; x; s1, s2
+        dropped, *others = ((f.flatten(2).abs().sum(2) == 0).float() for f in (weak, labeled, strong))
+        assert dropped[:3].mean() < 0.05 and 0.3 < dropped[3:].mean() < 0.75 and all(f.mean() < 0.05 for f in others)
 
 
 @pytest.mark.parametrize("B, U", [(4, 4), (2, 5), (5, 2), (3, 1)])
