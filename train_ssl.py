@@ -257,7 +257,8 @@ def fixmatch(nets, teacher, batch, args, t):
     """FixMatch, Sohn et al. 2020, [max p(u) >= threshold] l(p(s1), argmax p(u)) (their Eq. 4): the student's own hard label on the weak view
     teaches it on a strong one, for segmentation with CutMix, as the baseline of UniMatch.
 
-    Deviations: the loss is ours, and relative to the confident pixels, not to all; lambda has a warm-up and a ramp.
+    Deviations: every pixel teaches unless --conf-threshold says otherwise (the papers: .95), since thin structures shrink where unsure pixels
+    are left out; the loss is ours, and relative to the confident pixels, not to all; lambda has a warm-up and a ramp.
     """
     target, (cut, mix) = batch.corrected(probabilities(nets[0], batch.u)), cutmix(batch.u)
     label, sure = cut(harden(target)), cut(confident(target, args))
@@ -317,9 +318,9 @@ WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 
 PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
-DEFAULTS = {                      # where a method's own publication says otherwise, or a larger lambda did better (results/baselines.md)
+DEFAULTS = {                      # where a method's own publication says otherwise, or something else did better (results/baselines.md)
     "mean_teacher": dict(lam=3.0), "ua_mt": dict(lam=3.0), "ict": dict(lam=3.0), "cps": dict(lam=1.0),
-    "fixmatch": dict(lam=1.0, conf_threshold=0.95), "unimatch": dict(lam=1.0, conf_threshold=0.95),
+    "fixmatch": dict(lam=1.0, conf_threshold=0.0), "unimatch": dict(lam=1.0, conf_threshold=0.0),
     "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),
 }
 
