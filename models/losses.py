@@ -1,7 +1,8 @@
 """Losses of a batch, in float32, for any number of classes and dimensions.
 
-Every loss takes weights of pixels, which stand inside its sums over the batch: only their ratios matter, and pixels of no weight are
-as if they were not there. Several processes take their sums together.
+Every loss takes weights of pixels, which stand inside its sums over the batch. Only the ratios of
+weights matter, and a pixel of no weight is as if it were not there. Several processes take their
+sums together.
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from models import distributed
 
-SMOOTH = 1e-5  # of Dice in losses; at 1, an empty target rewards empty predictions more than cross-entropy does
+SMOOTH = 1e-5  # of Dice in losses; at 1, an empty target rewards empty predictions
 
 
 def one_hot(label, classes):
@@ -19,19 +20,22 @@ def one_hot(label, classes):
 
 
 def soft_dice(a, b, smooth=1.0):
-    """(2 sum(a b) + s) / (sum a + sum b + s) over space, what g predicts. a, b [B, K, *S] in [0, 1] -> [B, K]
+    """(2 sum(a b) + s) / (sum a + sum b + s) over space: what g predicts.
 
-    Two empty masks score 1.
+    a, b [B, K, *S] in [0, 1] -> [B, K]; two empty masks score 1.
     """
     a, b = a.float().flatten(2), b.float().flatten(2)                          # [B, K, P]
     return (2 * (a * b).sum(2) + smooth) / (a.sum(2) + b.sum(2) + smooth)
 
 
 def dice_loss(logits, target, weight=None):
-    """1 - mean soft Dice of all classes. logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
+    """1 - mean soft Dice of all classes.
 
-    Dice of a class is 2 sum(w p y) / (sum(w p^2) + sum(w y^2)), with sums over the batch: a class that one image lacks does not pull
-    this image toward empty predictions. Squares: Milletari et al., V-Net, 3DV 2016; the batch: SSL4MIS (Luo et al.).
+    logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
+
+    Dice of a class is 2 sum(w p y) / (sum(w p^2) + sum(w y^2)), with sums over the batch, so that an
+    image without a class is not pulled toward empty predictions. The squares are those of V-Net
+    (Milletari et al., 3DV 2016), the sums over the batch those of SSL4MIS (Luo et al.).
     """
     p, y = logits.float().softmax(1), target.float()
     if weight is None:
@@ -42,13 +46,19 @@ def dice_loss(logits, target, weight=None):
 
 
 def seg_loss(logits, target, weight=None):
-    """(cross-entropy + Dice loss) / 2. logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar, 0 where nothing has weight"""
+    """(cross-entropy + Dice loss) / 2; 0 where nothing has weight.
+
+    logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
+    """
     cross_entropy = -(target * logits.float().log_softmax(1)).sum(1)            # [B, *S]
     return (weighted_mean(cross_entropy, weight) + dice_loss(logits, target, weight)) / 2
 
 
 def mse_loss(logits, target, weight=None):
-    """Squared difference of probabilities, mean over classes. logits, target probabilities [B, K, *S], weight [B, *S] -> scalar"""
+    """Squared difference of probabilities, mean over classes.
+
+    logits, target probabilities [B, K, *S], weight [B, *S] -> scalar
+    """
     return weighted_mean((logits.float().softmax(1) - target).square().mean(1), weight)
 
 
