@@ -282,6 +282,17 @@ def test_the_loss_is_the_weighted_mean_over_samples():
     assert alike[1].item() == pytest.approx(1) and nothing.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("method", [m for m in UNLABELED if m != "bcp"])
+def test_labeled_images_have_passes_of_their_own(method):
+    """Batch norm sees no unlabeled image beside a labeled one, nor a strong view beside a weak one. (BCP pastes them into each other.)"""
+    nets, teacher, batch = setting("4-class gray", students=train_ssl.STUDENTS.get(method, 1))
+    batch.x, batch.u, batch.s1, batch.s2 = (torch.full_like(batch.x, kind) for kind in (1.0, 2.0, 3.0, 3.0))   # mixed or cut, a kind stays itself
+    seen, encode = [], nets[0].encode
+    nets[0].encode = lambda x: seen.append(x) or encode(x)
+    train_ssl.METHODS[method](nets, teacher, batch, options(method=method), 0.5)
+    assert len(seen) >= 2 and all(len(x.unique()) == 1 for x in seen)
+
+
 def test_formulas_of_the_methods():
     nets, teacher, batch = setting("4-class gray")
     nets[0].eval()  # no dropout, so that the passes can be repeated
