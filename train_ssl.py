@@ -656,7 +656,8 @@ def advice(parts):
 def alarm(parts, dice, best, args):
     """A line for the log where pseudo-labels collapse, else "". parts: means since the last validation; dice, best: of val, now and so far
 
-    Signs are a share of foreground in the pseudo-labels under a third, or over three times, that of the labels, and a third of the best Dice lost.
+    Pseudo-labels collapse where their share of foreground is under a third, or over three times, that of the labels, or where val lost a third of its best
+    Dice. The share is a mean over classes, so that one vanished class of several may go unseen.
     """
     share, truth = parts.get("share"), parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
@@ -784,7 +785,7 @@ def main(argv=None):
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
                 dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
                 note, peak = alarm(averages, dice, peak, args), max(dice, peak)
-                if best["step"] <= onset(args) < step:  # a Dice from before unlabeled images came in is another training's
+                if best["step"] <= onset(args) < step:  # the supervised part does not count
                     best = dict(dice=-1.0, step=step)
                 if dice > best["dice"]:
                     best = dict(dice=dice, step=step)

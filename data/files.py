@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 FORMAT = 1  # of every file that a stage hands to the next one
-TRAINING = 2  # of what a step of training computes; a run goes on only as it began
+TRAINING = 2  # raised when a training step computes something else; a run is resumed only under the number that it began with
 
 
 class InputError(Exception):
