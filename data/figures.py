@@ -219,7 +219,7 @@ def triage(path, panels):
 CURVES = {  # columns of log.csv -> the panel's title
     ("sup",): "supervised loss", ("unsup",): "unlabeled loss, unweighted by λ", ("qar",): "QAR: 1 - g", ("loss",): "loss",
     ("weight",): "mean weight of a pseudo-label", ("ess",): "effective share of the samples", ("lam",): "λ",
-    ("share", "share_y"): "foreground, share per class: pseudo-labels, labels (dashed)", ("val_dice",): "Dice on val",
+    ("share", "share_y"): "foreground: pseudo-labels, labels (dashed)", ("val_dice",): "Dice on val",
     ("g_true", "g_predicted"): "Dice of val images: true, and by g (dashed)", ("error_synthetic", "error_real"): "g's error on val: synthetic, real (dashed)"}
 
 
