@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, checkpoints that are never unpickled, and errors that a user can act on."""
 import argparse
+import codecs
 import contextlib
 import csv
 import errno
@@ -189,6 +190,44 @@ def room_for(path):
             raise
         raise DiskFull(f"{path}: cannot be written ({os.strerror(number)}); make room and run the same command again, with --resume if it "
                        "has that option; what was there before is untouched") from None
+
+
+def read_text(path):
+    """A text file that a user made: UTF-8, or UTF-16 with its mark. InputError for other encodings."""
+    with open(path, "rb") as f:
+        raw = f.read()
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        raise InputError(f"{path}: not a text file; save it as UTF-8 text")
+    return text
+
+
+def read_table(path, columns):
+    """A CSV file with a header, separated by commas, semicolons or tabs. -> a dict for each row
+
+    InputError if one of `columns` is missing, or a row has none of their values.
+    """
+    lines = read_text(path).splitlines()
+    separator = max(",;\t", key=lines[0].count) if lines else ","
+    rows = csv.DictReader(lines, delimiter=separator)
+    names = [name.strip() for name in rows.fieldnames or []]
+    rows.fieldnames = names
+    if lost := [name for name in columns if name not in names]:
+        raise InputError(f"{path}: no column '{lost[0]}' (it has: {', '.join(names) or 'nothing'}); "
+                         f"its first line must name {', '.join(columns)}")
+    found = []
+    for row in rows:
+        row = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)
+               and not isinstance(value, list)}
+        if empty := [name for name in columns if not row[name]]:
+            raise InputError(f"{path}: line {rows.line_num} has no '{empty[0]}'; fill it in")
+        found.append(row)
+    return found
 
 
 @contextlib.contextmanager
