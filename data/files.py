@@ -222,8 +222,7 @@ def read_table(path, columns):
                          f"its first line must name {', '.join(columns)}")
     found = []
     for row in rows:
-        row = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)
-               and not isinstance(value, list)}
+        row = {name: (row[name] or "").strip() for name in names}
         if empty := [name for name in columns if not row[name]]:
             raise InputError(f"{path}: line {rows.line_num} has no '{empty[0]}'; fill it in")
         found.append(row)
