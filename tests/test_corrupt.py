@@ -200,24 +200,8 @@ def test_bad_input(gray, tmp_path, refused):
     assert not (tmp_path / "x" / "vqm.h5").exists()
 
 
-def test_killed_half_way_leaves_no_half_file(gray, tmp_path):
-    import signal
-    import subprocess
-    import sys
-    import time
-
-    from conftest import ROOT
-    running = subprocess.Popen([sys.executable, "corrupt.py", gray, "--out", str(tmp_path), "--masks", "3000", "--size", "96", "--folds", "1", "--harvest-epochs", "1", "--harvest-steps", "1"], cwd=ROOT)
-    while not list(tmp_path.glob(".vqm*")) and running.poll() is None:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert not (tmp_path / "vqm.h5").exists()
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_runs_as_a_command(workers, gray, tmp_path):
-    done = python("corrupt.py", gray, "--workers", workers, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
+def test_runs_as_a_command(gray, tmp_path):
+    done = python("corrupt.py", gray, "--workers", 3, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
                   "--harvest-epochs", "1", "--harvest-steps", "1", timeout=100)
     assert done.returncode == 0, done.stderr
     assert "next: python train_qp.py" in done.stdout and done.stderr == ""

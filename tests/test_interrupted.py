@@ -27,7 +27,7 @@ print(json.dumps([row for name in names for row in soak.soak(name, *runs[name], 
 
 
 @pytest.mark.parametrize("number, names", [(signal.SIGKILL, ("corrupt.py --workers 2", "train_qp.py")),
-                                           (signal.SIGTERM, ("train_ssl.py --cache off --workers 2", "train_ssl.py, volumes"))])
+                                           (signal.SIGTERM, ("train_ssl.py --cache off --workers 2",))])
 def test_interrupted_at_a_random_moment_equals_uninterrupted(number, names, gray, volumes, gray_quality, tmp_path):
     """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py. The moment lies in
     the second half of the run, when there is something to go on from."""
