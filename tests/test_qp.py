@@ -131,7 +131,7 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality):
     info, on = h5.read_info(gray), evaluate.models.compute("cpu", "off")
     g, _ = evaluate.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
-    train_qp.fit_temperature(g, masks, on)
+    train_qp.fit_temperature(g, masks, on, [True] * 3)
     def error(t):
         g.temperature.fill_(t)
         predicted, true, _ = evaluate.estimate_masks(g, masks, on)
