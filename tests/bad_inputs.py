@@ -672,12 +672,12 @@ def converters():
     def listed(content, lines="a\n"):
         def make(work):
             (work / "src/a").mkdir(parents=True)
-            (work / "src/train.list").write_text(lines), (work / "src/val.list").write_text(lines)
+            (work / "src/train.list").write_text(lines), (work / "src/val.list").write_text("b\n")
             (work / "src/a/mri_norm2.h5").write_bytes(content)
             return [str(work / "src"), "--out", str(work / "out.h5")]
         return make
-    yield "data.ssl4mis", "a volume is text", listed(b"no HDF5"), ["src"], False
-    yield "data.ssl4mis", "a list names nobody", listed(b"", "nobody\n"), ["src"], False
+    yield "data.ssl4mis", "a volume is text", listed(b"no HDF5"), ["a/mri_norm2.h5"], False
+    yield "data.ssl4mis", "a list names nobody", listed(b"", "nobody\n"), ["train.list", "nobody"], False
     yield from wrong_labels()
 
 
