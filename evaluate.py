@@ -601,7 +601,7 @@ def write_scores(args, runs, cut):
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
     text = f"{title}\n\n" + markdown([row | {"p": "< 0.001"} if (row.get("p") or 1) < 0.001 else row for row in rows])
     if absent:
-        text += f"\n\n{h5.without(absent, args.split)}; it counts in no mean."
+        text += f"\n\n{h5.without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
 

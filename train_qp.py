@@ -239,7 +239,7 @@ def main(argv=None):
     held = h5.held_classes(info, "val", real.samples.case)
     classes = [info.classes[0], *itertools.compress(info.classes[1:], held)]
     if absent := [c for c in info.classes if c not in classes]:
-        print(f"note: {h5.without(absent, 'val')}; it does not count in what is selected by val")
+        print(f"note: {h5.without(absent, 'val')}: left out of all that val selects")
 
     torch.manual_seed(args.seed)
     shape = dict(channels=info.channels, classes=len(info.classes), dims=info.dims, size=seen[0] if info.dims == 2 else seen, width=args.width)

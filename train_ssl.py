@@ -716,7 +716,7 @@ def main(argv=None):
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
     held = h5.held_classes(info, "val")  # every process looks at all cases
     if absent := list(itertools.compress(info.classes[1:], ~held)):
-        print(f"note: {h5.without(absent, 'val')}; it does not count in the Dice that selects best.pt")
+        print(f"note: {h5.without(absent, 'val')}: left out of the Dice that selects best.pt")
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")

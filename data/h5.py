@@ -736,7 +736,7 @@ def summary(info):
         missing = missing if missing is nowhere else missing & ~nowhere
         if missing.any():
             names = [info.classes[k] for k in np.flatnonzero(missing)]
-            lines.append(f"note: {without(names, split)}; no score of these cases counts them")
+            lines.append(f"note: {without(names, split)}: left out of its scores")
     return "\n".join(lines)
 
 

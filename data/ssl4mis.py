@@ -117,19 +117,24 @@ def la_splits(src, val):
 
 def la_cases(src, spacing, values, shrink, val):
     """Volumes of the LA layout as cases, each axis shrunk to a part."""
-    files = {p.parent.name: p for p in sorted(src.rglob(f"{VOLUME}.h5"))}
+    files = {}
+    for path in sorted(src.rglob(f"{VOLUME}.h5")):
+        files.setdefault(path.parent.name, []).append(path)
     for split, names in la_splits(src, val).items():
         for name in names:
             if name not in files:
                 raise InputError(f"{src}: {split}.list names '{name}', but there is no "
                                  f"{name}/{VOLUME}.h5; mend the list")
-            image, label = read(files[name], 3, values)
+            path = files[name][0]
+            if len(files[name]) > 1:
+                raise InputError(f"{path}: {files[name][1]} has the same name; remove one of the two")
+            image, label = read(path, 3, values)
             image, label = (v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label))
             size = tuple(max(1, n // shrink) for n in image.shape)
             wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
             image = h5.resize_image(image, size)
             label = None if label is None else h5.resize_label(label, size)
-            yield h5.Case(split, name, image, label, name, wide, str(files[name].relative_to(src)))
+            yield h5.Case(split, name, image, label, name, wide, str(path.relative_to(src)))
 
 
 def of_layout(cases, src, layout):

@@ -225,6 +225,8 @@ def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
         assert ssl4mis.name_of(line) == name
     info = from_lists(la(tmp_path / "la", lines="2018/{}/mri_norm2.h5 \r\n"))
     assert {s: [e.name for e in es] for s, es in info.splits.items()} == {"train": ["ID0", "ID1", "ID2"], "val": ["ID3"]}
+    store(tmp_path / "la" / "old" / "ID1" / "mri_norm2.h5", np.zeros((16, 20, 9)))
+    refused(ssl4mis.main, [tmp_path / "la", "--out", tmp_path / "g.h5"], "old/ID1", "set/ID1", "same name")
     src = acdc(tmp_path / "acdc")
     plain = from_lists(src)
     listed = (src / "train_slices.list").read_text().split()
@@ -336,7 +338,7 @@ def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     assert "note: no label of val holds 'b'" in capsys.readouterr().out
     h5.report(dataset(tmp_path / "g.h5", (0, 1), (0, 1, 2)))
     said = capsys.readouterr().out
-    assert "note: no label of this file holds 'c'" in said and "note: no label of val holds 'b';" in said
+    assert "note: no label of this file holds 'c'" in said and "note: no label of val holds 'b':" in said
     assert "of train" not in said
 
 
