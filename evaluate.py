@@ -12,6 +12,8 @@ Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summ
        With --predict OUT/masks/*, one for each case, on the grid of its source: .nii.gz for a volume, for an image .png with a palette, whose
        pixels are class numbers; with --qp also OUT/worst_first.csv, the Dice that g predicts, and worst_first.png, the sixteen worst.
 
+A class that no label of the split holds counts in no mean, and its column says "-". One that a case
+lacks, but not the split, has Dice 1 in this case where the output lacks it too, else 0.
 Runs that differ only in their seed form one row: mean and standard deviation. Cases are read, predicted and scored one after the other,
 each on its own grid; volumes are scored as volumes, also those that were segmented slice by slice. The estimates of quality are compared
 on the network's grid, for slices or for patches that cover the volumes.
@@ -44,8 +46,8 @@ from tqdm import tqdm
 import models
 from data import augment, figures, h5, processes
 from data.files import InputError, Parser, claim, cli, folder, grid, load_checkpoint, number, replacing
-from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, paired,  # noqa: F401
-                          plain_dice, quality_rows, score, score_case, triage)
+from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, of_classes,  # noqa: F401
+                          paired, plain_dice, quality_rows, score, score_case, triage)
 from models import distributed, quality
 from models.losses import one_hot
 
@@ -256,10 +258,13 @@ def dice_table(net, cases, on, K, cut=None, batch=32):
     return [[dice(label == k, truth == k) for k in range(1, K)] for _, label, truth in predict_cases(net, cases, on, cut, batch)]
 
 
-def mean_dice(table):
-    """Mean over cases and then classes, and per class: what the table shows, and what training selects by. table: of dice_table()"""
+def mean_dice(table, held):
+    """Mean over cases and then classes, and per class: what the table shows, and what training selects by. table: of dice_table()
+
+    held [K-1]: h5.held_classes(); the mean leaves the others out, whose Dice is None here.
+    """
     per_class = np.mean(table, 0)
-    return float(per_class.mean()), per_class.tolist()
+    return float(per_class[held].mean()), [d if h else None for d, h in zip(per_class.tolist(), held)]
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -396,16 +401,17 @@ def group_runs(states, paths):
     return out
 
 
-def summarize(info, groups, scores, unit):
-    """One dict per group: name, labeled, and for every metric the list of its values over seeds. scores[run][case][class]"""
+def summarize(runs, unit):
+    """One dict per group of runs, Scored: name, labeled, and for every metric the list of its values over seeds."""
     rows = []
-    for name, labeled, members in groups:
-        table = {m: np.array([[[getattr(s, m) for s in case] for case in scores[i]] for i in members], np.float64)  # [runs, cases, K-1]
+    for name, labeled, members in runs.groups:
+        table = {m: np.array([[[getattr(s, m) for s in case] for case in runs.scores[i]] for i in members], np.float64)  # [runs, cases, classes]
                  for m in ("dice", "jaccard", "hd95", "asd", "one_empty")}
         row = {"run": name, "labeled": labeled, "Dice %": 100 * table["dice"].mean((1, 2)), "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
                f"HD95 {unit}": table["hd95"].mean((1, 2)), f"ASD {unit}": table["asd"].mean((1, 2)), "one empty": table["one_empty"].sum((1, 2))}
-        if len(info.classes) > 2:
-            row |= {f"Dice % {c}": 100 * table["dice"][:, :, k].mean(1) for k, c in enumerate(info.classes[1:])}
+        if len(runs.info.classes) > 2:
+            per_class = dict(zip(runs.classes, 100 * table["dice"].mean(1).T))
+            row |= {f"Dice % {c}": per_class.get(c) for c in runs.info.classes[1:]}
         rows.append({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()})
     return rows
 
@@ -573,12 +579,13 @@ class Scored:
     states: list    # [runs] of their checkpoints: args, data, labeled
     groups: list    # runs that differ only in their seed: (name, labeled, [run, ...])
     scores: list    # [runs][cases][classes] of Score
+    classes: list   # names of those of the foreground that the labels hold; no other is scored
 
 
 def write_scores(args, runs, cut):
     """The table, on the screen too, and a CSV with a row per run, case and class. cut: Window or None"""
     info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
-    rows = summarize(info, groups, scores, "mm" if all(e.spacing_known for e in entries) else "px")
+    rows = summarize(runs, "mm" if all(e.spacing_known for e in entries) else "px")
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
     if args.baseline:
         baselines, patient = find_baselines(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
@@ -587,10 +594,14 @@ def write_scores(args, runs, cut):
                   f"percentiles) over {len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
     write_csv(os.path.join(args.out, "cases.csv"), [
         {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": runs.states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
-         "class": info.classes[k + 1], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
+         "class": runs.classes[k], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
         for name, labeled, members in groups for i in members for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
-    write_text(os.path.join(args.out, "summary.json"), json.dumps(dict(title=title, rows=rows, args=vars(args)), indent=1))
+    absent = [c for c in info.classes[1:] if c not in runs.classes]
+    found = dict(title=title, rows=rows, absent=absent, args=vars(args))
+    write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
     text = f"{title}\n\n" + markdown([row | {"p": "< 0.001"} if (row.get("p") or 1) < 0.001 else row for row in rows])
+    if absent:
+        text += f"\n\n{h5.without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
 
@@ -621,9 +632,10 @@ def write_quality(args, runs, ours, reference, cost):
         {"checkpoint": args.checkpoints[i], "run": name, "seed": runs.states[i]["args"]["seed"], "case": samples.case[n],
          sample: " ".join(map(str, samples.at[n])), "class": c, "present": outputs[i].present[n, k], "true": true[i][n, k],
          **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
-        for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(info.classes[1:])])
+        for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(runs.classes)])
     figures.quality(os.path.join(args.out, "quality.png"),
-                    {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups}, info.classes)
+                    {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups},
+                    [info.classes[0], *runs.classes])
     figures.estimates(os.path.join(args.out, "estimates.png"), tables[first])
     if curves:
         figures.triage(os.path.join(args.out, "triage.png"), {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves})
@@ -816,6 +828,7 @@ def main(argv=None):
     args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels")
+    held = h5.held_classes(info, split, names)
     second = load_run(args.second, args.weights, on)[0] if args.second else None
     samples = h5.load_samples(info, split, size, [e.name for e in entries]) if g else None
     val = None  # what --qp calibrates on
@@ -841,14 +854,17 @@ def main(argv=None):
                 cases = Cases(info, split, size, names, keep=voxels * info.channels * 5 < KEEP)
             cut = window(size, args, args.batch)
             found = progress(predict_cases(net, cases, on, cut, args.batch), len(cases), path)
-            scores.append(list(in_order(pool, score_case, predicted(i, found), 2 * args.workers)))
+            every = in_order(pool, score_case, predicted(i, found), 2 * args.workers)
+            scores.append([list(itertools.compress(case, held)) for case in every])
             if g:
                 by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
-                outputs.append(compare_estimates(g, by, samples, on, args.batch))
+                outputs.append(of_classes(compare_estimates(g, by, samples, on, args.batch), held))
                 if val:
-                    reference.append(compare_estimates(g, by, val, on, args.batch))
+                    judged = compare_estimates(g, by, val, on, args.batch)
+                    reference.append(of_classes(judged, held))
 
-    runs = Scored(info, split, entries, states, groups, scores)
+    classes = list(itertools.compress(info.classes[1:], held))
+    runs = Scored(info, split, entries, states, groups, scores, classes)
     write_scores(args, runs, cut)
     if g:
         x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))

@@ -13,6 +13,7 @@ synthetic masks and real outputs: predictions of the weak networks on val cases,
 Legend: N masks, B batch, K classes, C channels, *S the grid that g sees: S, S of slices, or D, H, W of patches of volumes.
 """
 import copy
+import itertools
 import json
 import os
 import shlex
@@ -174,9 +175,9 @@ TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4; below 1, g would only 
 
 
 @torch.no_grad()
-def fit_temperature(g, masks, on, most=300):
+def fit_temperature(g, masks, on, held, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
-    fit it by likelihood.)"""
+    fit it by likelihood.) held: h5.held_classes() of val; no other class counts"""
     errors, rows = [], evaluate.thinned(len(masks.mask), most)
     for rows in rows[distributed.rank()::distributed.world()].split(models.samples_in(16, masks.mask.shape[1:])):
         x, y = masks.samples.batch(masks.index[rows], on.device)
@@ -184,7 +185,9 @@ def fit_temperature(g, masks, on, most=300):
         with on.autocast():
             logits = g.logits(x, mask)                                     # [M, V, B, K, *S]
         mask, true = resample(mask, g.size), true_dice(mask, truth)
-        errors += torch.stack([(quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs().sum(1) for t in TEMPERATURES], 1).cpu()
+        error = [(quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs()
+                 for t in TEMPERATURES]                                    # [N, K-1] each
+        errors += torch.stack([e[:, held].sum(1) for e in error], 1).cpu()
     g.temperature.fill_(TEMPERATURES[torch.stack(distributed.gather(errors)).sum(0).argmin()])
 
 
@@ -199,12 +202,13 @@ def of_another_case(masks):
                          for i, c in ((int(i), case[i]) for i in masks.index)])
 
 
-def report(g, synthetic, real, info, on):
-    """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image."""
+def report(g, synthetic, real, classes, held, on):
+    """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image.
+    classes: the background's name, and those that val's labels hold; held: which of all these are"""
     rows, panels = [], {}
     for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = evaluate.estimate_masks(g, masks, on, most=2000)
-        rows += evaluate.quality_rows(title, *seen, info.classes)
+        seen = [v[:, held] for v in evaluate.estimate_masks(g, masks, on, most=2000)]
+        rows += evaluate.quality_rows(title, *seen, classes)
         panels[title] = seen[:2]
     blind = {"blank image": dict(change=torch.zeros_like), "another case's image": dict(index=of_another_case(synthetic))}
     sighted = evaluate.estimate_masks(g, synthetic, on, most=500)[0].ravel()
@@ -232,6 +236,10 @@ def main(argv=None):
     train = vqm.load(args.vqm, "train", info, size, args.soft > 0, shrink)
     synthetic, real = (vqm.load(args.vqm, split, info, size, shrink=shrink) for split in ("val", "real"))
     seen = tuple(train.mask.shape[1:])
+    held = h5.held_classes(info, "val", real.samples.case)
+    classes = [info.classes[0], *itertools.compress(info.classes[1:], held)]
+    if absent := [c for c in info.classes if c not in classes]:
+        print(f"note: {h5.without(absent, 'val')}: left out of all that val selects")
 
     torch.manual_seed(args.seed)
     shape = dict(channels=info.channels, classes=len(info.classes), dims=info.dims, size=seen[0] if info.dims == 2 else seen, width=args.width)
@@ -292,8 +300,8 @@ def main(argv=None):
                     sys.exit(code)
             loss = mean_loss((epoch - 1) * steps + len(losses)).mean().item()
             if args.head == "dense":
-                fit_temperature(g, real, on)
-            errors = [float(np.abs(p - t).mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
+                fit_temperature(g, real, on, held)
+            errors = [float(np.abs(p - t)[:, held].mean()) for p, t, _ in (evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real))]
             if errors[1] < best["error"] or args.select == "last":
                 best = dict(error=errors[1], epoch=epoch)
                 save("qp.pt", epoch)
@@ -308,7 +316,7 @@ def main(argv=None):
 
     distributed.wait()  # for qp.pt
     kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
-    rows, panels, image_dependence = report(kept, synthetic, real, info, on)
+    rows, panels, image_dependence = report(kept, synthetic, real, classes, held, on)
     chosen = " and ".join(["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")) or "nothing"
     text = (f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n"
             f"{evaluate.markdown(rows)}\n\nDependence on the image: correlation of g's answers with those for a "
@@ -317,7 +325,7 @@ def main(argv=None):
         evaluate.write_text(os.path.join(args.out, "qp.md"), text)
         evaluate.write_text(os.path.join(args.out, "qp.json"), json.dumps(
             dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)), indent=1))
-        figures.quality(os.path.join(args.out, "qp.png"), panels, info.classes)
+        figures.quality(os.path.join(args.out, "qp.png"), panels, classes)
     save("last.pt", epoch, finished=True)
     distributed.wait()  # until everything is written
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"

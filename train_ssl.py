@@ -20,6 +20,7 @@ import argparse
 import bisect
 import copy
 import functools
+import itertools
 import math
 import operator
 import os
@@ -673,9 +674,9 @@ def alarm(parts, dice, best, args):
     return f"warning: {sign}; try {', '.join(remedies or ['a lower --lr'])}"
 
 
-def look(net, g, samples, on):
+def look(net, g, samples, on, held):
     """f's outputs for a few val images, as pictures, and what g says of them: the mean of its answers over images and classes, that of the truth, and
-    the mean error. Where the first rises and the second does not, f fools g. -> what Log.write() takes"""
+    the mean error. Where the first rises and the second does not, f fools g. held: h5.held_classes() of val -> what Log.write() takes"""
     net, rows = models.fused(net), torch.arange(len(samples))
     with torch.no_grad():
         mask = torch.cat([evaluate.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu() for part in rows.split(8)])    # [N, *S]
@@ -688,7 +689,9 @@ def look(net, g, samples, on):
     if g is None:
         return dict(pictures=pictures)
     predicted, true, _ = evaluate.estimate_quality(g, samples, rows, mask, on)
-    return dict(pictures=[*pictures, ("val: predicted (across) and true (up) Dice", figures.dots(predicted, true))], g_true=float(true.mean()),
+    pictures.append(("val: predicted (across) and true (up) Dice", figures.dots(predicted, true)))
+    predicted, true = predicted[:, held], true[:, held]
+    return dict(pictures=pictures, g_true=float(true.mean()),
                 g_predicted=float(predicted.mean()), g_mae=float(np.abs(predicted - true).mean()))
 
 
@@ -711,6 +714,9 @@ def main(argv=None):
         return
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{args.data}: /val/{missing[0]} has no label, so it cannot validate")
+    held = h5.held_classes(info, "val")  # every process looks at all cases
+    if absent := list(itertools.compress(info.classes[1:], ~held)):
+        print(f"note: {h5.without(absent, 'val')}: left out of the Dice that selects best.pt")
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank()::distributed.world()]
     val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")
@@ -783,7 +789,7 @@ def main(argv=None):
                 save(f"step{step}.pt", step, means(step))
             if step % args.eval_every == 0 or step == args.steps:
                 averages, milliseconds = averaged(means(step), step, args), (time.perf_counter() - start) / len(parts) * 1000
-                dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)))
+                dice, per_class = evaluate.mean_dice(distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)), held)
                 note, peak = alarm(averages, dice, peak, args), max(dice, peak)
                 if best["step"] <= onset(args) < step:  # the supervised part does not count
                     best = dict(dice=-1.0, step=step)
@@ -791,7 +797,8 @@ def main(argv=None):
                     best = dict(dice=dice, step=step)
                     save("best.pt", step)
                 log.write(step, note=note, **averages, lam=lambdas(args, (step - 1) / args.steps)[0], lr=optimizer.param_groups[0]["lr"], val_dice=dice,
-                          **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class)}, ms=milliseconds, **(look(nets[0], g, watched, on) if watched else {}))
+                          **{f"val_{c}": d for c, d in zip(info.classes[1:], per_class) if d is not None}, ms=milliseconds,
+                          **(look(nets[0], g, watched, on, held) if watched else {}))
                 finished = step == args.steps or step - max(best["step"], onset(args)) >= args.patience * args.eval_every
                 parts, start = [], time.perf_counter()
                 save("last.pt", step, finished=finished)

@@ -210,22 +210,54 @@ def read_text(path):
 def read_table(path, columns):
     """A CSV file with a header, separated by commas, semicolons or tabs. -> a dict for each row
 
-    InputError if one of `columns` is missing, or a row has none of their values.
+    InputError if one of `columns` is missing or comes twice, if a row has none of their values, or
+    if it has more cells than the header.
     """
     lines = read_text(path).splitlines()
     separator = max(",;\t", key=lines[0].count) if lines else ","
     rows = csv.DictReader(lines, delimiter=separator)
     names = [name.strip() for name in rows.fieldnames or []]
     rows.fieldnames = names
-    if lost := [name for name in columns if name not in names]:
-        raise InputError(f"{path}: no column '{lost[0]}' (it has: {', '.join(names) or 'nothing'}); "
-                         f"its first line must name {', '.join(columns)}")
+    for name in columns:
+        if names.count(name) != 1:
+            raise InputError(f"{path}: {names.count(name) or 'no'} column '{name}' (there are: "
+                             f"{', '.join(names) or 'none'}); its first line must name "
+                             f"{', '.join(columns)}, each once")
     found = []
-    for row in rows:
-        row = {name: (row[name] or "").strip() for name in names}
-        if empty := [name for name in columns if not row[name]]:
-            raise InputError(f"{path}: line {rows.line_num} has no '{empty[0]}'; fill it in")
-        found.append(row)
+    try:
+        for row in rows:
+            if any(map(str.strip, row.pop(None, ()))):  # of cells beyond the header
+                raise InputError(f"{path}: line {rows.line_num} has more cells than the first "
+                                 "line; mend it")
+            row = {name: (row[name] or "").strip() for name in names}
+            if empty := [name for name in columns if not row[name]]:
+                raise InputError(f"{path}: line {rows.line_num} has no '{empty[0]}'; fill it in")
+            found.append(row)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {rows.line_num}: {error}; mend it") from None
+    return found
+
+
+def read_lists(paths, name=str):
+    """Text files that list cases, one on a line. -> {split: names}, without files that are missing
+
+    paths: {split: Path}; name: what makes the name of a case from a line.
+    InputError for a case that stands there twice.
+    """
+    found, seen = {}, {}
+    for split, path in paths.items():
+        if not path.is_file():
+            continue
+        found[split] = []
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            if not line.strip():
+                continue
+            case = name(line.strip())
+            if case in seen:
+                raise InputError(f"{path}: line {number} names '{case}', as does {seen[case]}; "
+                                 "remove one of the two")
+            seen[case] = f"line {number} of {path.name}"
+            found[split].append(case)
     return found
 
 

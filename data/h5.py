@@ -385,6 +385,35 @@ def check_foreground(info, names):
                              "them; give other or more patients (--labeled, --labeled-seed), or convert the data again")
 
 
+def held_classes(info, split, names=None):
+    """Whether the labels of a split hold each class of the foreground. names: of the cases that
+    count (default: all). -> [K-1] bool
+
+    Reads labels up to the first by which all are found. InputError if there is no class at all.
+    """
+    held = np.zeros(len(info.classes) - 1, bool)
+    names = None if names is None else set(names)
+    with open_file(info.path) as f:
+        for entry in info.entries(split):
+            if held.all():
+                break
+            if entry.labeled and (names is None or entry.name in names):
+                label = read_label(f, info, split, entry.name)
+                for k in np.flatnonzero(~held):
+                    held[k] = (label == k + 1).any()
+    if not held.any():
+        raise InputError(f"{info.path}: /{split}: its labels hold no class but the background, so "
+                         "nothing can be scored; take another split, or convert the data again")
+    return held
+
+
+def without(classes, split):
+    """What to say of classes that no label of a split holds. -> a sentence"""
+    names = ", ".join(f"'{name}'" for name in classes[:6])
+    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    return f"no label of {split} holds {names}{more}"
+
+
 def choose_labeled(info, spec, seed=None):
     """Names of the train cases whose labels may be read, and of all others.
 
@@ -683,6 +712,7 @@ def preview(info, path):
 
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
+    total, absent = np.zeros(len(info.classes)), {}
     lines = [f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
              f"classes {', '.join(f'{k} {c}' for k, c in enumerate(info.classes))}"]
     with open_file(info.path) as f:
@@ -698,6 +728,15 @@ def summary(info):
             lines.append(f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
                          f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}")
             lines.append(f"  {'':10s} share of pixels: {shares}")
+            total += count
+            if count.any():
+                absent[split] = count == 0
+    nowhere = (total == 0) & bool(absent)
+    for split, missing in {"this file": nowhere, **absent}.items():
+        missing = missing if missing is nowhere else missing & ~nowhere
+        if missing.any():
+            names = [info.classes[k] for k in np.flatnonzero(missing)]
+            lines.append(f"note: {without(names, split)}: left out of its scores")
     return "\n".join(lines)
 
 

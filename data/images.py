@@ -4,6 +4,7 @@
     python -m data.images --preset cvc CVC-ClinicDB --out cvc.h5
     python -m data.images --preset isic ISIC2018 --out isic.h5
     python -m data.images --preset folder MINE --out mine.h5 --classes background,polyp
+    python -m data.images EYES --out eyes.h5 --patient '(\\d+)_'
 
 What each preset reads under SRC:
     ph2     **/IMDxxx_Dermoscopic_Image/*.bmp, **/IMDxxx_lesion/*.bmp; train.txt and val.txt (a case a line) if they are there
@@ -11,19 +12,22 @@ What each preset reads under SRC:
     isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
     folder  images/NAME.*, masks/NAME.*; also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR); otherwise by patient with --seed. Binary masks are cut at
-half of their range; with more than two --classes, mask pixels are class numbers.
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice; otherwise
+by patient with --seed. A picture is a patient unless --patient or the preset says otherwise.
+Binary masks are cut at half of their range; with more than two --classes, mask pixels are class
+numbers. --labels lists the values of other masks: 0,128,255 become the classes 0, 1, 2.
 """
-import csv
 import os
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from data import figures, h5
-from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing
+from data import figures, h5, labels
+from data.files import (SEED, SHARE, InputError, Parser, cli, number, read_lists, read_table,
+                        replacing)
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # of a picture that is cut, our own line is enough
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -54,10 +58,18 @@ def find_cvc(src):
     images, masks, table = pictures(src / "Original"), pictures(src / "Ground Truth"), src / "sequences.csv"
     if not table.is_file():
         raise InputError(f"{table}: missing; it maps frame to sequence, and neighboring frames must not be split")
-    with open(table, newline="") as f:
-        sequence = {row["frame"]: f"sequence{int(row['sequence']):02d}" for row in csv.DictReader(f)}
+    sequence = {}
+    for row in read_table(table, ("frame", "sequence")):
+        frame, text = row["frame"], row["sequence"]
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise InputError(f"{table}: frame {frame} is of sequence '{text}'; write a whole "
+                             "number")
+        if frame in sequence:
+            raise InputError(f"{table}: frame {frame} comes twice; remove one of its lines")
+        sequence[frame] = f"sequence{int(text):02d}"
     if lost := [name for name in images if name not in sequence]:
-        raise InputError(f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames)")
+        raise InputError(f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames); add "
+                         "it, called as its picture without ending")
     return [(name, path, masks.get(name), sequence[name], None) for name, path in images.items()]
 
 
@@ -91,7 +103,8 @@ def assign_splits(rows, lists, args):
         for split, names in lists.items():
             for name in names:
                 if name not in by_name:
-                    raise InputError(f"{split}.txt: case '{name}' is not among the pictures of {args.src}")
+                    raise InputError(f"{split}.txt: case '{name}' is not among the pictures of "
+                                     f"{args.src}; write names such as '{rows[0][0]}', one a line")
                 out.append((*by_name[name][:4], split))
         return out
     if any(r[4] for r in rows):
@@ -104,10 +117,47 @@ def assign_splits(rows, lists, args):
     return [(*r[:4], split[r[3]]) for r in sorted(rows, key=lambda r: rank[r[3]])]
 
 
-def read_lists(folder):
+def lists_of(folder):
     """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
-    files = {s: folder / f"{s}.txt" for s in h5.SPLITS}
-    return {s: [line.strip() for line in f.read_text().splitlines() if line.strip()] for s, f in files.items() if f.is_file()}
+    return read_lists({s: folder / f"{s}.txt" for s in h5.SPLITS})
+
+
+def name_patients(rows, regex):
+    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
+    if pattern.groups != 1:
+        raise InputError(f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'")
+    found = [pattern.search(r[0]) for r in rows]
+    if lost := [r[0] for r, match in zip(rows, found) if not match or not match[1]]:
+        raise InputError(f"--patient {regex}: finds nothing in the name of case '{lost[0]}' ({len(lost)} such cases)")
+    return [(*r[:3], match[1], r[4]) for r, match in zip(rows, found)]
+
+
+OF_ONE = (r"(.*\d.*)[ _.-]+[^ _.-]+",  # p01_2, patient001_frame01: what comes before the last mark
+          r"(.*\d)[A-Za-z]+\d*")         # p01b, P1S3: what comes before the last letters
+
+
+def stem_of(name):
+    """The part of a name that may be a patient's, which holds a number, or None."""
+    for pattern in OF_ONE:
+        if match := re.fullmatch(pattern, name):
+            return match[1]
+    return None
+
+
+def note_patients(rows):
+    """A note where each case counts as a patient, but many names begin like another one's."""
+    groups = {}
+    for name, _, _, patient, _ in rows:
+        if patient == name:
+            groups.setdefault(stem_of(name) or name, []).append(name)
+    several = [names for names in groups.values() if len(names) > 1]
+    if len(groups) > 1 and sum(map(len, several)) >= max(2, len(rows) / 10):
+        print(f"note: {several[0][0]} and {several[0][1]} count as two patients and may be split "
+              f"apart; if they are of one, give --patient ({len(several)} such groups)")
 
 
 def read_picture(path, flag):
@@ -178,14 +228,24 @@ def main(argv=None):
     p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument("--size", type=number(0), default=0, help="resize to a square of this side; 0 keeps the pictures' own sizes")
-    p.add_argument("--classes", help="names, background first (default: background, and what the preset shows)")
+    p.add_argument("--classes", type=labels.class_names, metavar="NAMES",
+                   help="names, background first (default: background, and what the preset shows)")
+    p.add_argument("--labels", type=labels.label_values, metavar="VALUES",
+                   help="the masks' values that stand for the classes, background first, as in "
+                        "0,128,255")
+    p.add_argument("--patient", metavar="REGEX",
+                   help="its one group gives the patient from a picture's name; default: as the "
+                        "preset says, mostly a picture is a patient")
     p.add_argument("--gray", action="store_true", help="read the pictures as gray")
     p.add_argument("--lists", metavar="DIR", help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them")
     p.add_argument("--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says")
     p.add_argument("--test", type=SHARE, default=0.0, help="share of the patients for test, where no list says")
     p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
     args = p.parse_args(argv)
-    src, classes = Path(args.src), (args.classes or f"background,{SHOWS[args.preset]}").split(",")
+    src, classes = Path(args.src), args.classes or ["background", SHOWS[args.preset]]
+    if args.labels and not args.classes and len(args.labels) > 2:
+        classes = labels.numbered(len(args.labels))
+    labels.check_options(args.labels, classes)
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give the one that holds the pictures")
     if args.val + args.test >= 1:
@@ -193,18 +253,26 @@ def main(argv=None):
     rows = PRESETS[args.preset](src)
     if not rows:
         raise InputError(f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help")
-    lists = read_lists(Path(args.lists) if args.lists else src)
+    rows = name_patients(rows, args.patient) if args.patient else rows
+    lists = lists_of(Path(args.lists) if args.lists else src)
     if args.lists and not lists:
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
+    if not lists and not any(split for *_, split in rows):
+        print(f"no list of splits: by patient, with seed {args.seed}")
+        note_patients(rows)
     found, rows = len(rows), assign_splits(rows, lists, args)
     if len(rows) < found:
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
     if bare := sum(mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
 
+    kinds = range(labels.MOST) if args.labels else classes  # of all values, read_mask() changes none
+
     def cases():
         for name, image_path, mask_path, patient, split in rows:
-            image, label = read_pair(image_path, mask_path, classes, args.gray)
+            image, label = read_pair(image_path, mask_path, kinds, args.gray)
+            if args.labels and label is not None:
+                label = labels.class_numbers(label, mask_path, args.labels)
             own = image.shape[:2]
             if args.size:
                 image = h5.resize_image(image, args.size)
@@ -212,6 +280,7 @@ def main(argv=None):
             yield h5.Case(split, name, image, label, patient, None, str(image_path.relative_to(src)), source_grid=own if args.size else None)
     info = h5.write(args.out, cases(), name=args.preset if args.preset != "folder" else src.resolve().name, classes=classes,
                     dims=2, channels=1 if args.gray else 3, prepared={"from": "pictures"})
+    labels.tell_mapping(args.labels)
     h5.report(info)
 
 

@@ -151,6 +151,13 @@ class Outputs:
     estimates: dict      # name -> [N, K-1]
 
 
+def of_classes(outputs, held):
+    """Outputs of some classes alone. held [K-1] bool"""
+    parts = (outputs.present, outputs.shared, outputs.area, outputs.total)
+    estimates = {name: values[:, held] for name, values in outputs.estimates.items()}
+    return Outputs(*(part[:, held] for part in parts), estimates)
+
+
 UNSCALED = {"mean confidence", "mean certainty (entropy)", "region confidence"}  # estimates, but not of a Dice
 LEVELS = {"present": "of each {0} and class that is present", "absent": "of each {0} and class that is absent (Dice is 0 or 1)",
           "image": "of each {0}, mean over all classes, present or absent", "volume": "of each volume and class"}

@@ -7,10 +7,12 @@
 What is read under SRC (.nii or .nii.gz):
     imagesTr, labelsTr   train and val; a case without a label stays unlabeled in train
     imagesTs             test, with labels where labelsTs has them
-    dataset.json         its "labels" name the classes; without it they are numbered
+    dataset.json         its "labels" name the classes and their values; else they are numbered
     Decathlon: NAME.nii.gz for image and label; nnU-Net: NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed. Volumes are stored as (D, H, W).
+Labels are class numbers, 0, 1, 2 and so on. Those with other values, 0 and 255, say, or 0, 1, 2, 4,
+need a dataset.json that names these, or --labels, which lists them in the order of the classes.
 """
 import gzip
 import json
@@ -26,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from data import h5
-from data.files import SEED, SHARE, InputError, Parser, cli, number, replacing
-from data.images import assign_splits, read_lists
+from data import h5, labels
+from data.files import SEED, SHARE, InputError, Parser, cli, number, read_text, replacing
+from data.images import assign_splits, lists_of, name_patients, note_patients
 
 NAME = re.compile(r"([^.].*)\.nii(\.gz)?")  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 
@@ -80,20 +82,6 @@ def one_channel(images, channel, nnunet):
     return {name: paths[channel or 0] for name, paths in cases.items()}, {c for paths in cases.values() for c in paths}
 
 
-def name_patients(rows, regex):
-    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
-    try:
-        pattern = re.compile(regex)
-    except re.error as error:
-        raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
-    if pattern.groups != 1:
-        raise InputError(f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'")
-    found = [pattern.search(r[0]) for r in rows]
-    if lost := [r[0] for r, match in zip(rows, found) if not match or not match[1]]:
-        raise InputError(f"--patient {regex}: finds nothing in the name of case '{lost[0]}' ({len(lost)} such cases)")
-    return [(*r[:3], match[1], r[4]) for r, match in zip(rows, found)]
-
-
 def split_cases(rows, lists, args):
     """Gives every case its split. -> rows in their final order; says what has no label and what is left out"""
     bare = [r[0] for r in rows if not (r[2] or r[4])]
@@ -109,6 +97,7 @@ def split_cases(rows, lists, args):
         out += [r for r in rows if r[4] and r[0] not in named]
     else:
         print(f"no list of splits: by patient, with seed {args.seed}")
+        note_patients([r for r in rows if not r[4]])
         out = assign_splits([r for r in rows if r[2] and not r[4]], None, args)
         held_out = {r[3] for r in out if r[4] != "train"}
         out += [(*r[:4], "train") for r in rows if not (r[2] or r[4] or r[3] in held_out)] + [r for r in rows if r[4]]
@@ -118,28 +107,63 @@ def split_cases(rows, lists, args):
     return out
 
 
-def name_classes(src, given, labels):
-    """Class names, background first: from --classes, from dataset.json, or numbered up to the largest value in the labels."""
-    if given:
-        return given.split(",")
-    path, table = src / "dataset.json", None
-    if path.is_file():
-        try:
-            table = json.loads(path.read_text(encoding="utf-8")).get("labels")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path}: not a readable JSON object ({error}); mend it, or give --classes") from None
-    if not table:
-        top = max(int(to_label(read(p), p).max()) for p in labels)
-        return ["background", *(f"class {k}" for k in range(1, max(top, 1) + 1))]
+def name_classes(src, names, values, paths):
+    """Names of the classes, background first, and the values that stand for them in the labels.
+
+    names, values: of --classes and --labels, or None, which dataset.json then says; paths: of the
+    labels, which must hold 0, 1, 2 and so on without a gap where nobody says anything.
+    """
+    labels.check_options(values, names)
+    if names:
+        return names, values or range(len(names))
+    path = src / "dataset.json"
+    if table := named_values(path) if path.is_file() else {}:
+        values = values or sorted(table)
+        if lost := [v for v in values if v not in table]:
+            raise InputError(f"{path}: names no label value {lost[0]}, which --labels lists; give "
+                             "--classes, too, with a name for each")
+        return [table[v] for v in values], values
+    if values:
+        return labels.numbered(len(values)), values
+    found = set().union(*(np.unique(to_label(read(p), p)).tolist() for p in paths))
+    count = labels.count_classes(found, paths[0].parent)
+    return labels.numbered(count), range(count)
+
+
+def named_values(path):
+    """The "labels" of a dataset.json, {value: name}; empty if it has none."""
+    def once(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name in it comes twice")
+        return found
     try:
-        by_value = {int(k): v for k, v in table.items()} if all(k.isdigit() for k in table) else {int(v): k for k, v in table.items()}
+        table = json.loads(read_text(path), object_pairs_hook=once).get("labels")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON object ({error}); mend it, or give "
+                         "--classes") from None
+    if not table:
+        return {}
+    try:
+        numbers_first = all(key.isdigit() for key in table)  # as the Decathlon has it
+        pairs = list(table.items()) if numbers_first else [(v, k) for k, v in table.items()]
+        by_value = {int(str(value).removesuffix(".0")): name for value, name in pairs}
+        if not all(isinstance(name, str) for name in by_value.values()):
+            raise TypeError
     except (TypeError, ValueError, AttributeError):
-        raise InputError(f"{path}: \"labels\" must map one number to each name; regions (lists of numbers) are not supported") from None
+        raise InputError(f"{path}: \"labels\" must map one number to each name; regions (lists of "
+                         "numbers) are not supported; mend it, or give --classes") from None
     if "ignore" in by_value.values():
         raise InputError(f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or give --classes")
-    if sorted(by_value) != list(range(len(table))):
-        raise InputError(f"{path}: label values {', '.join(map(str, sorted(by_value)))}; they must be 0, 1, 2 and so on, each once")
-    return [str(by_value[k]) for k in range(len(by_value))]
+    if len(by_value) < len(table):
+        values = ", ".join(str(value) for value, _ in pairs)
+        raise InputError(f"{path}: label values {values}; each class needs its own; mend it, or "
+                         "give --classes")
+    zero = by_value.get(0)
+    if zero is None or zero != "background" and "background" in by_value.values():
+        raise InputError(f"{path}: label value 0, which must be the background, is "
+                         f"{'not named' if zero is None else zero}; mend it, or give --labels and "
+                         "--classes")
+    return by_value
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -192,12 +216,9 @@ def read(path, channel=None):
         raise InputError(f"{path}: ITK cannot read it: {str(error).strip().splitlines()[-1].split('ERROR: ')[-1]}") from None
 
 
-def to_label(image, path):
-    """A label's values (D, H, W) uint8; InputError if they are not class numbers."""
-    values = sitk.GetArrayFromImage(image)
-    if len(wrong := values[~((values >= 0) & (values <= 255) & (values == np.round(values)))]):
-        raise InputError(f"{path}: label value {wrong[0]:g}; class numbers, whole and from 0 to 255, are needed")
-    return values.astype(np.uint8)
+def to_label(image, path, values=range(labels.MOST)):
+    """A label's class numbers (D, H, W) uint8. values: those that stand for the classes"""
+    return labels.class_numbers(sitk.GetArrayFromImage(image), path, values)
 
 
 def check_grids(image, label, image_path, label_path):
@@ -247,14 +268,15 @@ class Preparation:
     nnunet: bool = False          # whether the channel is part of a file's name
 
 
-def read_case(row, how, src, axes):
-    """A row of split_cases() as an h5.Case. how: Preparation; axes: a set that notes along which body axes its voxels lie"""
+def read_case(row, how, src, axes, values=range(labels.MOST)):
+    """A row of split_cases() as an h5.Case. how: Preparation; axes: a set that notes along which
+    body axes its voxels lie; values: those that stand for the classes in its label"""
     name, image_path, label_path, patient, split = row
     image, source_grid = sitk.Cast(read(image_path, how.channel), sitk.sitkFloat32), None
     if label_path:
         label = read(label_path)
         check_grids(image, label, image_path, label_path)
-        label = sitk.GetImageFromArray(to_label(label, label_path))
+        label = sitk.GetImageFromArray(to_label(label, label_path, values))
         label.CopyInformation(image)
     affine = affine_of(image)
     axes.add(tuple(np.abs(affine[:3, :3]).argmax(0).tolist()))
@@ -321,7 +343,11 @@ def main(argv=None):
     p.add_argument("--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says")
     p.add_argument("--test", type=SHARE, default=0.0, help="share of the imagesTr patients for test, where no list says")
     p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
-    p.add_argument("--classes", help="names, background first; default: those of dataset.json")
+    p.add_argument("--classes", type=labels.class_names, metavar="NAMES",
+                   help="names, background first; default: those of dataset.json")
+    p.add_argument("--labels", type=labels.label_values, metavar="VALUES",
+                   help="the values in the labels that stand for the classes, background first, "
+                        "as in 0,1,2,4; default: those of dataset.json, or 0, 1, 2, ...")
     args = p.parse_args(argv)
     src = Path(args.src)
     if not src.is_dir():
@@ -336,14 +362,16 @@ def main(argv=None):
         raise InputError(f"--clip {args.clip}: the first number must be the lower one")
     rows, nnunet = find(src, args.channel)
     rows = name_patients(rows, args.patient) if args.patient else rows
-    lists = read_lists(Path(args.lists) if args.lists else src)
+    lists = lists_of(Path(args.lists) if args.lists else src)
     if args.lists and not lists:
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
     rows = split_cases(rows, lists, args)
-    classes = name_classes(src, args.classes, [r[2] for r in rows if r[2]])
+    classes, values = name_classes(src, args.classes, args.labels, [r[2] for r in rows if r[2]])
     how, axes = Preparation(args.spacing, window, args.channel, nnunet), set()
-    info = h5.write(args.out, (read_case(row, how, src, axes) for row in rows), name=src.resolve().name, classes=classes,
-                    dims=args.dims, channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
+    cases = (read_case(row, how, src, axes, values) for row in rows)
+    info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,
+                    channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
+    labels.tell_mapping(values)
     h5.report(info)
     if len(axes) > 1:
         print("note: the volumes' axes point along different body axes (axial and sagittal scans, say), so D, H, W do not mean the same in all")

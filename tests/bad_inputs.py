@@ -24,6 +24,7 @@ from pathlib import Path
 import cv2
 import h5py
 import numpy as np
+import SimpleITK as sitk
 import torch
 import torch._dynamo  # what each child would else import for itself, with its first optimizer: seconds
 
@@ -671,12 +672,59 @@ def converters():
     def listed(content, lines="a\n"):
         def make(work):
             (work / "src/a").mkdir(parents=True)
-            (work / "src/train.list").write_text(lines), (work / "src/val.list").write_text(lines)
+            (work / "src/train.list").write_text(lines), (work / "src/val.list").write_text("b\n")
             (work / "src/a/mri_norm2.h5").write_bytes(content)
             return [str(work / "src"), "--out", str(work / "out.h5")]
         return make
-    yield "data.ssl4mis", "a volume is text", listed(b"no HDF5"), ["src"], False
-    yield "data.ssl4mis", "a list names nobody", listed(b"", "nobody\n"), ["src"], False
+    yield "data.ssl4mis", "a volume is text", listed(b"no HDF5"), ["a/mri_norm2.h5"], False
+    yield "data.ssl4mis", "a list names nobody", listed(b"", "nobody\n"), ["train.list", "nobody"], False
+    yield from wrong_labels()
+
+
+def wrong_labels():
+    """Labels that are no class numbers, and lists that cannot be followed."""
+    def left_atria(label=None, image=None, lists=None):
+        def make(work):
+            for name in "abc":
+                (work / "src" / name).mkdir(parents=True)
+                with h5py.File(work / "src" / name / "mri_norm2.h5", "w") as f:
+                    f["image"] = np.zeros((16, 16, 9)) if image is None else image
+                    f["label"] = np.resize([0, 1], (16, 16, 9)) if label is None else label
+            for name, content in ({"train": b"a\nb\n", "val": b"c\n"} | (lists or {})).items():
+                (work / "src" / f"{name}.list").write_bytes(content)
+            return [str(work / "src"), "--out", str(work / "out.h5")]
+        return make
+    values = {"256": [0, 256], "NaN": [0, np.nan], "-1 and 1": [-1, 1], "0.5": [0, 0.5]}
+    for name, pair in values.items():
+        yield "data.ssl4mis", f"labels {name}", left_atria(np.resize(pair, (16, 16, 9))), ["a/mri_norm2.h5"], False
+    for name, label in (("texts", np.full((16, 16, 9), b"x")), ("of another shape", np.zeros((16, 16, 8)))):
+        yield "data.ssl4mis", f"labels {name}", left_atria(label), ["a/mri_norm2.h5"], False
+    yield "data.ssl4mis", "labels empty", left_atria(np.zeros((16, 16, 9))), ["src", "--classes"], False
+    yield "data.ssl4mis", "an infinite image", left_atria(image=np.full((16, 16, 9), np.inf)), ["a/mri_norm2.h5"], False
+    yield "data.ssl4mis", "a slice for a volume", left_atria(image=np.zeros((16, 16))), ["a/mri_norm2.h5"], False
+    for name, content in (("twice in a list", b"a\nb\na/mri_norm2.h5\n"), ("in two lists", b"a\nc\n")):
+        word = "train.list" if name == "twice in a list" else "val.list"
+        yield "data.ssl4mis", f"a name {name}", left_atria(lists={"train": content}), [word], False
+    for name, content in (("in cp1252", "\u00e4\n".encode("cp1252")), ("of bytes", b"a\0b\n")):
+        yield "data.ssl4mis", f"a list {name}", left_atria(lists={"train": content}), ["train.list"], False
+
+    def volumes(values, table=None):
+        def make(work):
+            for folder, array in (("imagesTr", np.arange(500.0).reshape(5, 10, 10)), ("labelsTr", np.resize(values, (5, 10, 10)))):
+                (work / "src" / folder).mkdir(parents=True)
+                for name in "ab":
+                    sitk.WriteImage(sitk.GetImageFromArray(array), str(work / "src" / folder / f"{name}.nii"))
+            if table is not None:
+                (work / "src/dataset.json").write_bytes(table)
+            return [str(work / "src"), "--out", str(work / "out.h5")]
+        return make
+    for name, found in (("0, 255", [0, 255]), ("0, 1, 2, 4", [0, 1, 2, 4]), ("0 alone", [0])):
+        yield "data.nifti", f"labels {name}", volumes(np.uint8(found)), ["labelsTr"], False
+    for name, table in (("not UTF-8", b'{"labels": {"\xe4": 0}}'), ("a value twice", b'{"labels": {"b": 0, "a": 1, "c": 1}}'),
+                        ("a key twice", b'{"labels": {"0": "b", "1": "a", "1": "c"}}'), ("no value 0", b'{"labels": {"b": 1, "a": 2}}'),
+                        ("nested", b"[" * 100_000)):
+        yield "data.nifti", f"dataset.json, {name}", volumes(np.uint8([0, 1]), table), ["dataset.json"], False
+    yield "data.nifti", "a value that dataset.json does not name", volumes(np.uint8([0, 2]), b'{"labels": {"b": 0, "a": 1}}'), ["labelsTr/", "2"], False
 
 
 def names():

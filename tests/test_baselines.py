@@ -103,7 +103,7 @@ def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monk
     """A validation before lambda sets in belongs to another training, however good it was. With a ramp, the first lambda is that of step 4."""
     values, told = iter([0.9, 0.8, 0.7, 0.3, 0.4, 0.35]), []
     monkeypatch.setattr(train_ssl, "alarm", lambda parts, dice, peak, args: told.append(peak) or "")
-    monkeypatch.setattr(train_ssl.evaluate, "mean_dice", lambda table: (next(values), [0.0] * 3))
+    monkeypatch.setattr(train_ssl.evaluate, "mean_dice", lambda table, held: (next(values), [0.0] * 3))
     train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "ict", "--size", "32", "--width", "4", "--batch", "3",
                     "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "1", "--lam-warmup", "0.34", "--patience", "1"])
     best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]

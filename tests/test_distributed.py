@@ -134,7 +134,7 @@ def test_validation_is_that_of_a_single_process(two, gray):
     row = list(csv.DictReader(open(two / "whole" / "log.csv")))[-1]
     net, _ = evaluate.load_run(str(two / "whole" / "last.pt"), "student", ON)
     info = h5.read_info(gray)
-    mean, per_class = evaluate.mean_dice(evaluate.dice_table(net, evaluate.Cases(info, "val", 32), ON, 4))
+    mean, per_class = evaluate.mean_dice(evaluate.dice_table(net, evaluate.Cases(info, "val", 32), ON, 4), h5.held_classes(info, "val"))
     assert float(row["val_dice"]) == pytest.approx(mean, abs=1e-5)
     assert [float(row[f"val_{c}"]) for c in info.classes[1:]] == pytest.approx(per_class, abs=1e-5)
 

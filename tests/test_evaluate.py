@@ -100,7 +100,7 @@ def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request)
     info = h5.read_info(request.getfixturevalue(kind))
     net = Copycat(h5.load_slices(info, "val", 48).label, len(info.classes))
     table = evaluate.dice_table(net, evaluate.Cases(info, "val", 48), models.compute("cpu", "off"), len(info.classes), batch=batch)
-    mean, per_class = evaluate.mean_dice(table)
+    mean, per_class = evaluate.mean_dice(table, h5.held_classes(info, "val"))
     assert len(table) == len(info.entries("val")) and mean == pytest.approx(np.mean(table)) and per_class == pytest.approx(np.mean(table, 0))
     assert len(per_class) == len(info.classes) - 1
     assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
@@ -310,19 +310,21 @@ def test_a_second_network_of_other_classes_is_refused(gray, rgb, gray_quality, t
     refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", other], "classes")
 
 
-def test_estimates_of_a_single_picture_without_foreground(rgb, rgb_quality, tmp_path, capsys):
-    """No class is present and there is no other patient: nothing to correlate and nothing to calibrate on, but a table."""
+def test_estimates_of_a_single_picture(rgb, rgb_quality, tmp_path, capsys, refused):
+    """There is no other patient: nothing to correlate and nothing to calibrate on, but a table. Without foreground nothing is scored."""
     shutil.copy(rgb, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         names = list(f["val"])
         for name in names[1:]:
             del f[f"val/{name}"]
+    argv = [str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1], "--pictures", "0"]
+    evaluate.main(argv)
+    assert "each slice and class that is present" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
+    row = json.loads((tmp_path / "o" / "quality.json").read_text())["levels"]["present"][0]
+    assert row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and 0 <= row["Dice"] < 1
+    with h5py.File(tmp_path / "f.h5", "a") as f:
         f[f"val/{names[0]}/label"][:] = 0
-        del f[f"val/{names[0]}"].attrs["checksum"]
-    evaluate.main([str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1], "--pictures", "0"])
-    assert "each slice and class that is absent" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
-    row = json.loads((tmp_path / "o" / "quality.json").read_text())["levels"]["absent"][0]
-    assert row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and row["Dice"] in (0.0, 1.0)
+    refused(evaluate.main, argv, "f.h5: /val", "no class but the background")
 
 
 def test_estimates_without_val(gray, gray_quality, tmp_path, undrawn):

@@ -124,11 +124,14 @@ def test_decathlon_names_that_look_like_channels(tmp_path):
 def test_classes(tmp_path, refused):
     src = make(tmp_path / "src", ["a", "b"])
     save(src / "labelsTr" / "b.nii.gz", ball((4, 10, 12), (2, 5, 5), 2) * 3)
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "labelsTr", "0, 1, 3", "--labels 0,1,3")
+    save(src / "labelsTr" / "a.nii.gz", np.resize(np.arange(4, dtype=np.uint8), (4, 10, 12)))
     assert convert(src).classes == ["background", "class 1", "class 2", "class 3"]
     assert convert(src, "--classes", "background,x,y,z").classes == ["background", "x", "y", "z"]
-    refused(nifti.main, [src, "--out", tmp_path / "g.h5", "--classes", "background,x"], "case 'b'", "values up to 3")
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5", "--classes", "background,x"], ".nii.gz: label value", "--labels")
     for labels, word in (({"background": 0, "x": 1, "ignore": 2}, "ignore"), ({"background": 0, "x": [1, 2], "y": 2}, "regions"),
-                         ({"0": "background", "2": "x"}, "0, 2"), ({"background": 0, "x": 1, "y": 1}, "0, 1")):
+                         ({"1": "background", "2": "x"}, "not named"), ({"background": 0, "x": 1, "y": 1}, "0, 1, 1"),
+                         ({"background": 1, "x": 0}, "is x"), ({"background": 0, "x": 1.5}, "regions"), ({"0": "background", "1": None}, "regions")):
         (src / "dataset.json").write_text(json.dumps({"labels": labels}))
         refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "dataset.json", word)
     (src / "dataset.json").write_text("{")

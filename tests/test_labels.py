@@ -1,0 +1,377 @@
+"""Labels, their classes, lists and patients: the right thing is stored, or refused with its place."""
+import csv
+import json
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+from conftest import make_pictures
+from test_evaluate import make_run
+from test_nifti import convert, load, make, save
+
+import evaluate
+import train_ssl
+from data import h5, images, labels, nifti, ssl4mis
+from data.files import InputError, read_lists, read_table
+
+SHAPE = (3, 16, 20)
+K = 4
+ACDC = ["background", "right ventricle", "myocardium", "left ventricle"]
+
+
+# -------------------------------------------------------------------------------- label values
+
+@pytest.mark.parametrize("values, listed, numbers", [
+    (np.float32([0.9999, 2.0001, 0]), range(3), [1, 2, 0]),
+    (np.array([1 + 1e-7, 3]), range(4), [1, 3]),
+    (np.int16([0, 850, 205]), (0, 205, 850), [0, 2, 1]),
+    (np.float16([-1, 1]), (-1, 1), [0, 1]),
+    (np.uint8([4, 0, 255]), (255, 4, 0), [1, 2, 0]),
+    (np.array([True, False]), range(2), [1, 0])])
+def test_values_become_class_numbers(values, listed, numbers):
+    found = labels.class_numbers(values, "f", listed)
+    assert found.tolist() == numbers and found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("values, listed, word", [
+    ([0, np.nan], range(4), "nan"), ([0, np.inf], (0, 1), "inf"), ([0.998], range(4), "0.998"),
+    ([256], range(256), "256"), ([-1, 1], range(2), "-1"), ([3], (0, 1, 4), "0, 1, 4 do"),
+    ([1.002], (0, 1), "1.002"), ([1e20], range(4), "1e\\+20"), (["x"], range(2), "type"),
+    ([1j], range(2), "complex")])
+def test_values_of_no_class_are_refused(values, listed, word):
+    with pytest.raises(InputError, match=f"f: .*{word}"):
+        labels.class_numbers(np.array(values), "f", listed)
+
+
+def test_found_values_must_have_no_gap():
+    assert labels.count_classes({0, 1, 2}, "f") == 3 and labels.count_classes({1}, "f") == 2
+    for found, word in (({0, 255}, "--labels 0,255"), ({0, 1, 2, 4}, "--labels 0,1,2,4"),
+                        ({0}, "nothing to learn"), (set(range(0, 200, 2)), "100 values")):
+        with pytest.raises(InputError, match=word) as error:
+            labels.count_classes(found, "f")
+        assert len(str(error.value)) < 300
+
+
+# -------------------------------------------------------------------------------- NIfTI
+
+def test_nifti_labels_are_mapped_as_the_options_or_dataset_json_say(tmp_path, capsys, refused):
+    src = make(tmp_path / "src", ["a", "b"])
+    values = np.resize([0, 1, 2, 4], (4, 10, 12))
+    save(src / "labelsTr" / "a.nii.gz", values.astype(np.float32) - np.float32(1e-4))
+    save(src / "labelsTr" / "b.nii.gz", values.astype(np.int16))
+    argv = [src, "--out", tmp_path / "g.h5"]
+    refused(nifti.main, argv, "labelsTr", "--labels 0,1,2,4")
+    refused(nifti.main, [*argv, "--labels", "0,1,2"], "labelsTr", ".nii.gz: label value", "0 to 2 do")
+    refused(nifti.main, [*argv, "--labels", "0,1,2,4", "--classes", "background,a"], "4 values")
+    refused(nifti.main, [*argv, "--labels", "0,1,1"], "--labels")
+
+    def right(info, names):
+        assert info.classes == names
+        for split in ("train", "val"):
+            (entry,) = info.entries(split)
+            assert (load(info, split, entry.name)[1] == np.minimum(values, 3)).all()
+    names = ["background", "class 1", "class 2", "class 3"]
+    right(convert(src, "--labels", "0,1,2,4", "--val", 0.5), names)
+    assert "4 becomes 3" in capsys.readouterr().out
+    names = ["background", "edema", "core", "rim"]
+    right(convert(src, "--labels", "0,1,2,4", "--classes", ", ".join(names), "--val", 0.5), names)
+    table = {"labels": {"rim": 4, "core": 2, "edema": 1, "background": 0}}
+    for encoding in ("utf-8-sig", "utf-16"):
+        (src / "dataset.json").write_text(json.dumps(table), encoding=encoding)
+        right(convert(src, "--val", 0.5), names)
+    refused(nifti.main, [*argv, "--labels", "0,1,2,3"], "dataset.json", "no label value 3")
+    (src / "dataset.json").write_text('{"labels": {"0": "background", "1": "a", "1": "b"}}')
+    refused(nifti.main, argv, "dataset.json", "twice")
+
+
+def test_nifti_values_0_and_255_are_two_classes_and_not_256(tmp_path, refused):
+    src = make(tmp_path / "src", ["a", "b"])
+    for path in sorted((src / "labelsTr").iterdir()):
+        save(path, np.resize(np.uint8([0, 0, 255]), (4, 10, 12)))
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "labelsTr", "--labels 0,255")
+    info = convert(src, "--labels", "0,255", "--val", 0.5)
+    assert info.classes == ["background", "class 1"]
+    assert (load(info, "val", info.entries("val")[0].name)[1] == np.resize([0, 0, 1], (4, 10, 12))).all()
+
+
+# -------------------------------------------------------------------------------- ACDC and LA
+
+def store(path, label, image=None):
+    """A source file; the image is noise unless given, label None: without one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).random(np.shape(label) if label is not None else SHAPE)
+    with h5py.File(path, "w") as f:
+        f["image"] = noise if image is None else image
+        if label is not None:
+            f["label"] = label
+
+
+def acdc(folder, change=lambda y: y, count=K):
+    """Two patients of three slices in train, one in val. change: what becomes of their labels"""
+    label = np.resize(np.arange(count), SHAPE)
+    names = [f"patient{p:03d}_frame01" for p in (1, 2)]
+    for z in range(3):
+        for name in names:
+            store(folder / "data" / "slices" / f"{name}_slice_{z + 1}.h5", change(label[z]))
+    store(folder / "data" / "patient003_frame01.h5", change(label))
+    slices = [f"{name}_slice_{z + 1}\n" for name in names for z in range(3)]
+    (folder / "train_slices.list").write_text("".join(slices))
+    (folder / "val.list").write_text("patient003_frame01\n")
+    return folder
+
+
+def la(folder, change=lambda y: y, lines="{}\n"):
+    """Four volumes of the LA layout, (H, W, D), the last one in val."""
+    for i, split in enumerate(("train", "train", "train", "val")):
+        store(folder / "set" / f"ID{i}" / "mri_norm2.h5", change(np.resize([0, 0, 1], (16, 20, 9))))
+        with open(folder / f"{split}.list", "a") as f:
+            f.write(lines.format(f"ID{i}"))
+    return folder
+
+
+def labels_of(info):
+    """All labels of a file, in one list."""
+    with h5.open_file(info.path) as f:
+        return [h5.read_label(f, info, s, e.name) for s, es in info.splits.items() for e in es]
+
+
+def from_lists(src, *more):
+    out = str(src.parent / "f.h5")
+    ssl4mis.main([str(src), "--out", out, *more])
+    return h5.read_info(out)
+
+
+def test_ssl4mis_labels_are_class_numbers(tmp_path, refused):
+    almost = lambda y: (y - 1e-4).astype(np.float32)  # .9999, 1.9999
+    info = from_lists(acdc(tmp_path / "a", almost))
+    assert info.classes == ACDC and info.name == "ACDC"
+    assert all((y == np.resize(np.arange(K), SHAPE)).all() for y in labels_of(info))
+    truth = np.resize([0, 0, 1], (16, 20, 9)).transpose(2, 0, 1)
+    for i, change in enumerate((almost, lambda y: y * 255, lambda y: y * 255.0)):
+        info = from_lists(la(tmp_path / f"la{i}", change))
+        assert info.classes == ["background", "left atrium"]
+        assert all((y == truth).all() for y in labels_of(info))
+    argv = ["--out", tmp_path / "g.h5"]
+    for i, (wrong, word) in enumerate(((256, "256"), (np.nan, "nan"), (-1, "-1"), (0.5, "0.5"), (9, "9"))):
+        change = lambda y: np.where(y == 1, wrong, y)
+        refused(ssl4mis.main, [la(tmp_path / f"la bad{i}", change), *argv], "mri_norm2.h5: label value", word)
+        refused(ssl4mis.main, [acdc(tmp_path / f"bad{i}", change), *argv], "slice_1.h5: label value", word)
+    src = acdc(tmp_path / "size")
+    store(src / "data" / "slices" / "patient001_frame01_slice_2.h5", np.zeros((15, 20)), np.zeros((16, 20)))
+    refused(ssl4mis.main, [src, *argv], "slice_2.h5: label of shape (15, 20)")
+    assert not (tmp_path / "g.h5").exists()
+
+
+def test_names_of_acdc_and_la_are_not_given_to_other_data(tmp_path, capsys, refused):
+    prostate, argv = acdc(tmp_path / "prostate", count=3), ["--out", tmp_path / "g.h5"]
+    refused(ssl4mis.main, [prostate, *argv], "prostate", "0 to 2", "4 classes", "--classes")
+    info = from_lists(prostate, "--classes", "background,zone,gland")
+    assert (info.name, info.classes) == ("prostate", ["background", "zone", "gland"])
+    other = acdc(tmp_path / "other", lambda y: np.array([0, 1, 2, 4])[y])
+    refused(ssl4mis.main, [other, *argv], "label value 4", "0 to 3", "--labels")
+    refused(ssl4mis.main, [other, *argv, "--labels", "0,1,2,4"], "--classes")
+    info = from_lists(other, "--labels", "0,1,2,4", "--classes", "b,x,y,z")
+    assert all((y == np.resize(np.arange(K), SHAPE)).all() for y in labels_of(info))
+    refused(ssl4mis.main, [la(tmp_path / "empty", lambda y: y * 0), *argv], "empty", "--classes")
+    zones = la(tmp_path / "zones", lambda y: y * np.resize([1, 2], y.shape))
+    refused(ssl4mis.main, [zones, *argv], "label value 2", "--classes")
+    assert {int(v) for y in labels_of(from_lists(zones, "--classes", "b,x,y")) for v in np.unique(y)} == {0, 1, 2}
+    capsys.readouterr()
+    from_lists(prostate, "--classes", "background,zone,gland,tumor")
+    assert "no label of this file holds 'tumor'" in capsys.readouterr().out
+
+
+def test_ssl4mis_images_that_are_none(tmp_path, refused):
+    src, label = la(tmp_path / "la"), np.zeros((16, 20, 9), np.uint8)
+    for image, word in ((np.full(label.shape, np.inf), "infinite"), (np.full(label.shape, 1e300), "infinite"),
+                        (label[0], "axes"), (label * 1j, "complex"), (np.full(label.shape, b"x"), "type")):
+        store(src / "set" / "ID1" / "mri_norm2.h5", label, image)
+        refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "ID1/mri_norm2.h5", word)
+
+
+# -------------------------------------------------------------------------------- lists and tables
+
+def test_lists_in_any_usual_form(tmp_path, refused):
+    path = tmp_path / "train.txt"
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-16", "\n")):
+        path.write_bytes(end.join(["a 1", "", "  b\t", " "]).encode(encoding))
+        assert read_lists({"train": path, "val": tmp_path / "val.txt"}) == {"train": ["a 1", "b"]}
+    (tmp_path / "val.txt").write_text("b")
+    with pytest.raises(InputError, match="val.txt: line 1 names 'b', as does line 3 of train.txt"):
+        read_lists({"train": path, "val": tmp_path / "val.txt"})
+    path.write_bytes("ä\n".encode("cp1252"))
+    with pytest.raises(InputError, match="train.txt: line 1 is not UTF-8"):
+        read_lists({"train": path})
+
+
+def test_tables_in_any_usual_form(tmp_path):
+    path = tmp_path / "t.csv"
+    for text in ("frame,sequence\n1,2\n", "\ufeffframe;sequence\r\n1;2\r\n", "sequence\tframe \n2\t1\n", "frame,sequence,x\n1, 2,\n"):
+        path.write_text(text, encoding="utf-8")
+        (row,) = read_table(path, ("frame", "sequence"))
+        assert row["frame"] == "1" and row["sequence"] == "2"
+    for text, word in (("frame\n1\n", "no column 'sequence'"), ("frame,sequence\n1\n", "line 2 has no 'sequence'"),
+                       ("", "no column"), ("frame,sequence\n1,000,3\n", "line 2 has more cells"),
+                       ("frame,frame,sequence\n1,2,3\n", "2 column 'frame'")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"t.csv: .*{word}"):
+            read_table(path, ("frame", "sequence"))
+
+
+def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
+    for line, name in (("patient001_frame01_slice_1.h5", "patient001_frame01_slice_1"), ("data\\slices\\a b.h5", "a b"),
+                       ("set/ID/mri_norm2.h5", "ID"), ("ID/mri_norm2", "ID"), ("ID/", "ID"), ("ID", "ID"), ("/", "/")):
+        assert ssl4mis.name_of(line) == name
+    info = from_lists(la(tmp_path / "la", lines="2018/{}/mri_norm2.h5 \r\n"))
+    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {"train": ["ID0", "ID1", "ID2"], "val": ["ID3"]}
+    store(tmp_path / "la" / "old" / "ID1" / "mri_norm2.h5", np.zeros((16, 20, 9)))
+    refused(ssl4mis.main, [tmp_path / "la", "--out", tmp_path / "g.h5"], "old/ID1", "set/ID1", "same name")
+    src = acdc(tmp_path / "acdc")
+    plain = from_lists(src)
+    listed = (src / "train_slices.list").read_text().split()
+    (src / "train_slices.list").write_text("\r\n".join(f"data/slices/{n}.h5" for n in listed), encoding="utf-16")
+    assert from_lists(src).checksum == plain.checksum
+    capsys.readouterr()
+    (src / "train_slices.list").write_text("\n".join(n for n in listed if n != "patient001_frame01_slice_2"))
+    from_lists(src)
+    assert "patient001_frame01 has 2 slices between 1 and 3" in capsys.readouterr().out
+    (src / "train_slices.list").write_text("\n".join([*listed, listed[0] + ".h5"]))
+    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "train_slices.list", listed[0], "line 1")
+
+
+def test_lists_and_sequences_of_pictures(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 4)
+    (src / "train.txt").write_bytes("p3\r\np1 \r\n".encode("utf-16"))
+    (src / "val.txt").write_bytes(b"\xef\xbb\xbfp0\n")
+    out = ["--out", str(tmp_path / "f.h5")]
+    images.main([str(src), *out])
+    info = h5.read_info(tmp_path / "f.h5")
+    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {"train": ["p3", "p1"], "val": ["p0"]}
+    for text, words in (("p0\np0\n", ("val.txt", "line 2", "'p0'")), ("p1", ("val.txt", "p1", "train.txt")), ("p0.png", ("val.txt", "such as 'p0'"))):
+        (src / "val.txt").write_text(text)
+        refused(images.main, [src, *out], *words)
+    (src / "train.txt").unlink(), (src / "val.txt").unlink()
+    (src / "images").rename(src / "Original"), (src / "masks").rename(src / "Ground Truth")
+    argv = [src, "--preset", "cvc", *out]
+    (src / "sequences.csv").write_text("frame;sequence\np0;1\np1;1\np2;2\np3;03\n", encoding="utf-16")
+    images.main([str(a) for a in (*argv, "--val", "0.34")])
+    patients = {e.name: e.patient for es in h5.read_info(tmp_path / "f.h5").splits.values() for e in es}
+    assert patients == {"p0": "sequence01", "p1": "sequence01", "p2": "sequence02", "p3": "sequence03"}
+    for text, word in (("frame,sequence\np0,1\np0,2\n", "p0 comes twice"), ("frame,sequence\np0,1.0\n", "'1.0'"),
+                       ("frame,sequence\np0,1\n", "frame p1 has no sequence"), ("a,b\n1,2\n", "no column 'frame'")):
+        (src / "sequences.csv").write_text(text)
+        refused(images.main, argv, "sequences.csv", word)
+
+
+# -------------------------------------------------------------------------------- pictures
+
+def test_masks_of_listed_values(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 3)
+    values = np.resize(np.uint8([0, 128, 255]), (40, 56))
+    for path in (src / "masks").iterdir():
+        cv2.imwrite(str(path), values)
+    argv = [src, "--out", tmp_path / "f.h5", "--val", "0.34"]
+    for more in ([], ["--classes", "background,cup,disc"]):
+        images.main([str(a) for a in (*argv, "--labels", "0,128,255", *more)])
+        info = h5.read_info(tmp_path / "f.h5")
+        assert len(info.classes) == 3 and all((y == values // 127).all() for y in labels_of(info))
+    refused(images.main, [*argv, "--labels", "0,255"], ".png: label value 128", "0, 255 do")
+    refused(images.main, [*argv, "--labels", "0,128,255", "--classes", "background,a"], "3 values")
+
+
+def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
+    src, names = make_pictures(tmp_path / "src", 8), [f"p{i // 2:02d}_{i % 2}" for i in range(8)]
+    for i, name in enumerate(names):
+        for folder in ("images", "masks"):
+            (src / folder / f"p{i}.png").rename(src / folder / f"{name}.png")
+    argv = [str(src), "--out", str(tmp_path / "f.h5"), "--val", "0.5"]
+    images.main(argv)
+    assert "note: p00_0 and p00_1 count as two patients" in capsys.readouterr().out
+    images.main([*argv, "--patient", r"(p\d+)_"])
+    assert "count as two patients" not in capsys.readouterr().out
+    info = h5.read_info(tmp_path / "f.h5")
+    assert all(e.patient == e.name[:3] for es in info.splits.values() for e in es)
+    assert [len({e.patient for e in info.entries(s)}) for s in ("train", "val")] == [2, 2]
+    (src / "train.txt").write_text("\n".join(names[:4])), (src / "val.txt").write_text("\n".join(names[4:]))
+    images.main(argv)
+    assert "count as two patients" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, told", [
+    (["img001", "img002", "img003"], False), (["IMD002", "IMD003"], False), (["1", "2", "10"], False),
+    (["ISIC_0012345", "ISIC_0012346"], False), (["IMG_1", "IMG_2"], False), (["case_0001", "case_0002"], False),
+    (["la_2018_1", "la_2018_2"], False), (["21_training", "22_training"], False), (["cju0qk8", "cju1zz2"], False),
+    (["p01_1", "p01_2", "p02_1"], True), (["patient001_frame01", "patient001_frame12", "patient002_frame01"], True),
+    (["21-left", "21-right", "22-left"], True), (["p1a", "p1b", "p2a", "p2b"], True), (["P1S3", "P1S4", "P2S1"], True)])
+def test_a_note_where_names_look_like_those_of_one_patient(names, told, capsys):
+    images.note_patients([(n, None, None, n, None) for n in names])
+    said = capsys.readouterr().out
+    assert (f"note: {names[0]} and {names[1]}" in said) == told and said.count("\n") == told
+    images.note_patients([(n, None, None, "sequence", None) for n in names])
+    assert not capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- absent classes
+
+def dataset(path, val, train=(0, 1, 2, 3), count=2):
+    """Squares of some classes, one below the other, in two cases of each split; case 0 of val lacks the last of them."""
+    def cases():
+        for split, held in (("train", train), ("val", val)):
+            for i in range(count):
+                label = np.zeros((32, 32), np.uint8)
+                for k in held[:-1] if split == "val" and i == 0 and len(held) > 2 else held:
+                    label[8 * k:8 * k + 6, 4:20] = k
+                image = np.random.default_rng(i).random(label.shape, np.float32) + label
+                yield h5.Case(split, f"{split}{i}", image.astype(np.float32), label, f"{split}{i}")
+    return h5.write(str(path), cases(), name="f", classes=["background", "a", "b", "c"], dims=2, channels=1)
+
+
+def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
+    info = dataset(tmp_path / "f.h5", (0, 1, 3))
+    held = h5.held_classes(info, "val")
+    assert held.tolist() == [True, False, True] and h5.held_classes(info, "val", ["val0"]).tolist() == [True, False, False]
+    assert h5.held_classes(info, "train").all()
+    mean, per_class = evaluate.mean_dice([[0.5, 1.0, 1.0], [0.3, 1.0, 0.2]], held)
+    assert mean == pytest.approx((0.4 + 0.6) / 2) and per_class == pytest.approx([0.4, None, 0.6])
+    h5.report(info)
+    assert "note: no label of val holds 'b'" in capsys.readouterr().out
+    h5.report(dataset(tmp_path / "g.h5", (0, 1), (0, 1, 2)))
+    said = capsys.readouterr().out
+    assert "note: no label of this file holds 'c'" in said and "note: no label of val holds 'b':" in said
+    assert "of train" not in said
+
+
+def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(tmp_path, capsys, unrendered, refused):
+    info, out = dataset(tmp_path / "f.h5", (0, 1, 3)), tmp_path / "out"
+    runs = [make_run(tmp_path / n, info, seed=s, method=m) for n, s, m in (("a", 0, "supervised"), ("b", 1, "ict"))]
+    evaluate.main([info.path, *runs, "--out", str(out), "--baseline", "supervised", "--pictures", "1"])
+    rows = list(csv.DictReader(open(out / "cases.csv")))
+    assert {r["class"] for r in rows} == {"a", "c"} and len(rows) == 2 * 2 * 2
+    summary = json.loads((out / "summary.json").read_text())
+    for row, path in zip(summary["rows"], runs):
+        mine = [r for r in rows if r["checkpoint"] == path]
+        for column, key, scale in (("Dice %", "dice", 100), ("Jaccard %", "jaccard", 100), ("HD95 px", "hd95", 1), ("ASD px", "asd", 1)):
+            assert row[column] == pytest.approx([scale * np.mean([float(r[key]) for r in mine])])
+        assert row["Dice % b"] is None and len(row["Dice % a"]) == len(row["Dice % c"]) == 1
+    mean = [np.mean([float(r["dice"]) for r in rows if r["checkpoint"] == path]) for path in runs]
+    assert summary["rows"][1]["Δ Dice"] == pytest.approx(100 * (mean[1] - mean[0])) and summary["absent"] == ["b"]
+    text = (out / "summary.md").read_text()
+    assert "no label of val holds 'b'" in text.split("\n")[-2] and " | - | " in text and "no label of val" in capsys.readouterr().out
+    nothing = dataset(tmp_path / "g.h5", (0,))
+    refused(evaluate.main, [nothing.path, runs[0], "--out", out], "g.h5: /val", "no class")
+
+
+def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, refused):
+    info, values = dataset(tmp_path / "f.h5", (0, 1, 3)), iter([[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]])
+    monkeypatch.setattr(evaluate, "dice_table", lambda *_: [next(values)] * 2)
+    argv = ["--out", str(tmp_path / "run"), "--size", "32", "--width", "2", "--batch", "2", "--steps", "3", "--eval-every", "1"]
+    train_ssl.main([info.path, *argv])
+    assert "note: no label of val holds 'b'" in capsys.readouterr().out
+    best = evaluate.load_checkpoint(str(tmp_path / "run" / "best.pt"), "ssl")["best"]
+    assert best == dict(dice=0.5, step=2)
+    log = list(csv.DictReader(open(tmp_path / "run" / "log.csv")))
+    assert [float(r["val_dice"]) for r in log] == pytest.approx([0.3, 0.5, 0.1])
+    assert {r["val_b"] for r in log} == {""} and [r["val_c"] for r in log] == ["0.4", "0.5", "0.1"]
+    nothing = dataset(tmp_path / "g.h5", (0,))
+    refused(train_ssl.main, [nothing.path, *argv[:1], tmp_path / "o", *argv[2:]], "g.h5: /val", "no class")
