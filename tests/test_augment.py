@@ -31,7 +31,7 @@ def test_image_and_label_stay_aligned(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flips_are_exact_and_no_geometry_is_identity(shape):
     image, label = shapes(shape)
-    still = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip=False)
+    still = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip="none")
     assert torch.allclose(augment.move(image, still), image, atol=1e-4) and (augment.move(label, still) == label).all()
     torch.manual_seed(3)
     flipped = augment.move(image, augment.random_geometry(image, rotate=0, scale=0, shift=0))
