@@ -439,13 +439,15 @@ def check_prepared(known, others):
     path = next((p for p, data in known.items() if _prepared(data)), first)
     notes = {}
     for other, data in others.items():
-        ours = _intensities(known[path])
-        theirs = _intensities(data)
-        if _standardize(data) != _standardize(known[path]) or ours and theirs and ours != theirs:
+        for name in dict.fromkeys((first, path)):
+            ours, theirs = _intensities(known[name]), _intensities(data)
+            alike = not (ours and theirs) or ours == theirs
+            if alike and _standardize(data) == _standardize(known[name]):
+                continue
             remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
-            remedy = remedy if path == first else "leave one of them out"
-            raise InputError(f"{other}: its images were {_words_of(data)}, but those of {path} "
-                             f"were {_words_of(known[path])}; {remedy}")
+            remedy = remedy if name == first else "leave one of them out"
+            raise InputError(f"{other}: its images were {_words_of(data)}, but those of {name} "
+                             f"were {_words_of(known[name])}; {remedy}")
         if differences := _differences(_prepared(data), _prepared(known[path])):
             notes.setdefault(differences, []).append(other)
     for differences, paths in notes.items():
