@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, processes, shapes, vqm
-from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, folder, grid, load_checkpoint, number, numbers, picture, replacing,
+from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, flip_axes, folder,
+                        grid, load_checkpoint, number, numbers, picture, replacing,
                         save_checkpoint, seed_of, start_run)
 from models.losses import dice_loss, one_hot
 
@@ -61,6 +62,9 @@ def parse_args(argv=None):
     p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20", help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10, help="least steps of a harvest epoch, for few images")
     p.add_argument("--harvest-batch", type=number(1, 65_536), help="slices (default 16) or patches (default 2) in a step of the weak networks")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images of the weak networks may be flipped: H,W or H "
+                   "or none (default: all; give stages 1 to 3 the same)")
     p.section("running")
     p.add_argument("--workers", type=number(1, 1000), default=1, help="processes that make masks")
     p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw a grid of masks with name and Dice")
@@ -504,7 +508,7 @@ def train_weak(samples, patients, info, fold, args, done=None):
         order = torch.cat([torch.randperm(len(mine)) for _ in range(1 + steps * args.harvest_batch // len(mine))])
         for step in range(steps):
             index = torch.tensor(mine)[order[step * args.harvest_batch:(step + 1) * args.harvest_batch]]
-            x, y = augment.weak(*samples.batch(index, on.device))
+            x, y = augment.weak(*samples.batch(index, on.device), args.flip)
             with on.autocast():
                 logits = net(models.channels_last(x))
             loss = dice_loss(logits, one_hot(y, K))
@@ -630,10 +634,10 @@ def make_masks(train, val, info, args, done, command):
     for fold in range(args.folds):
         weak |= {(fold, epoch): weights for epoch, weights in train_weak(train, patients, info, fold, args, done).items()}
 
-    with replacing(os.path.join(args.out, "vqm.h5")) as temporary, h5py.File(temporary, "w") as f:
+    with replacing(os.path.join(args.out, "vqm.h5")) as temporary, h5py.File(temporary, "w", locking=False) as f:
         vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size,
                      spec=args.labeled + ("" if args.labeled_seed is None else f" --labeled-seed {args.labeled_seed}"),
-                     command=shlex.join(command))
+                     command=shlex.join(command).encode(errors="backslashreplace").decode())
         groups = {"train": vqm.create(f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest),
                   "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
                   "real": vqm.create(f, "real", len(val) * n_weak, K, args.size)}
@@ -654,12 +658,32 @@ def make_masks(train, val, info, args, done, command):
             dice = group["dice"][:].mean(1)
             print(f"{split:6s} {len(dice):6d} masks, mean Dice {dice.mean():.3f}, below .6 {np.mean(dice < 0.6):.0%}, "
                   f"above .9 {np.mean(dice > 0.9):.0%}")
+        best = best_of_weak(groups["real"]["dice"][:], val.label)
+        if best is not None and best <= NOTHING:
+            print(f"warning: no weak network has a mean Dice above {NOTHING} on val, so they have "
+                  "learned nothing; look at the labels (python -m data.h5 "
+                  f"{shlex.quote(info.path)} --preview FILE.png), --harvest-epochs and "
+                  "--harvest-steps")
+
+
+NOTHING = 0.01  # mean Dice up to which nothing has been learned
+
+
+def best_of_weak(dice, label):
+    """Mean Dice of the best weak network on val, over slices or patches and the classes in them.
+
+    dice: [networks * N, K-1]; label: [N, *S] -> None where label holds no class
+    """
+    K = dice.shape[1] + 1
+    present = np.stack([(label == k).flatten(1).any(1) for k in range(1, K)], 1)  # [N, K-1]
+    dice = dice.reshape(-1, *present.shape)[:, present]
+    return dice.mean(1).max() if present.any() else None
 
 
 def main(argv=None):
     args = parse_args(argv)
     info, path = h5.read_info(args.data), os.path.join(args.out, "vqm.h5")
-    args.size = h5.network_grid(info, args.size)
+    args.size, args.flip = h5.network_grid(info, args.size), h5.check_flip(info, args.flip)
     args.masks, args.harvest_batch = args.masks or {2: 200, 3: 50}[info.dims], args.harvest_batch or {2: 16, 3: 2}[info.dims]
     labeled, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
     h5.check_foreground(info, labeled)
@@ -690,7 +714,8 @@ def main(argv=None):
         draw_preview(args.preview, path, info, train)
     print(f"wrote {path}, {args.folds * len(args.harvest_epochs)} networks in {weak_folder}" + (f", {args.preview}" if args.preview else "")
           + "\nnext: " + shlex.join(["python", "train_qp.py", args.data, "--vqm", path, "--out",
-                                    os.path.join(os.path.dirname(args.out), "qp")]))
+                                    os.path.join(os.path.dirname(args.out), "qp"),
+                                    *(["--flip", args.flip] if args.flip else [])]))
 
 
 if __name__ == "__main__":

@@ -336,11 +336,12 @@ def load_encoder(net, source):
         raise InputError(f"--encoder-weights {source}: {' '.join(text.split())[:600]}") from None
 
 
-def load_quality(path, info, on, size=None):
+def load_quality(path, info, on, size=None, runs=None):
     """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
 
-    InputError if it was trained for other classes or channels, or for patches of another size than `size`, those of f: it would see
+    InputError if it was trained for other classes, channels or intensities, or for patches of another size than `size`, those of f: it would see
     them at another scale.
+    runs: {path: args} of each f; a note says where its --flip is another than that of g.
     """
     state = load_checkpoint(path, "qp")
     theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
@@ -353,8 +354,23 @@ def load_quality(path, info, on, size=None):
     check_size(path, info, state["model"].get("size"))
     if not state["weights"].get("temperature", torch.ones(())) > 0:
         raise InputError(f"{path}: its temperature is not above 0; train it again")
+    h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
+    flip = flip_of(path, info, state["args"])
+    flips = [flip_of(run, info, args) for run, args in (runs or {}).items()]
+    if others := [other for other in flips if other != flip]:
+        words = {None: "all axes", "none": "no axis"}
+        print(f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
+              f"{words.get(others[0], others[0])}; train both with the same --flip")
     g = models.fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
     return g.requires_grad_(False), state["labeled"]
+
+
+def flip_of(path, info, args):
+    """--flip of a checkpoint's args, as h5.check_flip() gives it. InputError if it is none."""
+    try:
+        return h5.check_flip(info, args.get("flip"))
+    except InputError as error:
+        raise InputError(f"{path}: {error}; train it again") from None
 
 
 def check_size(path, info, size):
@@ -387,7 +403,8 @@ def group_runs(states, paths):
     for i, (state, path) in enumerate(zip(states, paths)):
         free = {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}
         config = {k: v for k, v in state["args"].items() if k not in free}
-        config = {"correct": False} | config | {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}    # older ones know no correction
+        config = {"correct": False, "flip": None} | config  # which older ones do not know
+        config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         key = json.dumps(config, sort_keys=True)
         if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
             key, config = path, config | {"checkpoint": path}
@@ -492,6 +509,7 @@ class Opinions:
     net: torch.nn.Module
     other: torch.nn.Module
     second: torch.nn.Module | None = None
+    flip: str | None = None  # --flip of net: how its augmented pass may be flipped
 
 
 @torch.no_grad()
@@ -505,9 +523,11 @@ def compare_estimates(g, by, samples, on, batch):
         mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
+        turned = augment.strong(augment.mirror(x, by.flip), 0.5)
+        again = augment.mirror(probabilities(by.net, turned, on), by.flip)
         says |= {"mean confidence": quality.confidence(mine), "mean certainty (entropy)": quality.certainty(mine),
                  "region confidence": quality.region_confidence(mine), "f's own expected Dice": quality.expected_dice(mine),
-                 "agreement with an augmented pass": quality.overlap(mine, probabilities(by.net, augment.strong(x.flip(-1), 0.5), on).flip(-1)),
+                 "agreement with an augmented pass": quality.overlap(mine, again),
                  "agreement of student and teacher": quality.overlap(mine, probabilities(by.other, x, on))}
         if by.second is not None:
             says["expected Dice under a second network"] = quality.expected_dice(mine, probabilities(by.second, x, on))
@@ -528,14 +548,14 @@ def gigaflops(net, *inputs):
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as f:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write(text)
 
 
 def write_csv(path, rows):
     """A list of dicts with the same keys -> CSV."""
     with replacing(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
             writer = csv.DictWriter(f, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -559,10 +579,13 @@ def held_out(info, states):
 def check_runs(args, info, states):
     """InputError if checkpoints of train_ssl.py do not fit the data, or cannot be compared by --qp. states: path -> state"""
     for path, state in states.items():
-        for key in ("classes", "channels", "dims", "standardize"):
-            if state["data"].get(key, True) != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'].get(key, True)}, but {info.path} has {getattr(info, key)}; train on this data")
+        for key in ("classes", "channels", "dims"):
+            if state["data"][key] != getattr(info, key):
+                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} has {getattr(info, key)}; train on this data")
         check_size(path, info, state["args"]["size"])
+        state["args"]["flip"] = flip_of(path, info, state["args"])
+    described = {path: state["data"] for path, state in states.items()}
+    h5.check_prepared({info.path: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         raise InputError("--qp compares outputs of one --size, but " + ", ".join(f"{path} has {size}" for size, path in sizes.items()))
@@ -687,9 +710,11 @@ def predict(args):
     on, (path,) = models.compute(args.device, args.amp), args.checkpoints
     net, state = load_run(path, args.weights, on)
     size, data, folder = state["args"]["size"], state["data"], os.path.join(args.out, "masks")
-    needed = h5.Info(path, data["name"], data["classes"], data["dims"], data["channels"], {}, 0)
+    needed = h5.Info(path, data["name"], data["classes"], data["dims"], data["channels"], {}, 0,
+                     data.get("standardize", True), data.get("prepared"))
     check_size(path, needed, size)
-    cut, g = window(size, args, args.batch), load_quality(args.qp, needed, on, size)[0] if args.qp else None  # fail before images are read
+    cut = window(size, args, args.batch)  # fails before images are read, as does the next line
+    g = load_quality(args.qp, needed, on, size, {path: state["args"]})[0] if args.qp else None
     held = claim(args.out)  # noqa: F841  (until this ends)
     if os.path.isdir(folder) and os.listdir(folder) and not args.overwrite:
         raise InputError(f"{folder}: holds masks already, perhaps corrected ones; replace them with --overwrite, or choose another --out")
@@ -820,7 +845,8 @@ def main(argv=None):
     groups = group_runs(states, args.checkpoints)
     if args.baseline:
         find_baselines(args.baseline, groups, args.checkpoints)  # fails before the work begins
-    g = load_quality(args.qp, info, on, size)[0] if args.qp else None
+    fs = {path: state["args"] for path, state in heads.items()}
+    g = load_quality(args.qp, info, on, size, fs)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
@@ -857,8 +883,10 @@ def main(argv=None):
             every = in_order(pool, score_case, predicted(i, found), 2 * args.workers)
             scores.append([list(itertools.compress(case, held)) for case in every])
             if g:
-                by = Opinions(net, load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0], second)
-                outputs.append(of_classes(compare_estimates(g, by, samples, on, args.batch), held))
+                other = load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0]
+                by = Opinions(net, other, second, states[i]["args"]["flip"])
+                judged = compare_estimates(g, by, samples, on, args.batch)
+                outputs.append(of_classes(judged, held))
                 if val:
                     judged = compare_estimates(g, by, val, on, args.batch)
                     reference.append(of_classes(judged, held))

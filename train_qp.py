@@ -29,8 +29,8 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, figures, h5, vqm
-from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, postponed_signals, save_checkpoint,
-                        seed_of, start_run)
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, flip_axes,
+                        folder, grid, number, postponed_signals, save_checkpoint, seed_of, start_run)
 from models import distributed
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
@@ -62,6 +62,9 @@ def parse_args(argv=None):
     p.add_argument("--select", choices=("last", "best"), help="keep the last epoch, or the best on val's real outputs (default: dense last, scalar best)")
     p.add_argument("--patience", type=number(1), default=25, help="--select best: epochs without a better one before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5, help="of augmentation: intensity, rotation, scale and shift")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images and masks may be flipped: H,W or H or none "
+                   "(default: all; give stages 1 to 3 the same)")
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
@@ -103,7 +106,8 @@ def draw(masks, rows, K, device, args):
     network's probabilities where there are some, else a blurred mask.
     """
     x, y = masks.samples.batch(masks.index[rows], device)
-    way = augment.random_geometry(x, rotate=45 * args.strength, scale=0.3 * args.strength, shift=0.15 * args.strength)
+    s = args.strength
+    way = augment.random_geometry(x, rotate=45 * s, scale=0.3 * s, shift=0.15 * s, flip=args.flip)
     mask, truth = (one_hot(augment.move(v.to(device), way), K)[:, 1:] for v in (masks.mask[rows].long(), y))
     chosen = torch.rand(len(rows)) < args.soft
     harvested = chosen & (masks.prob_index[rows] >= 0)
@@ -217,6 +221,17 @@ def report(g, synthetic, real, classes, held, on):
     return rows, panels, image_dependence
 
 
+BLIND = 0.1  # correlation of g's answers with the truth below which g has learned nothing
+
+
+def is_blind(predicted, true):
+    """Whether answers [N, K-1] hardly follow the true Dice of masks of all qualities."""
+    if true.std() < 1e-3:  # nothing to follow
+        return False
+    r = evaluate.agreement(predicted.ravel(), true.ravel())["pearson"]
+    return r is None or r < BLIND
+
+
 # ---------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
@@ -224,6 +239,7 @@ def main(argv=None):
     on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     set_defaults(args, info.dims)
+    args.flip = h5.check_flip(info, args.flip)
     if args.batch % distributed.world():
         raise InputError(f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes")
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
@@ -328,9 +344,14 @@ def main(argv=None):
         figures.quality(os.path.join(args.out, "qp.png"), panels, classes)
     save("last.pt", epoch, finished=True)
     distributed.wait()  # until everything is written
+    if is_blind(*panels["synthetic masks"]):
+        print("warning: g hardly tells good from bad masks of val (Pearson's r is below "
+              f"{BLIND}), so it has learned nothing; try more --epochs or masks, and look at the "
+              f"labels (python -m data.h5 {shlex.quote(args.data)} --preview FILE.png)")
     print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
           "next: " + shlex.join(["python", "train_ssl.py", args.data, "--labeled", *train.spec.split(), "--size",
                                  ",".join(map(str, train.own if info.dims == 3 else train.own[:1])), "--method", "mean_teacher", "--weight", "quality",
+                                 *(["--flip", args.flip] if args.flip else []),
                                  "--qp", f"{args.out}/qp.pt", "--out", os.path.join(os.path.dirname(args.out), "mt_qw")]))
 
 

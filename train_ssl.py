@@ -38,8 +38,9 @@ from tqdm import tqdm
 import evaluate
 import models
 from data import augment, figures, h5, processes, stored
-from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, folder, grid, number, numbers, postponed_signals, save_checkpoint,
-                        seed_of, start_run)
+from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, flip_axes,
+                        folder, grid, number, numbers, postponed_signals, save_checkpoint, seed_of,
+                        start_run)
 from models import distributed
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 from models.quality import quality_target
@@ -98,6 +99,9 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=number(1, 65_536), help="labeled images in a step (default 32, of volumes 2)")
     p.add_argument("--batch-unlabeled", type=number(1, 65_536), help="unlabeled images in a step (default 64, of volumes 2)")
     p.add_argument("--strength", type=number(0, 2, float), default=0.5, help="of the intensity augmentation of labeled images; that of strong views is 1")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images may be flipped: H,W or H or none "
+                   "(default: all; give stages 1 to 3 the same)")
     p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="adamw: cosine; sgd: momentum .9, poly .9")
     p.add_argument("--lr", type=number(0, 10, float), default=1e-3, help="initial learning rate (sgd: 0.01 is usual; with --encoder-weights 1e-4)")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer")
@@ -570,11 +574,12 @@ def views(fetched, K, args, device):
     if isinstance(fetched, InputError):
         raise fetched
     labeled, unlabeled = fetched
-    x, y = augment.weak(*h5.standardized(labeled, device))
+    x, y = augment.weak(*h5.standardized(labeled, device), args.flip)
     x = models.channels_last(augment.strong(x, args.strength))
     if unlabeled is None:
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
-    u = models.channels_last(augment.weak(h5.standardized(unlabeled, device)[0]))
+    u, _ = h5.standardized(unlabeled, device)
+    u = models.channels_last(augment.weak(u, flip=args.flip))
     return Batch(x, one_hot(y, K), u, *(models.channels_last(augment.strong(u)) for _ in range(2)))
 
 
@@ -586,9 +591,10 @@ def load_data(info, args, on):
     parts += [(info, "unlabeled", None)] if info.splits.get("unlabeled") else []
     if args.unlabeled:
         other = h5.read_info(args.unlabeled)
-        for key in ("channels", "dims", "standardize"):
+        for key in ("channels", "dims"):
             if getattr(other, key) != getattr(info, key):
                 raise InputError(f"{args.unlabeled}: has {key} {getattr(other, key)}, but {info.path} has {getattr(info, key)}")
+        h5.check_prepared({other.path: other.describe()}, {info.path: info.describe()})
         parts += [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
     if args.cache == "auto":
         everything = [(info, "train", labeled), (info, "val", None), *parts]
@@ -614,7 +620,7 @@ def where_it_fits(size, device):
 def set_defaults(args, info):
     """Fills in what depends on the data: published settings for slices (the paper's) and for volumes (the left-atrium baselines').
     -> what models.build() takes for f"""
-    args.size = h5.network_grid(info, args.size)
+    args.size, args.flip = h5.network_grid(info, args.size), h5.check_flip(info, args.flip)
     for name, value in (dict(model="unet", batch=32, batch_unlabeled=64) if info.dims == 2 else dict(model="vnet", batch=2, batch_unlabeled=2)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -634,6 +640,7 @@ def set_defaults(args, info):
     return network
 
 
+NOTHING = 0.01  # val Dice up to which nothing has been learned
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
@@ -702,7 +709,9 @@ def main(argv=None):
     network = set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
-    g, seen = evaluate.load_quality(args.qp, info, on, args.size) if args.qp else (None, [])
+    g, seen = None, []
+    if args.qp:
+        g, seen = evaluate.load_quality(args.qp, info, on, args.size, {args.out: vars(args)})
     asks = "--correct" if args.correct else "--weight-level pixel" if args.weight == "quality" and args.weight_level == "pixel" else None
     if asks and not hasattr(g, "belief"):
         raise InputError(f"{args.qp}: has a scalar head, which knows nothing of pixels; {asks} needs train_qp.py --head dense")
@@ -811,8 +820,13 @@ def main(argv=None):
                 distributed.wait()  # until it is written: torchrun ends all when one has left
                 sys.exit(code)
     distributed.wait()  # until everything is written
-    print(f"best val Dice {best['dice']:.4f} at step {best['step']}\nwrote {args.out}/best.pt, last.pt, log.csv\n"
-          "next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",
+    print(f"best val Dice {best['dice']:.4f} at step {best['step']}\n"
+          f"wrote {args.out}/best.pt, last.pt, log.csv")
+    if not max(peak, best["dice"]) > NOTHING:
+        print(f"warning: val Dice was never above {NOTHING}, so f has learned nothing; look at the "
+              f"labels (python -m data.h5 {shlex.quote(args.data)} --preview FILE.png), the "
+              "classes' shares of pixels, --lr and --steps")
+    print("next: " + shlex.join(["python", "evaluate.py", args.data, f"{args.out}/best.pt", "--out", f"{args.out}/table",
                                  *(["--window", "whole"] if args.window == "whole" else []),
                                  *(["--stride", ",".join(map(str, args.stride))] if args.stride else []),
                                  *(["--blend", args.blend] if args.blend != "gaussian" else [])]))

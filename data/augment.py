@@ -15,10 +15,17 @@ def uniform(low, high, like):
     return low + (high - low) * torch.rand(shape, device=like.device)
 
 
-def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=True):
+def may_flip(flip, dims):
+    """Whether each axis of a grid may be flipped, (D, H, W) or (H, W). flip: of --flip -> bools"""
+    return [flip is None or axis in flip.split(",") for axis in "DHW"[-dims:]]
+
+
+def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=None):
     """A random affine map per sample, as a sampling grid [B, *S, 2 or 3] for `move`.
 
-    rotate: degrees, in the plane of the last two axes (depth is often coarser); scale: +- share; shift: +- share of the side; flip: every axis, p = .5.
+    rotate: degrees, in the plane of the last two axes (depth is often coarser).
+    scale: +- share; shift: +- share of the side.
+    flip: the axes that are flipped with p = .5, as --flip names them; None: all.
     """
     B, d = len(image), image.dim() - 2
     angle = torch.deg2rad(uniform(-rotate, rotate, image[:, 0].flatten(1)))[:, 0]
@@ -27,7 +34,8 @@ def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=True):
     linear[:, 0, 0], linear[:, 0, 1] = angle.cos(), -angle.sin() * stretch
     linear[:, 1, 0], linear[:, 1, 1] = angle.sin() / stretch, angle.cos()
     factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=image.device) - 1)
-    sign = 1 - 2 * torch.randint(2, (B, d, 1), device=image.device) if flip else 1
+    allowed = torch.tensor(may_flip(flip, d)[::-1], device=image.device)  # of x, y[, z]
+    sign = 1 - 2 * torch.randint(2, (B, d, 1), device=image.device) * allowed[:, None]
     offset = 2 * shift * (2 * torch.rand(B, d, 1, device=image.device) - 1)
     return F.affine_grid(torch.cat([linear * sign / factor, offset], 2), (B, 1, *image.shape[2:]), align_corners=False)
 
@@ -43,10 +51,16 @@ def move(tensor, grid):
     return moved[:, 0].to(tensor.dtype)
 
 
-def weak(image, label=None):
-    """Random geometry. -> image, and label moved with it if one is given."""
-    grid = random_geometry(image)
+def weak(image, label=None, flip=None):
+    """Random geometry. -> image, and label moved with it if one is given. flip: of --flip"""
+    grid = random_geometry(image, flip=flip)
     return move(image, grid) if label is None else (move(image, grid), move(label, grid))
+
+
+def mirror(image, flip=None):
+    """Images [B, C, *S] flipped along the last axis that may be flipped, if there is one."""
+    axes = [i for i, allowed in enumerate(may_flip(flip, image.dim() - 2), 2) if allowed]
+    return image.flip(axes[-1]) if axes else image
 
 
 def strong(image, strength=1.0):

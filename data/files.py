@@ -6,6 +6,7 @@ import csv
 import errno
 import functools
 import glob
+import io
 import math
 import os
 import re
@@ -111,6 +112,16 @@ def picture(text):
     return text
 
 
+def flip_axes(text):
+    """argparse type: letters of the axes D, H, W, joined by commas, or none. -> them, in order"""
+    names = text.replace(" ", "").upper().split(",")
+    if text.strip().lower() == "none":
+        return "none"
+    if len(set(names)) < len(names) or not set(names) <= set("DHW"):
+        raise argparse.ArgumentTypeError(f"{text}: neither none nor axes of D, H, W, as in H,W")
+    return ",".join(sorted(names))
+
+
 SHARE = number(0, 1, float)
 SEED = number(0, 2 ** 40)
 
@@ -128,6 +139,9 @@ def cli(main):
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)  # TensorBoard's tells us too
     for hook in ("excepthook", "unraisablehook"):  # h5py's words of each part of a file that it cannot write; DiskFull tells
         setattr(sys, hook, functools.partial(_unless_h5py, getattr(sys, f"__{hook}__")))
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters of tables and names
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except DiskFull as error:
@@ -179,13 +193,47 @@ def postponed_signals():
 
 # ---------------------------------------------------------------------------------------------------- files
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system
+
+
+def errno_of(error):
+    """The system's number for an error, 0 if it has none. HDF5 may tell it in its text alone."""
+    if not isinstance(error, (OSError, RuntimeError)):
+        return 0
+    said = re.findall(r"errno = (\d+)", str(error))
+    return getattr(error, "errno", None) or int((said or [0])[0])
+
+
+def unreadable(path, error):
+    """InputError for an error of the system, not of what a file holds; None for other errors."""
+    number = errno_of(error)
+    if number in (errno.EACCES, errno.EPERM):
+        return InputError(f"{path}: not permitted to read it; ask its owner for permission, or "
+                          "choose another")
+    if number and number not in (errno.EINVAL, errno.EOVERFLOW):  # damage leads to wrong places
+        return InputError(f"{path}: cannot be read ({os.strerror(number)}); try again, or copy it "
+                          "to another disk")
+    return None
+
+
+def absent(path, what):
+    """Why a path is none of a file, in words. what: a file, or what the file should be"""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return "not permitted to look into its folder"
+    except (OSError, ValueError):
+        return f"no such {what}"
+    return f"a folder, not a {what}" if os.path.isdir(path) else f"a device or pipe, not a {what}"
+
+
 @contextlib.contextmanager
 def room_for(path):
     """Where its block finds no room to write, it ends in DiskFull."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # h5py raises a RuntimeError when a file cannot be closed, and the number is in its text
-        number = getattr(error, "errno", None) or int((re.findall(r"errno = (\d+)", str(error)) or [0])[0])
+        number = errno_of(error)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(f"{path}: cannot be written ({os.strerror(number)}); make room and run the same command again, with --resume if it "
@@ -292,16 +340,20 @@ def claim(out, *inside):
     """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there
     and in its subfolders `inside`.
 
-    InputError if another process has taken it.
+    InputError if another process has taken it. Where the file system has no locks, nobody is kept
+    out.
     """
     os.makedirs(out, exist_ok=True)
-    lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True)  # readers of a run that was just killed may hold it for seconds
+    # Readers of a run that was just killed may hold it for seconds. No fallback to a file that
+    # stands for a lock: that of a killed process would keep everybody out.
+    lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise InputError(f"{out}: another process is writing to it; wait until it ends, or choose another --out") from None
-    except NotImplementedError:
-        pass  # a file system without locks
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
     for left in [path for part in ("", *inside) for path in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part"))]:
         os.remove(left)
     return lock
@@ -312,7 +364,7 @@ def checksum(path):
     if path is None:
         return None
     if not os.path.isfile(path):
-        raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}; give the file that an earlier stage wrote")
+        raise InputError(f"{path}: {absent(path, 'file')}; give the file that an earlier stage wrote")
     value = 0
     with open(path, "rb") as f:
         while block := f.read(2 ** 22):
@@ -353,7 +405,7 @@ PLAIN = (str, int, float, bool, type(None), torch.dtype)
 def load_checkpoint(path, stage):
     """The dict that save_checkpoint wrote, on the CPU. InputError if it is missing, damaged, of another stage, or not what HOLDS says."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: {'a folder, not a checkpoint' if os.path.isdir(path) else 'no such checkpoint'}; give the .pt of a finished stage")
+        raise InputError(f"{path}: {absent(path, 'checkpoint')}; give the .pt of a finished stage")
     try:
         with zipfile.ZipFile(path) as archive:  # older formats of torch.load are not even looked at
             if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()) or (wrong := archive.testzip()):
@@ -362,6 +414,8 @@ def load_checkpoint(path, stage):
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file holds, it is the file that is wrong
+        if found := unreadable(path, error):
+            raise found from None
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); make it again") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int) or state["format"] != FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project (format {FORMAT}); make it again")
@@ -410,9 +464,9 @@ class Log:
                     os.remove(path)
         self.path, self.columns, rows = os.path.join(out, "log.csv"), columns, []
         if after and os.path.isfile(self.path):
-            with open(self.path, newline="") as f:
+            with open(self.path, newline="", encoding="utf-8") as f:
                 rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= after]  # the last may be cut short
-        with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
@@ -425,7 +479,7 @@ class Log:
             return
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
         with room_for(self.path):
-            with open(self.path, "a", newline="") as f:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
                 csv.DictWriter(f, self.columns).writerow({"step": step, **shown, **({"note": note} if note else {})})
             sync(self.path)
             for name, value in values.items():

@@ -33,7 +33,8 @@ import torch
 from torch.nn import functional as F
 
 from data import figures
-from data.files import FORMAT, InputError, Parser, cli, picture, replacing
+from data.files import (FORMAT, NO_LOCKS, InputError, Parser, absent, cli, errno_of, picture,
+                        replacing, unreadable)
 
 SPLITS = ("train", "val", "test", "unlabeled")
 LARGE = 2 ** 30  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
@@ -112,7 +113,7 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     check_text(path, "the dataset's name", name)
     _check_layout(path, classes, dims, channels)
     with replacing(path) as temporary:
-        with h5py.File(temporary, "w", track_order=True) as f:
+        with h5py.File(temporary, "w", track_order=True, locking=False) as f:  # nobody else's
             f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels, standardize=standardize)
             if prepared:
                 f.attrs["prepared"] = json.dumps(prepared)
@@ -220,13 +221,27 @@ def _check_patients(path, patients):
 # ---------------------------------------------------------------------------------------------------- reading
 
 def open_file(path):
-    """h5py.File for reading; a missing or damaged file is an InputError."""
+    """h5py.File for reading; InputError if it is missing, damaged, locked or not permitted."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}; give the HDF5 file")
+        raise InputError(f"{path}: {absent(path, 'file')}; give the HDF5 file")
+    try:
+        return _opened(path)
+    except OSError as error:
+        if "unable to lock file" in str(error) or "already open for write" in str(error):
+            raise InputError(f"{path}: another process is writing to it; wait until it ends") from None
+        raise unreadable(path, error) or InputError(
+            f"{path}: not a readable HDF5 file (truncated?); convert the data again") from None
+
+
+def _opened(path):
+    """h5py.File for reading, without a lock where the file system has none."""
     try:
         return h5py.File(path, "r")
-    except OSError:
-        raise InputError(f"{path}: not a readable HDF5 file (truncated?); convert the data again") from None
+    except OSError as error:
+        # a file that is open already must be opened as it was the first time
+        if errno_of(error) not in NO_LOCKS and "locking flag" not in str(error):
+            raise
+    return h5py.File(path, "r", locking=False)
 
 
 @contextlib.contextmanager
@@ -237,6 +252,8 @@ def reading(where, remedy="convert the data again"):
     except InputError:
         raise
     except Exception as error:
+        if found := unreadable(where, error):
+            raise found from None
         raise InputError(f"{where}: damaged or incomplete ({error or type(error).__name__}); {remedy}") from None
 
 
@@ -438,6 +455,86 @@ def choose_labeled(info, spec, seed=None):
     return list(labeled), [e.name for e in train if e.name not in labeled]
 
 
+# ---------------------------------------------------------------------- how images were prepared
+
+def check_prepared(known, others):
+    """Compares how the images of `others` were prepared with the first of `known` that says it.
+
+    known, others: {path: what Info.describe() says}; of known, the first is the dataset.
+    InputError if intensities mean something else. Other differences are a note, once. Where one
+    side says nothing, as older files and checkpoints do, only `standardize` is compared.
+    """
+    first = next(iter(known))
+    path = next((p for p, data in known.items() if _prepared(data)), first)
+    notes = {}
+    for other, data in others.items():
+        for name in dict.fromkeys((first, path)):
+            ours, theirs = _intensities(known[name]), _intensities(data)
+            alike = not (ours and theirs) or ours == theirs
+            if alike and _standardize(data) == _standardize(known[name]):
+                continue
+            remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
+            remedy = remedy if name == first else "leave one of them out"
+            raise InputError(f"{other}: its images were {_words_of(data)}, but those of {name} "
+                             f"were {_words_of(known[name])}; {remedy}")
+        if differences := _differences(_prepared(data), _prepared(known[path])):
+            notes.setdefault(differences, []).append(other)
+    for differences, paths in notes.items():
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        print(f"note: {paths[0]}{more} and {path} were prepared differently: {differences}")
+
+
+def _prepared(data):
+    """What describe() says of the preparation, {} where that is nothing. It may come from anybody."""
+    found = data.get("prepared")
+    return found if isinstance(found, dict) else {}
+
+
+def _standardize(data):
+    return data.get("standardize", True) is not False  # older checkpoints do not say
+
+
+def _intensities(data):
+    """The options of data.nifti that bring images to these intensities; "" where nobody knows."""
+    prepared = _prepared(data)
+    if "window" not in prepared:
+        return ""
+    if prepared["window"] is None:
+        return "--intensity mr"
+    return f"--intensity ct --clip {_text(prepared['window'], ',')}"
+
+
+def _words_of(data):
+    """How intensities were brought to a scale, in words."""
+    if (window := _prepared(data).get("window")) is not None:
+        return f"clipped to the window {_text(window, ',')}"
+    if _standardize(data):
+        return "standardized case by case"
+    return "brought to an unknown window (standardize False)"
+
+
+def _differences(theirs, ours):
+    """What two preparations both say, and say otherwise, in words. "" if there is nothing."""
+    free = {"window", "nnunet"}  # compared already; how files are named
+    said = lambda value: _text(0 if value is None else value)  # channel: none is the first
+    return ", ".join(f"{_text(key)} {_text(theirs[key])}, not {_text(ours[key])}"
+                     for key in theirs if key in ours and key not in free
+                     if said(theirs[key]) != said(ours[key]))
+
+
+def _text(value, joined=" x "):
+    """A value of `prepared`, a plain one or a list of them, in at most 60 printable characters."""
+    parts = value[:10] if isinstance(value, (list, tuple)) else [value]
+    text = joined.join(map(_plain, parts))
+    return "".join(c if c.isprintable() else "?" for c in text)[:60]
+
+
+def _plain(value):
+    if type(value) in (int, float):
+        return f"{value:g}" if abs(value) < 1e15 else "beyond all numbers"
+    return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
+
+
 # ---------------------------------------------------------------------------------------------------- what networks see
 
 @dataclass
@@ -557,6 +654,20 @@ def network_grid(info, size):
         print(f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
               f"{' x '.join(map(str, small[0].grid))}; they are mirrored at their ends")
     return size
+
+
+def check_flip(info, flip):
+    """What --flip means for a file: axes as augment.may_flip() takes them; None: all.
+
+    flip: a text as files.flip_axes() gives it, or None. InputError if the file has no such axis.
+    """
+    everything = "DHW"[-info.dims:]
+    if flip in (None, ",".join(everything)):
+        return None
+    if flip != "none" and (not isinstance(flip, str) or not set(flip.split(",")) <= set(everything)):
+        raise InputError(f"--flip {flip!s:.40}: {info.path} is segmented in {info.dims}D, along "
+                         f"the axes {', '.join(everything)}; give some of them, or none")
+    return flip
 
 
 def shape_of(size):

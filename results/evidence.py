@@ -161,11 +161,11 @@ def controlled(control):
 
     def views(fetched, K, args, device):
         labeled, unlabeled = fetched
-        x, y = augment.weak(*h5.standardized(labeled, device))
+        x, y = augment.weak(*h5.standardized(labeled, device), args.flip)
         x = augment.strong(x, args.strength)
         if unlabeled is None:
             return train_ssl.Batch(channels_last(x), one_hot(y, K), x[:0], x[:0], x[:0])
-        u, oracle.label = augment.weak(*h5.standardized(unlabeled, device))
+        u, oracle.label = augment.weak(*h5.standardized(unlabeled, device), args.flip)
         oracle.classes, u = K, channels_last(u)
         return train_ssl.Batch(channels_last(x), one_hot(y, K), u, *(channels_last(augment.strong(u)) for _ in range(2)))
     if control in ("oracle", "shuffled", "blind"):

@@ -7,6 +7,7 @@ The scripts are imported once, and each input is given to a forked child, so tha
 nothing but the child.
 """
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -403,6 +404,7 @@ def extra(state):
     return state
 
 
+WINDOW = {"standardize": False, "prepared": {"from": "nifti", "window": [0, 1]}}
 CHECKPOINTS = {
     "not a dict": lambda s: [1, 2], "empty dict": lambda s: {}, "format 2": given(2, "format"), "format is a tensor": given(torch.ones(2), "format"), "no stage": without("stage"),
     "stage is a list": given([1], "stage"), **{f"no {key}": without(key) for key in ("model", "args", "data", "labeled")},
@@ -415,6 +417,9 @@ CHECKPOINTS = {
     "weights are NaN": spoiled(float("nan")), "weights are infinite": spoiled(float("inf")), "weights of another shape": tensor(lambda t: t[None]), "a tensor is missing": tensor(lambda t: None),
     "a tensor too many": extra, "a tensor is a number": tensor(lambda t: 1.0), "weights of float64": tensor(lambda t: t.double()), "weights of int64": tensor(lambda t: t.long()),
     "weights of one stored number": tensor(lambda t: torch.zeros(()).expand(t.shape)), "weights are sparse": tensor(lambda t: t.to_sparse()), "weights without storage": tensor(lambda t: t.to("meta")),
+    "intensities of a window": given(False, "data", "standardize"),
+    "intensities of a window that is known": lambda s: given(s["data"] | WINDOW, "data")(s),
+    "flip is a number": given(3, "args", "flip"), "flip of an axis too many": given("D", "args", "flip"),
     "weights are a list": None, "a set in args": given({1, 2}, "args", "seed"), "nested 100 deep": None,
 }
 
@@ -504,14 +509,17 @@ MORE = {
     "corrupt.py": ["--labeled 0", "--labeled -1", "--labeled 1.5", "--labeled abc", "--labeled 99", "--labeled 0.0001", "--labeled 1.e999", "--labeled nan", "--size 0", "--size 31", "--size 100000", "--size 32,32",
                    "--size 16,16,16", "--size x", "--size 1e3", "--masks 0", "--masks 1000000000", "--val-masks -1", "--harvest-share 1.5", "--harvest-share nan", "--folds 0", "--folds 9",
                    "--harvest-epochs 0", "--harvest-epochs 1,,2", "--harvest-epochs x", "--harvest-batch 0", "--workers 0", "--workers 1000000", "--seed -1", "--seed 99999999999999999999",
-                   "--preview DATA/x.png", "--preview TMP", "--preview /proc/x/y.png", "--patches 0", "--labeled-seed x"],
+                   "--preview DATA/x.png", "--preview TMP", "--preview /proc/x/y.png", "--patches 0", "--labeled-seed x",
+                   "--flip D", "--flip X", "--flip none,H"],
     "train_qp.py": ["--width 0", "--width 1000000000", "--members 0", "--members 1000000000", "--batch 1", "--batch 1000000000", "--lr -1", "--lr nan", "--lr inf", "--ema 1", "--ema nan", "--soft 2", "--epochs 0", "--head other",
                     "--head scalar --width 4", "--encoder-weights DATA", "--head scalar --width 8 --encoder-weights none.pt", "--head scalar --width 8 --encoder-weights DATA", "--size 8", "--size 16,16,16", "--size 99999", "--select worst",
-                    "--resume --overwrite", "--mask-dropout -1", "--strength nan", "--per-image 0", "--patience 0"],
+                    "--resume --overwrite", "--flip D", "--flip 1",
+                    "--mask-dropout -1", "--strength nan", "--per-image 0", "--patience 0"],
     "train_ssl.py": ["--labeled 0", "--labeled -1", "--labeled 1.5", "--labeled abc", "--qar 0.1", "--weight quality", "--qp none.pt --qar 1", "--size 16,16,16", "--size 31", "--size 1000000", "--stride 16", "--window whole",
                      "--keep garbage", "--keep 0", "--keep 1,", "--resume --overwrite", "--lam nan", "--lam -1", "--lam inf", "--conf-threshold 1.1", "--ema 1", "--mix-alpha 0", "--temperature 0", "--method nonsense",
                      "--model transformer", "--width 0", "--width 100000", "--dropout 0.5", "--model unetpp --encoder resnet9", "--encoder resnet18", "--encoder-weights DATA", "--model swin_unet --width 12 --size 72",
                      "--model swin_unet --width 12 --encoder-weights none.pt", "--model resnet_unet --width 8 --encoder-weights DATA", "--steps 0", "--batch 0", "--batch 1000000000", "--batch-unlabeled 1000000000", "--optimizer x", "--lr 11",
+                     "--flip D,H", "--flip HW", "--flip H,,W",
                      "--eval-every 0", "--unlabeled none.h5", "--unlabeled VOLUMES", "--cache disk", "--workers -1", "--seed 1.5", "--qar-share 0", "--clip nan", "--weight-power -1"],
     "evaluate.py": ["--split nowhere", "--split unlabeled", "--baseline none", "--baseline none.pt", "--second none.pt", "--second none.pt --qp QP", "--qp none.pt", "--predict --second RUN --qp QP", "--predict --baseline supervised",
                     "--stride 8", "--window whole", "--blend uniform", "--batch 0", "--workers -1", "--pictures -1", "--weights both", "--second RUN --qp QP"]}
@@ -560,6 +568,25 @@ def corpus(folder=Path("base"), everything=False):
         with h5py.File(path, "a") as f:
             change(f)
         return path
+
+    def locked(path):
+        shutil.copy(flat / "data.h5", path)
+        held.append(open(path, "r+b"))  # until this process ends
+        fcntl.flock(held[-1], fcntl.LOCK_EX)
+        return path
+
+    held = []
+    for stage in (*STAGES, "data.h5") if everything else ("corrupt.py", "data.h5"):
+        yield (stage, "data, locked by another process",
+               lambda work, s=stage: arguments(s, flat, str(work / "out"), locked(work / "bad.h5")),
+               ["bad.h5", "another process"], False)
+    windowed = lambda work: edited(flat / "data.h5", attr("/", "standardize", False), work / "bad.h5")
+    plain = lambda work, stage, data=None: arguments(stage, flat, str(work / "out"), data)
+    yield ("evaluate.py", "data, intensities of a window",
+           lambda work: plain(work, "evaluate.py", windowed(work)), ["bad.h5", "convert"], False)
+    yield ("train_ssl.py", "unlabeled, intensities of a window",
+           lambda work: [*plain(work, "train_ssl.py"), "--unlabeled", str(windowed(work))],
+           ["bad.h5", "convert"], False)
 
     broken = {"missing": None, "a folder": Path(), **BYTES, **FLIPS}
     for place, stage in enumerate((*STAGES, "data.h5")):

@@ -4,7 +4,13 @@ import math
 import pytest
 import torch
 
-from data import augment
+import corrupt
+import evaluate
+import models
+import train_qp
+import train_ssl
+from data import augment, h5, vqm
+from data.files import InputError
 
 SHAPES = [(3, 1, 32, 40), (3, 3, 32, 32), (2, 5, 12, 20, 16)]
 
@@ -31,7 +37,7 @@ def test_image_and_label_stay_aligned(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flips_are_exact_and_no_geometry_is_identity(shape):
     image, label = shapes(shape)
-    still = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip=False)
+    still = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip="none")
     assert torch.allclose(augment.move(image, still), image, atol=1e-4) and (augment.move(label, still) == label).all()
     torch.manual_seed(3)
     flipped = augment.move(image, augment.random_geometry(image, rotate=0, scale=0, shift=0))
@@ -86,3 +92,123 @@ def test_random_box(S):
     share = torch.tensor([[0.0] * len(S), [0.5] * len(S), [1.7] * len(S)])
     sizes = augment.random_box(torch.zeros(3, 1, *S), share).flatten(1).sum(1)
     assert sizes.tolist() == [0, math.prod(round(s / 2) for s in S), math.prod(S)]
+
+
+# ---------------------------------------------------------------------- which axes may be flipped
+
+def pair(axis, dims=2, count=40):
+    """Two bars that mirror each other along an axis, of classes 1 and 2. -> [N, *S] uint8"""
+    label = torch.zeros(count, *(24,) * dims, dtype=torch.uint8)
+    for k, start in ((1, 3), (2, 16)):
+        label.narrow("DHW"[-dims:].index(axis) + 1, start, 5).fill_(k)
+    return label
+
+
+def swapped(label, axis):
+    """Whether class 2 lies before class 1 along an axis. label [N, *S] -> [N]"""
+    places = torch.arange(24.0)
+    others = [a + 1 for a, name in enumerate("DHW"[-(label.dim() - 1):]) if name != axis]
+    first, second = ((label == k).sum(others) for k in (1, 2))
+    return (first * places).sum(1) / first.sum(1) > (second * places).sum(1) / second.sum(1)
+
+
+FLIPS = [(2, None, "HW"), (2, "none", ""), (2, "H", "H"), (2, "W", "W"), (3, None, "DHW"),
+         (3, "none", ""), (3, "D,H", "DH"), (3, "W", "W"), (3, "D", "D")]
+
+
+@pytest.mark.parametrize("dims, flip, allowed", FLIPS)
+def test_sides_are_swapped_along_the_axes_that_may_be_flipped_and_no_other(dims, flip, allowed):
+    torch.manual_seed(0)
+    for axis in "DHW"[-dims:]:
+        label = pair(axis, dims, 40 if dims == 2 else 16)
+        _, moved = augment.weak(label[:, None].float(), label, flip)
+        share = swapped(moved, axis).float().mean()
+        assert 0.2 < share < 0.8 if axis in allowed else share == 0, axis
+
+
+class Reached(Exception):
+    """Carries the arguments of a call."""
+
+
+def sides(axis):
+    """The pair as images and labels, as h5.Samples. One sample is a case."""
+    label = pair(axis)
+    N = len(label)
+    images = label[:, None].float()
+    return h5.Samples(images, torch.zeros(N), torch.ones(N), label, [f"c{i}" for i in range(N)],
+                      [(0,)] * N)
+
+
+@pytest.mark.parametrize("flip, swaps", [("H", False), ("none", False), (None, True)])
+def test_the_views_of_f_obey(flip, swaps):
+    torch.manual_seed(0)
+    args = train_ssl.parse_args(["d.h5", "--out", "o", "--strength", "0"])
+    args.flip = flip
+    fetched = sides("W").fetch(torch.arange(40))
+    batch = train_ssl.views((fetched, fetched), 3, args, torch.device("cpu"))
+    assert swapped(batch.y.argmax(1), "W").any() == swaps
+    assert swapped(batch.u[:, 0].round(), "W").any() == swaps
+
+
+@pytest.mark.parametrize("flip, swaps", [("H", False), ("none", False), (None, True)])
+def test_what_g_learns_from_obeys(flip, swaps):
+    torch.manual_seed(0)
+    args = train_qp.parse_args(["d.h5", "--vqm", "v", "--out", "o", "--soft", "0"])
+    args.flip = flip
+    samples, every = sides("W"), torch.arange(40)
+    masks = vqm.Masks(samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24))
+    _, mask, truth = train_qp.draw(masks, every, 3, torch.device("cpu"), args)
+    for shown in (mask, truth):
+        assert swapped(shown.argmax(1) + (shown.amax(1) > 0), "W").any() == swaps
+
+
+def test_the_weak_networks_obey(tmp_path, monkeypatch):
+    def weak(image, label, flip):
+        raise Reached(flip)
+    monkeypatch.setattr(augment, "weak", weak)
+    args = corrupt.parse_args(["d.h5", "--out", str(tmp_path), "--flip", "h", "--device", "cpu"])
+    args.harvest_batch = 2
+    info = h5.Info("d.h5", "d", ["background", "left", "right"], 2, 1, {}, 0)
+    samples = sides("W")
+    with pytest.raises(Reached) as found:
+        corrupt.train_weak(samples, samples.case, info, 0, args)
+    assert found.value.args == ("H",)
+
+
+@pytest.mark.parametrize("flip, agrees", [(None, False), ("W", False), ("H", True), ("none", True)])
+def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
+    """A network that says left, whatever it sees, agrees with itself unless left becomes right."""
+    class Left(torch.nn.Module):
+        def forward(self, x):
+            p = torch.zeros_like(x)
+            p[..., :12] = 1
+            p = p.clamp(1e-6, 1 - 1e-6)
+            return torch.cat([1 - p, p], 1).log()
+    samples, net, on = sides("W"), Left(), models.compute("cpu", "off")
+    samples.label = (samples.label == 1).byte()
+    by = evaluate.Opinions(net, net, None, flip)
+    found = evaluate.compare_estimates(lambda x, m: torch.zeros(len(x), 1), by, samples, on, 40)
+    says = found.estimates["agreement with an augmented pass"]
+    assert says == pytest.approx(1.0 if agrees else 0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("text, dims, flip", [
+    ("H,W", 2, None), ("w, h", 2, None), ("H", 2, "H"), ("none", 2, "none"), ("None", 3, "none"),
+    ("W,D", 3, "D,W"), ("D,H,W", 3, None), ("H,W", 3, "H,W")])
+def test_an_option_for_all_axes_is_the_default(text, dims, flip):
+    args = train_ssl.parse_args(["d.h5", "--out", "o", "--flip", text])
+    info = h5.Info("d.h5", "d", ["background", "a"], dims, 1, {}, 0)
+    assert h5.check_flip(info, args.flip) == flip
+
+
+@pytest.mark.parametrize("flip", ["D", "D,H", "X", 3, ["H"]])
+def test_axes_that_slices_do_not_have_are_refused(flip):
+    info = h5.Info("d.h5", "d", ["background", "a"], 2, 1, {}, 0)
+    with pytest.raises(InputError, match="d.h5 is segmented in 2D, along the axes H, W; give some"):
+        h5.check_flip(info, flip)
+
+
+@pytest.mark.parametrize("text", ["", "H,H", "X", "H,none", "HW", "H,", "0"])
+@pytest.mark.parametrize("script, more", [(corrupt, []), (train_ssl, []), (train_qp, ["--vqm", "v"])])
+def test_what_names_no_axes_is_refused(text, script, more, refused):
+    refused(script.parse_args, ["d.h5", "--out", "o", *more, "--flip", text], "--flip", "as in H,W")

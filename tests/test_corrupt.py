@@ -5,6 +5,7 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import python
 
 import corrupt
@@ -177,6 +178,27 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     args = corrupt.parse_args([gray, "--out", str(tmp_path), "--folds", "2", "--harvest-epochs", "3", "--harvest-steps", "4", "--harvest-batch", "16"])
     corrupt.train_weak(slices, slices.case, info, 1, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
+
+
+def test_weak_networks_that_learned_nothing():
+    """Only what is there counts: an empty output for an empty slice is right by chance."""
+    label = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    label[0, :2], label[1, 4:] = 1, 2
+    dice = np.ones((2, 3, 2), np.float32)  # of networks, slices and classes
+    dice[:, 0, 0], dice[:, 1, 1] = (0, 0.01), (0, 0.01)
+    assert corrupt.best_of_weak(dice.reshape(6, 2), label) == pytest.approx(0.01)
+    dice[1, 1, 1] = 0.03
+    assert corrupt.best_of_weak(dice.reshape(6, 2), label) == pytest.approx(0.02)
+    assert corrupt.best_of_weak(dice.reshape(6, 2), label * 0) is None
+
+
+@pytest.mark.parametrize("best, warns", [(0.01, True), (None, False)])
+def test_they_are_reported(best, warns, gray, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(corrupt, "best_of_weak", lambda *_: best)
+    run(gray, tmp_path, "--flip", "W,H", "--masks", "2", "--val-masks", "1")
+    out = capsys.readouterr().out
+    assert ("warning: no weak network has a mean Dice above 0.01 on val" in out) == warns
+    assert "--flip" not in out  # all axes need no word in the next command
 
 
 def test_balance_flattens_the_histogram(rgb, tmp_path):

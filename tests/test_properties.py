@@ -226,10 +226,11 @@ def batches(draw, dims, low=1, high=14):
 @given(data=st.data())
 def test_flips_are_exact_and_their_own_inverse(dims, data):
     image, label = data.draw(batches(dims))
-    for flip in (False, True):
+    for flip in ("none", None, "H", "W"):
         grid = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip=flip)
         x, y = augment.move(image, grid), augment.move(label, grid)
-        axes = [a for n in range(dims + 1 if flip else 1) for a in itertools.combinations(range(-dims, 0), n)]
+        allowed = [-3, -2, -1][-dims:] if flip is None else [{"H": -2, "W": -1}[flip]] if flip != "none" else []
+        axes = [a for n in range(len(allowed) + 1) for a in itertools.combinations(allowed, n)]
         for before, after, mask, moved in zip(image, x, label, y):
             assert any(torch.allclose(before.flip(a), after, atol=1e-3) and torch.equal(mask.flip(a), moved) for a in axes)
         assert torch.allclose(augment.move(x, grid), image, atol=1e-3) and torch.equal(augment.move(y, grid), label)
@@ -245,7 +246,7 @@ def test_quarter_turns_are_exact(dims, data):
     label = torch.from_numpy(data.draw(label_maps(grid, 4)))[None].long()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "uniform", lambda low, high, like: torch.full((len(like), 1), float(high)))
-        turn = augment.random_geometry(label[:, None].float(), rotate=90, scale=0, shift=0, flip=False)
+        turn = augment.random_geometry(label[:, None].float(), rotate=90, scale=0, shift=0, flip="none")
     turned = augment.move(label[:, None].float(), turn)[:, 0]
     assert any(torch.allclose(turned, label.rot90(n, (-2, -1)).float(), atol=1e-3) for n in (1, 3))
 

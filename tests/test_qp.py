@@ -144,6 +144,15 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
     assert saved == best or not all(held)  # what train_qp.py keeps
 
 
+@pytest.mark.parametrize("answer, blind", [
+    (lambda true: true, False), (lambda true: 0.5 + 0.2 * true, False), (lambda true: 1 - true, True),
+    (lambda true: true * 0 + 0.7, True), (lambda true: true[::-1, ::-1] * 0 + [[0.1, 0.9]], True)])
+def test_a_g_that_learned_nothing(answer, blind):
+    true = np.linspace(0, 1, 20).repeat(2).reshape(20, 2)
+    assert train_qp.is_blind(answer(true), true) == blind
+    assert not train_qp.is_blind(answer(true), true * 0)  # which nobody can follow
+
+
 def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import evaluate
 import models
 import train_ssl
 from conftest import python
@@ -697,9 +698,12 @@ def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp
 def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(gray, gray_quality, tmp_path, refused):
     more = ("--method", "ict", "--qp", gray_quality[1])
     state = train(gray, tmp_path, *more, "--steps", 2)
-    del state["args"]["correct"]
+    del state["args"]["correct"], state["args"]["flip"]
     torch.save(state, tmp_path / "last.pt")
     train(gray, tmp_path, *more, "--steps", 2, "--resume")
+    train(gray, tmp_path, *more, "--steps", 2, "--resume", "--flip", "H,W")  # the default in words
+    flip = lambda argv: train(gray, tmp_path, *more, "--steps", 2, "--flip", "H", *argv)
+    refused(flip, ["--resume"], "--flip None, not H")
     refused(lambda argv: train(gray, tmp_path, *more, "--steps", 2, *argv), ["--resume", "--correct"], "--correct")
 
 
@@ -775,6 +779,16 @@ def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
 
 def test_fewer_labeled_slices_than_the_batch(gray, tmp_path):
     assert train(gray, tmp_path, "--labeled", 1, "--batch", 11, "--method", "pseudo_label")["step"] == 5
+
+
+@pytest.mark.parametrize("dice, warns", [(0.0, True), (0.01, True), (0.02, False)])
+def test_a_run_that_learned_nothing_says_what_to_look_at(dice, warns, gray, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "dice", lambda *_: dice)
+    train(gray, tmp_path, "--steps", 1)
+    *_, before, last = capsys.readouterr().out.strip().split("\n")
+    assert last.startswith("next: ")
+    assert before.startswith("warning: val Dice was never above 0.01") == warns
+    assert not warns or f"look at the labels (python -m data.h5 {gray} --preview" in before
 
 
 def test_patience_stops_early(gray, tmp_path):

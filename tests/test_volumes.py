@@ -109,7 +109,7 @@ def test_rotation_is_rigid_on_a_grid_that_is_no_square():
     torch.manual_seed(0)
     for volume in (disc, disc[:, :, None].expand(1, 1, 4, 40, 96)):
         for _ in range(5):
-            moved = augment.move(volume, augment.random_geometry(volume, rotate=90, scale=0, shift=0, flip=False)) > 0.5
+            moved = augment.move(volume, augment.random_geometry(volume, rotate=90, scale=0, shift=0, flip="none")) > 0.5
             on, near = moved[0, 0].reshape(-1, 40, 96)[0].numpy(), distance < 19
             assert distance[on & near].max() < 16.5 and distance[~on & near].min() > 13.5
 
