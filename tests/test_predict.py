@@ -220,7 +220,7 @@ def test_masks_of_several_classes_come_back(tmp_path):
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
     src = make(tmp_path / "src", ["a", "b", "c"])
     nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "2,1,1", "--intensity", "ct", "--clip", "0,200"])
-    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {"from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None, "nnunet": False}
+    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {"from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None, "nnunet": False, "axes": "SPL"}
     assert h5.read_info(rgb).describe()["prepared"] == {"from": "pictures"}
 
 
