@@ -328,6 +328,7 @@ NOTES = {  # of cases, in the order in which they are said
     "turned": "lie along other body axes than {axes} (D, H, W) and were turned to these",
     "swapped": "had to swap axes of unequal spacing for that: D, H and W differ in resolution from "
                "those of the others, and slices are cut another way",
+    "two places": "have a qform and an sform that differ; the sform is taken, and masks keep both",
     "unplaced": "have no orientation (the codes of qform and sform are 0); their D, H and W are "
                 "taken for {axes}, as they are",
     "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset (often "
@@ -351,6 +352,8 @@ def read_case(row, how, src, notes):
         check_grids(volume, other, image_path, label_path)
         label = to_label(sitk.GetImageFromArray(other.values), label_path)
     image, affine, swapped = volume.values.astype(np.float32), volume.affine, False
+    if space.has_two_places(volume.header, image_path):
+        notes["two places"].append(name)
     if how.axes and space.is_placed(volume.header):
         turn = space.turn_to(how.axes, affine)
         affine = space.turned_affine(affine, image.shape, turn)

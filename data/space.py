@@ -72,6 +72,10 @@ def affine_of(header, where):
     if unit not in MM:
         raise InputError(f"{where}: the header's unit of space (xyzt_units) is {unit}, which is "
                          "none; set it to 2 for mm")
+    codes = [int(header[f"{name}_code"]) for name in ("qform", "sform")]
+    if min(codes) < 0 or max(codes) > 5:
+        raise InputError(f"{where}: the header has codes {codes} of qform and sform; they are 0 "
+                         "to 5, so set the orientation anew")
     sides = header["pixdim"][1:4].astype(np.float64)
     if not all(0 < s < math.inf for s in sides):
         raise InputError(f"{where}: the header has a spacing (pixdim) of {product(sides)}; "
@@ -96,15 +100,21 @@ def affine_of(header, where):
 def qform_of(header, where):
     """The qform [4, 4], in the header's unit; as the standard says, qfac is 1 unless below 0."""
     header = header.copy()
-    names = [f"quatern_{axis}" for axis in "bcd"]
-    length = math.sqrt(sum(float(header[name]) ** 2 for name in names))
-    if not length <= 1 + NEAR:
-        raise InputError(f"{where}: the header's qform has a quaternion of length {length:g}, "
-                         "above 1; set the orientation anew")
-    for name in names:
-        header[name] = header[name] / max(1, length)  # where rounding has lengthened it
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
-    return header.get_qform()
+    try:
+        return header.get_qform()
+    except ValueError:
+        numbers = ", ".join(f"{header[f'quatern_{axis}']:g}" for axis in "bcd")
+        raise InputError(f"{where}: the header's qform turns by a quaternion ({numbers}) that is "
+                         "longer than 1; set the orientation anew") from None
+
+
+def has_two_places(header, where):
+    """Whether qform and sform both count and put the voxels elsewhere; readers take one of them."""
+    if header["sform_code"] <= 0 or header["qform_code"] <= 0:
+        return False
+    places = header.get_sform(), qform_of(header, where)
+    return not shift(*places, size_of(header, where)[:3]) <= SHIFT  # also NaN
 
 
 def check_affine(affine, where):
