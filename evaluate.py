@@ -13,8 +13,10 @@ Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summ
        pixels are class numbers; with --qp also OUT/worst_first.csv, the Dice that g predicts, and worst_first.png, the sixteen worst.
 
 Runs that differ only in their seed form one row: mean and standard deviation. Cases are read, predicted and scored one after the other,
-each on its own grid, as the dataset stores it, or, with --grid source, on that of its source, where masks are delivered; volumes are scored as volumes, also those that were segmented slice by slice. The estimates of quality are compared
-on the network's grid, for slices or for patches that cover the volumes.
+each on its own grid, as the dataset stores it, or, with --grid source, on that of its source, on
+which masks are delivered; volumes are scored as volumes, also those that were segmented slice by
+slice. The estimates of quality are compared on the network's grid, for slices or for patches that
+cover the volumes.
 
 Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the network's grid: S, S or D, H, W.
 """
@@ -59,8 +61,8 @@ def parse_args(argv=None):
     p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
                    "else val); held_out: train cases whose labels no run and no g has learned from")
     p.add_argument("--grid", choices=("stored", "source"), default="stored",
-                   help="score on the grids of the dataset, or on those that the sources had before "
-                   "a converter resampled them, as masks of --predict have")
+                   help="score on the grids of the dataset, or on those that the sources had "
+                   "before a converter resampled them, as masks of --predict have")
     p.add_argument("--predict", action="store_true",
                    help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
@@ -760,7 +762,8 @@ def pack(label):
 
 
 def unpack(packed, image):
-    """The slice again, on the grid of an image (D, H, W[, 3]): that of a picture may be its source's."""
+    """The slice again, on the grid of an image (D, H, W[, 3]); a picture's mask may have had its
+    source's."""
     mask = cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
     return cv2.resize(mask, image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)
 
@@ -787,8 +790,9 @@ def draw(args, runs, packed):
             z, title, pixel = figures.middle(truth, len(image)), entries[c].name, entries[c].aspect
             rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
                        ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
-            rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c], image), pixel)
-                        for name, (_, _, members) in zip(names, groups)]
+            for name, (_, _, members) in zip(names, groups):
+                title = f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}"
+                rows[c].append((title, image[z], unpack(packed[members[0], c], image), pixel))
             if c in shown:
                 figures.cases(os.path.join(args.out, "cases", f"{entries[c].name}.png"), [rows[c]], info.classes, columns=5, side=2.5)
     figures.cases(os.path.join(args.out, "cases.png"), [rows[c] for c in dict.fromkeys(order) if c in marks], info.classes)
@@ -840,7 +844,7 @@ def main(argv=None):
         from data import space  # brings nibabel, which only this needs
         at_source(entries)
         if lost := [e for e in entries if e.source_grid and not e.source_labeled]:
-            h5.read_source_label(info, split, lost[0])  # says what is missing, before the work begins
+            h5.read_source_label(info, split, lost[0])  # refuses, before the work begins
     voxels = sum(math.prod(e.grid) for e in entries)
     scores, outputs, reference, cases = [], [], [], None
     packed, first = {}, {members[0] for _, _, members in groups}  # pictures show the first run of each group

@@ -9,7 +9,8 @@
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
     /<split>/<case>/source_label   uint8 on source_grid: the label before it was resampled
              attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and std of the image;
-                           affine where the source has a place in space, source_grid where it has another grid than image;
+                           affine where the source has a place in space, source_grid where it
+                           has another grid than image;
                            nifti_header (uint8, 348 bytes, without its texts) of a NIfTI source,
                            source_checksum of source_label
     A NIfTI source may have been turned to the body axes of the others (prepared: axes). affine,
@@ -240,7 +241,7 @@ def _write_case(group, case, channels, dims):
     grid = case.image.shape[:-1] if channels == 3 else case.image.shape
     pack = dict(compression="gzip", compression_opts=1, shuffle=True)
 
-    def chunk_of(grid):  # what is read alone: a slice of a volume, or the blocks that a patch touches
+    def chunk_of(grid):  # what is read alone: a slice, or the blocks that a patch touches
         if len(grid) == 2:
             return grid
         return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
@@ -256,7 +257,9 @@ def _write_case(group, case, channels, dims):
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
                        source=case.source, checksum=checksum_of(case.image, case.label))
     group.attrs["mean"], group.attrs["std"] = moments(case.image)
-    group.attrs.update({k: v for k in ("affine", "source_grid", "nifti_header") if (v := getattr(case, k)) is not None})
+    for name in ("affine", "source_grid", "nifti_header"):
+        if (value := getattr(case, name)) is not None:
+            group.attrs[name] = value
 
 
 def checksum_of(image, label):
@@ -410,9 +413,11 @@ def _entry(path, split, name, group, channels, dims):
     if group.id.links.exists(b"source_label"):
         source_label = child(group, "source_label", h5py.Dataset)
         _check_source_label(where, source_label, source_grid)
-    return Entry(name, patient, grid, label is not None, spacing, attribute(group, "spacing_known", bool, where), attribute(group, "source", str, where),
-                 attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0, affine, source_grid, image.dtype.itemsize,
-                 header, source_label is not None)
+    known = attribute(group, "spacing_known", bool, where)
+    source = attribute(group, "source", str, where)
+    checksum = attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0
+    return Entry(name, patient, grid, label is not None, spacing, known, source, checksum, affine,
+                 source_grid, image.dtype.itemsize, header, source_label is not None)
 
 
 def read_case(f, info, split, name, label=True, part=()):

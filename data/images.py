@@ -205,7 +205,8 @@ def main(argv=None):
     def cases():
         for name, image_path, mask_path, patient, split in rows:
             image, label = read_pair(image_path, mask_path, classes, args.gray)
-            case = h5.Case(split, name, image, label, patient, source=str(image_path.relative_to(src)))
+            source = str(image_path.relative_to(src))
+            case = h5.Case(split, name, image, label, patient, source=source)
             if args.size:
                 case.source_grid, case.source_label = image.shape[:2], label
                 case.image = h5.resize_image(image, args.size)

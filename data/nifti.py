@@ -318,7 +318,7 @@ class Preparation:
 
 
 def common_axes(paths):
-    """The body axes of most of some files, which have to turn least; None: no file knows its own."""
+    """The body axes of most of some files, so that few have to be turned; None: no file knows."""
     headers = [(space.parse(bytes_of(p, space.BYTES), p), p) for p in paths]
     found = [space.axes_of(space.affine_of(h, p)) for h, p in headers if space.is_placed(h)]
     return Counter(found).most_common(1)[0][0] if found else None
@@ -331,8 +331,8 @@ NOTES = {  # of cases, in the order in which they are said
     "two places": "have a qform and an sform that differ; the sform is taken, and masks keep both",
     "unplaced": "have no orientation (the codes of qform and sform are 0); their D, H and W are "
                 "taken for {axes}, as they are",
-    "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset (often "
-              "1024), or set the header's slope and intercept"}
+    "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
+              "(often 1024), or set the header's slope and intercept"}
 
 
 def say(notes, axes, total):
@@ -376,9 +376,9 @@ def read_case(row, how, src, notes):
         label = None if label is None else space.resample(label, size, step, nearest=True)
         spacing = how.spacing
     if swapped and min(image.shape[1:]) < h5.SMALLEST:
-        raise InputError(f"{image_path}: turned to the body axes of the others ({how.axes}), it has "
-                         f"{' x '.join(map(str, image.shape))} voxels, too few in a slice; leave it "
-                         "out")
+        raise InputError(f"{image_path}: turned to the body axes of the others ({how.axes}), it "
+                         f"has {' x '.join(map(str, image.shape))} voxels, too few in a slice; "
+                         "leave it out")
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
     return h5.Case(split, name, scale(image, how.window), label, patient, spacing,
                    str(image_path.relative_to(src)), affine, source_grid, header, source_label)
@@ -398,7 +398,10 @@ def not_hounsfield(image, window):
 
 
 def resampled_size(grid, step, path):
-    """The grid (D, H, W) of the same extent at a spacing of `step` voxels. InputError if too large."""
+    """The grid (D, H, W) of the same extent at a spacing of `step` voxels.
+
+    InputError if it is too large for any memory.
+    """
     size = tuple(max(1, round(n / s)) for n, s in zip(grid, step))
     if math.prod(size) > 2 ** 31:
         raise InputError(f"{path}: {' x '.join(map(str, grid))} voxels would become "
@@ -485,7 +488,8 @@ def main(argv=None):
     classes = name_classes(src, args.classes, [r[2] for r in rows if r[2]])
     axes, notes = common_axes([r[1] for r in rows]), defaultdict(list)
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
-    info = h5.write(args.out, (read_case(row, how, src, notes) for row in rows), name=src.resolve().name, classes=classes,
+    cases = (read_case(row, how, src, notes) for row in rows)
+    info = h5.write(args.out, cases, name=src.resolve().name, classes=classes,
                     dims=args.dims, channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
     h5.report(info)
     say(notes, axes, len(rows))

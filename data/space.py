@@ -67,7 +67,10 @@ def is_placed(header):
 
 
 def affine_of(header, where):
-    """[4, 4]: voxel (x, y, z) of a header -> mm (right, anterior, superior). InputError if wrong."""
+    """[4, 4]: voxel (x, y, z) of a header -> mm (right, anterior, superior).
+
+    InputError if the header says nothing that can be right, or contradicts itself.
+    """
     unit = int(header["xyzt_units"]) & 7
     if unit not in MM:
         raise InputError(f"{where}: the header's unit of space (xyzt_units) is {unit}, which is "

@@ -574,7 +574,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, gray, refused):
     assert not (tmp_path / "exploded").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- the source's grid
+# ------------------------------------------------------------------------------ the source's grid
 
 class Threshold(torch.nn.Module):
     """Says that what is bright is the object."""
@@ -590,7 +590,7 @@ def shells(tmp_path):
     shape = (20, 24, 26)
     label = ball(shape, (10, 12, 13), 9.2) - ball(shape, (10, 12, 13), 7.7)
     for i, axes in enumerate(("SAR", "SAR", "SPL")):
-        for part, values in (("images", np.where(label, 200, -200).astype(np.float32)), ("labels", label)):
+        for part, values in (("images", np.float32(label) * 400 - 200), ("labels", label)):
             stored_along(tmp_path / "src" / f"{part}Tr" / f"c{i}.nii", axes, values)
     (tmp_path / "src" / "val.txt").write_text("c0\nc2\n")
     (tmp_path / "src" / "train.txt").write_text("c1\n")
@@ -598,10 +598,11 @@ def shells(tmp_path):
     return tmp_path / "src", label, str(tmp_path / "f.h5")
 
 
-def test_scores_on_the_sources_grid_are_those_of_delivered_masks(shells, tmp_path, capsys, monkeypatch):
+def test_scores_on_the_sources_grid_are_those_of_masks(shells, tmp_path, capsys, monkeypatch):
     """Dice and HD95 in mm of the files that --predict writes, against the labels' own files."""
     src, label, data = shells
-    run, load_run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16)), evaluate.load_run
+    run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16))
+    load_run = evaluate.load_run
     monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
     found, options = {}, ["--pictures", "0", "--largest-component", "--workers", "0"]
     for where in ("stored", "source"):
@@ -609,9 +610,11 @@ def test_scores_on_the_sources_grid_are_those_of_delivered_masks(shells, tmp_pat
         evaluate.main([data, run, "--out", str(out), "--grid", where, *options])
         found[where] = {row["case"]: row for row in csv.DictReader(open(out / "cases.csv"))}
     title = [json.loads((tmp_path / n / "summary.json").read_text())["title"] for n in found]
-    assert "2 of the cases are scored on the resampled grid" in title[0] and "--grid source" in title[0]
+    assert "2 of the cases are scored on the resampled grid" in title[0]
+    assert "--grid source" in title[0]
     assert "on the sources' own grids" in title[1] and title[1] in capsys.readouterr().out
-    evaluate.main([data, run, "--predict", "--split", "val", "--out", str(tmp_path / "masks"), *options])
+    argv = [data, run, "--predict", "--split", "val", "--out", str(tmp_path / "masks")]
+    evaluate.main([*argv, *options])
     for name in ("c0", "c2"):
         mask = nibabel.load(tmp_path / "masks" / "masks" / f"{name}.nii.gz")
         truth = np.asarray(nibabel.load(src / "labelsTr" / f"{name}.nii").dataobj)
@@ -634,11 +637,13 @@ def test_a_dataset_without_the_sources_labels_says_so(shells, tmp_path, refused)
 @pytest.mark.usefixtures("unrendered")
 def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
     """The map of probabilities is brought there, as for the masks of --predict."""
-    images.main([str(make_pictures(tmp_path / "src", 6)), "--out", str(tmp_path / "f.h5"), "--size", "32"])
+    src = make_pictures(tmp_path / "src", 6)
+    images.main([str(src), "--out", str(tmp_path / "f.h5"), "--size", "32"])
     info = h5.read_info(str(tmp_path / "f.h5"))
     run, load_run = make_run(tmp_path / "run", info), evaluate.load_run
     monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
-    evaluate.main([info.path, run, "--out", str(tmp_path / "o"), "--grid", "source", "--pictures", "1"])
+    options = ["--grid", "source", "--pictures", "1"]
+    evaluate.main([info.path, run, "--out", str(tmp_path / "o"), *options])
     evaluate.main([info.path, run, "--predict", "--split", "val", "--out", str(tmp_path / "p")])
     row, = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
     mask, truth = (images.read_mask(p / f"{row['case']}.png", info.classes) > 0

@@ -417,7 +417,7 @@ def test_volumes_of_different_orientation_are_pointed_out(tmp_path, capsys):
     assert "body axes" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------- headers
+# ------------------------------------------------------------------------------ headers
 
 COS, SIN = np.cos(0.3), np.sin(0.3)
 SFORM = dict(sform_code=2, srow_x=[0.8 * COS, -0.8 * SIN, 0, 30], srow_z=[0, 0, 2.5, 12],
@@ -426,9 +426,10 @@ QFORM = dict(qform_code=1, quatern_b=0.5, quatern_c=0.1, quatern_d=-0.3, qoffset
              pixdim=[-1, 0.8, 0.8, 2.5, 0, 0, 0, 0])
 PLAIN = dict(pixdim=[1, 0.8, 0.8, 2.5, 0, 0, 0, 0])  # both codes 0
 STRAIGHT = PLAIN | dict(qform_code=1)                # along the body's axes
+IDENTITY = dict(sform_code=1, srow_x=[1, 0, 0, 0], srow_y=[0, 1, 0, 0], srow_z=[0, 0, 1, 0])
 MICRONS = dict(qform_code=1, xyzt_units=3)
-PLACE = ["qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
-         "qoffset_z", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"]
+PLACE = ["qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"]
 
 
 def nii(path, values, order="<", **fields):
@@ -496,7 +497,8 @@ def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
     src = tmp_path / "src"
     label = pair(src, **QFORM)
     values = np.stack([np.zeros_like(label), label]).astype(np.float32)
-    nii(src / "imagesTr" / "a.nii.gz", values, **QFORM | dict(pixdim=[-1, 0.8, 0.8, 2.5, 3, 0, 0, 0]))
+    fields = QFORM | dict(pixdim=[-1, 0.8, 0.8, 2.5, 3, 0, 0, 0])
+    nii(src / "imagesTr" / "a.nii.gz", values, **fields)
     info = convert(src, "--channel", 1)
     nifti.write_mask(tmp_path / "a.nii.gz", label, info.entries("train")[0])
     assert nibabel.load(tmp_path / "a.nii.gz").shape == (12, 10, 9)
@@ -504,21 +506,29 @@ def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
 
 
 @pytest.mark.parametrize("fields, words", [
-    (SFORM | dict(pixdim=[1, 1, 1, 1, 0, 0, 0, 0]), ["contradicts", "1 x 1 x 1", "0.8 x 0.8 x 2.5"]),
-    (SFORM | dict(srow_x=[0.8, 0.2, 0, 0], srow_y=[0, 0.775, 0, 0]), ["right angles", "without shear"]),
+    (SFORM | dict(pixdim=[1] * 8), ["contradicts", "1 x 1 x 1", "0.8 x 0.8 x 2.5"]),
+    (SFORM | dict(srow_x=[0.8, 0.2, 0, 0], srow_y=[0, 0.775, 0, 0]), ["right angles", "resample"]),
     (SFORM | dict(srow_x=[0] * 4, srow_y=[0] * 4, srow_z=[0] * 4), ["sform", "0 x 0 x 0"]),
     (SFORM | dict(srow_x=[np.nan] * 4), ["sform", "NaN"]),
     (STRAIGHT | dict(quatern_c=np.nan), ["qform", "NaN"]),
     (STRAIGHT | dict(quatern_c=1.5), ["qform", "quaternion"]),
     (STRAIGHT | dict(qoffset_x=np.inf), ["qform", "infinite"]),
-    (STRAIGHT | dict(qform_code=7), ["codes [7, 0]"]), (dict(xyzt_units=6), ["xyzt_units", "6"]),
+    (STRAIGHT | dict(qform_code=7), ["codes [7, 0]"]),
+    (dict(xyzt_units=6), ["xyzt_units", "6"]),
     (dict(xyzt_units=1), ["1000 x 1000 x 1000 mm", "xyzt_units"]),
-    (dict(dim=[3, 12, -10, 9, 1, 1, 1, 1]), ["dim", "-10"]), (dict(dim=[0] * 8), ["dim"]),
-    (dict(dim=[2, 12, 90, 1, 1, 1, 1, 1]), ["2D"]), (dict(dim=[5, 12, 10, 3, 1, 3, 1, 1]), ["5D", "3 value"]),
-    (dict(vox_offset=np.nan), ["vox_offset"]), (dict(vox_offset=0), ["vox_offset"]),
-    (dict(magic=b"ni1"), [".img", "one .nii"]), (dict(magic=b""), ["Analyze"]),
-    (dict(sizeof_hdr=540), ["NIfTI-2", "save it as NIfTI-1"]), (dict(scl_slope=1, scl_inter=np.inf), ["scl_inter"]),
-    (dict(scl_slope=3e38), ["float32"]), (dict(datatype=32), ["complex64"]), (dict(datatype=128), ["RGB"]),
+    (dict(dim=[3, 12, -10, 9, 1, 1, 1, 1]), ["dim", "-10"]),
+    (dict(dim=[0] * 8), ["dim"]),
+    (dict(dim=[2, 12, 90, 1, 1, 1, 1, 1]), ["2D"]),
+    (dict(dim=[5, 12, 10, 3, 1, 3, 1, 1]), ["5D", "3 value"]),
+    (dict(vox_offset=np.nan), ["vox_offset"]),
+    (dict(vox_offset=0), ["vox_offset"]),
+    (dict(magic=b"ni1"), [".img", "one .nii"]),
+    (dict(magic=b""), ["Analyze"]),
+    (dict(sizeof_hdr=540), ["NIfTI-2", "save it as NIfTI-1"]),
+    (dict(scl_slope=1, scl_inter=np.inf), ["scl_inter"]),
+    (dict(scl_slope=3e38), ["float32"]),
+    (dict(datatype=32), ["complex64"]),
+    (dict(datatype=128), ["RGB"]),
     (dict(datatype=77), ["unknown", "77"])])
 def test_headers_that_cannot_be_trusted(fields, words, tmp_path, refused):
     """One line that names file, place and remedy, and nothing of a library on the screen."""
@@ -532,7 +542,7 @@ def test_headers_that_cannot_be_trusted(fields, words, tmp_path, refused):
 
 @pytest.mark.parametrize("kind", ["int8", "uint16", "int32", "uint64", "float32", "float64"])
 def test_voxels_are_those_of_the_file(kind, tmp_path):
-    """Of every type, in both orders of bytes, with slope and intercept; slope 0 and NaN are none."""
+    """Of every type, in both orders of bytes, with slope and intercept; 0 and NaN are no slope."""
     values = np.random.default_rng(0).integers(0, 100, (4, 10, 12)).astype(kind)
     for order, slope, inter in (("<", 2, -30), (">", 1, 0), ("<", 0, 5), (">", np.nan, np.nan)):
         path = nii(tmp_path / "a.nii", values, order, scl_slope=slope, scl_inter=inter)
@@ -558,7 +568,7 @@ def test_micrometers_and_meters_become_mm(tmp_path):
     assert {e.grid for e in entries} == {(9, 20, 24)}
 
 
-# ---------------------------------------------------------------------------------------------------- body axes
+# ------------------------------------------------------------------------------ body axes
 
 AXES = {"SAR": np.eye(3), "SPL": np.diag([-1, -1, 1]), "RSA": [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
         "LIP": [[0, 0, -1], [-1, 0, 0], [0, -1, 0]], "AIL": [[-1, 0, 0], [0, 0, 1], [0, -1, 0]]}
@@ -636,7 +646,8 @@ def test_slices_that_are_cut_another_way_have_their_own_words(tmp_path, capsys):
 def test_a_turned_volume_of_too_few_voxels_in_a_slice(tmp_path, refused):
     src = make(tmp_path / "src", ["a", "b", "c"], shape=(4, 10, 12))
     make(src, ["d"], shape=(4, 10, 12), direction=[0.0, 0, 1, 1, 0, 0, 0, 1, 0])
-    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "imagesTr/d.nii.gz", "turned", "10 x 12 x 4")
+    argv = [src, "--out", tmp_path / "g.h5"]
+    refused(nifti.main, argv, "imagesTr/d.nii.gz", "turned", "10 x 12 x 4")
 
 
 def test_volumes_that_know_no_axes_are_taken_as_they_are(tmp_path, capsys):
@@ -662,14 +673,14 @@ def test_two_places_are_pointed_out(tmp_path, capsys):
     assert "1 of 2 volumes have a qform and an sform that differ" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------- Hounsfield units
+# ------------------------------------------------------------------------------ Hounsfield units
 
 def ct(shift=0, padding=None, scale=1):
     """A body of soft tissue, fat, lung and bone in air, as a scanner would store it."""
     rng, shape = np.random.default_rng(0), (9, 24, 24)
     values = np.full(shape, -1000.0)
-    for center, radius, level in (((4, 12, 12), 9, 40), ((4, 12, 7), 3, -800), ((4, 6, 12), 2, -100),
-                                  ((4, 16, 12), 2, 700)):
+    for center, radius, level in (((4, 12, 12), 9, 40), ((4, 12, 7), 3, -800),
+                                  ((4, 6, 12), 2, -100), ((4, 16, 12), 2, 700)):
         values[ball(shape, center, radius, (0, 1, 1)) > 0] = level
     values = np.maximum(values + rng.normal(0, 15, shape), -1024) * scale + shift
     if padding is not None:
@@ -679,8 +690,9 @@ def ct(shift=0, padding=None, scale=1):
 
 @pytest.mark.parametrize("values, why", [
     (ct(), None), (ct(padding=-3024), None), (ct()[:, 8:16, 4:20], None),
-    (ct(1024), "0 or more"), (ct(1024, padding=-2000), "0 or more"), (ct(scale=1 / 1000), "are all between"),
-    (ct(9000, padding=-2000), "0 or more"), (ct(-5000), "outside of the window"), (np.zeros((9, 24, 24)), "0 or more")])
+    (ct(1024), "0 or more"), (ct(1024, padding=-2000), "0 or more"),
+    (ct(scale=1 / 1000), "are all between"), (ct(9000, padding=-2000), "0 or more"),
+    (ct(-5000), "outside of the window"), (np.zeros((9, 24, 24)), "0 or more")])
 def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_path, capsys):
     for name, image in (("a", ct()), ("b", values)):
         nii(tmp_path / "src" / "imagesTr" / f"{name}.nii", image.astype(np.float32), **STRAIGHT)
@@ -693,16 +705,18 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_pa
     assert why is None or "(the first: b, " in said and why in said
 
 
-# ---------------------------------------------------------------------------------------------------- grids of labels
+# ------------------------------------------------------------------------------ grids of labels
 
 @pytest.mark.parametrize("image, label, shape, words", [
-    (SFORM, PLAIN, (9, 10, 12), ["the label's header has lost", "copy the image's header", "not resample"]),
-    (SFORM, dict(sform_code=1, srow_x=[1, 0, 0, 0], srow_y=[0, 1, 0, 0], srow_z=[0, 0, 1, 0]), (9, 10, 12),
+    (SFORM, PLAIN, (9, 10, 12),
+     ["the label's header has lost", "copy the image's header", "not resample"]),
+    (SFORM, IDENTITY, (9, 10, 12),
      ["spacing [1.0, 1.0, 1.0], not [0.8, 0.8, 2.5]", "the label's header has lost"]),
     (PLAIN, QFORM, (9, 10, 12), ["the image's header has lost", "copy the label's header"]),
     (SFORM, SFORM | dict(srow_x=[0.8 * COS, -0.8 * SIN, 0, 31]), (9, 10, 12),
      ["origin", "match voxel by voxel", "else resample"]),
-    (SFORM, PLAIN, (9, 10, 11), ["size [11, 10, 9], not [12, 10, 9]", "; resample the label to its image"]),
+    (SFORM, PLAIN, (9, 10, 11),
+     ["size [11, 10, 9], not [12, 10, 9]", "; resample the label to its image"]),
     (MICRONS, MICRONS | dict(qoffset_x=0.8), (9, 10, 12), ["origin [0.0008"]),
     (MICRONS, MICRONS | dict(pixdim=[1, 1.1, 1, 1, 0, 0, 0, 0]), (9, 10, 12), ["spacing [0.0011"]),
     (STRAIGHT, STRAIGHT | dict(quatern_d=0.05), (9, 10, 12), ["direction"])])
@@ -713,7 +727,8 @@ def test_remedies_for_labels_on_another_grid(image, label, shape, words, tmp_pat
 
 
 @pytest.mark.parametrize("image, label", [
-    (QFORM, QFORM | dict(qoffset_y=-7.01)), (STRAIGHT, PLAIN), (MICRONS, dict(pixdim=[1] + [1e-3] * 3 + [0] * 4)),
+    (QFORM, QFORM | dict(qoffset_y=-7.01)), (STRAIGHT, PLAIN),
+    (MICRONS, dict(pixdim=[1, 1e-3, 1e-3, 1e-3, 0, 0, 0, 0])),
     (STRAIGHT, STRAIGHT | dict(sform_code=1, qform_code=0, srow_x=[0.80001, 0, 0, 0],
                                srow_y=[0, 0.8, 1e-5, 0], srow_z=[0, 0, 2.5, 1e-4]))])
 def test_grids_that_differ_by_rounding_are_one(image, label, tmp_path):
@@ -723,7 +738,7 @@ def test_grids_that_differ_by_rounding_are_one(image, label, tmp_path):
     assert convert(tmp_path / "src").entries("train")[0].labeled
 
 
-# ---------------------------------------------------------------------------------------------------- datasets from strangers
+# -------------------------------------------------------------------------- datasets from strangers
 
 @pytest.mark.parametrize("part, change, words", [
     ("nifti_header", lambda g: np.zeros(348, np.uint8), ["nifti_header", "NIfTI-1"]),

@@ -218,7 +218,8 @@ def test_new_volumes_are_turned_to_the_network_and_masks_back(tmp_path, capsys, 
         mask = tmp_path / "out" / "masks" / f"{name}.nii.gz"
         stored_along(tmp_path / "truth.nii.gz", axes[name], label)
         assert same_point(mask, new / mask.name, (1, 2, 3))
-        found, truth = (np.asarray(nibabel.load(p).dataobj) for p in (mask, tmp_path / "truth.nii.gz"))
+        paths = mask, tmp_path / "truth.nii.gz"
+        found, truth = (np.asarray(nibabel.load(p).dataobj) for p in paths)
         assert found.shape == truth.shape and (found == truth).all(), name
 
 
@@ -230,8 +231,8 @@ def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsy
     run = make_run(tmp_path / "run", h5.read_info(str(tmp_path / "f.h5")), size=(16, 16, 16))
     capsys.readouterr()
     for folder, noted in (("new", True), ("src/imagesTr", False)):
-        argv = [str(tmp_path / folder), run, "--predict", "--out", str(tmp_path / "out"), "--overwrite"]
-        evaluate.main(argv)
+        argv = [str(tmp_path / folder), run, "--predict", "--out", str(tmp_path / "out")]
+        evaluate.main([*argv, "--overwrite"])
         assert ("3 of 3 volumes cannot be in Hounsfield" in capsys.readouterr().out) == noted
 
 
@@ -274,7 +275,9 @@ def test_masks_of_several_classes_come_back(tmp_path):
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
     src = make(tmp_path / "src", ["a", "b", "c"])
     nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "2,1,1", "--intensity", "ct", "--clip", "0,200"])
-    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {"from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None, "nnunet": False, "axes": "SPL"}
+    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {
+        "from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None,
+        "nnunet": False, "axes": "SPL"}
     assert h5.read_info(rgb).describe()["prepared"] == {"from": "pictures"}
 
 
@@ -316,8 +319,8 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     assert {p.name for p in (tmp_path / "o").glob("*")} | {p.name for p in (tmp_path / "o").glob(".*")} <= {".lock"}       # nor what was read before
     for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]},
                   {"from": "nifti", "spacing": [1e-6] * 3}, {"from": "nifti", "spacing": [float("inf")] * 3}, {"from": "nifti", "window": [1, 1]},
-                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": "nifti", "axes": "SAS"},
-                  {"from": "nifti", "axes": 3}, {"from": ["nifti"]}, [1], "nifti"):
+                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti",
+                  {"from": "nifti", "axes": "SAS"}, {"from": "nifti", "axes": 3}):
         state = torch.load(in3d, weights_only=True)
         state["data"]["prepared"] = wrong
         save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")})
