@@ -10,7 +10,12 @@ What is read under SRC (.nii or .nii.gz):
     dataset.json         its "labels" name the classes; without it they are numbered
     Decathlon: NAME.nii.gz for image and label; nnU-Net: NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed. Volumes are stored as (D, H, W).
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed.
+
+Volumes are stored as (D, H, W), turned to the body axes of most of them by flips and swaps. Affine
+and spacing, in mm, are those of the sform where its code is above 0, else of the qform where its
+code is, else of pixdim. A header that contradicts itself, or places no boxes, is refused
+(data/space.py). Masks have the header of their source, so its place, byte for byte.
 """
 import gzip
 import json
