@@ -15,8 +15,10 @@ Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summ
 A class that no label of the split holds counts in no mean, and its column says "-". One that a case
 lacks, but not the split, has Dice 1 in this case where the output lacks it too, else 0.
 Runs that differ only in their seed form one row: mean and standard deviation. Cases are read, predicted and scored one after the other,
-each on its own grid; volumes are scored as volumes, also those that were segmented slice by slice. The estimates of quality are compared
-on the network's grid, for slices or for patches that cover the volumes.
+each on its own grid, as the dataset stores it, or, with --grid source, on that of its source, on
+which masks are delivered; volumes are scored as volumes, also those that were segmented slice by
+slice. The estimates of quality are compared on the network's grid, for slices or for patches that
+cover the volumes.
 
 Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the network's grid: S, S or D, H, W.
 """
@@ -60,6 +62,9 @@ def parse_args(argv=None):
     p.section("what to do")
     p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
                    "else val); held_out: train cases whose labels no run and no g has learned from")
+    p.add_argument("--grid", choices=("stored", "source"), default="stored",
+                   help="score on the grids of the dataset, or on those that the sources had "
+                   "before a converter resampled them, as masks of --predict have")
     p.add_argument("--predict", action="store_true",
                    help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
@@ -296,6 +301,13 @@ def in_order(pool, function, tasks, ahead):
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise InputError("a process that scores cases has died, perhaps for lack of memory; use fewer --workers, or 0 for none") from None
+
+
+def at_source(entries):
+    """Lets pictures that were resized for the dataset be predicted on the grid of their source."""
+    for entry in entries:
+        if len(entry.grid) == 2 and entry.source_grid:
+            entry.grid = entry.source_grid
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -610,6 +622,10 @@ def write_scores(args, runs, cut):
     info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
     rows = summarize(runs, "mm" if all(e.spacing_known for e in entries) else "px")
     title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
+    if resampled := sum(e.source_grid is not None for e in entries):
+        title += "; scored on the sources' own grids" if args.grid == "source" else (
+            f"; {resampled} of the cases are scored on the resampled grid of the dataset, "
+            "not on their sources' (--grid source)")
     if args.baseline:
         baselines, patient = find_baselines(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
         rows = [row | columns for row, columns in zip(rows, against(baselines, groups, scores, patient))]
@@ -725,9 +741,7 @@ def predict(args):
         if split == "held_out":
             split, names = "train", held_out(info, {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
         cases, rows = Cases(info, split, size, names, keep=False), []
-        for entry in cases.entries:
-            if len(entry.grid) == 2 and entry.source_grid:  # a picture that was resized for the dataset
-                entry.grid = entry.source_grid
+        at_source(cases.entries)
         found = predict_cases(net, cases, on, cut, args.batch or models.samples_in(32, h5.shape_of(size)))
         for former in [*glob.glob(os.path.join(glob.escape(folder), "*")), *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png"))]:
             with contextlib.suppress(FileNotFoundError):
@@ -768,7 +782,7 @@ def write_worst_first(args, info, split, rows):
     with h5.open_file(info.path) as f:
         for i, (q, entry, _, z, packed) in enumerate(rows[:16] if args.pictures else [], 1):
             image, _ = h5.read_case(f, info, split, entry.name, label=False)
-            mask = cv2.resize(unpack(packed), image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)  # that of a picture is on its source's grid
+            mask = unpack(packed, image)
             title = f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}"
             panels.append((title, image[z], mask, entry.aspect))
     if panels:
@@ -784,8 +798,11 @@ def pack(label):
     return cv2.imencode(".png", label)[1]
 
 
-def unpack(packed):
-    return cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
+def unpack(packed, image):
+    """The slice again, on the grid of an image (D, H, W[, 3]); a picture's mask may have had its
+    source's."""
+    mask = cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)
+    return cv2.resize(mask, image.shape[2:0:-1], interpolation=cv2.INTER_NEAREST)
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -810,8 +827,9 @@ def draw(args, runs, packed):
             z, title, pixel = figures.middle(truth, len(image)), entries[c].name, entries[c].aspect
             rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
                        ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
-            rows[c] += [(f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}", image[z], unpack(packed[members[0], c]), pixel)
-                        for name, (_, _, members) in zip(names, groups)]
+            for name, (_, _, members) in zip(names, groups):
+                title = f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}"
+                rows[c].append((title, image[z], unpack(packed[members[0], c], image), pixel))
             if c in shown:
                 figures.cases(os.path.join(args.out, "cases", f"{entries[c].name}.png"), [rows[c]], info.classes, columns=5, side=2.5)
     figures.cases(os.path.join(args.out, "cases.png"), [rows[c] for c in dict.fromkeys(order) if c in marks], info.classes)
@@ -861,6 +879,11 @@ def main(argv=None):
     if g and split != "val" and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled]):
         val = h5.load_samples(info, "val", size, labeled)
 
+    if args.grid == "source":
+        from data import space  # brings nibabel, which only this needs
+        at_source(entries)
+        if lost := [e for e in entries if e.source_grid and not e.source_labeled]:
+            h5.read_source_label(info, split, lost[0])  # refuses, before the work begins
     voxels = sum(math.prod(e.grid) for e in entries)
     scores, outputs, reference, cases = [], [], [], None
     packed, first = {}, {members[0] for _, _, members in groups}  # pictures show the first run of each group
@@ -868,10 +891,17 @@ def main(argv=None):
     def predicted(i, found):
         """What score_case() needs of each case that run i predicts; what may be drawn of it is put aside."""
         for c, (entry, label, truth) in enumerate(found):
-            if args.pictures and i in first:
-                shown = largest_component(label, K) if args.largest_component else label
-                packed[i, c] = pack(shown[figures.middle(truth, len(truth))])
-            yield label, truth, entry.spacing, K, args.largest_component
+            moved = args.grid == "source" and entry.source_grid
+            drawn = args.pictures and i in first
+            largest, spacing = args.largest_component, entry.spacing
+            if largest and (moved or drawn):
+                label, largest = largest_component(label, K), False
+            if drawn:
+                packed[i, c] = pack(label[figures.middle(truth, len(truth))])
+            if moved:
+                label, spacing = space.to_source(label, entry), entry.source_spacing
+                truth = h5.read_source_label(info, split, entry)
+            yield label, truth, spacing, K, largest
 
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):

@@ -7,8 +7,14 @@
            prepared (JSON: what a converter did to images, so that new ones can be prepared alike; absent where nobody says)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
+    /<split>/<case>/source_label   uint8 on source_grid: the label before it was resampled
              attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and std of the image;
-                           affine where the source has a place in space, source_grid where it has another grid than image
+                           affine where the source has a place in space, source_grid where it
+                           has another grid than image;
+                           nifti_header (uint8, 348 bytes, without its texts) of a NIfTI source,
+                           source_checksum of source_label
+    A NIfTI source may have been turned to the body axes of the others (prepared: axes). affine,
+    source_grid and source_label are of the source on the axes of image; nifti_header has its own.
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
 A file may come from anybody: it is read only as far as it is plain. What is a link, lies elsewhere (external storage, virtual datasets), claims
@@ -53,6 +59,8 @@ class Case:
     source: str = ""
     affine: np.ndarray | None = None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
     source_grid: tuple | None = None  # (H, W) or (D, H, W) of the source, where the image was resampled from another grid
+    nifti_header: np.ndarray | None = None  # [348] uint8 of a NIfTI source, see data/space.py
+    source_label: np.ndarray | None = None  # uint8 on source_grid
 
 
 @dataclass
@@ -69,6 +77,18 @@ class Entry:
     affine: np.ndarray | None = None  # of the source, see Case
     source_grid: tuple | None = None
     itemsize: int = 1  # bytes of a number of the image
+    nifti_header: np.ndarray | None = None  # of the source, see Case
+    source_labeled: bool = False            # whether the label is there on source_grid, too
+
+    @property
+    def source_spacing(self):
+        """mm per axis of the source's grid, or pixels where no spacing is known."""
+        if self.source_grid is None or not self.spacing_known:
+            return self.spacing
+        if self.affine is None:
+            return tuple(s * n / m for s, n, m in zip(self.spacing, self.grid, self.source_grid))
+        from data import space  # brings nibabel, which pictures do not need
+        return space.spacing_of(self.affine)
 
     @property
     def aspect(self):
@@ -184,24 +204,63 @@ def _check_case(path, case, K, channels, dims):
             raise InputError(f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})")
     if case.source_grid is not None and len(case.source_grid) != len(grid):
         raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
+    if case.source_label is not None:
+        _check_source_label(where, case.source_label, case.source_grid)
+        _check_values(f"{where}: source_label", case.source_label, K)
+    _check_header(where, case.nifti_header, case.affine, case.source_grid or grid)
     if case.spacing is not None and (len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
     _check_grid(where, grid, dims)
 
 
+def _check_source_label(where, label, grid):
+    """InputError unless a label, an array or a dataset, is uint8 on the grid of the source."""
+    if grid is None or label.shape != tuple(grid) or label.dtype != np.uint8:
+        raise InputError(f"{where}: source_label: {label.dtype} of shape {label.shape}, but uint8 "
+                         f"of source_grid {grid} is needed; convert the data again")
+
+
+def _check_values(where, label, K):
+    if label.max() >= K:
+        raise InputError(f"{where}: value {label.max()}, but the file has {K} classes "
+                         f"(0 to {K - 1}); convert the data again")
+
+
+def _check_header(where, header, affine, grid):
+    """InputError unless a NIfTI header is none, or of the volume that affine and grid describe."""
+    if header is None:
+        return
+    if affine is None or len(grid) != 3 or header.shape != (348,) or header.dtype != np.uint8:
+        raise InputError(f"{where}: nifti_header: {header.dtype} of shape {header.shape}, but 348 "
+                         "of uint8 and an affine of a volume are needed; convert the data again")
+    from data import space
+    where = f"{where}: nifti_header"
+    space.way_back(space.parse(header.tobytes(), where), affine, grid, where)
+
+
 def _write_case(group, case, channels, dims):
     grid = case.image.shape[:-1] if channels == 3 else case.image.shape
     pack = dict(compression="gzip", compression_opts=1, shuffle=True)
-    # what is read alone: a slice of a volume, or the blocks that a patch touches
-    chunk = grid if len(grid) == 2 else (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
+
+    def chunk_of(grid):  # what is read alone: a slice, or the blocks that a patch touches
+        if len(grid) == 2:
+            return grid
+        return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
+    chunk = chunk_of(grid)
     group.create_dataset("image", data=case.image, chunks=(*chunk, 3) if channels == 3 else chunk, **pack)
     if case.label is not None:
         group.create_dataset("label", data=case.label, chunks=chunk, **pack)
+    if case.source_label is not None:
+        chunk = chunk_of(case.source_grid)
+        group.create_dataset("source_label", data=case.source_label, chunks=chunk, **pack)
+        group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
     spacing = case.spacing or (1.0,) * len(grid)
     group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
                        source=case.source, checksum=checksum_of(case.image, case.label))
     group.attrs["mean"], group.attrs["std"] = moments(case.image)
-    group.attrs.update({k: v for k in ("affine", "source_grid") if (v := getattr(case, k)) is not None})
+    for name in ("affine", "source_grid", "nifti_header"):
+        if (value := getattr(case, name)) is not None:
+            group.attrs[name] = value
 
 
 def checksum_of(image, label):
@@ -365,8 +424,17 @@ def _entry(path, split, name, group, channels, dims):
     source_grid = attribute(group, "source_grid", int, where, (len(grid),)) if "source_grid" in group.attrs else None
     if affine is not None and not np.isfinite(affine).all() or source_grid is not None and not all(0 < n < 2 ** 15 for n in source_grid):
         raise InputError(f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again")
-    return Entry(name, patient, grid, label is not None, spacing, attribute(group, "spacing_known", bool, where), attribute(group, "source", str, where),
-                 attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0, affine, source_grid, image.dtype.itemsize)
+    header = np.asarray(group.attrs["nifti_header"]) if "nifti_header" in group.attrs else None
+    _check_header(where, header, affine, source_grid or grid)
+    source_label = None
+    if group.id.links.exists(b"source_label"):
+        source_label = child(group, "source_label", h5py.Dataset)
+        _check_source_label(where, source_label, source_grid)
+    known = attribute(group, "spacing_known", bool, where)
+    source = attribute(group, "source", str, where)
+    checksum = attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0
+    return Entry(name, patient, grid, label is not None, spacing, known, source, checksum, affine,
+                 source_grid, image.dtype.itemsize, header, source_label is not None)
 
 
 def read_case(f, info, split, name, label=True, part=()):
@@ -384,14 +452,30 @@ def read_case(f, info, split, name, label=True, part=()):
         y = group["label"][part] if label and "label" in group else None
     if image.dtype == np.float32 and not np.isfinite(image).all():
         raise InputError(f"{where}/image: NaN or infinite pixels; mend them and convert the data again")
-    if y is not None and (y.dtype != np.uint8 or y.max() >= len(info.classes)):
-        raise InputError(f"{where}/label: value {y.max()}, but the file has {len(info.classes)} classes "
-                         f"(0 to {len(info.classes) - 1}); convert the data again")
+    if y is not None:
+        _check_values(f"{where}/label", y, len(info.classes))
     if y is not None and not part and (said := group.attrs.get("checksum")) is not None and said != checksum_of(image, y):
         raise InputError(f"{where}: image and label are not those that were written (checksum); convert the data again")
     if image.ndim - (info.channels == 3) == 2:
         image, y = image[None], None if y is None else y[None]
     return image, y
+
+
+def read_source_label(info, split, entry):
+    """The label of a case on its source's grid. -> (D, H, W) uint8 (D = 1 for an image)"""
+    where = f"{info.path}: /{split}/{entry.name}/source_label"
+    if not entry.source_labeled:
+        raise InputError(f"{where}: missing, so the case cannot be scored on its source's grid; "
+                         "convert the data again, or use --grid stored")
+    with open_file(info.path) as f, reading(where):
+        group = f[split][entry.name]
+        check_memory(group["source_label"], where)
+        label = group["source_label"][()]
+        said = group.attrs.get("source_checksum")
+    _check_values(where, label, len(info.classes))
+    if said is not None and said != zlib.crc32(label):
+        raise InputError(f"{where}: not what was written (checksum); convert the data again")
+    return label if label.ndim == 3 else label[None]
 
 
 def check_foreground(info, names):
@@ -831,6 +915,8 @@ def summary(info):
             count, sizes, spacings = np.zeros(len(info.classes)), {e.grid for e in entries}, set()
             for e in entries:
                 _, label = read_case(f, info, split, e.name)
+                if e.source_labeled:
+                    read_source_label(info, split, e)
                 spacings.add(" x ".join(f"{s:g}" for s in e.spacing) + " mm" if e.spacing_known else "unknown")
                 if label is not None:
                     count += np.bincount(label.ravel(), minlength=len(count))

@@ -273,11 +273,13 @@ def main(argv=None):
             image, label = read_pair(image_path, mask_path, kinds, args.gray)
             if args.labels and label is not None:
                 label = labels.class_numbers(label, mask_path, args.labels)
-            own = image.shape[:2]
+            source = str(image_path.relative_to(src))
+            case = h5.Case(split, name, image, label, patient, source=source)
             if args.size:
-                image = h5.resize_image(image, args.size)
-                label = None if label is None else h5.resize_label(label, args.size)
-            yield h5.Case(split, name, image, label, patient, None, str(image_path.relative_to(src)), source_grid=own if args.size else None)
+                case.source_grid, case.source_label = image.shape[:2], label
+                case.image = h5.resize_image(image, args.size)
+                case.label = None if label is None else h5.resize_label(label, args.size)
+            yield case
     info = h5.write(args.out, cases(), name=args.preset if args.preset != "folder" else src.resolve().name, classes=classes,
                     dims=2, channels=1 if args.gray else 3, prepared={"from": "pictures"})
     labels.tell_mapping(args.labels)

@@ -10,25 +10,32 @@ What is read under SRC (.nii or .nii.gz):
     dataset.json         its "labels" name the classes and their values; else they are numbered
     Decathlon: NAME.nii.gz for image and label; nnU-Net: NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed. Volumes are stored as (D, H, W).
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed.
 Labels are class numbers, 0, 1, 2 and so on. Those with other values, 0 and 255, say, or 0, 1, 2, 4,
 need a dataset.json that names these, or --labels, which lists them in the order of the classes.
+
+Volumes are stored as (D, H, W), turned to the body axes of most of them by flips and swaps. Affine
+and spacing, in mm, are those of the sform where its code is above 0, else of the qform where its
+code is, else of pixdim. A header that contradicts itself, or places no boxes, is refused
+(data/space.py). Masks have the header of their source, so its place, byte for byte.
 """
 import gzip
 import json
 import math
-import os
 import re
-import struct
-import tempfile
 import zlib
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.nifti1 import data_type_codes
+from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 
-from data import h5, labels
+from data import h5, labels, space
 from data.files import SEED, SHARE, InputError, Parser, cli, number, read_text, replacing
 from data.images import assign_splits, lists_of, name_patients, note_patients
 
@@ -125,7 +132,7 @@ def name_classes(src, names, values, paths):
         return [table[v] for v in values], values
     if values:
         return labels.numbered(len(values)), values
-    found = set().union(*(np.unique(to_label(read(p), p)).tolist() for p in paths))
+    found = set().union(*(np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths))
     count = labels.count_classes(found, paths[0].parent)
     return labels.numbered(count), range(count)
 
@@ -168,88 +175,145 @@ def named_values(path):
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-def check_bytes(path):
-    """Refuses what ITK mends without a word: it fills up a truncated file, takes a spacing of 0 or NaN for 1 mm, and NaN voxels for 0."""
+@dataclass
+class Volume:
+    """One volume of a file, on its own axes."""
+    values: np.ndarray           # (D, H, W), numbers of any type, the file's slope applied
+    affine: np.ndarray           # [4, 4]: voxel (x, y, z) -> mm, see space.affine_of()
+    header: nibabel.Nifti1Header
+
+    @property
+    def spacing(self):
+        """mm per axis of (D, H, W)."""
+        return space.spacing_of(self.affine)
+
+
+def bytes_of(path, count=-1):
+    """The first bytes of a file, packed or not, whatever its ending says; -1: all of them."""
     with open(path, "rb") as f:
         packed = f.read(2) == b"\x1f\x8b"
     try:
         with (gzip.open if packed else open)(path, "rb") as f:
-            raw = f.read()
+            return f.read(count)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise InputError(f"{path}: truncated or damaged; copy it again") from None
-    order = next((o for o in "<>" if len(raw) > 348 and struct.unpack_from(f"{o}i", raw)[0] == 348), None)
-    if order is None:
-        raise InputError(f"{path}: not a NIfTI-1 file (or truncated); copy it again, or save it as NIfTI-1")
-    fields = ("8h", 40), ("2h", 70), ("8f", 76), ("f", 108)
-    dim, (kind, bits), pixdim, (start,) = (struct.unpack_from(order + form, raw, at) for form, at in fields)
-    count, start = math.prod(max(n, 1) for n in dim[1:dim[0] + 1]), int(start)
-    if len(raw) < start + count * bits // 8:
-        raise InputError(f"{path}: truncated, {len(raw)} of {start + count * bits // 8} bytes; copy it again")
-    if not all(0 < s < math.inf for s in pixdim[1:min(dim[0], 3) + 1]):
-        raise InputError(f"{path}: the header has a spacing (pixdim) of {' x '.join(f'{s:g}' for s in pixdim[1:4])}; mend the header")
-    if kind in (16, 64) and not np.isfinite(np.frombuffer(raw, f"{order}f{bits // 8}", count, start)).all():  # float32, float64
-        raise InputError(f"{path}: NaN or infinite voxels; replace them")
 
 
-def read(path, channel=None):
-    """One volume of a file as a SimpleITK image; InputError if it is not there, or if there are several and channel is None."""
-    check_bytes(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+def load(path, channel=None):
+    """One volume of a file. -> Volume
+
+    channel: which one, where the file holds several. InputError if it is not there, if there are
+    several and channel is None, and for anything but a whole file of plain, finite numbers.
+    """
+    raw = bytes_of(path)
+    header = space.parse(raw, path)
+    size = space.size_of(header, path)
+    kind, start = type_of(header, path), start_of(header, path)
+    whole = start + math.prod(size) * kind.itemsize
+    if len(raw) < whole:
+        raise InputError(f"{path}: truncated, {len(raw)} of {whole} bytes; copy it again")
+    if len(size) > 4:
+        raise InputError(f"{path}: {len(size)}D with {math.prod(size[4:])} value(s) per voxel; "
+                         "save one volume of plain numbers")
+    if len(size) == 4:
+        start += volume_of(size[3], channel, path) * math.prod(size[:3]) * kind.itemsize
+    elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
+        raise InputError(f"{path}: has no channel {channel}; it holds one volume")
+    values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
+    values = scaled(values.astype(kind.newbyteorder("=")), header, path)
+    with np.errstate(over="ignore"):
+        usable = values.dtype.kind != "f" or np.isfinite(np.float32(values)).all()
+    if not usable:
+        raise InputError(f"{path}: NaN or infinite voxels, or above what float32 holds; "
+                         "replace them")
+    return Volume(values, space.affine_of(header, path), header)
+
+
+def type_of(header, path):
+    """numpy's type of a file's voxels, in its byte order. InputError unless plain real numbers."""
+    code = int(header["datatype"])
+    name = data_type_codes.label.get(code, "unknown")
+    kind = header.get_data_dtype() if name != "unknown" else np.dtype("V")
+    if kind.kind not in "iuf" or kind.itemsize > 8:
+        raise InputError(f"{path}: voxels of type {name} (datatype {code}); save them as plain "
+                         "integers, or as floats of 32 or 64 bits")
+    return kind
+
+
+def start_of(header, path):
+    """At which byte of a file its voxels begin."""
+    start = float(header["vox_offset"])
+    if not space.VOXELS <= start < 2 ** 31:
+        raise InputError(f"{path}: the header says that the voxels begin at byte {start:g} "
+                         f"(vox_offset), not {space.VOXELS} or later; save the file anew")
+    return int(start)
+
+
+def volume_of(count, channel, path):
+    """Which of a file's volumes is meant."""
+    if channel is None:
+        raise InputError(f"{path}: 4D, {count} volumes in one file; choose an image's with "
+                         "--channel; a label must have one")
+    if channel >= count:
+        raise InputError(f"{path}: has no channel {channel}; it has 0 to {count - 1}")
+    return channel
+
+
+def scaled(values, header, path):
+    """Voxels after the header's slope and intercept; no slope, 0 or NaN: as they are."""
     try:
-        reader.ReadImageInformation()
-        size = reader.GetSize()
-        if reader.GetNumberOfComponents() > 1 or len(size) not in (3, 4):
-            raise InputError(f"{path}: {len(size)}D with {reader.GetNumberOfComponents()} value(s) per voxel; "
-                             "a volume of plain numbers is needed")
-        if len(size) == 4:
-            if channel is None:
-                raise InputError(f"{path}: 4D, {size[3]} volumes in one file; choose an image's with --channel; a label must have one")
-            if channel >= size[3]:
-                raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
-            reader.SetExtractSize([*size[:3], 0])
-            reader.SetExtractIndex([0, 0, 0, channel])
-        elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
-            raise InputError(f"{path}: has no channel {channel}; it holds one volume")
-        return reader.Execute()
-    except RuntimeError as error:
-        raise InputError(f"{path}: ITK cannot read it: {str(error).strip().splitlines()[-1].split('ERROR: ')[-1]}") from None
-
-
-def to_label(image, path, values=range(labels.MOST)):
-    """A label's class numbers (D, H, W) uint8. values: those that stand for the classes"""
-    return labels.class_numbers(sitk.GetArrayFromImage(image), path, values)
+        return apply_read_scaling(values, *header.get_slope_inter())
+    except HeaderDataError:
+        raise InputError(f"{path}: the header's intercept (scl_inter) is {header['scl_inter']}; "
+                         "mend the header") from None
 
 
 def check_grids(image, label, image_path, label_path):
-    """InputError if the two are not on one grid: a label is never moved onto its image by guessing."""
-    for what in ("Size", "Spacing", "Origin", "Direction"):
-        a, b = (np.array(getattr(v, f"Get{what}")()) for v in (image, label))
-        if np.abs(a - b).max() > 1e-3:
-            sizes = [" x ".join(map(str, v.GetSize()[::-1])) for v in (image, label)]
-            raise InputError(f"{label_path} ({sizes[1]}) is on another grid than {image_path} ({sizes[0]}): {what.lower()} "
-                             f"{np.round(b, 4).tolist()}, not {np.round(a, 4).tolist()}; resample the label to its image")
+    """InputError if two Volumes are not on one grid: no label is moved onto its image by guess."""
+    a, b = (grid_of(v) for v in (image, label))
+    found = None
+    if (a["size"] != b["size"]).any():
+        found, remedy = "size", "resample the label to its image"
+    else:
+        extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
+        for what, reach in (("spacing", a["size"]), ("origin", 1.0), ("direction", extent)):
+            apart = np.abs((b[what] - a[what]) * reach).max()
+            if apart > space.SHIFT * a["spacing"].min():
+                found, remedy = what, same_size_remedy(image, label)
+                break
+    if found:
+        sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
+        there, here = (np.round(g[found], 6).tolist() for g in (b, a))
+        raise InputError(f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
+                         f"({sizes[0]}): {found} {there}, not {here}; {remedy}")
+
+
+def grid_of(volume):
+    """Size and spacing along x, y and z, origin and direction (a column an axis) of a Volume."""
+    spacing = np.array(volume.spacing[::-1])
+    return dict(size=np.array(volume.values.shape[::-1]), spacing=spacing,
+                origin=volume.affine[:3, 3], direction=volume.affine[:3, :3] / spacing)
+
+
+def same_size_remedy(image, label):
+    """What to do where a label has its image's size and not its place."""
+    match = "if the two match voxel by voxel"
+    if is_lost(label) and not is_lost(image):
+        return ("the label's header has lost its place: copy the image's header to it "
+                f"{match}, and do not resample it")
+    if is_lost(image) and not is_lost(label):
+        return f"the image's header has lost its place: copy the label's header to it {match}"
+    return f"copy the image's header to the label {match}, else resample the label to its image"
+
+
+def is_lost(volume):
+    """Whether a header is one that programs write who know of no place: no code, or identity."""
+    plain = np.abs(volume.affine - np.diag(np.diag(volume.affine))).max() == 0
+    ones = np.abs(np.diag(volume.affine)).tolist() == [1, 1, 1, 1]
+    return not space.is_placed(volume.header) or plain and ones
 
 
 # ---------------------------------------------------------------------------------------------------- space and intensity
-
-def affine_of(image):
-    """[4, 4]: voxel (x, y, z) -> mm in NIfTI's axes (right, anterior, superior); ITK's point to the left and posterior."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
-    affine[:2] *= -1
-    return affine
-
-
-def resample(image, size, spacing, how):
-    """A SimpleITK image on a grid of other size and spacing (x, y, z), with the same origin and direction."""
-    f = sitk.ResampleImageFilter()
-    f.SetOutputOrigin(image.GetOrigin()), f.SetOutputDirection(image.GetDirection())
-    f.SetOutputSpacing(spacing), f.SetSize(size), f.SetInterpolator(how)
-    f.SetUseNearestNeighborExtrapolator(True)  # a finer grid ends beyond the last voxel's center, where ITK would put zeros
-    return f.Execute(image)
-
 
 def scale(image, window):
     """MR (no window): clipped to its .5 and 99.5 percentile, then mean 0 and standard deviation 1. CT: the window becomes [-1, 1]."""
@@ -266,52 +330,131 @@ class Preparation:
     window: tuple | None = None   # of CT: intensities that become -1 and 1; None: MR
     channel: int | None = None    # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
     nnunet: bool = False          # whether the channel is part of a file's name
+    axes: str | None = None       # of the body, to which D, H and W are turned, such as SAR
 
 
-def read_case(row, how, src, axes, values=range(labels.MOST)):
-    """A row of split_cases() as an h5.Case. how: Preparation; axes: a set that notes along which
-    body axes its voxels lie; values: those that stand for the classes in its label"""
+def common_axes(paths):
+    """The body axes of most of some files, so that few have to be turned; None: no file knows."""
+    headers = [(space.parse(bytes_of(p, space.BYTES), p), p) for p in paths]
+    found = [space.axes_of(space.affine_of(h, p)) for h, p in headers if space.is_placed(h)]
+    return Counter(found).most_common(1)[0][0] if found else None
+
+
+NOTES = {  # of cases, in the order in which they are said
+    "turned": "lie along other body axes than {axes} (D, H, W) and were turned to these",
+    "swapped": "had to swap axes of unequal spacing for that: D, H and W differ in resolution from "
+               "those of the others, and slices are cut another way",
+    "two places": "have a qform and an sform that differ; the sform is taken, and masks keep both",
+    "unplaced": "have no orientation (the codes of qform and sform are 0); their D, H and W are "
+                "taken for {axes}, as they are",
+    "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
+              "(often 1024), or set the header's slope and intercept"}
+
+
+def say(notes, axes, total):
+    """Prints what read_case() has noted. notes: {kind: [case, ...]}; total: number of cases"""
+    for kind, text in NOTES.items():
+        if names := notes.get(kind):
+            print(f"note: {len(names)} of {total} volumes {text.format(axes=axes)} "
+                  f"(the first: {names[0]})")
+
+
+def read_case(row, how, src, notes, values=range(labels.MOST)):
+    """A row of split_cases() as an h5.Case.
+
+    how: Preparation; notes: {kind: [case, ...]} to fill; values: those that stand for the classes
+    in its label.
+    """
     name, image_path, label_path, patient, split = row
-    image, source_grid = sitk.Cast(read(image_path, how.channel), sitk.sitkFloat32), None
+    volume, label = load(image_path, how.channel), None
     if label_path:
-        label = read(label_path)
-        check_grids(image, label, image_path, label_path)
-        label = sitk.GetImageFromArray(to_label(label, label_path, values))
-        label.CopyInformation(image)
-    affine = affine_of(image)
-    axes.add(tuple(np.abs(affine[:3, :3]).argmax(0).tolist()))
+        other = load(label_path)
+        check_grids(volume, other, image_path, label_path)
+        label = labels.class_numbers(other.values, label_path, values)
+    image, affine, swapped = volume.values.astype(np.float32), volume.affine, False
+    if space.has_two_places(volume.header, image_path):
+        notes["two places"].append(name)
+    if how.axes and space.is_placed(volume.header):
+        turn = space.turn_to(how.axes, affine)
+        affine = space.turned_affine(affine, image.shape, turn)
+        image, label = (None if v is None else space.turned(v, turn) for v in (image, label))
+        swapped = turn[:, 0].tolist() != [0, 1, 2]
+        if swapped or (turn[:, 1] < 0).any():
+            notes["turned"].append(name)
+        if swapped and max(volume.spacing) > 1.01 * min(volume.spacing):
+            notes["swapped"].append(name)
+    elif how.axes:
+        notes["unplaced"].append(name)
+    if how.window and (why := not_hounsfield(image, how.window)):
+        notes["not HU"].append(f"{name}, {why}")
+    spacing, source_grid, source_label = space.spacing_of(affine), None, None
     if how.spacing:
-        source_grid, spacing = image.GetSize()[::-1], how.spacing[::-1]
-        size = [max(1, round(n * old / new)) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing)]
-        image = resample(image, size, spacing, sitk.sitkLinear)
-        label = resample(label, size, spacing, sitk.sitkNearestNeighbor) if label_path else None
-    return h5.Case(split, name, scale(sitk.GetArrayFromImage(image), how.window), sitk.GetArrayFromImage(label) if label_path else None,
-                   patient, image.GetSpacing()[::-1], str(image_path.relative_to(src)), affine, source_grid)
+        source_grid, source_label = image.shape, label
+        step = np.divide(how.spacing, spacing)
+        size = resampled_size(source_grid, step, image_path)
+        image = space.resample(image, size, step)
+        label = None if label is None else space.resample(label, size, step, nearest=True)
+        spacing = how.spacing
+    if swapped and min(image.shape[1:]) < h5.SMALLEST:
+        raise InputError(f"{image_path}: turned to the body axes of the others ({how.axes}), it "
+                         f"has {' x '.join(map(str, image.shape))} voxels, too few in a slice; "
+                         "leave it out")
+    header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
+    return h5.Case(split, name, scale(image, how.window), label, patient, spacing,
+                   str(image_path.relative_to(src)), affine, source_grid, header, source_label)
+
+
+def not_hounsfield(image, window):
+    """Why the intensities (D, H, W) of a CT can hardly be Hounsfield units; None: they can."""
+    low, high = window
+    padding = np.count_nonzero(image == image.min())  # around a round field of view, any number
+    if np.count_nonzero(image < 0) <= padding * (image.min() < 0):
+        return "whose voxels, but for padding, are all 0 or more"
+    if np.ptp(image) < (high - low) / 20:
+        return f"whose voxels are all between {image.min():g} and {image.max():g}"
+    if np.count_nonzero((image > low) & (image < high)) < 0.02 * image.size:
+        return "nearly all of which lies outside of the window"
+    return None
+
+
+def resampled_size(grid, step, path):
+    """The grid (D, H, W) of the same extent at a spacing of `step` voxels.
+
+    InputError if it is too large for any memory.
+    """
+    size = tuple(max(1, round(n / s)) for n, s in zip(grid, step))
+    if math.prod(size) > 2 ** 31:
+        raise InputError(f"{path}: {' x '.join(map(str, grid))} voxels would become "
+                         f"{' x '.join(map(str, size))}; choose a larger --spacing")
+    return size
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 def write_mask(path, label, entry):
-    """Writes a mask as NIfTI on its source's grid, whole or not at all.
+    """Writes a mask as NIfTI on its source's grid and axes, whole or not at all.
 
-    label: (D, H, W) uint8 on the grid of entry (h5.Entry). Where the entry has no affine, the spacing alone places the mask.
+    label: (D, H, W) uint8 on the grid of entry (h5.Entry). The header is the source's; without
+    it the affine places the mask, and without both the spacing alone.
     """
     if label.shape[-len(entry.grid):] != entry.grid:
-        raise ValueError(f"{path}: label of shape {label.shape}, but case '{entry.name}' has {entry.grid}")
-    spacing = [*entry.spacing[::-1], 1.0][:3]  # (x, y, z); a plain image is one slice
-    affine = np.diag([*spacing, 1.0]) if entry.affine is None else np.array(entry.affine)
-    affine[:2] *= -1  # see affine_of()
-    source_spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    mask = sitk.GetImageFromArray(np.ascontiguousarray(label, np.uint8))
-    mask.SetOrigin(affine[:3, 3].tolist()), mask.SetDirection((affine[:3, :3] / source_spacing).ravel().tolist())
-    if entry.source_grid:
-        mask.SetSpacing(spacing)
-        mask = resample(mask, entry.source_grid[::-1], source_spacing.tolist(), sitk.sitkNearestNeighbor)
-    mask.SetSpacing(source_spacing.tolist())
-    with replacing(path) as temporary, tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(temporary)) as folder:
-        whole = os.path.join(folder, os.path.basename(path))  # ITK goes by the ending
-        sitk.WriteImage(mask, whole, useCompression=True)
-        os.replace(whole, temporary)
+        raise ValueError(f"{path}: label of shape {label.shape}, "
+                         f"but case '{entry.name}' has {entry.grid}")
+    where = f"case '{entry.name}'"
+    label = space.to_source(label, entry)
+    affine = entry.affine
+    if affine is None:
+        spacing = [1.0, *entry.source_spacing][-3:]  # a plain image is one slice
+        affine = np.diag([*spacing[::-1], 1.0])
+    if entry.nifti_header is None:
+        header = space.new_header(affine, label.shape, where)
+    else:
+        header = space.parse(entry.nifti_header.tobytes(), where)
+        label = space.turned(label, space.way_back(header, affine, label.shape, where))
+    raw = space.mask_header(header).binaryblock.ljust(space.VOXELS, b"\0")
+    raw += np.ascontiguousarray(label, np.uint8).tobytes()
+    with replacing(path) as temporary, open(temporary, "wb") as f:
+        f.write(gzip.compress(raw, mtime=0) if str(path).endswith(".gz") else raw)
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -367,14 +510,14 @@ def main(argv=None):
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
     rows = split_cases(rows, lists, args)
     classes, values = name_classes(src, args.classes, args.labels, [r[2] for r in rows if r[2]])
-    how, axes = Preparation(args.spacing, window, args.channel, nnunet), set()
-    cases = (read_case(row, how, src, axes, values) for row in rows)
+    axes, notes = common_axes([r[1] for r in rows]), defaultdict(list)
+    how = Preparation(args.spacing, window, args.channel, nnunet, axes)
+    cases = (read_case(row, how, src, notes, values) for row in rows)
     info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,
                     channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
     labels.tell_mapping(values)
     h5.report(info)
-    if len(axes) > 1:
-        print("note: the volumes' axes point along different body axes (axial and sagittal scans, say), so D, H, W do not mean the same in all")
+    say(notes, axes, len(rows))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """New images without labels, a folder of pictures or of NIfTI volumes or one of these files -> a dataset file that a trained network takes.
 
 They are prepared as the data that the network has learned from were, which its checkpoint knows (`prepared`, see data/h5.py): gray or RGB, and of
-volumes the spacing that they are resampled to, the window of CT, the channel. evaluate.py --predict writes masks for them.
+volumes the spacing that they are resampled to, the window of CT, the channel and the body axes.
+evaluate.py --predict writes masks for them.
 """
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
 
-from data import h5, images, nifti
+from data import h5, images, nifti, space
 from data.files import InputError
 
 
@@ -54,11 +56,17 @@ def convert(source, out, data):
         raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[prepared['from']]}")
     if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
         raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
+    notes = defaultdict(list)
+    gray = data["channels"] == 1
+    cases = pictures(paths, gray) if kind == "pictures" else volumes(paths, how, notes)
     try:
-        return h5.write(out, pictures(paths, data["channels"] == 1) if kind == "pictures" else volumes(paths, how), name=Path(source).resolve().name,
-                        classes=data["classes"], dims=data["dims"], channels=data["channels"], standardize=data.get("standardize", True), prepared=prepared)
+        info = h5.write(out, cases, name=Path(source).resolve().name, classes=data["classes"],
+                        dims=data["dims"], channels=data["channels"],
+                        standardize=data.get("standardize", True), prepared=prepared)
     except InputError as error:  # in words that fit images which nobody had to convert
         raise InputError(str(error).replace(str(out), str(source)).replace(" and convert the data again", "").replace("; convert the data again", "")) from None
+    nifti.say(notes, how.axes, len(info.entries("unlabeled")))
+    return info
 
 
 def pictures(paths, gray):
@@ -75,15 +83,23 @@ def preparation(prepared, source):
         return isinstance(value, (list, tuple)) and len(value) == n and all(type(v) in (int, float) and low < v < high for v in value)  # no NaN, no bool
     how = {key: value for key, value in prepared.items() if key != "from"} if isinstance(prepared, dict) else {"": prepared}
     spacing, window, channel = (how.get(key) for key in ("spacing", "window", "channel"))
-    if not (set(how) <= {"spacing", "window", "channel", "nnunet"} and isinstance(prepared.get("from"), str) and prepared["from"] in KINDS
-            and (spacing is None or numbers(spacing, 3, 0.01, 1000)) and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
+    axes = how.get("axes")
+    known = {"spacing", "window", "channel", "nnunet", "axes"}
+    if not (set(how) <= known and isinstance(prepared.get("from"), str)
+            and prepared["from"] in KINDS
+            and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
+            and (axes is None or space.are_axes(axes))
+            and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
             and (channel is None or type(channel) is int and 0 <= channel < 10_000) and type(how.get("nnunet", False)) is bool):
         raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, "
                          "and train on them")
     return nifti.Preparation(**how)
 
 
-def volumes(paths, how):
-    """Yields each of some NIfTI volumes as an h5.Case, as nifti.Preparation says."""
+def volumes(paths, how, notes):
+    """Yields each of some NIfTI volumes as an h5.Case, as nifti.Preparation says.
+
+    notes: what nifti.read_case() is to fill.
+    """
     for name, path in nifti.one_channel(paths, how.channel, how.nnunet)[0].items():
-        yield nifti.read_case((name, path, None, name, "unlabeled"), how, path.parent, set())
+        yield nifti.read_case((name, path, None, name, "unlabeled"), how, path.parent, notes)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import cv2
 import h5py
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 import torch
@@ -258,6 +259,12 @@ DATASETS = {
     "spacing is negative": attr(A, "spacing", [1.0, -1.0, 1.0]), "spacing is infinite": attr(A, "spacing", [1.0, np.inf, 1.0]), "spacing of two axes": attr(A, "spacing", [1.0, 1.0]),
     "checksum is a text": attr(A, "checksum", "none"), "checksum of other pixels": lambda f: [f[case].attrs.__setitem__("checksum", 1) for case in BOTH],
     "affine is a text": lambda f: f[A].attrs.__setitem__("affine", "none"), "affine is NaN": lambda f: f[A].attrs.__setitem__("affine", np.full((4, 4), np.nan)),
+    "nifti_header is a text": lambda f: f[A].attrs.__setitem__("nifti_header", "none"),
+    "nifti_header without affine":
+        lambda f: f[A].attrs.__setitem__("nifti_header", np.zeros(348, np.uint8)),
+    "source_label without source_grid":
+        lambda f: f[A].__setitem__("source_label", np.zeros((4, 40, 40), np.uint8)),
+    "source_label is a group": lambda f: f[A].create_group("source_label"),
     "source_grid of two axes": lambda f: f[A].attrs.__setitem__("source_grid", [4, 4]),
     "no image": lambda f: f[A].__delitem__("image"), "an empty case": instead(A, lambda g, n: g.create_group(n)),
     "image is a group": instead(f"{A}/image", lambda g, n: g.create_group(n)), "label is a group": instead(f"{A}/label", lambda g, n: g.create_group(n)),
@@ -664,8 +671,34 @@ def word_of(line):
             "--model swin_unet --width 12 --size 72": "--model swin_unet", "--model unetpp --encoder resnet9": "resnet9"}.get(line) or files.get(value) or option
 
 
+HEADERS = {  # of NIfTI, whose fields are wrong
+    "pixdim against the sform": dict(sform_code=1, pixdim=[1, 2, 1, 1, 1, 1, 1, 1]),
+    "a sheared sform": dict(sform_code=1, srow_x=[1, 0.3, 0, 0]),
+    "a singular sform": dict(sform_code=2, srow_z=[0, 0, 0, 0]),
+    "a quaternion above 1": dict(qform_code=1, quatern_b=2),
+    "an orientation of NaN": dict(qform_code=1, qoffset_x=np.nan),
+    "a code of 99": dict(sform_code=99), "a unit that is none": dict(xyzt_units=7),
+    "voxels of a kilometer": dict(xyzt_units=1, pixdim=[1] + 7 * [1000]),
+    "two dimensions": dict(dim=[2, 16, 256, 1, 1, 1, 1, 1]),
+    "an axis of -1": dict(dim=[3, 16, 16, -1, 1, 1, 1, 1]), "complex voxels": dict(datatype=32),
+    "voxels at byte NaN": dict(vox_offset=np.nan), "the header of a pair": dict(magic=b"ni1"),
+    "more voxels than there are": dict(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1])}
+
+
+def header_alone(src, fields):
+    """An image of 16 x 16 x 16 whose header has some fields, and its label, which is good."""
+    for folder, wrong in (("labelsTr", {}), ("imagesTr", fields)):
+        header = nibabel.Nifti1Header()
+        header.set_data_shape((16, 16, 16)), header.set_data_dtype(np.uint8)
+        header.set_sform(np.eye(4), 0)
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        for name, value in wrong.items():
+            header[name] = value
+        (src / folder / "a.nii").write_bytes(header.binaryblock + bytes(4 + 16 ** 3))
+
+
 def converters():
-    """A dozen for the converters."""
+    """Two dozen for the converters."""
     def pictures(change):
         def make(work):
             for name in ("images", "masks"):
@@ -693,6 +726,9 @@ def converters():
             change(work / "src")
             return [str(work / "src"), "--out", str(work / "out.h5")]
         return make
+    for name, fields in HEADERS.items():
+        made = volumes(lambda s, f=fields: header_alone(s, f))
+        yield "data.nifti", name, made, ["imagesTr/a.nii"], False
     for name, content in (("text", b"no image"), ("empty", b""), ("gzip of nothing", bytes.fromhex("1f8b08000000000000ff03000000000000000000"))):
         yield "data.nifti", name, volumes(lambda s, c=content: [(s / d / "a.nii.gz").write_bytes(c) for d in ("imagesTr", "labelsTr")]), ["a.nii.gz"], False
 

@@ -7,17 +7,18 @@ import types
 
 import cv2
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import python
+from conftest import make_pictures, python
 from medpy.metric import binary
 from scipy import stats
 
 import evaluate
 import models
 import train_ssl
-from data import figures, h5, metrics, phantom
+from data import figures, h5, images, metrics, nifti, phantom
 from data.files import save_checkpoint
 
 
@@ -573,3 +574,82 @@ def test_a_checkpoint_cannot_run_code(tmp_path, gray, refused):
     torch.save(dict(format=1, stage="ssl", bomb=Bomb()), tmp_path / "bomb.pt")
     refused(evaluate.main, [gray, tmp_path / "bomb.pt", "--out", tmp_path / "out"], "bomb.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------ the source's grid
+
+class Threshold(torch.nn.Module):
+    """Says that what is bright is the object."""
+
+    def forward(self, x):
+        return torch.stack([-x[:, 0], x[:, 0]], 1) * 50
+
+
+@pytest.fixture
+def shells(tmp_path):
+    """Thin shells, 1 mm, of which a dataset of 3 mm keeps little. -> (folder, label, dataset)"""
+    from test_nifti import ball, stored_along
+    shape = (20, 24, 26)
+    label = ball(shape, (10, 12, 13), 9.2) - ball(shape, (10, 12, 13), 7.7)
+    for i, axes in enumerate(("SAR", "SAR", "SPL")):
+        for part, values in (("images", np.float32(label) * 400 - 200), ("labels", label)):
+            stored_along(tmp_path / "src" / f"{part}Tr" / f"c{i}.nii", axes, values)
+    (tmp_path / "src" / "val.txt").write_text("c0\nc2\n")
+    (tmp_path / "src" / "train.txt").write_text("c1\n")
+    nifti.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5"), "--spacing", "1.5,1.5,1.5"])
+    return tmp_path / "src", label, str(tmp_path / "f.h5")
+
+
+def test_scores_on_the_sources_grid_are_those_of_masks(shells, tmp_path, capsys, monkeypatch):
+    """Dice and HD95 in mm of the files that --predict writes, against the labels' own files."""
+    src, label, data = shells
+    run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16))
+    load_run = evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
+    found, options = {}, ["--pictures", "0", "--largest-component", "--workers", "0"]
+    for where in ("stored", "source"):
+        out = tmp_path / where
+        evaluate.main([data, run, "--out", str(out), "--grid", where, *options])
+        found[where] = {row["case"]: row for row in csv.DictReader(open(out / "cases.csv"))}
+    title = [json.loads((tmp_path / n / "summary.json").read_text())["title"] for n in found]
+    assert "2 of the cases are scored on the resampled grid" in title[0]
+    assert "--grid source" in title[0]
+    assert "on the sources' own grids" in title[1] and title[1] in capsys.readouterr().out
+    argv = [data, run, "--predict", "--split", "val", "--out", str(tmp_path / "masks")]
+    evaluate.main([*argv, *options])
+    for name in ("c0", "c2"):
+        mask = nibabel.load(tmp_path / "masks" / "masks" / f"{name}.nii.gz")
+        truth = np.asarray(nibabel.load(src / "labelsTr" / f"{name}.nii").dataobj)
+        want = evaluate.score(np.asarray(mask.dataobj) > 0, truth > 0, (1, 1, 1))
+        row = found["source"][name]
+        assert float(row["dice"]) == pytest.approx(want.dice) and row["unit"] == "mm"
+        assert float(row["hd95"]) == pytest.approx(want.hd95, abs=1e-5)
+        assert float(row["dice"]) < float(found["stored"][name]["dice"]) - 0.05
+
+
+def test_a_dataset_without_the_sources_labels_says_so(shells, tmp_path, refused):
+    data = shells[2]
+    run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16))
+    with h5py.File(data, "a") as f:
+        del f["val/c2/source_label"]
+    refused(evaluate.main, [data, run, "--grid", "source", "--out", tmp_path / "o"],
+            "/val/c2/source_label", "convert the data again")
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
+    """The map of probabilities is brought there, as for the masks of --predict."""
+    src = make_pictures(tmp_path / "src", 6)
+    images.main([str(src), "--out", str(tmp_path / "f.h5"), "--size", "32"])
+    info = h5.read_info(str(tmp_path / "f.h5"))
+    run, load_run = make_run(tmp_path / "run", info), evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
+    options = ["--grid", "source", "--pictures", "1"]
+    evaluate.main([info.path, run, "--out", str(tmp_path / "o"), *options])
+    evaluate.main([info.path, run, "--predict", "--split", "val", "--out", str(tmp_path / "p")])
+    row, = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
+    mask, truth = (images.read_mask(p / f"{row['case']}.png", info.classes) > 0
+                   for p in (tmp_path / "p" / "masks", tmp_path / "src" / "masks"))
+    want = evaluate.score(mask, truth, (1, 1))
+    assert mask.shape == (40, 56) and row["unit"] == "px"
+    assert (float(row["dice"]), float(row["hd95"])) == pytest.approx((want.dice, want.hd95))

@@ -1,14 +1,17 @@
 """data/nifti.py: the layouts that users have, no volume silently misread, and masks that lie on their source again."""
+import gzip
 import json
 import struct
 
+import h5py
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import python
 from medpy.metric.binary import hd95
 
-from data import h5, nifti
+from data import h5, nifti, space
 from evaluate import score
 
 OBLIQUE = dict(spacing=(1.4, 1.4, 8.0), origin=(-123.25, 41.7, 17.9))
@@ -211,9 +214,9 @@ def test_a_mask_without_affine_has_the_spacing(tmp_path, grid, spacing):
     label = np.random.default_rng(0).integers(0, 3, (3, 5, 7)[:1 if len(grid) == 2 else 3] + grid * (len(grid) == 2), np.uint8)
     entry = h5.Entry("a", "a", grid, False, spacing, True, "", 0)
     nifti.write_mask(tmp_path / "a.nii", label, entry)
-    image = sitk.ReadImage(str(tmp_path / "a.nii"))
-    assert np.allclose(nifti.affine_of(image), np.diag([0.5, 2, 4 if len(grid) == 3 else 1, 1]))
-    assert (sitk.GetArrayFromImage(image) == label).all()
+    image = nibabel.load(tmp_path / "a.nii")
+    assert np.allclose(image.affine, np.diag([0.5, 2, 4 if len(grid) == 3 else 1, 1]))
+    assert (np.asarray(image.dataobj).T == label).all()
 
 
 def test_a_failed_mask_leaves_what_was_there(tmp_path, monkeypatch):
@@ -221,11 +224,9 @@ def test_a_failed_mask_leaves_what_was_there(tmp_path, monkeypatch):
     nifti.write_mask(tmp_path / "a.nii.gz", np.ones((3, 5, 7), np.uint8), entry)
     before = (tmp_path / "a.nii.gz").read_bytes()
 
-    def fail(image, path, **_):
-        with open(path, "wb") as f:
-            f.write(b"half")
+    def fail(*_, **__):
         raise RuntimeError("disk full")
-    monkeypatch.setattr(nifti.sitk, "WriteImage", fail)
+    monkeypatch.setattr(nifti.gzip, "compress", fail)
     with pytest.raises(RuntimeError):
         nifti.write_mask(tmp_path / "a.nii.gz", np.zeros((3, 5, 7), np.uint8), entry)
     assert (tmp_path / "a.nii.gz").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -349,10 +350,10 @@ def test_spacing_that_is_none(tmp_path, refused, value, axis):
     refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "imagesTr/a.nii", "spacing", f"{value:g}")
 
 
-def test_what_only_itk_finds_is_one_line(tmp_path, refused):
+def test_voxels_of_a_type_that_is_no_number(tmp_path, refused):
     src = make(tmp_path / "src", ["a"], ending=".nii")
-    patch(src / "imagesTr" / "a.nii", 70, 1536, kind="h")  # a pixel type that ITK does not have
-    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "imagesTr/a.nii", "ITK")
+    patch(src / "imagesTr" / "a.nii", 70, 1536, kind="h")  # of 128 bits
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "imagesTr/a.nii", "float128", "1536")
 
 
 @pytest.mark.parametrize("value, kind", [(np.nan, np.float32), (np.inf, np.float64)])
@@ -411,9 +412,358 @@ def test_few_labeled_volumes_still_have_one_to_validate_on(tmp_path):
 
 
 def test_volumes_of_different_orientation_are_pointed_out(tmp_path, capsys):
-    src = make(tmp_path / "src", ["a", "b", "c"])
+    src = make(tmp_path / "src", ["a", "b", "c"], shape=(9, 10, 12))
     convert(src)
     assert "body axes" not in capsys.readouterr().out
-    make(src, ["d"], direction=[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    make(src, ["d"], shape=(9, 10, 12), direction=[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
     convert(src)
     assert "body axes" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ headers
+
+COS, SIN = np.cos(0.3), np.sin(0.3)
+SFORM = dict(sform_code=2, srow_x=[0.8 * COS, -0.8 * SIN, 0, 30], srow_z=[0, 0, 2.5, 12],
+             srow_y=[0.8 * SIN, 0.8 * COS, 0, -20], pixdim=[1, 0.8, 0.8, 2.5, 0, 0, 0, 0])
+QFORM = dict(qform_code=1, quatern_b=0.5, quatern_c=0.1, quatern_d=-0.3, qoffset_y=-7,
+             pixdim=[-1, 0.8, 0.8, 2.5, 0, 0, 0, 0])
+PLAIN = dict(pixdim=[1, 0.8, 0.8, 2.5, 0, 0, 0, 0])  # both codes 0
+STRAIGHT = PLAIN | dict(qform_code=1)                # along the body's axes
+IDENTITY = dict(sform_code=1, srow_x=[1, 0, 0, 0], srow_y=[0, 1, 0, 0], srow_z=[0, 0, 1, 0])
+MICRONS = dict(qform_code=1, xyzt_units=3)
+PLACE = ["qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"]
+
+
+def nii(path, values, order="<", **fields):
+    """A file of values (D, H, W) whose header has the fields that are given, wrong ones too."""
+    header = nibabel.Nifti1Header(endianness=order)
+    header["dim"] = [values.ndim, *values.shape[::-1], *[1] * (7 - values.ndim)]
+    header.set_data_dtype(values.dtype)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    header["descrip"], header["db_name"] = b"Doe, Jane", b"1970-01-01"
+    for name, value in fields.items():
+        header[name] = value
+    raw = header.binaryblock + bytes(4) + values.astype(values.dtype.newbyteorder(order)).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw, 1) if path.suffix == ".gz" else raw)
+    return path
+
+
+def pair(folder, name="a", shape=(9, 10, 12), ending=".nii.gz", order="<", **fields):
+    """An image and its label, with one header. -> label (D, H, W)"""
+    rng = np.random.default_rng(len(name))
+    label = (rng.random(shape) > 0.7).astype(np.uint8)
+    image = (100 * label + rng.integers(-90, 90, shape)).astype(np.int16)
+    nii(folder / "imagesTr" / f"{name}{ending}", image, order, **fields)
+    nii(folder / "labelsTr" / f"{name}{ending}", label, order, **fields)
+    return label
+
+
+def header_of(path):
+    return nibabel.Nifti1Header(nifti.bytes_of(path, 348), check=False)
+
+
+def same_point(a, b, voxel):
+    """Whether nibabel and ITK both find a voxel of two files at one place in the body."""
+    ours, theirs = (nibabel.load(p).affine @ [*voxel, 1] for p in (a, b))
+    itk = [sitk.ReadImage(str(p)).TransformIndexToPhysicalPoint(voxel) for p in (a, b)]
+    return np.allclose(ours, theirs, atol=1e-6) and np.allclose(*itk, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending, order, fields", [
+    (".nii.gz", "<", SFORM), (".nii", ">", QFORM), (".nii", "<", QFORM | SFORM),
+    (".nii.gz", "<", PLAIN), (".nii.gz", ">", PLAIN | SFORM | dict(sform_code=0)),
+    (".nii", "<", SFORM | dict(sform_code=4, qform_code=1, qoffset_x=12)),
+    (".nii", "<", MICRONS), (".nii", "<", QFORM | dict(dim=[6, 12, 10, 9, 1, 1, 1, 1])),
+    (".nii.gz", "<", STRAIGHT | dict(xyzt_units=10, toffset=3, cal_max=9, intent_code=1002))])
+def test_masks_have_the_header_of_their_source(ending, order, fields, tmp_path):
+    """Its place byte for byte, so that every reader finds the mask where it finds the source."""
+    label = pair(tmp_path / "src", ending=ending, order=order, **fields)
+    pair(tmp_path / "src", "other", shape=(9, 9, 9), **STRAIGHT)
+    source = tmp_path / "src" / "labelsTr" / f"a{ending}"
+    mask = tmp_path / "masks" / f"a{ending}"
+    info = convert(tmp_path / "src", "--val", 0)
+    entry, = (e for e in info.entries("train") if e.name == "a")
+    nifti.write_mask(mask, load(info, "train", "a")[1], entry)
+    theirs, ours = header_of(source), header_of(mask)
+    assert [k for k in PLACE if theirs[k].tobytes() != ours[k].tobytes()] == []
+    assert same_point(mask, source, (3, 7, 2))
+    found = nibabel.load(mask)
+    assert found.get_data_dtype() == np.uint8 and (np.asarray(found.dataobj).T == label).all()
+    assert (sitk.GetArrayFromImage(sitk.ReadImage(str(mask))) == label).all()
+    assert b"Doe" not in nifti.bytes_of(mask) and b"Doe" not in entry.nifti_header.tobytes()
+    assert (ours["cal_max"], ours["toffset"], ours["intent_code"]) == (0, 0, 0)
+
+
+def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
+    src = tmp_path / "src"
+    label = pair(src, **QFORM)
+    values = np.stack([np.zeros_like(label), label]).astype(np.float32)
+    fields = QFORM | dict(pixdim=[-1, 0.8, 0.8, 2.5, 3, 0, 0, 0])
+    nii(src / "imagesTr" / "a.nii.gz", values, **fields)
+    info = convert(src, "--channel", 1)
+    nifti.write_mask(tmp_path / "a.nii.gz", label, info.entries("train")[0])
+    assert nibabel.load(tmp_path / "a.nii.gz").shape == (12, 10, 9)
+    assert same_point(tmp_path / "a.nii.gz", src / "labelsTr" / "a.nii.gz", (3, 7, 2))
+
+
+@pytest.mark.parametrize("fields, words", [
+    (SFORM | dict(pixdim=[1] * 8), ["contradicts", "1 x 1 x 1", "0.8 x 0.8 x 2.5"]),
+    (SFORM | dict(srow_x=[0.8, 0.2, 0, 0], srow_y=[0, 0.775, 0, 0]), ["right angles", "resample"]),
+    (SFORM | dict(srow_x=[0] * 4, srow_y=[0] * 4, srow_z=[0] * 4), ["sform", "0 x 0 x 0"]),
+    (SFORM | dict(srow_x=[np.nan] * 4), ["sform", "NaN"]),
+    (STRAIGHT | dict(quatern_c=np.nan), ["qform", "NaN"]),
+    (STRAIGHT | dict(quatern_c=1.5), ["qform", "quaternion"]),
+    (STRAIGHT | dict(qoffset_x=np.inf), ["qform", "infinite"]),
+    (STRAIGHT | dict(qform_code=7), ["codes [7, 0]"]),
+    (dict(xyzt_units=6), ["xyzt_units", "6"]),
+    (dict(xyzt_units=1), ["1000 x 1000 x 1000 mm", "xyzt_units"]),
+    (dict(dim=[3, 12, -10, 9, 1, 1, 1, 1]), ["dim", "-10"]),
+    (dict(dim=[0] * 8), ["dim"]),
+    (dict(dim=[2, 12, 90, 1, 1, 1, 1, 1]), ["2D"]),
+    (dict(dim=[5, 12, 10, 3, 1, 3, 1, 1]), ["5D", "3 value"]),
+    (dict(vox_offset=np.nan), ["vox_offset"]),
+    (dict(vox_offset=0), ["vox_offset"]),
+    (dict(magic=b"ni1"), [".img", "one .nii"]),
+    (dict(magic=b""), ["Analyze"]),
+    (dict(sizeof_hdr=540), ["NIfTI-2", "save it as NIfTI-1"]),
+    (dict(scl_slope=1, scl_inter=np.inf), ["scl_inter"]),
+    (dict(scl_slope=3e38), ["float32"]),
+    (dict(datatype=32), ["complex64"]),
+    (dict(datatype=128), ["RGB"]),
+    (dict(datatype=77), ["unknown", "77"])])
+def test_headers_that_cannot_be_trusted(fields, words, tmp_path, refused):
+    """One line that names file, place and remedy, and nothing of a library on the screen."""
+    pair(tmp_path / "src")
+    values = np.full((9, 10, 12), 2, np.int16)
+    nii(tmp_path / "src" / "imagesTr" / "a.nii.gz", values, **fields)
+    argv = [tmp_path / "src", "--out", tmp_path / "g.h5"]
+    refused(nifti.main, argv, "imagesTr/a.nii.gz", ";", *words)
+    assert not (tmp_path / "g.h5").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint16", "int32", "uint64", "float32", "float64"])
+def test_voxels_are_those_of_the_file(kind, tmp_path):
+    """Of every type, in both orders of bytes, with slope and intercept; 0 and NaN are no slope."""
+    values = np.random.default_rng(0).integers(0, 100, (4, 10, 12)).astype(kind)
+    for order, slope, inter in (("<", 2, -30), (">", 1, 0), ("<", 0, 5), (">", np.nan, np.nan)):
+        path = nii(tmp_path / "a.nii", values, order, scl_slope=slope, scl_inter=inter)
+        found = nifti.load(path).values
+        want = values * float(slope) + inter if slope in (1, 2) else values
+        assert (found == want).all() and found.dtype.isnative
+    packed = tmp_path / "b.nii"  # gzip inside, whatever the name says
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert (nifti.load(packed).values == values).all()
+
+
+def test_micrometers_and_meters_become_mm(tmp_path):
+    """Spacing, distances and --spacing are in mm, whatever the header's unit."""
+    pair(tmp_path / "src", pixdim=[1, 800, 800, 2500, 0, 0, 0, 0], **MICRONS)
+    pair(tmp_path / "src", "meter", pixdim=[1, 8e-4, 8e-4, 25e-4, 0, 0, 0, 0], xyzt_units=1)
+    info = convert(tmp_path / "src", "--val", 0)
+    for entry in info.entries("train"):
+        assert np.allclose(entry.spacing, (2.5, 0.8, 0.8))
+    a, b = np.zeros((2, 9, 10, 12), bool)
+    a[3, 4, 4] = b[3, 4, 7] = True
+    assert score(a, b, entry.spacing).hd95 == pytest.approx(2.4)
+    entries = convert(tmp_path / "src", "--val", 0, "--spacing", "2.5,.4,.4").entries("train")
+    assert {e.grid for e in entries} == {(9, 20, 24)}
+
+
+# ------------------------------------------------------------------------------ body axes
+
+AXES = {"SAR": np.eye(3), "SPL": np.diag([-1, -1, 1]), "RSA": [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
+        "LIP": [[0, 0, -1], [-1, 0, 0], [0, -1, 0]], "AIL": [[-1, 0, 0], [0, 0, 1], [0, -1, 0]]}
+
+
+def stored_along(path, axes, image, sides=(1.0, 1.0, 1.0), tilt=0.1, **more):
+    """A volume (D, H, W) whose voxels lie along SAR, as a file along other axes of the body."""
+    c, s = np.cos(tilt), np.sin(tilt)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) * sides[::-1]
+    affine[:3, 3] = 5, -8, 3
+    wanted = nibabel.orientations.axcodes2ornt(axes[::-1])
+    file = nibabel.Nifti1Image(np.ascontiguousarray(image.T), affine).as_reoriented(wanted)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.to_filename(path)
+    return path
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_letters_of_axes_are_those_of_d_h_and_w(axes):
+    affine = np.eye(4)
+    affine[:3, :3] = AXES[axes]
+    assert space.axes_of(affine) == axes and space.are_axes(axes)
+    assert not any(map(space.are_axes, ("SAS", "SA", "sar", "SAX", ["S", "A", "R"], None)))
+
+
+@pytest.mark.parametrize("spacing", [None, "1.2,1,.9"])
+def test_volumes_along_other_axes_are_turned_and_their_masks_turned_back(spacing, tmp_path, capsys):
+    """All are stored as most are; a mask is on the axes of its own source."""
+    rng, src = np.random.default_rng(0), tmp_path / "src"
+    image = rng.normal(0, 100, (9, 10, 12)).astype(np.float32)
+    label = ball(image.shape, (4, 5, 7), 3.2)
+    names = {**{f"most{i}": "SAR" for i in range(6)}, **{f"is{axes}": axes for axes in AXES}}
+    for name, axes in names.items():
+        for part, values in (("images", image), ("labels", label)):
+            stored_along(src / f"{part}Tr" / f"{name}.nii", axes, values)
+    info = convert(src, "--val", 0, *(("--spacing", spacing) if spacing else ()))
+    said = capsys.readouterr().out
+    assert info.prepared["axes"] == "SAR" and "4 of 11 volumes lie along other body axes" in said
+    assert "unequal spacing" not in said
+    want = load(info, "train", "most0")
+    for entry in info.entries("train"):
+        found = load(info, "train", entry.name)
+        assert np.allclose(found[0], want[0], atol=1e-5) and (found[1] == want[1]).all()
+        source, mask = src / "labelsTr" / f"{entry.name}.nii", tmp_path / f"{entry.name}.nii"
+        nifti.write_mask(mask, found[1], entry)
+        shape = nibabel.load(source).shape
+        assert nibabel.load(mask).shape == shape and same_point(mask, source, (1, 2, 3))
+        values, truth = (np.asarray(nibabel.load(p).dataobj) for p in (mask, source))
+        shared = 2 * (values & truth).sum() / (values.sum() + truth.sum())
+        assert shared > 0.85 if spacing else (values == truth).all()
+        if spacing:
+            assert (h5.read_source_label(info, "train", entry) == label).all()
+
+
+def test_slices_that_are_cut_another_way_have_their_own_words(tmp_path, capsys):
+    src, sides = tmp_path / "src", (3.0, 1.0, 1.0)
+    label = ball((9, 10, 12), (4, 5, 6), 3)
+    for name, axes, shape in (("a", "SAR", 0), ("b", "SAR", 0), ("c", "SPL", 0), ("d", "RSA", 1)):
+        for part in ("images", "labels"):
+            values = label if part == "labels" else np.float32(label) * 50 - 9
+            path = src / f"{part}Tr" / f"{name}.nii"
+            if shape:  # a scan whose slices are sagittal
+                stored_along(path, axes, values, (1.0, 1.0, 3.0))
+            else:
+                stored_along(path, axes, values, sides)
+    entries = convert(src, "--val", 0).entries("train")
+    said = capsys.readouterr().out
+    assert "2 of 4 volumes lie along other body axes" in said
+    assert "1 of 4 volumes had to swap axes of unequal spacing" in said and "(the first: d)" in said
+    assert {e.name: e.spacing for e in entries}["c"] == pytest.approx(sides, rel=1e-6)
+    assert {e.name: e.spacing for e in entries}["d"] == pytest.approx((1, 1, 3), rel=1e-6)
+
+
+def test_a_turned_volume_of_too_few_voxels_in_a_slice(tmp_path, refused):
+    src = make(tmp_path / "src", ["a", "b", "c"], shape=(4, 10, 12))
+    make(src, ["d"], shape=(4, 10, 12), direction=[0.0, 0, 1, 1, 0, 0, 0, 1, 0])
+    argv = [src, "--out", tmp_path / "g.h5"]
+    refused(nifti.main, argv, "imagesTr/d.nii.gz", "turned", "10 x 12 x 4")
+
+
+def test_volumes_that_know_no_axes_are_taken_as_they_are(tmp_path, capsys):
+    """With a note where others know theirs, and without one where none does."""
+    label = pair(tmp_path / "src", "lost", **PLAIN)
+    info = convert(tmp_path / "src", "--val", 0)
+    assert info.prepared["axes"] is None and "note" not in capsys.readouterr().out
+    pair(tmp_path / "src", "placed", **STRAIGHT | dict(quatern_d=1))
+    info = convert(tmp_path / "src", "--val", 0)
+    assert info.prepared["axes"] == "SPL"
+    assert (load(info, "train", "lost")[1] == label).all()
+    said = capsys.readouterr().out
+    assert "1 of 2 volumes have no orientation" in said and "(the first: lost)" in said
+
+
+def test_two_places_are_pointed_out(tmp_path, capsys):
+    pair(tmp_path / "src", "same", **STRAIGHT | dict(
+        sform_code=1, srow_x=[0.8, 0, 0, 0], srow_y=[0, 0.8, 0, 1e-7], srow_z=[0, 0, 2.5, 0]))
+    convert(tmp_path / "src", "--val", 0)
+    assert "note" not in capsys.readouterr().out
+    pair(tmp_path / "src", "two", **SFORM | dict(qform_code=1))
+    convert(tmp_path / "src", "--val", 0)
+    assert "1 of 2 volumes have a qform and an sform that differ" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ Hounsfield units
+
+def ct(shift=0, padding=None, scale=1):
+    """A body of soft tissue, fat, lung and bone in air, as a scanner would store it."""
+    rng, shape = np.random.default_rng(0), (9, 24, 24)
+    values = np.full(shape, -1000.0)
+    for center, radius, level in (((4, 12, 12), 9, 40), ((4, 12, 7), 3, -800),
+                                  ((4, 6, 12), 2, -100), ((4, 16, 12), 2, 700)):
+        values[ball(shape, center, radius, (0, 1, 1)) > 0] = level
+    values = np.maximum(values + rng.normal(0, 15, shape), -1024) * scale + shift
+    if padding is not None:
+        values[ball(shape, (4, 12, 12), 11, (0, 1, 1)) == 0] = padding
+    return values
+
+
+@pytest.mark.parametrize("values, why", [
+    (ct(), None), (ct(padding=-3024), None), (ct()[:, 8:16, 4:20], None),
+    (ct(1024), "0 or more"), (ct(1024, padding=-2000), "0 or more"),
+    (ct(scale=1 / 1000), "are all between"), (ct(9000, padding=-2000), "0 or more"),
+    (ct(-5000), "outside of the window"), (np.zeros((9, 24, 24)), "0 or more")])
+def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_path, capsys):
+    for name, image in (("a", ct()), ("b", values)):
+        nii(tmp_path / "src" / "imagesTr" / f"{name}.nii", image.astype(np.float32), **STRAIGHT)
+        nii(tmp_path / "src" / "labelsTr" / f"{name}.nii", np.uint8(image > 0), **STRAIGHT)
+    convert(tmp_path / "src", "--val", 0)
+    assert "Hounsfield" not in capsys.readouterr().out
+    convert(tmp_path / "src", "--val", 0, "--intensity", "ct")
+    said = capsys.readouterr().out
+    assert "Hounsfield" not in said if why is None else "1 of 2 volumes cannot be in Houns" in said
+    assert why is None or "(the first: b, " in said and why in said
+
+
+# ------------------------------------------------------------------------------ grids of labels
+
+@pytest.mark.parametrize("image, label, shape, words", [
+    (SFORM, PLAIN, (9, 10, 12),
+     ["the label's header has lost", "copy the image's header", "not resample"]),
+    (SFORM, IDENTITY, (9, 10, 12),
+     ["spacing [1.0, 1.0, 1.0], not [0.8, 0.8, 2.5]", "the label's header has lost"]),
+    (PLAIN, QFORM, (9, 10, 12), ["the image's header has lost", "copy the label's header"]),
+    (SFORM, SFORM | dict(srow_x=[0.8 * COS, -0.8 * SIN, 0, 31]), (9, 10, 12),
+     ["origin", "match voxel by voxel", "else resample"]),
+    (SFORM, PLAIN, (9, 10, 11),
+     ["size [11, 10, 9], not [12, 10, 9]", "; resample the label to its image"]),
+    (MICRONS, MICRONS | dict(qoffset_x=0.8), (9, 10, 12), ["origin [0.0008"]),
+    (MICRONS, MICRONS | dict(pixdim=[1, 1.1, 1, 1, 0, 0, 0, 0]), (9, 10, 12), ["spacing [0.0011"]),
+    (STRAIGHT, STRAIGHT | dict(quatern_d=0.05), (9, 10, 12), ["direction"])])
+def test_remedies_for_labels_on_another_grid(image, label, shape, words, tmp_path, refused):
+    pair(tmp_path / "src", **image)
+    nii(tmp_path / "src" / "labelsTr" / "a.nii.gz", np.ones(shape, np.uint8), **label)
+    refused(nifti.main, [tmp_path / "src", "--out", tmp_path / "g.h5"], "labelsTr/a.nii.gz", *words)
+
+
+@pytest.mark.parametrize("image, label", [
+    (QFORM, QFORM | dict(qoffset_y=-7.01)), (STRAIGHT, PLAIN),
+    (MICRONS, dict(pixdim=[1, 1e-3, 1e-3, 1e-3, 0, 0, 0, 0])),
+    (STRAIGHT, STRAIGHT | dict(sform_code=1, qform_code=0, srow_x=[0.80001, 0, 0, 0],
+                               srow_y=[0, 0.8, 1e-5, 0], srow_z=[0, 0, 2.5, 1e-4]))])
+def test_grids_that_differ_by_rounding_are_one(image, label, tmp_path):
+    """Far below a voxel's side, in whatever unit and by whatever affine."""
+    pair(tmp_path / "src", **image)
+    nii(tmp_path / "src" / "labelsTr" / "a.nii.gz", np.ones((9, 10, 12), np.uint8), **label)
+    assert convert(tmp_path / "src").entries("train")[0].labeled
+
+
+# -------------------------------------------------------------------------- datasets from strangers
+
+@pytest.mark.parametrize("part, change, words", [
+    ("nifti_header", lambda g: np.zeros(348, np.uint8), ["nifti_header", "NIfTI-1"]),
+    ("nifti_header", lambda g: g.attrs["nifti_header"][:-1], ["nifti_header", "(347,)"]),
+    ("nifti_header", lambda g: "text", ["nifti_header"]),
+    ("nifti_header", lambda g: np.roll(g.attrs["nifti_header"], 4), ["nifti_header"]),
+    ("affine", lambda g: np.eye(4), ["nifti_header", "different grids"]),
+    ("affine", lambda g: np.diag([0.0, 0, 0, 1]), ["affine", "0 x 0 x 0"]),
+    ("affine", None, ["nifti_header", "affine"]),
+    ("source_grid", lambda g: np.array([9, 12, 10]), ["different grids"]),
+    ("source_label", lambda g: np.zeros((9, 10, 11), np.uint8), ["source_label", "(9, 10, 11)"]),
+    ("source_label", lambda g: np.zeros((9, 10, 12), np.int16), ["source_label", "int16"]),
+    ("source_label", lambda g: np.full((9, 10, 12), 7, np.uint8), ["source_label", "value 7"]),
+    ("source_label", lambda g: np.zeros((9, 10, 12), np.uint8), ["source_label", "checksum"])])
+def test_headers_and_labels_of_strangers(part, change, words, tmp_path, refused):
+    pair(tmp_path / "src", **SFORM)
+    path = convert(tmp_path / "src", "--spacing", "2,.5,.5").path
+    with h5py.File(path, "a") as f:
+        group = f["train/a"]
+        new = change and change(group)
+        where = group if part == "source_label" else group.attrs
+        del where[part]
+        if new is not None:
+            where[part] = new
+    refused(h5.main, [path], path, *words)

@@ -4,6 +4,7 @@ import shutil
 
 import cv2
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -11,7 +12,7 @@ import torch
 from conftest import make_pictures
 from PIL import Image
 from test_evaluate import make_run
-from test_nifti import ball, make, save
+from test_nifti import ball, ct, make, nii, same_point, save, stored_along
 from torch import nn
 
 import evaluate
@@ -27,6 +28,16 @@ class Bright(nn.Module):
 
     def forward(self, x):
         return torch.stack([-x.mean(1), x.mean(1)], 1) * 50
+
+
+class Corner(nn.Module):
+    """Finds the object in the first half of each axis alone: it knows how bodies lie."""
+
+    def forward(self, x):
+        near = torch.zeros_like(x)
+        near[..., :x.shape[-3] // 2, :x.shape[-2] // 2, :x.shape[-1] // 2] = 1
+        found = (near[:, 0] * (x[:, 0] > 0)).long()
+        return nn.functional.one_hot(found, 2).movedim(-1, 1) * 50.0
 
 
 class Smaller(nn.Module):
@@ -181,6 +192,50 @@ def test_a_folder_of_volumes_is_prepared_like_the_data(options, suffix, bright, 
             assert np.allclose(getattr(mask, f"Get{what}")(), getattr(source, f"Get{what}")(), atol=1e-5), what
 
 
+def test_new_volumes_are_turned_to_the_network_and_masks_back(tmp_path, capsys, monkeypatch):
+    """A network that knows where the organ lies finds it in a volume of any axes, in its place."""
+    label = np.zeros((16, 18, 20), np.uint8)
+    label[2:7, 3:8, 4:9], new = 1, tmp_path / "new"
+    image = np.where(label, 300, -50).astype(np.float32)
+    image[9:14, 10:16, 11:16] = 300  # what it takes for the organ, unless it knows the axes
+    for name in "abc":
+        for part, values in (("images", image), ("labels", label)):
+            stored_along(tmp_path / "src" / f"{part}Tr" / f"{name}.nii", "SAR", values)
+    nifti.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
+    info = h5.read_info(str(tmp_path / "f.h5"))
+    run, load_run = make_run(tmp_path / "run", info, size=(16, 16, 16)), evaluate.load_run
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Corner(), load_run(*args)[1]))
+    axes = {"same": "SAR", "flipped": "IPR", "swapped": "RSA", "both": "PIL"}
+    for name, letters in axes.items():
+        stored_along(new / f"{name}.nii.gz", letters, image)
+    nii(new / "lost.nii.gz", image)
+    argv = [str(new), run, "--predict", "--out", str(tmp_path / "out"), "--window", "whole"]
+    evaluate.main(argv)
+    said = capsys.readouterr().out
+    assert "3 of 5 volumes lie along other body axes than SAR" in said
+    assert "1 of 5 volumes have no orientation" in said and "(the first: lost)" in said
+    for name in axes:
+        mask = tmp_path / "out" / "masks" / f"{name}.nii.gz"
+        stored_along(tmp_path / "truth.nii.gz", axes[name], label)
+        assert same_point(mask, new / mask.name, (1, 2, 3))
+        paths = mask, tmp_path / "truth.nii.gz"
+        found, truth = (np.asarray(nibabel.load(p).dataobj) for p in paths)
+        assert found.shape == truth.shape and (found == truth).all(), name
+
+
+def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsys):
+    for folder, values in (("src/imagesTr", ct()), ("src/labelsTr", ct() > 0), ("new", ct(1024))):
+        for name in "abc":
+            nii(tmp_path / folder / f"{name}.nii", values.astype(np.int16), qform_code=1)
+    nifti.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5"), "--intensity", "ct"])
+    run = make_run(tmp_path / "run", h5.read_info(str(tmp_path / "f.h5")), size=(16, 16, 16))
+    capsys.readouterr()
+    for folder, noted in (("new", True), ("src/imagesTr", False)):
+        argv = [str(tmp_path / folder), run, "--predict", "--out", str(tmp_path / "out")]
+        evaluate.main([*argv, "--overwrite"])
+        assert ("3 of 3 volumes cannot be in Hounsfield" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("kind, size", [("gray", 32), ("volumes", (16, 16, 32))])
 def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
     """What stands in the list is what the comparison of estimates calls a volume's estimate, of the same masks."""
@@ -220,7 +275,9 @@ def test_masks_of_several_classes_come_back(tmp_path):
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
     src = make(tmp_path / "src", ["a", "b", "c"])
     nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "2,1,1", "--intensity", "ct", "--clip", "0,200"])
-    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {"from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None, "nnunet": False}
+    assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {
+        "from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None,
+        "nnunet": False, "axes": "SPL"}
     assert h5.read_info(rgb).describe()["prepared"] == {"from": "pictures"}
 
 
@@ -262,7 +319,8 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     assert {p.name for p in (tmp_path / "o").glob("*")} | {p.name for p in (tmp_path / "o").glob(".*")} <= {".lock"}       # nor what was read before
     for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]},
                   {"from": "nifti", "spacing": [1e-6] * 3}, {"from": "nifti", "spacing": [float("inf")] * 3}, {"from": "nifti", "window": [1, 1]},
-                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti"):
+                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti",
+                  {"from": "nifti", "axes": "SAS"}, {"from": "nifti", "axes": 3}):
         state = torch.load(in3d, weights_only=True)
         state["data"]["prepared"] = wrong
         save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")})
