@@ -16,7 +16,7 @@ from torch import nn
 
 import evaluate
 import models
-from data import figures, h5, images, metrics, nifti, unlabeled
+from data import figures, h5, images, metrics, nifti, pixels, unlabeled
 from data.files import save_checkpoint
 
 ON = models.compute("cpu", "off")
@@ -94,7 +94,7 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
             assert found.mode == "P" and found.getpalette()[3:6] == (255 * figures.color(0)).round().astype(int).tolist()
             found = np.array(found)
         assert found.shape == mask.shape and set(np.unique(found)) <= {0, 1} and evaluate.dice(found > 0, mask > 0) > 0.9
-        assert (images.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
+        assert (pixels.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
     rows = read_list(out)
     assert [int(r["rank"]) for r in rows] == list(range(1, 21)) and rows[0]["case"] == "p18" and {r["case"] for r in rows} == set(masks)
     values = [float(r["predicted Dice"]) for r in rows]
@@ -207,14 +207,14 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
 def test_masks_of_several_classes_come_back(tmp_path):
     """A PNG with a colored palette gives its class numbers to data.images; one of grays gives its grays."""
     label = np.random.default_rng(0).integers(0, 4, (20, 30)).astype(np.uint8)
-    images.write_mask(tmp_path / "m.png", label)
+    pixels.write_mask(tmp_path / "m.png", label)
     classes = ["background", "a", "b", "c"]
-    assert (images.read_mask(tmp_path / "m.png", classes) == label).all()
+    assert (pixels.read_mask(tmp_path / "m.png", classes) == label).all()
     gray = Image.fromarray(3 - label)
     gray.putpalette([v for k in range(3, -1, -1) for v in (k, k, k)])
     gray.save(tmp_path / "gray.png")
-    assert (images.read_mask(tmp_path / "gray.png", classes) == label).all()
-    assert (images.read_mask(tmp_path / "m.png", ["background", "foreground"]) == (label > 0)).mean() > 0.7   # by color: all but the dark ones
+    assert (pixels.read_mask(tmp_path / "gray.png", classes) == label).all()
+    assert (pixels.read_mask(tmp_path / "m.png", ["background", "foreground"]) == (label > 0)).mean() > 0.7   # by color: all but the dark ones
 
 
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
@@ -288,7 +288,7 @@ def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused
 
 
 def test_a_wrong_g_is_refused_before_images_are_read(rgb, gray_quality, pictures, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(images, "read_picture", None)
+    monkeypatch.setattr(pixels, "read_picture", None)
     refused(evaluate.main, [pictures[0], make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--qp", gray_quality[1], "--out", tmp_path / "o"], "qp.pt", "classes")
 
 
