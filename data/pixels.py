@@ -29,7 +29,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # our own lin
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}  # names of formats in Pillow
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes; "+" is BigTIFF
-ORIENTATION = 0x112  # tag of EXIF and TIFF; 1 is upright, 2 to 8 are turned or mirrored
+ORIENTATION, TURNED_AS = 0x112, range(2, 9)  # tag of EXIF and TIFF; 1 is upright
+Image.MAX_IMAGE_PIXELS = 2 ** 30  # OpenCV's own limit
 
 # Gray levels of a mask of two classes
 NEAR = 32    # so near to black or white, a level counts as black or white
@@ -57,11 +58,13 @@ class File:
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever Pillow makes of a damaged file, in this block it becomes an InputError."""
+    """In this block, whatever Pillow makes of a damaged file becomes an InputError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except InputError:
+        raise
     except Exception:
         raise unreadable(path) from None
 
@@ -73,30 +76,38 @@ def unreadable(path):
 
 def examine(path):
     """Reads a file and what it says of its pixels -> File. InputError if they would be misread."""
-    content, tags, pages, opened = Path(path).read_bytes(), {}, 1, None
+    content = Path(path).read_bytes()
     with reading(path):
-        if content[:4] in TIFF:
-            tags, pages = read_tags(content)
-        try:
-            opened = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            if not tags:
-                raise
-        if not tags and opened.format != "MPO":  # a photograph with its previews, of a camera
-            pages = getattr(opened, "n_frames", 1)
-        orientation = (tags or opened.getexif()).get(ORIENTATION, 1)
+        return check_file(Path(path), content)
+
+
+def check_file(path, content):
+    """The work of examine()."""
+    tags, pages, opened = {}, 1, None
+    if content[:4] in TIFF:
+        tags, pages = read_tags(content)
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        if not tags:
+            raise
+    if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
+        pages = getattr(opened, "n_frames", 1)
     if pages > 1:
         raise InputError(f"{path}: has {pages} pages or frames, of which one alone would be read; "
                          "save each that is meant as a picture of its own")
-    mode = opened.mode if opened else ""
-    if mode in ("CMYK", "LAB", "HSV"):
-        raise InputError(f"{path}: its colors are {mode}; save it as RGB")
+    if opened and opened.mode in ("CMYK", "LAB", "HSV"):
+        raise InputError(f"{path}: its colors are {opened.mode}; save it as RGB")
     if tags:
-        check_tags(path, tags, mode)
+        check_tags(path, tags, opened.mode if opened else "")
     if opened and opened.has_transparency_data:
-        check_opaque(path, opened)
+        lowest = lowest_opacity(opened)
+        if lowest < 255:
+            raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), and "
+                             "nobody knows what was seen there; save it without transparency")
+    turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
-    return File(Path(path), content, opened, orientation in range(2, 9), lossy)
+    return File(path, content, opened, turned, lossy)
 
 
 def read_tags(content):
@@ -117,32 +128,24 @@ def read_tags(content):
 def check_tags(path, tags, mode):
     """InputError for TIFFs that OpenCV shortens or changes. mode: Pillow's word for the pixels."""
     photometric, channels, bits = tags.get(262, 1), tags.get(277, 1), tags.get(258, (1,))
-    if tags.get(ORIENTATION, 1) in range(2, 9):  # OpenCV turns TIFFs, and no other pictures
+    if tags.get(ORIENTATION, 1) in TURNED_AS:  # OpenCV turns TIFFs, and no other pictures
         raise InputError(f"{path}: is stored turned (TIFF orientation {tags[ORIENTATION]}); save "
                          "it upright")
     colors = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(photometric, 0)  # gray, RGB, palette, YCbCr
-    alpha = mode in ("LA", "PA", "RGBA")
-    if channels != colors + alpha:
+    if channels != colors + (mode in ("LA", "RGBA")):
         raise InputError(f"{path}: has {channels} channels (TIFF photometric {photometric}); save "
                          "it as gray or RGB")
     if max(np.atleast_1d(bits)) > 8 and (photometric == 0 or colors == 3 and tags.get(284) == 2):
-        what = "0 as white" if photometric == 0 else "its colors one after another"
+        what = "0 as white" if photometric == 0 else "one color after another"
         raise InputError(f"{path}: stores more than 8 bits with {what} (TIFF photometric 0 or "
                          "planar configuration 2); save it again as PNG or a plain TIFF")
 
 
-def check_opaque(path, opened):
-    """InputError for a picture with transparent pixels."""
-    try:
-        with reading(path):
-            lowest = opened.convert("RGBA").getchannel("A").getextrema()[0]
-    except InputError:
-        if not opened.mode.startswith("I"):
-            raise
-        lowest = 0  # one of its 16-bit values is transparent
-    if lowest < 255:
-        raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), and "
-                         "nobody knows what was seen there; save it without transparency")
+def lowest_opacity(opened):
+    """The opacity of a picture's most transparent pixel, 0 to 255."""
+    if opened.mode.startswith("I"):  # 16 bits, of which one value is transparent
+        return 255 * bool((np.array(opened) != opened.info["transparency"]).all())
+    return opened.convert("RGBA").getchannel("A").getextrema()[0]
 
 
 def decode(file, flag):
@@ -179,7 +182,9 @@ def read_picture(path, gray, notes=None):
         image = to_float32(image, path)
         if gray and image.ndim == 3:
             return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return image if gray else np.ascontiguousarray(np.dstack([image] * (5 - image.ndim))[..., :3])
+    if gray or image.ndim == 3:
+        return np.ascontiguousarray(image)
+    return np.dstack([image] * 3)
 
 
 def to_float32(image, path):
@@ -209,7 +214,7 @@ def read_mask(path, classes, notes=None):
     if K > 2 and file.lossy:
         raise InputError(f"{path}: JPEG and the like change class numbers; save the mask as PNG "
                          "from where it was made")
-    if file.opened and file.opened.mode in ("P", "PA"):
+    if file.opened and file.opened.mode == "P":
         mask = read_palette(file, K, notes)
     else:
         mask = to_gray(decode_all(file), file, K)
@@ -224,26 +229,18 @@ def read_mask(path, classes, notes=None):
 def read_palette(file, K, notes):
     """The mask of a picture with a palette: its gray levels if all are gray, else its indices."""
     with reading(file.path):
-        indices = np.array(file.opened.getchannel("P") if file.opened.mode == "PA" else file.opened)
+        indices = np.array(file.opened)
         colors = np.reshape(file.opened.getpalette("RGB"), (-1, 3)).astype(np.uint8)
         colors = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
-        used = np.unique(indices)
-    if K > 2 or used[-1] <= 1:
-        looked_at = colors if K > 2 else colors[:2]
-    else:
-        looked_at = colors[used]
-    gray = (looked_at == looked_at[:, :1]).all()
-    if K == 2 and used[-1] <= 1:
-        if gray and colors[0, 0] > colors[1, 0]:
-            raise InputError(f"{file.path}: in its palette index 0 is brighter than index 1, so "
+    numbers = indices.max() < K
+    looked_at = colors if K > 2 else colors[:2] if numbers else colors[np.unique(indices)]
+    if (looked_at == looked_at[:, :1]).all():  # gray
+        if K == 2 and numbers and colors[0, 0] > colors[1, 0]:
+            raise InputError(f"{file.path}: index 0 of its palette is brighter than index 1, so "
                              "either may be the background; save it with gray levels 0 and 255")
-        if not gray:
-            note(notes, PALETTE, file.path)
-        return indices
-    if gray:
-        return colors[indices][..., 0]
-    if K == 2:
-        raise InputError(f"{file.path}: a colored palette of indices {shares(indices)}, but two "
+        return indices if K == 2 and numbers else colors[indices][..., 0]
+    if K == 2 and not numbers:
+        raise InputError(f"{file.path}: indices {shares(indices)} of a colored palette, but two "
                          "classes are 0 and 1; name all with --classes, or save it as 0 and 255")
     note(notes, PALETTE, file.path)
     return indices
@@ -259,9 +256,10 @@ def to_gray(mask, file, K):
     mask = class_numbers(mask, file.path)
     if mask.ndim == 2:
         return mask
+    red, green, blue = np.moveaxis(mask, 2, 0)
+    if (red == green).all() and (red == blue).all():
+        return np.ascontiguousarray(red)
     level = mask.max(2)
-    if (mask == level[..., None]).all():
-        return level
     if K > 2:
         raise InputError(f"{file.path}: a colored mask; save class numbers 0 to {K - 1} as gray "
                          "values, or as the indices of a palette")
