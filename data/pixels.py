@@ -194,9 +194,10 @@ def to_float32(image, path):
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(image, np.float32)
     lost = np.abs(found - image.astype(np.float64)).max()
-    if lost > 1e-3 * image.std(dtype=np.float64):
-        raise InputError(f"{path}: has values from {image.min():g} to {image.max():g}, which float32 "
-                         "cannot tell apart; bring them nearer to 0")
+    spread = image.std(dtype=np.float64)
+    if lost > 1e-3 * spread or 0 < spread < 1e-6:  # 1e-6: readers divide by no less
+        raise InputError(f"{path}: has values from {image.min():.9g} to {image.max():.9g}, which "
+                         "float32 cannot hold or tell apart; bring them to a usual range")
     return found
 
 
