@@ -762,12 +762,12 @@ def predict(args):
 
 def write_mask(folder, label, entry):
     """The mask of a case as a file, of a volume NIfTI on its source's grid, of an image PNG. label: (D, H, W) uint8 -> the file's name"""
-    from data import images, nifti
+    from data import nifti, pixels
     name = f"{entry.name}.nii.gz" if len(entry.grid) == 3 else f"{entry.name}.png"
     if len(entry.grid) == 3:
         nifti.write_mask(os.path.join(folder, name), label, entry)
     else:
-        images.write_mask(os.path.join(folder, name), label[0])
+        pixels.write_mask(os.path.join(folder, name), label[0])
     return name
 
 

@@ -15,22 +15,19 @@ What each preset reads under SRC:
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice; otherwise
 by patient with --seed. A picture is a patient unless --patient or the preset says otherwise.
 Binary masks are cut at half of their range; with more than two --classes, mask pixels are class
-numbers. --labels lists the values of other masks: 0,128,255 become the classes 0, 1, 2.
+numbers. --labels lists the values of other masks: 0,128,255 become the classes 0, 1, 2. What is
+neither, and what a decoder would shorten, is refused: see data/pixels.py, which reads the files.
 """
-import os
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image
 
-from data import figures, h5, labels
-from data.files import (SEED, SHARE, InputError, Parser, cli, number, read_lists, read_table,
-                        replacing)
+from data import h5, labels
+from data.files import SEED, SHARE, InputError, Parser, cli, number, read_lists, read_table
+from data.pixels import PICTURES, read_mask, read_picture, say
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # of a picture that is cut, our own line is enough
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
 
 
 def pictures(folder):
@@ -41,6 +38,15 @@ def pictures(folder):
     if twice := [p for p in by_number if by_name[p.stem.lower()] != p]:
         raise InputError(f"{twice[0]}: {by_name[twice[0].stem.lower()].name} is there too; remove or rename one of the two")
     return {p.stem: p for p in by_number}
+
+
+def say_unread(folders):
+    """Prints how many files and folders in some folders are no pictures for us, if there are any."""
+    found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
+    unread = [p for p in found if p.is_dir() or p.suffix.lower() not in PICTURES | IGNORED]
+    if unread:
+        print(f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
+              f"{unread[0]}; read are {', '.join(sorted(PICTURES))}")
 
 
 # Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
@@ -89,10 +95,14 @@ def find_folder(src):
         if lost := sorted(set(masks) - set(images)):
             raise InputError(f"{masks[lost[0]]}: no picture of that name in {base / 'images'} ({len(lost)} such masks)")
         rows += [(name, path, masks.get(name), f"{split}/{name}" if split else name, split) for name, path in images.items()]
+    if other := [p.parent for p in sorted(src.glob("*/images")) if p.parent.name not in h5.SPLITS]:
+        print(f"note: {other[0]} is not read; the names of splits are {', '.join(h5.SPLITS)}")
     return rows
 
 
 SHOWS = dict(ph2="lesion", cvc="polyp", isic="lesion", folder="foreground")
+FOLDERS = dict(ph2=["**/*_Dermoscopic_Image", "**/*_lesion"], cvc=["Original", "Ground Truth"],
+               isic=["**/*Input*", "**/*GroundTruth*"], folder=["images", "masks", "*/images", "*/masks"])
 PRESETS = {f.__name__.removeprefix("find_"): f for f in (find_ph2, find_cvc, find_isic, find_folder)}
 
 
@@ -160,62 +170,19 @@ def note_patients(rows):
               f"apart; if they are of one, give --patient ({len(several)} such groups)")
 
 
-def read_picture(path, flag):
-    """A picture through OpenCV's decoder, on the grid on which it is stored (an orientation in its EXIF data turns nothing); InputError if there is none."""
-    picture = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION) if os.path.getsize(path) else None
-    if picture is None:
-        raise InputError(f"{path}: not a readable picture; replace it, or take it out")
-    return picture
+def read_pair(image_path, mask_path, classes, gray, notes=None):
+    """One picture and its mask, on the picture's grid.
 
-
-def read_mask(path, classes):
-    """A mask picture -> class numbers (H, W) uint8. InputError if its values can be neither a binary mask nor class numbers.
-
-    With more than two classes, a colored palette, as annotation tools and write_mask() make it, is passed over: its indices are the class numbers.
+    -> image (H, W, 3) or (H, W), uint8 or float32; label (H, W) uint8 or None. notes: pixels.note()
     """
-    mask = read_picture(path, cv2.IMREAD_UNCHANGED)
-    if mask.ndim == 3 and len(classes) > 2 and (indices := palette_indices(path)) is not None:
-        mask = indices
-    if mask.ndim == 3:
-        if len(classes) > 2 and (mask[..., :1] != mask[..., :3]).any():
-            raise InputError(f"{path}: a colored mask; save class numbers 0 to {len(classes) - 1} as gray values")
-        mask = mask[..., :3].max(2)
-    top = int(mask.max())
-    if top > 255 or len(classes) > 2 and top >= len(classes):
-        raise InputError(f"{path}: values up to {top}; there are {len(classes)} classes (0 to {len(classes) - 1})")
-    if len(classes) > 2:
-        return mask.astype(np.uint8)
-    if 1 < top < 128 and Path(path).suffix.lower() not in (".jpg", ".jpeg"):
-        raise InputError(f"{path}: values up to {top} look like class numbers; name the classes with --classes")
-    return (mask > (0 if top == 1 else 127)).astype(np.uint8)  # 0/1, 0/255, and in-between values of lossy masks
-
-
-def palette_indices(path):
-    """The palette's indices (H, W) uint8 of a picture that has a colored palette, else None. (OpenCV gives their colors alone.)"""
-    with Image.open(path) as picture:
-        if picture.mode != "P" or len({tuple(picture.getpalette()[c::3]) for c in range(3)}) == 1:
-            return None
-        return np.array(picture)
-
-
-def write_mask(path, label):
-    """Writes a mask (H, W) uint8 as a PNG whose pixels are class numbers, shown in the colors of our figures; whole or not at all."""
-    picture = Image.fromarray(label)
-    picture.putpalette([0, 0, 0, *(round(255 * v) for k in range(255) for v in figures.color(k))])
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
-
-
-def read_pair(image_path, mask_path, classes, gray):
-    """One picture and its mask. -> image (H, W, 3) or (H, W) uint8, label (H, W) uint8 or None, on the picture's grid"""
-    image = read_picture(image_path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
+    turned = {}
+    image = read_picture(image_path, gray, turned if mask_path else notes)
     if mask_path is None:
         return image, None
-    with Image.open(image_path) as opened:
-        if opened.getexif().get(0x112, 1) != 1:  # many programs would have shown it turned when its mask was drawn
-            raise InputError(f"{image_path}: is stored turned (EXIF orientation {opened.getexif()[0x112]}), so nobody knows whether its mask is, too; "
-                             "save both upright")
-    mask = read_mask(mask_path, classes)
+    if turned:  # many programs would have shown it turned when its mask was drawn
+        raise InputError(f"{image_path}: is stored turned (EXIF orientation), so nobody knows whether "
+                         "its mask is, too; save both upright")
+    mask = read_mask(mask_path, classes, notes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
                          f"has {image.shape[1]} x {image.shape[0]}; make them equal")
@@ -250,7 +217,8 @@ def main(argv=None):
         raise InputError(f"{src}: no such folder; give the one that holds the pictures")
     if args.val + args.test >= 1:
         raise InputError("--val and --test are shares that must leave something to train on")
-    rows = PRESETS[args.preset](src)
+    rows, notes = PRESETS[args.preset](src), {}
+    say_unread(p for name in FOLDERS[args.preset] for p in sorted(src.glob(name)) if p.is_dir())
     if not rows:
         raise InputError(f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help")
     rows = name_patients(rows, args.patient) if args.patient else rows
@@ -270,7 +238,7 @@ def main(argv=None):
 
     def cases():
         for name, image_path, mask_path, patient, split in rows:
-            image, label = read_pair(image_path, mask_path, kinds, args.gray)
+            image, label = read_pair(image_path, mask_path, kinds, args.gray, notes)
             if args.labels and label is not None:
                 label = labels.class_numbers(label, mask_path, args.labels)
             source = str(image_path.relative_to(src))
@@ -283,6 +251,7 @@ def main(argv=None):
     info = h5.write(args.out, cases(), name=args.preset if args.preset != "folder" else src.resolve().name, classes=classes,
                     dims=2, channels=1 if args.gray else 3, prepared={"from": "pictures"})
     labels.tell_mapping(args.labels)
+    say(notes)
     h5.report(info)
 
 

@@ -7,9 +7,7 @@ evaluate.py --predict writes masks for them.
 from collections import defaultdict
 from pathlib import Path
 
-import cv2
-
-from data import h5, images, nifti, space
+from data import h5, images, nifti, pixels, space
 from data.files import InputError
 
 
@@ -21,7 +19,7 @@ def are_new(source):
     path = Path(source)
     if not source or not path.exists():
         raise InputError(f"{source}: no such file or folder; give new images, or a dataset file")
-    return path.is_dir() or path.is_file() and (path.suffix.lower() in images.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
+    return path.is_dir() or path.is_file() and (path.suffix.lower() in pixels.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
 
 
 def find(path):
@@ -34,8 +32,10 @@ def find(path):
         if len(found) > 1:
             raise InputError(f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind")
         if found:
+            if "pictures" in found:
+                images.say_unread([folder])
             return *found.popitem(),
-    raise InputError(f"{path}: no picture ({', '.join(sorted(images.PICTURES))}) and no .nii or .nii.gz is in it, nor in its images, imagesTs or imagesTr")
+    raise InputError(f"{path}: no picture ({', '.join(sorted(pixels.PICTURES))}) and no .nii or .nii.gz is in it, nor in its images, imagesTs or imagesTr")
 
 
 def convert(source, out, data):
@@ -58,22 +58,25 @@ def convert(source, out, data):
         raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
     notes = defaultdict(list)
     gray = data["channels"] == 1
-    cases = pictures(paths, gray) if kind == "pictures" else volumes(paths, how, notes)
+    cases = pictures(paths, gray, notes) if kind == "pictures" else volumes(paths, how, notes)
     try:
         info = h5.write(out, cases, name=Path(source).resolve().name, classes=data["classes"],
                         dims=data["dims"], channels=data["channels"],
                         standardize=data.get("standardize", True), prepared=prepared)
     except InputError as error:  # in words that fit images which nobody had to convert
         raise InputError(str(error).replace(str(out), str(source)).replace(" and convert the data again", "").replace("; convert the data again", "")) from None
-    nifti.say(notes, how.axes, len(info.entries("unlabeled")))
+    if kind == "pictures":
+        pixels.say(notes)
+    else:
+        nifti.say(notes, how.axes, len(info.entries("unlabeled")))
     return info
 
 
-def pictures(paths, gray):
-    """Yields each of some pictures as an h5.Case, on its own grid."""
+def pictures(paths, gray, notes):
+    """Yields each of some pictures as an h5.Case, on its own grid. notes: see pixels.note()"""
     for name, path in paths.items():
         h5.check_name(path, name)
-        image = images.read_picture(path, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR_RGB)
+        image = pixels.read_picture(path, gray, notes)
         yield h5.Case("unlabeled", name, image, None, name, source=path.name)
 
 

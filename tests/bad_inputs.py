@@ -711,6 +711,12 @@ def converters():
     for name, change, word in (("a picture is text", lambda s: (s / "images/p1.png").write_text("x"), "p1.png"), ("a picture is empty", lambda s: (s / "images/p1.png").write_bytes(b""), "p1.png"),
                                ("a mask is cut", lambda s: (s / "masks/p1.png").write_bytes((s / "masks/p1.png").read_bytes()[:40]), "p1.png"), 
                                ("a mask of another size", lambda s: cv2.imwrite(str(s / "masks/p1.png"), np.zeros((9, 9), np.uint8)), "p1.png"),
+                               ("a picture of two pages", lambda s: cv2.imwritemulti(str(s / "images/p4.tif"), [np.eye(16)] * 2), "p4.tif"),
+                               ("a picture with NaN", lambda s: cv2.imwrite(str(s / "images/p4.tif"), np.full((16, 16), np.nan)), "p4.tif"),
+                               ("a transparent picture", lambda s: cv2.imwrite(str(s / "images/p1.png"), np.full((16, 16, 4), 128, np.uint8)), "p1.png"),
+                               ("a mask of 0, 1 and void", lambda s: cv2.imwrite(str(s / "masks/p1.png"), np.repeat(np.uint8([0, 0, 1, 255]), 4) + np.zeros((16, 1), np.uint8)), "255"),
+                               ("a transparent mask", lambda s: cv2.imwrite(str(s / "masks/p1.png"), np.full((16, 16, 4), 128, np.uint8)), "p1.png"),
+                               ("a mask of class numbers as JPEG", lambda s: ((s / "masks/p1.png").unlink(), cv2.imwrite(str(s / "masks/p1.jpg"), np.eye(16))), "p1.jpg"),
                                ("pictures of 2 x 2", lambda s: [cv2.imwrite(str(s / n / "p1.png"), np.zeros((2, 2), np.uint8)) for n in ("images", "masks")], "p1"),
                                ("a name with a newline", lambda s: [(s / n / "p1.png").rename(s / n / "p\n1.png") for n in ("images", "masks")], "printable"),
                                ("no pictures", lambda s: [p.unlink() for p in s.rglob("*.png")], "src")):

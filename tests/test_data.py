@@ -180,7 +180,7 @@ def test_masks_are_never_silently_misread(tmp_path, refused):
         assert (label(mask) == several // 2).all()
     refused(*convert(several), "p1.png", "--classes")
     assert not label(np.zeros((40, 56), np.uint8)).any()
-    refused(*convert(several.astype(np.uint16) * 300), "p1.png", "values up to 600")
+    refused(*convert(several.astype(np.uint16) * 300), "p1.png", "label value 300")
     refused(*convert(several, "other.png"), "other.png", "no picture of that name")
 
 

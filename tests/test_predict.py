@@ -17,8 +17,8 @@ from torch import nn
 
 import evaluate
 import models
-from data import figures, h5, images, metrics, nifti, unlabeled
-from data.files import save_checkpoint
+from data import figures, h5, images, metrics, nifti, pixels, unlabeled
+from data.files import InputError, save_checkpoint
 
 ON = models.compute("cpu", "off")
 
@@ -105,7 +105,7 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
             assert found.mode == "P" and found.getpalette()[3:6] == (255 * figures.color(0)).round().astype(int).tolist()
             found = np.array(found)
         assert found.shape == mask.shape and set(np.unique(found)) <= {0, 1} and evaluate.dice(found > 0, mask > 0) > 0.9
-        assert (images.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
+        assert (pixels.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
     rows = read_list(out)
     assert [int(r["rank"]) for r in rows] == list(range(1, 21)) and rows[0]["case"] == "p18" and {r["case"] for r in rows} == set(masks)
     values = [float(r["predicted Dice"]) for r in rows]
@@ -125,14 +125,16 @@ def test_pictures_are_read_like_the_data(gray, tmp_path):
     """Color by color, what data.images makes of the same files."""
     rng = np.random.default_rng(0)
     (tmp_path / "src" / "images").mkdir(parents=True)
-    for name, shape in (("rgb", (12, 16, 3)), ("rgba", (12, 16, 4)), ("gray", (12, 16))):
-        cv2.imwrite(str(tmp_path / "src" / "images" / f"{name}.png"), rng.integers(0, 256, shape, np.uint8))
+    for name, shape, type in (("rgb", (12, 16, 3), np.uint8), ("deep", (12, 16, 3), np.uint16),
+                              ("gray", (12, 16), np.uint8), ("float", (12, 16), np.float32)):
+        image, ending = rng.integers(0, 256, shape).astype(type), "tif" if name == "float" else "png"
+        cv2.imwrite(str(tmp_path / "src" / "images" / f"{name}.{ending}"), image)
     images.main([str(tmp_path / "src"), "--out", str(tmp_path / "a.h5"), *(["--gray"] if gray else [])])
     info = h5.read_info(str(tmp_path / "a.h5"))
     found = unlabeled.convert(str(tmp_path / "src"), str(tmp_path / "b.h5"), info.describe())
     theirs = {name: image for split in info.splits for name, image, *_ in h5.read_cases(info, split, labels=False)}
     ours = {name: image for name, image, *_ in h5.read_cases(found, "unlabeled", labels=False)}
-    assert set(ours) == set(theirs) == {"rgb", "rgba", "gray"} and all((ours[name] == theirs[name]).all() for name in ours)
+    assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all((ours[name] == theirs[name]).all() for name in ours)
 
 
 def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp_path):
@@ -262,14 +264,15 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
 def test_masks_of_several_classes_come_back(tmp_path):
     """A PNG with a colored palette gives its class numbers to data.images; one of grays gives its grays."""
     label = np.random.default_rng(0).integers(0, 4, (20, 30)).astype(np.uint8)
-    images.write_mask(tmp_path / "m.png", label)
+    pixels.write_mask(tmp_path / "m.png", label)
     classes = ["background", "a", "b", "c"]
-    assert (images.read_mask(tmp_path / "m.png", classes) == label).all()
+    assert (pixels.read_mask(tmp_path / "m.png", classes) == label).all()
     gray = Image.fromarray(3 - label)
     gray.putpalette([v for k in range(3, -1, -1) for v in (k, k, k)])
     gray.save(tmp_path / "gray.png")
-    assert (images.read_mask(tmp_path / "gray.png", classes) == label).all()
-    assert (images.read_mask(tmp_path / "m.png", ["background", "foreground"]) == (label > 0)).mean() > 0.7   # by color: all but the dark ones
+    assert (pixels.read_mask(tmp_path / "gray.png", classes) == label).all()
+    with pytest.raises(InputError, match=r"m.png: indices 0 .*, 1 .*, 2 .*, 3 .*--classes"):
+        pixels.read_mask(tmp_path / "m.png", ["background", "foreground"])
 
 
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
@@ -346,7 +349,7 @@ def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused
 
 
 def test_a_wrong_g_is_refused_before_images_are_read(rgb, gray_quality, pictures, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(images, "read_picture", None)
+    monkeypatch.setattr(pixels, "read_picture", None)
     refused(evaluate.main, [pictures[0], make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--qp", gray_quality[1], "--out", tmp_path / "o"], "qp.pt", "classes")
 
 
@@ -356,14 +359,15 @@ def turned(path, array, orientation):
     Image.fromarray(array).save(path, exif=exif, quality=95)
 
 
-def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused):
-    """A camera's EXIF orientation turns nothing: the mask lies on the grid that is stored. With a mask beside it such a picture is refused."""
+def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys):
+    """A camera's EXIF orientation turns nothing: the mask lies on the grid that is stored, and a note says so. With a mask beside it such a picture is refused."""
     folder, mask = tmp_path / "new", np.zeros((60, 90), np.uint8)
     folder.mkdir()
     mask[10:40, 5:30] = 1
     for orientation in (1, 3, 6):
         turned(folder / f"p{orientation}.jpg", np.repeat(mask[..., None] * np.uint8(150) + 40, 3, 2), orientation)
     evaluate.main([str(folder), make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--out", str(tmp_path / "out")])
+    assert "note: 2 files" in (said := capsys.readouterr().out) and "p3.jpg: stored turned" in said
     for p in (tmp_path / "out" / "masks").iterdir():
         assert evaluate.dice(np.array(Image.open(p)) > 0, mask > 0) > 0.9
     (tmp_path / "src").mkdir()

@@ -1,0 +1,362 @@
+"""One picture file: its pixels as an image, or as a mask of class numbers; or an error that says why.
+
+Images keep their depth: 8 bits as uint8, all else (10 to 16 bits, int32, float) as float32. A file is
+refused where a decoder would drop or change something without a word: several pages, transparency,
+channels beyond gray or RGB, CMYK and Lab colors, NaN.
+
+Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 and 1. Gray levels
+between black and white are cut at half of the range where they lie on edges, as in masks that were
+resized or saved as JPEG. Where they form regions or lines, they are a third class (often "void"),
+and the mask is refused. Masks of more classes hold class numbers, as gray levels or as the indices
+of a colored palette.
+"""
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from data import figures
+from data.files import InputError, replacing
+from data.labels import class_numbers
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # our own line is enough
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}  # names of formats in Pillow
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes; "+" is BigTIFF
+ORIENTATION, TURNED_AS = 0x112, range(2, 9)  # tag of EXIF and TIFF; 1 is upright
+Image.MAX_IMAGE_PIXELS = 2 ** 30  # OpenCV's own limit
+
+# Gray levels of a mask of two classes
+NEAR = 32    # so near to black or white, a level counts as black or white
+NUMBERS = 8  # levels below this are class numbers where they form regions: 0, 1, and 255 for void
+SMOOTH = 8   # neighbors in a region differ by no more; across a blurred edge they differ by more
+REGION = 9   # pixels from which on a region counts, each amid equal neighbors
+LINE = 16    # pixels from which on a line counts
+
+TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
+PALETTE = "colored palette; its indices are taken as class numbers"
+DARK = f"nearly black regions (values {NUMBERS} to {NEAR}); they are taken as background"
+
+
+@dataclass
+class File:
+    """A picture file whose pixels are not decoded yet."""
+    path: Path
+    content: bytes
+    opened: Image.Image | None  # None: a TIFF of a kind that Pillow does not know
+    turned: bool                # whether its EXIF orientation says so
+    lossy: bool
+
+
+# ------------------------------------------------------------------------------------ files
+
+@contextlib.contextmanager
+def reading(path):
+    """In this block, whatever Pillow makes of a damaged file becomes an InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except Exception:
+        raise unreadable(path) from None
+
+
+def unreadable(path):
+    return InputError(f"{path}: not a readable picture (damaged, or of an unusual kind); save it "
+                      "again as PNG, or take it out")
+
+
+def examine(path):
+    """Reads a file and what it says of its pixels -> File. InputError if they would be misread."""
+    content = Path(path).read_bytes()
+    with reading(path):
+        return check_file(Path(path), content)
+
+
+def check_file(path, content):
+    """The work of examine()."""
+    tags, pages, opened = {}, 1, None
+    if content[:4] in TIFF:
+        tags, pages = read_tags(content)
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        if not tags:
+            raise
+    if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
+        pages = getattr(opened, "n_frames", 1)
+    if pages > 1:
+        raise InputError(f"{path}: has {pages} pages or frames, of which one alone would be read; "
+                         "save each that is meant as a picture of its own")
+    if opened and opened.mode in ("CMYK", "LAB", "HSV"):
+        raise InputError(f"{path}: its colors are {opened.mode}; save it as RGB")
+    if tags:
+        check_tags(path, tags, opened.mode if opened else "")
+    if opened and opened.has_transparency_data:
+        lowest = lowest_opacity(opened)
+        if lowest < 255:
+            raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), and "
+                             "nobody knows what was seen there; save it without transparency")
+    turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
+    lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
+    return File(path, content, opened, turned, lossy)
+
+
+def read_tags(content):
+    """TIFF tags of the first page {number: value}, and the number of pages."""
+    stream = io.BytesIO(content)
+    head = stream.read(8)
+    if head[2:4] in (b"+\0", b"\0+"):
+        head += stream.read(8)
+    directory, tags, places = ImageFileDirectory_v2(head), {}, set()
+    while directory.next and directory.next not in places:  # a damaged file may lead in a circle
+        places.add(directory.next)
+        stream.seek(directory.next)
+        directory.load(stream)
+        tags = tags or dict(directory)
+    return tags, len(places)
+
+
+def check_tags(path, tags, mode):
+    """InputError for TIFFs that OpenCV shortens or changes. mode: Pillow's word for the pixels."""
+    photometric, channels, bits = tags.get(262, 1), tags.get(277, 1), tags.get(258, (1,))
+    if tags.get(ORIENTATION, 1) in TURNED_AS:  # OpenCV turns TIFFs, and no other pictures
+        raise InputError(f"{path}: is stored turned (TIFF orientation {tags[ORIENTATION]}); save "
+                         "it upright")
+    colors = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(photometric, 0)  # gray, RGB, palette, YCbCr
+    if channels != colors + (mode in ("LA", "RGBA")):
+        raise InputError(f"{path}: has {channels} channels (TIFF photometric {photometric}); save "
+                         "it as gray or RGB")
+    if max(np.atleast_1d(bits)) > 8 and (photometric == 0 or colors == 3 and tags.get(284) == 2):
+        what = "0 as white" if photometric == 0 else "one color after another"
+        raise InputError(f"{path}: stores more than 8 bits with {what} (TIFF photometric 0 or "
+                         "planar configuration 2); save it again as PNG or a plain TIFF")
+
+
+def lowest_opacity(opened):
+    """The opacity of a picture's most transparent pixel, 0 to 255."""
+    if opened.mode.startswith("I"):  # 16 bits, of which one value is transparent
+        return 255 * bool((np.array(opened) != opened.info["transparency"]).all())
+    return opened.convert("RGBA").getchannel("A").getextrema()[0]
+
+
+def decode(file, flag):
+    """Pixels through OpenCV, on the grid on which they are stored. InputError if there are none."""
+    found, content = None, np.frombuffer(file.content, np.uint8)
+    with contextlib.suppress(cv2.error):
+        found = cv2.imdecode(content, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    if found is None:
+        raise unreadable(file.path)
+    return found
+
+
+def decode_all(file):
+    """Pixels of any depth: (H, W) gray, or (H, W, 3) RGB, as they are in the file."""
+    found = decode(file, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    return found if found.ndim == 2 else found[..., ::-1]
+
+
+# ------------------------------------------------------------------------------------ images
+
+def read_picture(path, gray, notes=None):
+    """An image -> (H, W) if gray, else (H, W, 3) RGB; uint8, or float32 if the file is deeper.
+
+    notes: see note(). InputError if the file would be misread, or has NaN or infinite pixels.
+    """
+    file = examine(path)
+    if file.turned:
+        note(notes, TURNED, path)
+    image = decode_all(file)
+    if image.dtype == np.uint8:
+        if gray and image.ndim == 3:
+            return decode(file, cv2.IMREAD_GRAYSCALE)
+    else:
+        image = to_float32(image, path)
+        if gray and image.ndim == 3:
+            return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if gray or image.ndim == 3:
+        return np.ascontiguousarray(image)
+    return np.dstack([image] * 3)
+
+
+def to_float32(image, path):
+    """An image of any depth as float32. InputError if that loses or lacks numbers."""
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: has NaN or infinite pixels; mend them, or take it out")
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(image, np.float32)
+    lost = np.abs(found - image.astype(np.float64)).max()
+    spread = image.std(dtype=np.float64)
+    if lost > 1e-3 * spread or 0 < spread < 1e-6:  # 1e-6: readers divide by no less
+        raise InputError(f"{path}: has values from {image.min():.9g} to {image.max():.9g}, which "
+                         "float32 cannot hold or tell apart; bring them to a usual range")
+    return found
+
+
+# ------------------------------------------------------------------------------------ masks
+
+def read_mask(path, classes, notes=None):
+    """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
+
+    notes: see note().
+    """
+    file, K = examine(path), len(classes)
+    if file.turned:
+        raise InputError(f"{path}: is stored turned (EXIF orientation), so nobody knows whether its "
+                         "image is, too; save both upright")
+    if K > 2 and file.lossy:
+        raise InputError(f"{path}: JPEG and the like change class numbers; save the mask as PNG "
+                         "from where it was made")
+    if file.opened and file.opened.mode == "P":
+        mask = read_palette(file, K, notes)
+    else:
+        mask = to_gray(decode_all(file), file, K)
+    if K == 2:
+        return binary(mask, file, notes)
+    if mask.max() >= K:
+        raise InputError(f"{path}: values up to {mask.max()}; there are {K} classes (0 to {K - 1}): "
+                         "name all of them with --classes, or renumber the mask")
+    return mask
+
+
+def read_palette(file, K, notes):
+    """The mask of a picture with a palette: its gray levels if all are gray, else its indices."""
+    with reading(file.path):
+        indices = np.array(file.opened)
+        colors = np.reshape(file.opened.getpalette("RGB"), (-1, 3)).astype(np.uint8)
+        colors = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
+    numbers = indices.max() < K
+    looked_at = colors if K > 2 else colors[:2] if numbers else colors[np.unique(indices)]
+    if (looked_at == looked_at[:, :1]).all():  # gray
+        if K == 2 and numbers and colors[0, 0] > colors[1, 0]:
+            raise InputError(f"{file.path}: index 0 of its palette is brighter than index 1, so "
+                             "either may be the background; save it with gray levels 0 and 255")
+        return indices if K == 2 and numbers else colors[indices][..., 0]
+    if K == 2 and not numbers:
+        raise InputError(f"{file.path}: indices {shares(indices)} of a colored palette, but two "
+                         "classes are 0 and 1; name all with --classes, or save it as 0 and 255")
+    note(notes, PALETTE, file.path)
+    return indices
+
+
+def to_gray(mask, file, K):
+    """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8.
+
+    The color of a mask of two classes becomes its brightest channel, if it is one color on black.
+    """
+    if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
+        mask = np.round(mask / 257)
+    mask = class_numbers(mask, file.path)
+    if mask.ndim == 2:
+        return mask
+    red, green, blue = np.moveaxis(mask, 2, 0)
+    if (red == green).all() and (red == blue).all():
+        return np.ascontiguousarray(red)
+    level = mask.max(2)
+    if K > 2:
+        raise InputError(f"{file.path}: a colored mask; save class numbers 0 to {K - 1} as gray "
+                         "values, or as the indices of a palette")
+    brightest = mask[level == level.max()]
+    values, counts = np.unique(brightest, axis=0, return_counts=True)
+    color = values[counts.argmax()]
+    faded = level[..., None] * (color / level.max())  # on the way from black to the color
+    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION or level.min() > NEAR:
+        raise InputError(f"{file.path}: a mask of several colors, or of one on a background that is "
+                         "not black; save the foreground as 255 and all else as 0")
+    return level
+
+
+def binary(mask, file, notes=None):
+    """Gray levels (H, W) uint8 of a mask of two classes -> 0 and 1, cut at half of the range.
+
+    InputError if there are other levels than two, apart from edges; see the top of this file.
+    """
+    low, top = int(mask.min()), int(mask.max())
+    if top == 0 or top == 1 and not file.lossy:
+        return mask
+    if top < 128 or file.lossy and top < 255 - NEAR:
+        raise InputError(f"{file.path}: values {shares(mask)} look like class numbers" + (
+            ", which JPEG changes; save the mask as PNG from where it was made" if file.lossy else
+            "; name the classes with --classes, or save the foreground as 255"))
+    if NEAR < low < 255 - NEAR:
+        raise InputError(f"{file.path}: values {shares(mask)}, none of them near 0; save the "
+                         "background as 0 and the foreground as 255")
+    if (levels := other_levels(mask, top, notes, file.path)):
+        raise InputError(f"{file.path}: values {shares(mask)}, so not a mask of two classes "
+                         f"({levels}); save the foreground as 255 and all else as 0, or name all "
+                         "classes with --classes")
+    if top < 255 - NEAR:
+        note(notes, f"foreground of value {top}, not 255", file.path)
+    return (mask > top // 2).astype(np.uint8)
+
+
+def other_levels(mask, top, notes, path):
+    """What else a mask (H, W) uint8 shows between black and `top`, beside edges -> text, or ""."""
+    square, block = np.ones((3, 3), np.uint8), np.ones((2, 2), np.uint8)
+    darkest, brightest = cv2.erode(mask, square), cv2.dilate(mask, square)
+    between = (mask > NEAR) & (mask < top - NEAR)
+    region = (brightest - darkest <= SMOOTH) & (darkest > NEAR) & (brightest < top - NEAR)
+    if region.sum() >= max(REGION, between.sum() / 100):
+        return f"regions of {levels_of(mask[region]).argmax()}"
+    every, flat = levels_of(mask), levels_of(mask[brightest == darkest])
+    if (every > 0).sum() == 3 and max(between.sum(), every[1:NUMBERS].sum()) >= LINE:
+        return f"regions or lines of {np.flatnonzero(every)[1]}"
+    equal = cv2.erode(mask, block, anchor=(0, 0)) == cv2.dilate(mask, block, anchor=(0, 0))
+    thick = cv2.dilate((equal & between).astype(np.uint8), block, anchor=(1, 1)) > 0
+    if LINE <= between.sum() < 2 * (thick & between).sum():
+        return f"lines of {levels_of(mask[between]).argmax()}"
+    regions = [v for v in range(1, top) if flat[v] >= max(REGION, every[v] / 4)]
+    if wrong := [v for v in regions if not NUMBERS <= v <= NEAR]:
+        return f"regions of {wrong[0]}"
+    if regions:
+        note(notes, DARK, path)
+    return ""
+
+
+def levels_of(mask):
+    """How many pixels have each value 0 to 255."""
+    return np.bincount(mask.ravel(), minlength=256)
+
+
+def shares(mask):
+    """The most frequent values of a mask (uint8) and their shares of the pixels, as text."""
+    counts = levels_of(mask)
+    most = sorted(np.argsort(-counts, kind="stable")[:min(4, (counts > 0).sum())])
+    more = (counts > 0).sum() - len(most)
+    return ", ".join(f"{v} ({counts[v] / mask.size:.1%})" for v in most) + (
+        f" and {more} more" if more else "")
+
+
+def write_mask(path, label):
+    """Writes a mask (H, W) uint8 as PNG, whole or not at all.
+
+    Pixels are class numbers, shown through a palette in the colors of our figures.
+    """
+    colors = [round(255 * v) for k in range(255) for v in figures.color(k)]
+    picture = Image.fromarray(label)
+    picture.putpalette([0, 0, 0, *colors])
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+
+
+# ------------------------------------------------------------------------------------ notes
+
+def note(notes, text, path):
+    """Remembers a file for say(). notes: {text: [path, ...]}, or None."""
+    if notes is not None:
+        notes.setdefault(text, []).append(path)
+
+
+def say(notes):
+    """Prints each text once, with the number of its files and the first of them."""
+    for text, paths in notes.items():
+        print(f"note: {len(paths)} {'file' if len(paths) == 1 else 'files'}, such as {paths[0]}: "
+              f"{text}")

@@ -1,0 +1,309 @@
+"""Picture files: what is stored of images and masks of every kind, what is refused, and notes."""
+import cv2
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import h5, images, pixels, unlabeled
+from data.files import InputError
+
+SIZE = (40, 56)
+TWO, FOUR = ["background", "thing"], ["background", "a", "b", "c"]
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, SIZE, np.uint8)
+RGB = RNG.integers(0, 256, (*SIZE, 3), np.uint8)
+DEEP = RNG.integers(0, 4096, SIZE).astype(np.uint16)
+DEEP_RGB = RNG.integers(0, 65536, (*SIZE, 3)).astype(np.uint16)
+NAN = np.where(GRAY > 250, np.nan, GRAY).astype(np.float32)
+DISC = cv2.circle(np.zeros(SIZE, np.uint8), (30, 20), 12, 1, -1)
+RING = cv2.circle(np.zeros(SIZE, np.uint8), (30, 20), 12, 1, 3)
+HEART = cv2.circle(np.zeros(SIZE, np.uint8), (30, 20), 3, 1, -1)
+WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
+
+
+def save(path, picture, palette=None, **options):
+    """Writes an array (by OpenCV) or a Pillow picture; palette: colors of an array's indices."""
+    if isinstance(picture, np.ndarray) and palette is None and not options:
+        assert cv2.imwrite(str(path), picture if picture.ndim == 2 else picture[..., ::-1])
+        return path
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    if palette is not None:
+        picture.putpalette(np.ravel(palette).astype(np.uint8).tolist())
+    picture.save(path, **options)
+    return path
+
+
+def alpha(picture, opacity):
+    """A picture with a fourth channel, opaque but for its corner."""
+    extra = np.full(SIZE, 255, np.uint8)
+    extra[:5, :5] = opacity
+    return Image.fromarray(np.dstack([picture, extra]))
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[pixels.ORIENTATION] = orientation
+    return dict(exif=exif)
+
+
+def assert_refused(read, name, words):
+    """An error with the file's name, the words and a remedy."""
+    with pytest.raises(InputError, match=f"{name}.*{words}") as refused:
+        read()
+    assert ";" in str(refused.value) and "\n" not in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------ images
+
+QUANTIZED = Image.fromarray(RGB).quantize(16)
+IMAGES = {
+    "gray.png": (GRAY, {}, GRAY),
+    "rgb.png": (RGB, {}, RGB),
+    "rgb.tif": (RGB, {}, RGB),
+    "opaque.png": (alpha(RGB, 255), {}, RGB),
+    "opaque_gray.png": (alpha(GRAY, 255), {}, GRAY),
+    "palette.png": (QUANTIZED, {}, np.array(QUANTIZED.convert("RGB"))),
+    "one_bit.png": (Image.fromarray(GRAY > 99), {}, (GRAY > 99) * np.uint8(255)),
+    "twelve.png": (DEEP, {}, DEEP),                # a handful of levels, if cut to 8 bits
+    "dark.tif": (DEEP // 16, {}, DEEP // 16),      # black, if cut to 8 bits
+    "deep_rgb.png": (DEEP_RGB, {}, DEEP_RGB),
+    "deep_rgb.tif": (DEEP_RGB, {}, DEEP_RGB),
+    "int32.tif": (DEEP.astype(np.int32) - 70000, {}, DEEP - 70000.0),
+    "int16.tif": (DEEP.astype(np.int16) - 2000, {}, DEEP - 2000.0),
+    "float.tif": (GRAY / np.float32(255), {}, GRAY / np.float32(255)),
+    "double.tif": (GRAY / 8 - 3, {}, GRAY / 8 - 3),
+    "float_rgb.tif": (RGB / np.float32(4), {}, RGB / 4),
+    "preview.jpg": (Image.fromarray(np.full((*SIZE, 3), 90, np.uint8)), dict(
+        format="MPO", save_all=True, append_images=[Image.fromarray(RGB)]),
+        np.full((*SIZE, 3), 90))}  # a camera's photograph and its preview
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_keep_every_value(name, tmp_path):
+    picture, options, expected = IMAGES[name]
+    path = save(tmp_path / name, picture, **options)
+    found = pixels.read_picture(path, gray=False)
+    if expected.ndim == 2:
+        expected = np.dstack([expected] * 3)
+    deep = "twelve dark deep int32 int16 float double".split()
+    kind = np.float32 if any(name.startswith(d) for d in deep) else np.uint8
+    assert found.dtype == kind and (found == expected).all()
+    gray = pixels.read_picture(path, gray=True)
+    weights = [0.299, 0.587, 0.114]
+    assert gray.dtype == kind and gray.shape == SIZE
+    assert np.allclose(gray, expected @ weights, rtol=1e-4, atol=1 if kind is np.uint8 else 1e-3)
+
+
+def planar(path):
+    """A TIFF of 16 bits that says of itself that its colors lie one after another."""
+    content = save(path, DEEP_RGB).read_bytes()
+    entry = b"\x1c\x01\x03\x00\x01\x00\x00\x00"  # the tag, one number of 16 bits
+    assert content.count(entry + b"\x01") == 1
+    path.write_bytes(content.replace(entry + b"\x01", entry + b"\x02"))
+
+
+FOREIGN = {
+    "pages.tif": (Image.fromarray(GRAY), dict(
+        save_all=True, append_images=[Image.fromarray(GRAY)] * 4), "has 5 pages"),
+    "float_pages.tif": (lambda path: cv2.imwritemulti(str(path), [GRAY / 2.0] * 3), {}, "3 pages"),
+    "animated.png": (Image.fromarray(GRAY), dict(
+        save_all=True, append_images=[Image.fromarray(255 - GRAY)]), "2 pages or frames"),
+    "veil.png": (alpha(RGB, 254), {}, "transparent.*254 of 255"),
+    "hole.png": (alpha(GRAY, 0), {}, "transparent"),
+    "hole.tif": (alpha(RGB, 0), {}, "transparent"),
+    "key.png": (QUANTIZED, dict(transparency=3), "transparent"),
+    "deep_key.png": (Image.fromarray(DEEP), dict(transparency=int(DEEP[2, 2])), "transparent"),
+    "cmyk.jpg": (Image.fromarray(RGB).convert("CMYK"), {}, "CMYK"),
+    "lab.tif": (Image.fromarray(RGB).convert("LAB"), {}, "LAB"),
+    "four.tif": (np.dstack([RGB, GRAY]).astype(np.float32), {}, "4 channels"),
+    "inverse.tif": (Image.fromarray(DEEP), dict(tiffinfo={262: 0}), "0 as white"),
+    "planar.tif": (planar, {}, "one color after another"),
+    "turned.tif": (Image.fromarray(GRAY), dict(tiffinfo={274: 6}), "orientation 6"),
+    "nan.tif": (NAN, {}, "NaN"),
+    "infinite.tif": (np.where(GRAY > 250, np.inf, GRAY), {}, "NaN or infinite"),
+    "huge.tif": (GRAY + 1e12, {}, "float32 cannot"),
+    "tiny.tif": (GRAY * 1e-12, {}, "float32 cannot"),
+    "text.png": (lambda path: path.write_text("text"), {}, "not a readable picture"),
+    "empty.png": (lambda path: path.write_bytes(b""), {}, "not a readable picture"),
+    "cut.jpg": (lambda path: path.write_bytes(cv2.imencode(".jpg", RGB)[1].tobytes()[:900]), {},
+                "not a readable picture")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_images_that_would_be_misread_are_refused(name, tmp_path):
+    picture, options, words = FOREIGN[name]
+    path = tmp_path / name
+    picture(path) if callable(picture) else save(path, picture, **options)
+    assert_refused(lambda: pixels.read_picture(path, gray=False), name, words)
+    if name != "tiny.tif":  # a label of nearly 0
+        assert_refused(lambda: pixels.read_mask(path, TWO), name, "")
+
+
+# ------------------------------------------------------------------------------------ masks
+
+LABEL = DISC + 2 * HEART                      # 0, 1 and 3
+HALVED = cv2.resize(DISC[:, 1:-1] * 255, (27, 20), interpolation=cv2.INTER_AREA)
+BOX = np.pad(np.full((13, 17), 255, np.uint8), 9)
+HALVED_BOX = cv2.resize(BOX[:-1, :-1], (17, 15), interpolation=cv2.INTER_AREA)
+ENLARGED = cv2.resize(DISC * 255, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+FRAME = np.where(np.add.outer(range(40), range(56)) < 30, 11, DISC * 255).astype(np.uint8)
+MASKS = {
+    "zero_one.png": (DISC, {}, DISC),
+    "all.png": (DISC * 0 + 1, {}, DISC * 0 + 1),
+    "none.jpg": (DISC * 0, {}, DISC * 0),
+    "white.bmp": (DISC * 255, {}, DISC),
+    "rgb.png": (np.dstack([DISC * 255] * 3), {}, DISC),
+    "dim.png": (DISC * 200, {}, DISC),
+    "half.png": (DISC * 128, {}, DISC),
+    "within.png": (DISC * 230 + 10, {}, DISC),
+    "full.tif": (DISC * np.uint16(65535), {}, DISC),
+    "deep.tif": (DISC.astype(np.uint16), {}, DISC),
+    "float.tif": (DISC.astype(np.float32), {}, DISC),
+    "bit.png": (Image.fromarray(DISC > 0), {}, DISC),
+    "red.png": (DISC[..., None] * np.uint8(RED), {}, DISC),
+    "red_blurred.png": (cv2.GaussianBlur(DISC[..., None] * np.uint8(RED), (5, 5), 0), {},
+                        cv2.GaussianBlur(DISC * 255, (5, 5), 0) > 127),
+    "palette.png": (DISC, dict(palette=[WHITE, RED]), DISC),          # the index is the class
+    "bright.png": (DISC, dict(palette=[BLACK, (9, 0, 0)]), DISC),     # also a dark one
+    "palette_gray.png": (DISC, dict(palette=[BLACK, WHITE]), DISC),
+    "palette_levels.png": (DISC * 255, dict(palette=np.repeat(range(256), 3)), DISC),
+    "palette_sorted.png": (DISC * 2 + 1, dict(palette=[RED, BLACK, RED, WHITE]), DISC),
+    "blurred.png": (cv2.GaussianBlur(DISC * 255, (3, 3), 0), {}, DISC),
+    "blurred_more.png": (cv2.GaussianBlur(DISC * 255, (9, 9), 0), {},
+                         cv2.GaussianBlur(DISC * 255, (9, 9), 0) > 127),
+    "halved.png": (HALVED, {}, HALVED > 127),
+    "box.png": (HALVED_BOX, {}, HALVED_BOX > 127),
+    "enlarged.png": (ENLARGED, {}, ENLARGED > 127),
+    "jpeg.jpg": (DISC * 255, {}, DISC),
+    "frame.png": (FRAME, {}, FRAME == 255)}                           # as in CVC-ClinicDB
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_two_classes(name, tmp_path):
+    mask, options, expected = MASKS[name]
+    found = pixels.read_mask(save(tmp_path / name, mask, **options), TWO)
+    assert found.dtype == np.uint8 and (found == expected).all()
+
+
+def test_masks_of_several_classes(tmp_path):
+    colors = [WHITE, RED, BLACK, (0, 9, 0)]
+    for name, mask, options in (
+            ("gray.png", LABEL, {}), ("float.tif", LABEL.astype(np.float64), {}),
+            ("rgb.png", np.dstack([LABEL] * 3), {}), ("palette.png", LABEL, dict(palette=colors)),
+            ("gray_palette.png", 3 - LABEL, dict(palette=[[3 - k] * 3 for k in range(4)]))):
+        found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR)
+        assert found.dtype == np.uint8 and (found == LABEL).all(), name
+
+
+BORDERED = np.where(RING > 0, 255, DISC)      # a class number with a border of 255: void
+UNCLEAR = {
+    "void.png": (BORDERED, {}, "1 .*, 255 .*of 1"),
+    "void_and_full.png": (np.where(RING > 0, 255, 1), {}, "regions of 1"),
+    "thin_void.png": (np.where(RING > 0, 1, HEART * 255), {}, "regions or lines of 1"),
+    "gray_void.png": (np.where(RING > 0, 128, DISC * 255), {}, "0 .*, 128 .*, 255 .*of 128"),
+    "line.png": (np.where(cv2.dilate(DISC, np.ones((3, 3))) > DISC, 128, DISC * 255), {}, "of 128"),
+    "two_lines.png": (cv2.GaussianBlur(HEART * 255, (3, 3), 0) + np.where(
+        cv2.dilate(DISC, np.ones((5, 5))) > DISC, 128, 0), {}, "of 128"),
+    "third.png": (DISC * 85 + HEART * 170, {}, "0 .*, 85 .*, 255 .*of 85"),
+    "third_blurred.png": (cv2.GaussianBlur(DISC * 90 + HEART * 165, (3, 3), 0), {}, "of 90"),
+    "third.jpg": (DISC * 128 + HEART * 127, {}, "of 12"),
+    "third.tif": (DISC * np.uint16(30000) + HEART * np.uint16(35535), {}, "of 117"),
+    "fourth.png": (np.where(RING > 0, 85, DISC * 170) + HEART * 85, {}, "85 .*, 170 .*, 255"),
+    "nearly.png": (DISC * 240 + HEART * 15, {}, "of 240"),
+    "classes.png": (DISC + HEART, {}, "2 .*look like class numbers.*--classes"),
+    "jpeg.jpg": (DISC, {}, "1 .*JPEG.*PNG"),
+    "jpeg_dim.jpg": (DISC * 160, {}, "160 .*JPEG"),
+    "no_black.png": (DISC * 100 + 100, {}, "100 .*, 200 .*none of them near 0"),
+    "hidden.png": (Image.fromarray(np.dstack([DISC * 0 + 255] * 3 + [DISC * 255])), {},
+                   "transparent"),   # white everywhere, also where nothing is to be seen
+    "on_white.png": (np.where(DISC[..., None], np.uint8(RED), np.uint8(255)), {}, "not black"),
+    "colors.png": (DISC[..., None] * np.uint8(RED) + HEART[..., None] * np.uint8([0, 255, 0]), {},
+                   "several colors"),
+    "rest.png": (np.where(DISC[..., None], np.uint8([253, 231, 36]), np.uint8([68, 1, 84])), {},
+                 "not black"),
+    "inverse_palette.png": (DISC, dict(palette=[WHITE, BLACK]), "palette.*brighter"),
+    "void_palette.png": (BORDERED, dict(palette=[BLACK, *[RED] * 255]), "indices 0 .*, 255"),
+    "gray_palette.png": (LABEL, dict(palette=[[60 * k] * 3 for k in range(4)]), "of 60"),
+    "key.png": (DISC, dict(palette=[BLACK, RED], transparency=0), "transparent"),
+    "share.tif": (DISC * np.float32(0.5), {}, "0.5"),
+    "negative.tif": (-DISC.astype(np.int32), {}, "-1"),
+    "turned.png": (DISC * 255, turned(6), "EXIF")}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_masks_that_are_unclear_are_refused(name, tmp_path):
+    mask, options, words = UNCLEAR[name]
+    if isinstance(mask, np.ndarray) and mask.dtype == np.int64:
+        mask = mask.astype(np.uint8)
+    path = save(tmp_path / name, mask, **options)
+    assert_refused(lambda: pixels.read_mask(path, TWO), name, words)
+
+
+@pytest.mark.parametrize("name, mask, options, words", [
+    ("m.jpg", LABEL, {}, "JPEG.*PNG"),
+    ("m.png", Image.fromarray(LABEL), dict(format="JPEG"), "JPEG"),      # whatever its ending
+    ("m.tif", Image.fromarray(LABEL), dict(compression="jpeg"), "JPEG"),
+    ("m.png", np.where(RING > 0, 255, LABEL).astype(np.uint8), {}, "values up to 255.*4 classes"),
+    ("m.png", DISC[..., None] * np.uint8(RED), {}, "colored"),
+    ("m.png", LABEL, dict(palette=[BLACK, RED, RED, WHITE], transparency=0), "transparent"),
+    ("m.png", Image.fromarray(DISC > 0), {}, "values up to 255")])
+def test_class_numbers_that_are_unclear_are_refused(name, mask, options, words, tmp_path):
+    path = save(tmp_path / name, mask, **options)
+    assert_refused(lambda: pixels.read_mask(path, FOUR), name, words)
+
+
+# ------------------------------------------------------------------------------------ folders
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures with masks: 8 bits, 12 bits and float; a turned one without; what is not read."""
+    src = tmp_path / "src"
+    for part in ("images/more", "masks", "validation/images"):
+        (src / part).mkdir(parents=True)
+    for name, image in (("a.png", RGB), ("b.png", DEEP), ("c.tif", RGB / np.float32(255))):
+        save(src / "images" / name, image)
+        save(src / "masks" / f"{name[0]}.png", FRAME if name == "a.png" else DISC * 200)
+    save(src / "images" / "d.jpg", Image.fromarray(RGB), **turned(6))
+    for name in ("images/x.gif", "masks/a.npy", "images/Thumbs.db", "images/.x.gif", "masks/a.txt"):
+        (src / name).touch()
+    return src
+
+
+@pytest.mark.parametrize("options", [[], ["--gray"]])
+def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
+    """Values and types in the file; a line for what is not read, and for what is doubtful."""
+    images.main([str(folder), "--out", str(tmp_path / "f.h5"), "--val", "0", *options])
+    said = capsys.readouterr().out
+    assert "images/more; read are .bmp" in said and "note: 3 of 12 files and folders are" in said
+    assert "validation is not read; the names of splits are train" in said
+    assert "note: 1 file, such as" in said and "images/d.jpg: stored turned" in said
+    assert "masks/a.png: nearly black regions" in said and said.count("note:") == 5
+    assert "note: 2 files" in said and "foreground of value 200, not 255" in said
+    with h5py.File(tmp_path / "f.h5") as f:
+        stored = {name: (c["image"][:], c["label"][:] if "label" in c else None)
+                  for name, c in f["train"].items()}
+    assert (stored["a"][1] == (FRAME == 255)).all() and (stored["c"][1] == DISC).all()
+    assert stored["d"][0].shape[:2] == SIZE and stored["d"][1] is None
+    if not options:
+        assert (stored["a"][0] == RGB).all() and (stored["c"][0] == RGB / np.float32(255)).all()
+    deep = stored["b"][0] if options else stored["b"][0][..., 0]
+    assert deep.dtype == np.float32 and (deep == DEEP).all()
+
+
+def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
+    """As evaluate.py --predict reads them: the same values, notes and refusals."""
+    data = dict(classes=TWO, dims=2, channels=3, prepared={"from": "pictures"})
+    info = unlabeled.convert(str(folder / "images"), str(tmp_path / "f.h5"), data)
+    said = capsys.readouterr().out
+    assert "images/d.jpg: stored turned" in said and "note: 2 of 7 files and folders" in said
+    cases = {name: image for name, image, *_ in h5.read_cases(info, "unlabeled", labels=False)}
+    assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
+    for name in ("pages.tif", "hole.png", "nan.tif"):
+        picture, options, words = FOREIGN[name]
+        save(folder / "images" / name, picture, **options)
+        with pytest.raises(InputError, match=f"images/{name}.*{words}"):
+            unlabeled.convert(str(folder / "images"), str(tmp_path / "g.h5"), data)
+        (folder / "images" / name).unlink()
+    assert not (tmp_path / "g.h5").exists()
