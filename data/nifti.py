@@ -30,7 +30,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 from nibabel.nifti1 import data_type_codes
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
