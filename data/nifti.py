@@ -370,7 +370,8 @@ def main(argv=None):
     how, axes = Preparation(args.spacing, window, args.channel, nnunet), set()
     cases = (read_case(row, how, src, axes, values) for row in rows)
     info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,
-                    channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
+                    channels=1, standardize=window is None,
+                    prepared={"from": "nifti", **asdict(how)})
     labels.tell_mapping(values)
     h5.report(info)
     if len(axes) > 1:
