@@ -48,8 +48,9 @@ from tqdm import tqdm
 import models
 from data import augment, figures, h5, processes
 from data.files import InputError, Parser, claim, cli, folder, grid, load_checkpoint, number, replacing
-from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows, dice, largest_component, of_classes,  # noqa: F401
-                          paired, plain_dice, quality_rows, score, score_case, triage)
+from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows,  # noqa: F401
+                          dice, largest_component, of_classes, paired, plain_dice, quality_rows,
+                          score, score_case, triage)
 from models import distributed, quality
 from models.losses import one_hot
 
@@ -264,12 +265,15 @@ def dice_table(net, cases, on, K, cut=None, batch=32):
 
 
 def mean_dice(table, held):
-    """Mean over cases and then classes, and per class: what the table shows, and what training selects by. table: of dice_table()
+    """Mean over cases and then classes, and per class: what the table shows, and what training
+    selects by.
 
-    held [K-1]: h5.held_classes(); the mean leaves the others out, whose Dice is None here.
+    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out, and
+    their Dice is None.
     """
     per_class = np.mean(table, 0)
-    return float(per_class[held].mean()), [d if h else None for d, h in zip(per_class.tolist(), held)]
+    shown = [d if h else None for d, h in zip(per_class.tolist(), held)]
+    return float(per_class[held].mean()), shown
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -431,10 +435,13 @@ def group_runs(states, paths):
 
 
 def summarize(runs, unit):
-    """One dict per group of runs, Scored: name, labeled, and for every metric the list of its values over seeds."""
+    """One dict per group of runs, Scored: name, labeled, and for every metric the list of its
+    values over seeds."""
     rows = []
     for name, labeled, members in runs.groups:
-        table = {m: np.array([[[getattr(s, m) for s in case] for case in runs.scores[i]] for i in members], np.float64)  # [runs, cases, classes]
+        scored = [runs.scores[i] for i in members]
+        table = {m: np.array([[[getattr(s, m) for s in case] for case in cases] for cases in scored],
+                             np.float64)  # [runs, cases, classes]
                  for m in ("dice", "jaccard", "hd95", "asd", "one_empty")}
         row = {"run": name, "labeled": labeled, "Dice %": 100 * table["dice"].mean((1, 2)), "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
                f"HD95 {unit}": table["hd95"].mean((1, 2)), f"ASD {unit}": table["asd"].mean((1, 2)), "one empty": table["one_empty"].sum((1, 2))}

@@ -12,8 +12,9 @@ What each preset reads under SRC:
     isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
     folder  images/NAME.*, masks/NAME.*; also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice; otherwise
-by patient with --seed. A picture is a patient unless --patient or the preset says otherwise.
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
+otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
+otherwise.
 Binary masks are cut at half of their range; with more than two --classes, mask pixels are class
 numbers. --labels lists the values of other masks: 0,128,255 become the classes 0, 1, 2. What is
 neither, and what a decoder would shorten, is refused: see data/pixels.py, which reads the files.
@@ -139,10 +140,12 @@ def name_patients(rows, regex):
     except re.error as error:
         raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
     if pattern.groups != 1:
-        raise InputError(f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'")
+        raise InputError(f"--patient {regex}: {pattern.groups} groups; one is needed, as in "
+                         "'(patient\\d+)_'")
     found = [pattern.search(r[0]) for r in rows]
     if lost := [r[0] for r, match in zip(rows, found) if not match or not match[1]]:
-        raise InputError(f"--patient {regex}: finds nothing in the name of case '{lost[0]}' ({len(lost)} such cases)")
+        raise InputError(f"--patient {regex}: finds nothing in the name of case '{lost[0]}' "
+                         f"({len(lost)} such cases); give one that fits every name")
     return [(*r[:3], match[1], r[4]) for r, match in zip(rows, found)]
 
 
@@ -234,7 +237,7 @@ def main(argv=None):
     if bare := sum(mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
 
-    kinds = range(labels.MOST) if args.labels else classes  # of all values, read_mask() changes none
+    kinds = range(labels.MOST) if args.labels else classes  # then read_mask() changes no value
 
     def cases():
         for name, image_path, mask_path, patient, split in rows:

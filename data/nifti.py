@@ -513,7 +513,8 @@ def main(argv=None):
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
     cases = (read_case(row, how, src, notes, values) for row in rows)
     info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,
-                    channels=1, standardize=window is None, prepared={"from": "nifti", **asdict(how)})
+                    channels=1, standardize=window is None,
+                    prepared={"from": "nifti", **asdict(how)})
     labels.tell_mapping(values)
     h5.report(info)
     say(notes, axes, len(rows))

@@ -96,7 +96,9 @@ def acdc_cases(src, spacing, values):
             print(f"note: {frame} stays unlabeled, since {bare[0]} has no label "
                   f"({len(bare)} of its {len(names)} slices)")
         label = None if bare else np.stack(truth)
-        yield h5.Case("train", frame, np.stack(slices), label, frame.split("_")[0], spacing, f"data/slices/{frame}_slice_*.h5")
+        source = f"data/slices/{frame}_slice_*.h5"
+        patient = frame.split("_")[0]
+        yield h5.Case("train", frame, np.stack(slices), label, patient, spacing, source)
     for split, names in lists.items():
         for frame in names:
             image, label = read(src / "data" / f"{frame}.h5", 3, values)
@@ -127,7 +129,8 @@ def la_cases(src, spacing, values, shrink, val):
                                  f"{name}/{VOLUME}.h5; mend the list")
             path = files[name][0]
             if len(files[name]) > 1:
-                raise InputError(f"{path}: {files[name][1]} has the same name; remove one of the two")
+                raise InputError(f"{path}: {files[name][1]} has the same name; remove one of the "
+                                 "two")
             image, label = read(path, 3, values)
             image, label = (v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label))
             size = tuple(max(1, n // shrink) for n in image.shape)

@@ -1,4 +1,5 @@
-"""Labels, their classes, lists and patients: the right thing is stored, or refused with its place."""
+"""Labels, classes, lists and patients: the right thing is stored, or refused with its place."""
+
 import csv
 import json
 
@@ -22,23 +23,38 @@ ACDC = ["background", "right ventricle", "myocardium", "left ventricle"]
 
 # -------------------------------------------------------------------------------- label values
 
-@pytest.mark.parametrize("values, listed, numbers", [
-    (np.float32([0.9999, 2.0001, 0]), range(3), [1, 2, 0]),
-    (np.array([1 + 1e-7, 3]), range(4), [1, 3]),
-    (np.int16([0, 850, 205]), (0, 205, 850), [0, 2, 1]),
-    (np.float16([-1, 1]), (-1, 1), [0, 1]),
-    (np.uint8([4, 0, 255]), (255, 4, 0), [1, 2, 0]),
-    (np.array([True, False]), range(2), [1, 0])])
+
+@pytest.mark.parametrize(
+    "values, listed, numbers",
+    [
+        (np.float32([0.9999, 2.0001, 0]), range(3), [1, 2, 0]),
+        (np.array([1 + 1e-7, 3]), range(4), [1, 3]),
+        (np.int16([0, 850, 205]), (0, 205, 850), [0, 2, 1]),
+        (np.float16([-1, 1]), (-1, 1), [0, 1]),
+        (np.uint8([4, 0, 255]), (255, 4, 0), [1, 2, 0]),
+        (np.array([True, False]), range(2), [1, 0]),
+    ],
+)
 def test_values_become_class_numbers(values, listed, numbers):
     found = labels.class_numbers(values, "f", listed)
     assert found.tolist() == numbers and found.dtype == np.uint8
 
 
-@pytest.mark.parametrize("values, listed, word", [
-    ([0, np.nan], range(4), "nan"), ([0, np.inf], (0, 1), "inf"), ([0.998], range(4), "0.998"),
-    ([256], range(256), "256"), ([-1, 1], range(2), "-1"), ([3], (0, 1, 4), "0, 1, 4 do"),
-    ([1.002], (0, 1), "1.002"), ([1e20], range(4), "1e\\+20"), (["x"], range(2), "type"),
-    ([1j], range(2), "complex")])
+@pytest.mark.parametrize(
+    "values, listed, word",
+    [
+        ([0, np.nan], range(4), "nan"),
+        ([0, np.inf], (0, 1), "inf"),
+        ([0.998], range(4), "0.998"),
+        ([256], range(256), "256"),
+        ([-1, 1], range(2), "-1"),
+        ([3], (0, 1, 4), "0, 1, 4 do"),
+        ([1.002], (0, 1), "1.002"),
+        ([1e20], range(4), "1e\\+20"),
+        (["x"], range(2), "type"),
+        ([1j], range(2), "complex"),
+    ],
+)
 def test_values_of_no_class_are_refused(values, listed, word):
     with pytest.raises(InputError, match=f"f: .*{word}"):
         labels.class_numbers(np.array(values), "f", listed)
@@ -46,14 +62,19 @@ def test_values_of_no_class_are_refused(values, listed, word):
 
 def test_found_values_must_have_no_gap():
     assert labels.count_classes({0, 1, 2}, "f") == 3 and labels.count_classes({1}, "f") == 2
-    for found, word in (({0, 255}, "--labels 0,255"), ({0, 1, 2, 4}, "--labels 0,1,2,4"),
-                        ({0}, "nothing to learn"), (set(range(0, 200, 2)), "100 values")):
+    for found, word in (
+        ({0, 255}, "--labels 0,255"),
+        ({0, 1, 2, 4}, "--labels 0,1,2,4"),
+        ({0}, "nothing to learn"),
+        (set(range(0, 200, 2)), "100 values"),
+    ):
         with pytest.raises(InputError, match=word) as error:
             labels.count_classes(found, "f")
         assert len(str(error.value)) < 300
 
 
 # -------------------------------------------------------------------------------- NIfTI
+
 
 def test_nifti_labels_are_mapped_as_the_options_or_dataset_json_say(tmp_path, capsys, refused):
     src = make(tmp_path / "src", ["a", "b"])
@@ -62,7 +83,9 @@ def test_nifti_labels_are_mapped_as_the_options_or_dataset_json_say(tmp_path, ca
     save(src / "labelsTr" / "b.nii.gz", values.astype(np.int16))
     argv = [src, "--out", tmp_path / "g.h5"]
     refused(nifti.main, argv, "labelsTr", "--labels 0,1,2,4")
-    refused(nifti.main, [*argv, "--labels", "0,1,2"], "labelsTr", ".nii.gz: label value", "0 to 2 do")
+    refused(
+        nifti.main, [*argv, "--labels", "0,1,2"], "labelsTr", ".nii.gz: label value", "0 to 2 do"
+    )
     refused(nifti.main, [*argv, "--labels", "0,1,2,4", "--classes", "background,a"], "4 values")
     refused(nifti.main, [*argv, "--labels", "0,1,1"], "--labels")
 
@@ -71,6 +94,7 @@ def test_nifti_labels_are_mapped_as_the_options_or_dataset_json_say(tmp_path, ca
         for split in ("train", "val"):
             (entry,) = info.entries(split)
             assert (load(info, split, entry.name)[1] == np.minimum(values, 3)).all()
+
     names = ["background", "class 1", "class 2", "class 3"]
     right(convert(src, "--labels", "0,1,2,4", "--val", 0.5), names)
     assert "4 becomes 3" in capsys.readouterr().out
@@ -92,10 +116,13 @@ def test_nifti_values_0_and_255_are_two_classes_and_not_256(tmp_path, refused):
     refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "labelsTr", "--labels 0,255")
     info = convert(src, "--labels", "0,255", "--val", 0.5)
     assert info.classes == ["background", "class 1"]
-    assert (load(info, "val", info.entries("val")[0].name)[1] == np.resize([0, 0, 1], (4, 10, 12))).all()
+    assert (
+        load(info, "val", info.entries("val")[0].name)[1] == np.resize([0, 0, 1], (4, 10, 12))
+    ).all()
 
 
 # -------------------------------------------------------------------------------- ACDC and LA
+
 
 def store(path, label, image=None):
     """A source file; the image is noise unless given, label None: without one."""
@@ -153,12 +180,28 @@ def test_ssl4mis_labels_are_class_numbers(tmp_path, refused):
         assert info.classes == ["background", "left atrium"]
         assert all((y == truth).all() for y in labels_of(info))
     argv = ["--out", tmp_path / "g.h5"]
-    for i, (wrong, word) in enumerate(((256, "256"), (np.nan, "nan"), (-1, "-1"), (0.5, "0.5"), (9, "9"))):
+    for i, (wrong, word) in enumerate(
+        ((256, "256"), (np.nan, "nan"), (-1, "-1"), (0.5, "0.5"), (9, "9"))
+    ):
         change = lambda y: np.where(y == 1, wrong, y)
-        refused(ssl4mis.main, [la(tmp_path / f"la bad{i}", change), *argv], "mri_norm2.h5: label value", word)
-        refused(ssl4mis.main, [acdc(tmp_path / f"bad{i}", change), *argv], "slice_1.h5: label value", word)
+        refused(
+            ssl4mis.main,
+            [la(tmp_path / f"la bad{i}", change), *argv],
+            "mri_norm2.h5: label value",
+            word,
+        )
+        refused(
+            ssl4mis.main,
+            [acdc(tmp_path / f"bad{i}", change), *argv],
+            "slice_1.h5: label value",
+            word,
+        )
     src = acdc(tmp_path / "size")
-    store(src / "data" / "slices" / "patient001_frame01_slice_2.h5", np.zeros((15, 20)), np.zeros((16, 20)))
+    store(
+        src / "data" / "slices" / "patient001_frame01_slice_2.h5",
+        np.zeros((15, 20)),
+        np.zeros((16, 20)),
+    )
     refused(ssl4mis.main, [src, *argv], "slice_2.h5: label of shape (15, 20)")
     assert not (tmp_path / "g.h5").exists()
 
@@ -176,7 +219,9 @@ def test_names_of_acdc_and_la_are_not_given_to_other_data(tmp_path, capsys, refu
     refused(ssl4mis.main, [la(tmp_path / "empty", lambda y: y * 0), *argv], "empty", "--classes")
     zones = la(tmp_path / "zones", lambda y: y * np.resize([1, 2], y.shape))
     refused(ssl4mis.main, [zones, *argv], "label value 2", "--classes")
-    assert {int(v) for y in labels_of(from_lists(zones, "--classes", "b,x,y")) for v in np.unique(y)} == {0, 1, 2}
+    assert {
+        int(v) for y in labels_of(from_lists(zones, "--classes", "b,x,y")) for v in np.unique(y)
+    } == {0, 1, 2}
     capsys.readouterr()
     from_lists(prostate, "--classes", "background,zone,gland,tumor")
     assert "no label of this file holds 'tumor'" in capsys.readouterr().out
@@ -184,13 +229,19 @@ def test_names_of_acdc_and_la_are_not_given_to_other_data(tmp_path, capsys, refu
 
 def test_ssl4mis_images_that_are_none(tmp_path, refused):
     src, label = la(tmp_path / "la"), np.zeros((16, 20, 9), np.uint8)
-    for image, word in ((np.full(label.shape, np.inf), "infinite"), (np.full(label.shape, 1e300), "infinite"),
-                        (label[0], "axes"), (label * 1j, "complex"), (np.full(label.shape, b"x"), "type")):
+    for image, word in (
+        (np.full(label.shape, np.inf), "infinite"),
+        (np.full(label.shape, 1e300), "infinite"),
+        (label[0], "axes"),
+        (label * 1j, "complex"),
+        (np.full(label.shape, b"x"), "type"),
+    ):
         store(src / "set" / "ID1" / "mri_norm2.h5", label, image)
         refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "ID1/mri_norm2.h5", word)
 
 
 # -------------------------------------------------------------------------------- lists and tables
+
 
 def test_lists_in_any_usual_form(tmp_path, refused):
     path = tmp_path / "train.txt"
@@ -207,37 +258,68 @@ def test_lists_in_any_usual_form(tmp_path, refused):
 
 def test_tables_in_any_usual_form(tmp_path):
     path = tmp_path / "t.csv"
-    for text in ("frame,sequence\n1,2\n", "\ufeffframe;sequence\r\n1;2\r\n", "sequence\tframe \n2\t1\n", "frame,sequence,x\n1, 2,\n"):
+    for text in (
+        "frame,sequence\n1,2\n",
+        "\ufeffframe;sequence\r\n1;2\r\n",
+        "sequence\tframe \n2\t1\n",
+        "frame,sequence,x\n1, 2,\n",
+    ):
         path.write_text(text, encoding="utf-8")
         (row,) = read_table(path, ("frame", "sequence"))
         assert row["frame"] == "1" and row["sequence"] == "2"
-    for text, word in (("frame\n1\n", "no column 'sequence'"), ("frame,sequence\n1\n", "line 2 has no 'sequence'"),
-                       ("", "no column"), ("frame,sequence\n1,000,3\n", "line 2 has more cells"),
-                       ("frame,frame,sequence\n1,2,3\n", "2 column 'frame'")):
+    for text, word in (
+        ("frame\n1\n", "no column 'sequence'"),
+        ("frame,sequence\n1\n", "line 2 has no 'sequence'"),
+        ("", "no column"),
+        ("frame,sequence\n1,000,3\n", "line 2 has more cells"),
+        ("frame,frame,sequence\n1,2,3\n", "2 column 'frame'"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=f"t.csv: .*{word}"):
             read_table(path, ("frame", "sequence"))
 
 
 def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
-    for line, name in (("patient001_frame01_slice_1.h5", "patient001_frame01_slice_1"), ("data\\slices\\a b.h5", "a b"),
-                       ("set/ID/mri_norm2.h5", "ID"), ("ID/mri_norm2", "ID"), ("ID/", "ID"), ("ID", "ID"), ("/", "/")):
+    for line, name in (
+        ("patient001_frame01_slice_1.h5", "patient001_frame01_slice_1"),
+        ("data\\slices\\a b.h5", "a b"),
+        ("set/ID/mri_norm2.h5", "ID"),
+        ("ID/mri_norm2", "ID"),
+        ("ID/", "ID"),
+        ("ID", "ID"),
+        ("/", "/"),
+    ):
         assert ssl4mis.name_of(line) == name
     info = from_lists(la(tmp_path / "la", lines="2018/{}/mri_norm2.h5 \r\n"))
-    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {"train": ["ID0", "ID1", "ID2"], "val": ["ID3"]}
+    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {
+        "train": ["ID0", "ID1", "ID2"],
+        "val": ["ID3"],
+    }
     store(tmp_path / "la" / "old" / "ID1" / "mri_norm2.h5", np.zeros((16, 20, 9)))
-    refused(ssl4mis.main, [tmp_path / "la", "--out", tmp_path / "g.h5"], "old/ID1", "set/ID1", "same name")
+    refused(
+        ssl4mis.main,
+        [tmp_path / "la", "--out", tmp_path / "g.h5"],
+        "old/ID1",
+        "set/ID1",
+        "same name",
+    )
     src = acdc(tmp_path / "acdc")
     plain = from_lists(src)
     listed = (src / "train_slices.list").read_text().split()
-    (src / "train_slices.list").write_text("\r\n".join(f"data/slices/{n}.h5" for n in listed), encoding="utf-16")
+    (src / "train_slices.list").write_text(
+        "\r\n".join(f"data/slices/{n}.h5" for n in listed), encoding="utf-16"
+    )
     assert from_lists(src).checksum == plain.checksum
     capsys.readouterr()
-    (src / "train_slices.list").write_text("\n".join(n for n in listed if n != "patient001_frame01_slice_2"))
+    (src / "train_slices.list").write_text(
+        "\n".join(n for n in listed if n != "patient001_frame01_slice_2")
+    )
     from_lists(src)
     assert "patient001_frame01 has 2 slices between 1 and 3" in capsys.readouterr().out
     (src / "train_slices.list").write_text("\n".join([*listed, listed[0] + ".h5"]))
-    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "train_slices.list", listed[0], "line 1")
+    refused(
+        ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "train_slices.list", listed[0], "line 1"
+    )
 
 
 def test_lists_and_sequences_of_pictures(tmp_path, refused):
@@ -247,24 +329,45 @@ def test_lists_and_sequences_of_pictures(tmp_path, refused):
     out = ["--out", str(tmp_path / "f.h5")]
     images.main([str(src), *out])
     info = h5.read_info(tmp_path / "f.h5")
-    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {"train": ["p3", "p1"], "val": ["p0"]}
-    for text, words in (("p0\np0\n", ("val.txt", "line 2", "'p0'")), ("p1", ("val.txt", "p1", "train.txt")), ("p0.png", ("val.txt", "such as 'p0'"))):
+    assert {s: [e.name for e in es] for s, es in info.splits.items()} == {
+        "train": ["p3", "p1"],
+        "val": ["p0"],
+    }
+    for text, words in (
+        ("p0\np0\n", ("val.txt", "line 2", "'p0'")),
+        ("p1", ("val.txt", "p1", "train.txt")),
+        ("p0.png", ("val.txt", "such as 'p0'")),
+    ):
         (src / "val.txt").write_text(text)
         refused(images.main, [src, *out], *words)
     (src / "train.txt").unlink(), (src / "val.txt").unlink()
     (src / "images").rename(src / "Original"), (src / "masks").rename(src / "Ground Truth")
     argv = [src, "--preset", "cvc", *out]
-    (src / "sequences.csv").write_text("frame;sequence\np0;1\np1;1\np2;2\np3;03\n", encoding="utf-16")
+    (src / "sequences.csv").write_text(
+        "frame;sequence\np0;1\np1;1\np2;2\np3;03\n", encoding="utf-16"
+    )
     images.main([str(a) for a in (*argv, "--val", "0.34")])
-    patients = {e.name: e.patient for es in h5.read_info(tmp_path / "f.h5").splits.values() for e in es}
-    assert patients == {"p0": "sequence01", "p1": "sequence01", "p2": "sequence02", "p3": "sequence03"}
-    for text, word in (("frame,sequence\np0,1\np0,2\n", "p0 comes twice"), ("frame,sequence\np0,1.0\n", "'1.0'"),
-                       ("frame,sequence\np0,1\n", "frame p1 has no sequence"), ("a,b\n1,2\n", "no column 'frame'")):
+    patients = {
+        e.name: e.patient for es in h5.read_info(tmp_path / "f.h5").splits.values() for e in es
+    }
+    assert patients == {
+        "p0": "sequence01",
+        "p1": "sequence01",
+        "p2": "sequence02",
+        "p3": "sequence03",
+    }
+    for text, word in (
+        ("frame,sequence\np0,1\np0,2\n", "p0 comes twice"),
+        ("frame,sequence\np0,1.0\n", "'1.0'"),
+        ("frame,sequence\np0,1\n", "frame p1 has no sequence"),
+        ("a,b\n1,2\n", "no column 'frame'"),
+    ):
         (src / "sequences.csv").write_text(text)
         refused(images.main, argv, "sequences.csv", word)
 
 
 # -------------------------------------------------------------------------------- pictures
+
 
 def test_masks_of_listed_values(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 3)
@@ -293,17 +396,32 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
     info = h5.read_info(tmp_path / "f.h5")
     assert all(e.patient == e.name[:3] for es in info.splits.values() for e in es)
     assert [len({e.patient for e in info.entries(s)}) for s in ("train", "val")] == [2, 2]
-    (src / "train.txt").write_text("\n".join(names[:4])), (src / "val.txt").write_text("\n".join(names[4:]))
+    (src / "train.txt").write_text("\n".join(names[:4])), (src / "val.txt").write_text(
+        "\n".join(names[4:])
+    )
     images.main(argv)
     assert "count as two patients" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("names, told", [
-    (["img001", "img002", "img003"], False), (["IMD002", "IMD003"], False), (["1", "2", "10"], False),
-    (["ISIC_0012345", "ISIC_0012346"], False), (["IMG_1", "IMG_2"], False), (["case_0001", "case_0002"], False),
-    (["la_2018_1", "la_2018_2"], False), (["21_training", "22_training"], False), (["cju0qk8", "cju1zz2"], False),
-    (["p01_1", "p01_2", "p02_1"], True), (["patient001_frame01", "patient001_frame12", "patient002_frame01"], True),
-    (["21-left", "21-right", "22-left"], True), (["p1a", "p1b", "p2a", "p2b"], True), (["P1S3", "P1S4", "P2S1"], True)])
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (["img001", "img002", "img003"], False),
+        (["IMD002", "IMD003"], False),
+        (["1", "2", "10"], False),
+        (["ISIC_0012345", "ISIC_0012346"], False),
+        (["IMG_1", "IMG_2"], False),
+        (["case_0001", "case_0002"], False),
+        (["la_2018_1", "la_2018_2"], False),
+        (["21_training", "22_training"], False),
+        (["cju0qk8", "cju1zz2"], False),
+        (["p01_1", "p01_2", "p02_1"], True),
+        (["patient001_frame01", "patient001_frame12", "patient002_frame01"], True),
+        (["21-left", "21-right", "22-left"], True),
+        (["p1a", "p1b", "p2a", "p2b"], True),
+        (["P1S3", "P1S4", "P2S1"], True),
+    ],
+)
 def test_a_note_where_names_look_like_those_of_one_patient(names, told, capsys):
     images.note_patients([(n, None, None, n, None) for n in names])
     said = capsys.readouterr().out
@@ -314,23 +432,33 @@ def test_a_note_where_names_look_like_those_of_one_patient(names, told, capsys):
 
 # -------------------------------------------------------------------------------- absent classes
 
+
 def dataset(path, val, train=(0, 1, 2, 3), count=2):
-    """Squares of some classes, one below the other, in two cases of each split; case 0 of val lacks the last of them."""
+    """Squares of some classes, one below the other, in some cases of each split.
+
+    Case 0 of val lacks the last of these classes.
+    """
+
     def cases():
         for split, held in (("train", train), ("val", val)):
             for i in range(count):
                 label = np.zeros((32, 32), np.uint8)
                 for k in held[:-1] if split == "val" and i == 0 and len(held) > 2 else held:
-                    label[8 * k:8 * k + 6, 4:20] = k
+                    label[8 * k : 8 * k + 6, 4:20] = k
                 image = np.random.default_rng(i).random(label.shape, np.float32) + label
                 yield h5.Case(split, f"{split}{i}", image.astype(np.float32), label, f"{split}{i}")
-    return h5.write(str(path), cases(), name="f", classes=["background", "a", "b", "c"], dims=2, channels=1)
+
+    return h5.write(
+        str(path), cases(), name="f", classes=["background", "a", "b", "c"], dims=2, channels=1
+    )
 
 
 def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     info = dataset(tmp_path / "f.h5", (0, 1, 3))
     held = h5.held_classes(info, "val")
-    assert held.tolist() == [True, False, True] and h5.held_classes(info, "val", ["val0"]).tolist() == [True, False, False]
+    assert held.tolist() == [True, False, True] and h5.held_classes(
+        info, "val", ["val0"]
+    ).tolist() == [True, False, False]
     assert h5.held_classes(info, "train").all()
     mean, per_class = evaluate.mean_dice([[0.5, 1.0, 1.0], [0.3, 1.0, 0.2]], held)
     assert mean == pytest.approx((0.4 + 0.6) / 2) and per_class == pytest.approx([0.4, None, 0.6])
@@ -338,34 +466,70 @@ def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     assert "note: no label of val holds 'b'" in capsys.readouterr().out
     h5.report(dataset(tmp_path / "g.h5", (0, 1), (0, 1, 2)))
     said = capsys.readouterr().out
-    assert "note: no label of this file holds 'c'" in said and "note: no label of val holds 'b':" in said
+    assert (
+        "note: no label of this file holds 'c'" in said
+        and "note: no label of val holds 'b':" in said
+    )
     assert "of train" not in said
 
 
-def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(tmp_path, capsys, unrendered, refused):
+def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(
+    tmp_path, capsys, unrendered, refused
+):
     info, out = dataset(tmp_path / "f.h5", (0, 1, 3)), tmp_path / "out"
-    runs = [make_run(tmp_path / n, info, seed=s, method=m) for n, s, m in (("a", 0, "supervised"), ("b", 1, "ict"))]
-    evaluate.main([info.path, *runs, "--out", str(out), "--baseline", "supervised", "--pictures", "1"])
+    runs = [
+        make_run(tmp_path / n, info, seed=s, method=m)
+        for n, s, m in (("a", 0, "supervised"), ("b", 1, "ict"))
+    ]
+    evaluate.main(
+        [info.path, *runs, "--out", str(out), "--baseline", "supervised", "--pictures", "1"]
+    )
     rows = list(csv.DictReader(open(out / "cases.csv")))
     assert {r["class"] for r in rows} == {"a", "c"} and len(rows) == 2 * 2 * 2
     summary = json.loads((out / "summary.json").read_text())
     for row, path in zip(summary["rows"], runs):
         mine = [r for r in rows if r["checkpoint"] == path]
-        for column, key, scale in (("Dice %", "dice", 100), ("Jaccard %", "jaccard", 100), ("HD95 px", "hd95", 1), ("ASD px", "asd", 1)):
+        for column, key, scale in (
+            ("Dice %", "dice", 100),
+            ("Jaccard %", "jaccard", 100),
+            ("HD95 px", "hd95", 1),
+            ("ASD px", "asd", 1),
+        ):
             assert row[column] == pytest.approx([scale * np.mean([float(r[key]) for r in mine])])
         assert row["Dice % b"] is None and len(row["Dice % a"]) == len(row["Dice % c"]) == 1
     mean = [np.mean([float(r["dice"]) for r in rows if r["checkpoint"] == path]) for path in runs]
-    assert summary["rows"][1]["Δ Dice"] == pytest.approx(100 * (mean[1] - mean[0])) and summary["absent"] == ["b"]
+    assert summary["rows"][1]["Δ Dice"] == pytest.approx(100 * (mean[1] - mean[0])) and summary[
+        "absent"
+    ] == ["b"]
     text = (out / "summary.md").read_text()
-    assert "no label of val holds 'b'" in text.split("\n")[-2] and " | - | " in text and "no label of val" in capsys.readouterr().out
+    assert (
+        "no label of val holds 'b'" in text.split("\n")[-2]
+        and " | - | " in text
+        and "no label of val" in capsys.readouterr().out
+    )
     nothing = dataset(tmp_path / "g.h5", (0,))
     refused(evaluate.main, [nothing.path, runs[0], "--out", out], "g.h5: /val", "no class")
 
 
 def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, refused):
-    info, values = dataset(tmp_path / "f.h5", (0, 1, 3)), iter([[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]])
+    info, values = dataset(tmp_path / "f.h5", (0, 1, 3)), iter(
+        [[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]]
+    )
     monkeypatch.setattr(evaluate, "dice_table", lambda *_: [next(values)] * 2)
-    argv = ["--out", str(tmp_path / "run"), "--size", "32", "--width", "2", "--batch", "2", "--steps", "3", "--eval-every", "1"]
+    argv = [
+        "--out",
+        str(tmp_path / "run"),
+        "--size",
+        "32",
+        "--width",
+        "2",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--eval-every",
+        "1",
+    ]
     train_ssl.main([info.path, *argv])
     assert "note: no label of val holds 'b'" in capsys.readouterr().out
     best = evaluate.load_checkpoint(str(tmp_path / "run" / "best.pt"), "ssl")["best"]
@@ -374,4 +538,9 @@ def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, r
     assert [float(r["val_dice"]) for r in log] == pytest.approx([0.3, 0.5, 0.1])
     assert {r["val_b"] for r in log} == {""} and [r["val_c"] for r in log] == ["0.4", "0.5", "0.1"]
     nothing = dataset(tmp_path / "g.h5", (0,))
-    refused(train_ssl.main, [nothing.path, *argv[:1], tmp_path / "o", *argv[2:]], "g.h5: /val", "no class")
+    refused(
+        train_ssl.main,
+        [nothing.path, *argv[:1], tmp_path / "o", *argv[2:]],
+        "g.h5: /val",
+        "no class",
+    )
