@@ -591,8 +591,9 @@ def shells(tmp_path):
     from test_nifti import ball, stored_along
     shape = (20, 24, 26)
     label = ball(shape, (10, 12, 13), 9.2) - ball(shape, (10, 12, 13), 7.7)
+    bright = label | ball(shape, (1, 1, 1), 3)  # and a speck, which is no part of the shell
     for i, axes in enumerate(("SAR", "SAR", "SPL")):
-        for part, values in (("images", np.float32(label) * 400 - 200), ("labels", label)):
+        for part, values in (("images", np.float32(bright) * 400 - 200), ("labels", label)):
             stored_along(tmp_path / "src" / f"{part}Tr" / f"c{i}.nii", axes, values)
     (tmp_path / "src" / "val.txt").write_text("c0\nc2\n")
     (tmp_path / "src" / "train.txt").write_text("c1\n")
@@ -644,9 +645,11 @@ def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
     info = h5.read_info(str(tmp_path / "f.h5"))
     run, load_run = make_run(tmp_path / "run", info), evaluate.load_run
     monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
-    options = ["--grid", "source", "--pictures", "1"]
+    drawn, options = [], ["--grid", "source", "--pictures", "1"]
+    monkeypatch.setattr(figures, "cases", lambda path, rows, *_, **__: drawn.extend(sum(rows, [])))
     evaluate.main([info.path, run, "--out", str(tmp_path / "o"), *options])
     evaluate.main([info.path, run, "--predict", "--split", "val", "--out", str(tmp_path / "p")])
+    assert drawn and all(m is None or m.shape == i.shape[:2] for _, i, m, _ in drawn)
     row, = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
     mask, truth = (images.read_mask(p / f"{row['case']}.png", info.classes) > 0
                    for p in (tmp_path / "p" / "masks", tmp_path / "src" / "masks"))

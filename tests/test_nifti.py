@@ -496,6 +496,15 @@ def test_masks_have_the_header_of_their_source(ending, order, fields, tmp_path):
     assert (ours["cal_max"], ours["toffset"], ours["intent_code"]) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("fields", [
+    SFORM, QFORM, QFORM | SFORM, QFORM | dict(pixdim=[0, 0.8, 0.8, 2.5, 0, 0, 0, 0]),
+    SFORM | dict(sform_code=0, qform_code=2, quatern_c=0.4), MICRONS | dict(quatern_d=0.7)])
+def test_the_affine_is_that_of_nibabel_in_mm(fields, tmp_path):
+    path = nii(tmp_path / "a.nii", np.zeros((3, 4, 5), np.int16), **fields)
+    want = nibabel.load(path).affine[:3] * (1e-3 if "xyzt_units" in fields else 1)
+    assert np.allclose(nifti.load(path).affine[:3], want, rtol=0, atol=1e-9)
+
+
 def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
     src = tmp_path / "src"
     label = pair(src, **QFORM)
