@@ -268,7 +268,7 @@ def to_gray(mask, file, K):
     values, counts = np.unique(brightest, axis=0, return_counts=True)
     color = values[counts.argmax()]
     faded = level[..., None] * (color / level.max())  # on the way from black to the color
-    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION or level.min() > NEAR:
+    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION:
         raise InputError(f"{file.path}: a mask of several colors, or of one on a background that is "
                          "not black; save the foreground as 255 and all else as 0")
     return level
