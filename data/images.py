@@ -44,7 +44,7 @@ def pictures(folder):
 def say_unread(folders):
     """Prints how many files and folders in some folders are no pictures for us, if there are any."""
     found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
-    unread = [p for p in found if p.is_dir() or p.suffix.lower() not in PICTURES | IGNORED]
+    unread = [p for p in found if p.suffix.lower() not in PICTURES | IGNORED]
     if unread:
         print(f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
               f"{unread[0]}; read are {', '.join(sorted(PICTURES))}")

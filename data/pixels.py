@@ -268,7 +268,7 @@ def to_gray(mask, file, K):
     values, counts = np.unique(brightest, axis=0, return_counts=True)
     color = values[counts.argmax()]
     faded = level[..., None] * (color / level.max())  # on the way from black to the color
-    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION or level.min() > NEAR:
+    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION:
         raise InputError(f"{file.path}: a mask of several colors, or of one on a background that is "
                          "not black; save the foreground as 255 and all else as 0")
     return level
@@ -311,7 +311,7 @@ def other_levels(mask, top, notes, path):
         return f"regions or lines of {np.flatnonzero(every)[1]}"
     equal = cv2.erode(mask, block, anchor=(0, 0)) == cv2.dilate(mask, block, anchor=(0, 0))
     thick = cv2.dilate((equal & between).astype(np.uint8), block, anchor=(1, 1)) > 0
-    if LINE <= between.sum() < 2 * (thick & between).sum():
+    if LINE <= between.sum() < 3 * (thick & between).sum():
         return f"lines of {levels_of(mask[between]).argmax()}"
     regions = [v for v in range(1, top) if flat[v] >= max(REGION, every[v] / 4)]
     if wrong := [v for v in regions if not NUMBERS <= v <= NEAR]:

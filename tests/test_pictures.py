@@ -148,6 +148,7 @@ HALVED = cv2.resize(DISC[:, 1:-1] * 255, (27, 20), interpolation=cv2.INTER_AREA)
 BOX = np.pad(np.full((13, 17), 255, np.uint8), 9)
 HALVED_BOX = cv2.resize(BOX[:-1, :-1], (17, 15), interpolation=cv2.INTER_AREA)
 ENLARGED = cv2.resize(DISC * 255, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+SOFT = cv2.resize(DISC * 255, None, fx=6, fy=6, interpolation=cv2.INTER_LINEAR)
 FRAME = np.where(np.add.outer(range(40), range(56)) < 30, 11, DISC * 255).astype(np.uint8)
 MASKS = {
     "zero_one.png": (DISC, {}, DISC),
@@ -167,6 +168,8 @@ MASKS = {
                         cv2.GaussianBlur(DISC * 255, (5, 5), 0) > 127),
     "palette.png": (DISC, dict(palette=[WHITE, RED]), DISC),          # the index is the class
     "bright.png": (DISC, dict(palette=[BLACK, (9, 0, 0)]), DISC),     # also a dark one
+    "unused.png": (DISC * 0, dict(palette=[WHITE, (0, 0, 255)]), DISC * 0),
+    "dim_palette.png": (DISC, dict(palette=[BLACK, (60, 60, 60)]), DISC),
     "palette_gray.png": (DISC, dict(palette=[BLACK, WHITE]), DISC),
     "palette_levels.png": (DISC * 255, dict(palette=np.repeat(range(256), 3)), DISC),
     "palette_sorted.png": (DISC * 2 + 1, dict(palette=[RED, BLACK, RED, WHITE]), DISC),
@@ -176,6 +179,7 @@ MASKS = {
     "halved.png": (HALVED, {}, HALVED > 127),
     "box.png": (HALVED_BOX, {}, HALVED_BOX > 127),
     "enlarged.png": (ENLARGED, {}, ENLARGED > 127),
+    "soft.png": (SOFT, {}, SOFT > 127),
     "jpeg.jpg": (DISC * 255, {}, DISC),
     "frame.png": (FRAME, {}, FRAME == 255)}                           # as in CVC-ClinicDB
 
