@@ -223,7 +223,8 @@ def read_mask(path, classes, notes=None):
         return binary(mask, file, notes)
     if mask.max() >= K:
         raise InputError(f"{path}: values up to {mask.max()}; there are {K} classes (0 to {K - 1}): "
-                         "name all of them with --classes, or renumber the mask")
+                         "name all of them with --classes, or say with --labels which values "
+                         "stand for them")
     return mask
 
 
@@ -285,14 +286,15 @@ def binary(mask, file, notes=None):
     if top < 128 or file.lossy and top < 255 - NEAR:
         raise InputError(f"{file.path}: values {shares(mask)} look like class numbers" + (
             ", which JPEG changes; save the mask as PNG from where it was made" if file.lossy else
-            "; name the classes with --classes, or save the foreground as 255"))
+            "; name the classes with --classes, say with --labels which values stand for "
+            "them, or save the foreground as 255"))
     if NEAR < low < 255 - NEAR:
         raise InputError(f"{file.path}: values {shares(mask)}, none of them near 0; save the "
                          "background as 0 and the foreground as 255")
     if (levels := other_levels(mask, top, notes, file.path)):
         raise InputError(f"{file.path}: values {shares(mask)}, so not a mask of two classes "
                          f"({levels}); save the foreground as 255 and all else as 0, or name all "
-                         "classes with --classes")
+                         "classes with --classes (and their values with --labels)")
     if top < 255 - NEAR:
         note(notes, f"foreground of value {top}, not 255", file.path)
     return (mask > top // 2).astype(np.uint8)
