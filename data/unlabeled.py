@@ -55,7 +55,10 @@ def convert(source, out, data):
     if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
         raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
     notes = {}
-    cases = pictures(paths, data["channels"] == 1, notes) if kind == "pictures" else volumes(paths, how)
+    if kind == "pictures":
+        cases = pictures(paths, data["channels"] == 1, notes)
+    else:
+        cases = volumes(paths, how)
     try:
         info = h5.write(out, cases, name=Path(source).resolve().name,
                         classes=data["classes"], dims=data["dims"], channels=data["channels"], standardize=data.get("standardize", True), prepared=prepared)
