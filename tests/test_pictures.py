@@ -204,8 +204,10 @@ def test_masks_of_several_classes(tmp_path):
             ("gray.png", LABEL, {}), ("float.tif", LABEL.astype(np.float64), {}),
             ("rgb.png", np.dstack([LABEL] * 3), {}), ("palette.png", LABEL, dict(palette=colors)),
             ("gray_palette.png", 3 - LABEL, dict(palette=[[3 - k] * 3 for k in range(4)]))):
-        found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR)
+        notes = {}
+        found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR, notes)
         assert found.dtype == np.uint8 and (found == LABEL).all(), name
+        assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
 
 
 BORDERED = np.where(RING > 0, 255, DISC)      # a class number with a border of 255: void
