@@ -545,7 +545,7 @@ def check_prepared(known, others):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    InputError if intensities mean something else. Other differences are a note, once. Where one
+    InputError if intensities or axes mean something else. Other differences are a note, once. Where one
     side says nothing, as older files and checkpoints do, only `standardize` is compared.
     """
     first = next(iter(known))
@@ -561,6 +561,11 @@ def check_prepared(known, others):
             remedy = remedy if name == first else "leave one of them out"
             raise InputError(f"{other}: its images were {_words_of(data)}, but those of {name} "
                              f"were {_words_of(known[name])}; {remedy}")
+        ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
+        if ours and theirs and ours != theirs:
+            raise InputError(f"{other}: D, H and W of its images point along the body axes "
+                             f"{theirs}, but those of {path} along {ours}; convert {first} again "
+                             f"with --axes {theirs}")
         if differences := _differences(_prepared(data), _prepared(known[path])):
             notes.setdefault(differences, []).append(other)
     for differences, paths in notes.items():

@@ -14,10 +14,10 @@ What each preset reads under SRC:
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
 otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
-otherwise.
-Binary masks are cut at half of their range; with more than two --classes, mask pixels are class
-numbers. --labels lists the values of other masks: 0,128,255 become the classes 0, 1, 2. What is
-neither, and what a decoder would shorten, is refused: see data/pixels.py, which reads the files.
+otherwise. Masks of two classes are 0 and 1, or black and white with edges that may be gray. With
+more than two --classes, mask pixels are class numbers. --labels lists the values of other masks:
+0,128,255 become the classes 0, 1, 2. All else is refused, and so are pictures that a decoder would
+cut short; data/pixels.py has the rules. Notes tell which files are not read.
 """
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def pictures(folder):
 
 
 def say_unread(folders):
-    """Prints how many files and folders in some folders are no pictures for us, if there are any."""
+    """Prints how many files and folders in some folders are not read as pictures, if any."""
     found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
     unread = [p for p in found if p.suffix.lower() not in PICTURES | IGNORED]
     if unread:
@@ -103,7 +103,8 @@ def find_folder(src):
 
 SHOWS = dict(ph2="lesion", cvc="polyp", isic="lesion", folder="foreground")
 FOLDERS = dict(ph2=["**/*_Dermoscopic_Image", "**/*_lesion"], cvc=["Original", "Ground Truth"],
-               isic=["**/*Input*", "**/*GroundTruth*"], folder=["images", "masks", "*/images", "*/masks"])
+               isic=["**/*Input*", "**/*GroundTruth*"],
+               folder=["images", "masks", "*/images", "*/masks"])
 PRESETS = {f.__name__.removeprefix("find_"): f for f in (find_ph2, find_cvc, find_isic, find_folder)}
 
 
@@ -183,8 +184,8 @@ def read_pair(image_path, mask_path, classes, gray, notes=None):
     if mask_path is None:
         return image, None
     if turned:  # many programs would have shown it turned when its mask was drawn
-        raise InputError(f"{image_path}: is stored turned (EXIF orientation), so nobody knows whether "
-                         "its mask is, too; save both upright")
+        raise InputError(f"{image_path}: is stored turned (EXIF orientation), so nobody knows "
+                         "whether its mask is, too; save both upright")
     mask = read_mask(mask_path, classes, notes)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "

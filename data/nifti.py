@@ -475,6 +475,8 @@ def main(argv=None):
     p.add_argument("src", help="folder that holds imagesTr and labelsTr")
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument("--spacing", metavar="D,H,W", help="resample to this spacing in mm; default: each case keeps its own")
+    p.add_argument("--axes", help="body axes that D, H and W are turned to, such as SAR for up, "
+                   "front and right; default: those of most volumes")
     p.add_argument("--intensity", choices=("mr", "ct"), default="mr",
                    help="mr: each case to mean 0, deviation 1; ct: one window for all")
     p.add_argument("--clip", metavar="LOW,HIGH", help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)")
@@ -498,6 +500,9 @@ def main(argv=None):
         raise InputError("--val and --test are shares that must leave something to train on")
     if args.clip and args.intensity == "mr":
         raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
+    if args.axes and not space.are_axes(args.axes):
+        raise InputError(f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, "
+                         "as in SAR")
     args.spacing = decimals("--spacing", args.spacing, 3, low=0) if args.spacing else None
     window = decimals("--clip", args.clip or "-175,250", 2) if args.intensity == "ct" else None
     if window and window[0] >= window[1]:
@@ -509,7 +514,7 @@ def main(argv=None):
         raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
     rows = split_cases(rows, lists, args)
     classes, values = name_classes(src, args.classes, args.labels, [r[2] for r in rows if r[2]])
-    axes, notes = common_axes([r[1] for r in rows]), defaultdict(list)
+    axes, notes = args.axes or common_axes([r[1] for r in rows]), defaultdict(list)
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
     cases = (read_case(row, how, src, notes, values) for row in rows)
     info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,

@@ -1,8 +1,8 @@
-"""One picture file: its pixels as an image, or as a mask of class numbers; or an error that says why.
+"""A picture file as an image or as a mask of class numbers, or an error that says why not.
 
-Images keep their depth: 8 bits as uint8, all else (10 to 16 bits, int32, float) as float32. A file is
-refused where a decoder would drop or change something without a word: several pages, transparency,
-channels beyond gray or RGB, CMYK and Lab colors, NaN.
+Images keep their depth: 8 bits as uint8, all else (10 to 16 bits, int32, float) as float32. A file
+is refused where a decoder would drop or change something without a word: several pages,
+transparency, channels beyond gray or RGB, CMYK and Lab colors. NaN is refused, too.
 
 Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 and 1. Gray levels
 between black and white are cut at half of the range where they lie on edges, as in masks that were
@@ -38,10 +38,12 @@ NUMBERS = 8  # levels below this are class numbers where they form regions: 0, 1
 SMOOTH = 8   # neighbors in a region differ by no more; across a blurred edge they differ by more
 REGION = 9   # pixels from which on a region counts, each amid equal neighbors
 LINE = 16    # pixels from which on a line counts
+FEW = 16     # values in a mask that was not compressed as JPEG: there, white may be a region of 253
 
 TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
 PALETTE = "colored palette; its indices are taken as class numbers"
-DARK = f"nearly black regions (values {NUMBERS} to {NEAR}); they are taken as background"
+EMPTY = "JPEG mask without foreground; JPEG may have erased it, if it was 0 and 1"
+DARK = f"nearly black regions (values up to {NEAR}); they are taken as background"
 
 
 @dataclass
@@ -103,8 +105,8 @@ def check_file(path, content):
     if opened and opened.has_transparency_data:
         lowest = lowest_opacity(opened)
         if lowest < 255:
-            raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), and "
-                             "nobody knows what was seen there; save it without transparency")
+            raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), "
+                             "and nobody knows what was seen there; save it without transparency")
     turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
     return File(path, content, opened, turned, lossy)
@@ -210,8 +212,8 @@ def read_mask(path, classes, notes=None):
     """
     file, K = examine(path), len(classes)
     if file.turned:
-        raise InputError(f"{path}: is stored turned (EXIF orientation), so nobody knows whether its "
-                         "image is, too; save both upright")
+        raise InputError(f"{path}: is stored turned (EXIF orientation), so nobody knows whether "
+                         "its image is, too; save both upright")
     if K > 2 and file.lossy:
         raise InputError(f"{path}: JPEG and the like change class numbers; save the mask as PNG "
                          "from where it was made")
@@ -222,8 +224,8 @@ def read_mask(path, classes, notes=None):
     if K == 2:
         return binary(mask, file, notes)
     if mask.max() >= K:
-        raise InputError(f"{path}: values up to {mask.max()}; there are {K} classes (0 to {K - 1}): "
-                         "name all of them with --classes, or say with --labels which values "
+        raise InputError(f"{path}: values up to {mask.max()}, but there are {K} classes (0 to "
+                         f"{K - 1}); name all of them with --classes, or say with --labels which values "
                          "stand for them")
     return mask
 
@@ -270,8 +272,8 @@ def to_gray(mask, file, K):
     color = values[counts.argmax()]
     faded = level[..., None] * (color / level.max())  # on the way from black to the color
     if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION:
-        raise InputError(f"{file.path}: a mask of several colors, or of one on a background that is "
-                         "not black; save the foreground as 255 and all else as 0")
+        raise InputError(f"{file.path}: a mask of several colors, or of one on a background that "
+                         "is not black; save the foreground as 255 and all else as 0")
     return level
 
 
@@ -281,6 +283,8 @@ def binary(mask, file, notes=None):
     InputError if there are other levels than two, apart from edges; see the top of this file.
     """
     low, top = int(mask.min()), int(mask.max())
+    if top == 0 and file.lossy:
+        note(notes, EMPTY, file.path)
     if top == 0 or top == 1 and not file.lossy:
         return mask
     if top < 128 or file.lossy and top < 255 - NEAR:
@@ -308,6 +312,8 @@ def other_levels(mask, top, notes, path):
     region = (brightest - darkest <= SMOOTH) & (darkest > NEAR) & (brightest < top - NEAR)
     if region.sum() >= max(REGION, between.sum() / 100):
         return f"regions of {levels_of(mask[region]).argmax()}"
+    if between.mean() > 0.5:
+        return "most of it neither black nor white"
     every, flat = levels_of(mask), levels_of(mask[brightest == darkest])
     if (every > 0).sum() == 3 and max(between.sum(), every[1:NUMBERS].sum()) >= LINE:
         return f"regions or lines of {np.flatnonzero(every)[1]}"
@@ -316,9 +322,10 @@ def other_levels(mask, top, notes, path):
     if LINE <= between.sum() < 3 * (thick & between).sum():
         return f"lines of {levels_of(mask[between]).argmax()}"
     regions = [v for v in range(1, top) if flat[v] >= max(REGION, every[v] / 4)]
-    if wrong := [v for v in regions if not NUMBERS <= v <= NEAR]:
+    wrong = [v for v in regions if not NUMBERS <= v <= NEAR]
+    if wrong and (every > 0).sum() <= FEW:
         return f"regions of {wrong[0]}"
-    if regions:
+    if any(v <= NEAR for v in regions):
         note(notes, DARK, path)
     return ""
 

@@ -149,6 +149,8 @@ BOX = np.pad(np.full((13, 17), 255, np.uint8), 9)
 HALVED_BOX = cv2.resize(BOX[:-1, :-1], (17, 15), interpolation=cv2.INTER_AREA)
 ENLARGED = cv2.resize(DISC * 255, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
 SOFT = cv2.resize(DISC * 255, None, fx=6, fy=6, interpolation=cv2.INTER_LINEAR)
+LARGE = cv2.circle(np.zeros((120, 160), np.uint8), (80, 60), 40, 255, -1)
+WORN = cv2.imdecode(cv2.imencode(".jpg", LARGE, [cv2.IMWRITE_JPEG_QUALITY, 20])[1], 0)
 FRAME = np.where(np.add.outer(range(40), range(56)) < 30, 11, DISC * 255).astype(np.uint8)
 MASKS = {
     "zero_one.png": (DISC, {}, DISC),
@@ -179,6 +181,8 @@ MASKS = {
     "halved.png": (HALVED, {}, HALVED > 127),
     "box.png": (HALVED_BOX, {}, HALVED_BOX > 127),
     "enlarged.png": (ENLARGED, {}, ENLARGED > 127),
+    "worn.jpg": (Image.fromarray(LARGE), dict(quality=20), None),
+    "worn.png": (WORN, {}, WORN > 127),          # once a JPEG: white is 253
     "soft.png": (SOFT, {}, SOFT > 127),
     "jpeg.jpg": (DISC * 255, {}, DISC),
     "frame.png": (FRAME, {}, FRAME == 255)}                           # as in CVC-ClinicDB
@@ -187,7 +191,10 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_of_two_classes(name, tmp_path):
     mask, options, expected = MASKS[name]
-    found = pixels.read_mask(save(tmp_path / name, mask, **options), TWO)
+    path = save(tmp_path / name, mask, **options)
+    found = pixels.read_mask(path, TWO)
+    if expected is None:
+        expected = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127
     assert found.dtype == np.uint8 and (found == expected).all()
 
 
@@ -197,8 +204,10 @@ def test_masks_of_several_classes(tmp_path):
             ("gray.png", LABEL, {}), ("float.tif", LABEL.astype(np.float64), {}),
             ("rgb.png", np.dstack([LABEL] * 3), {}), ("palette.png", LABEL, dict(palette=colors)),
             ("gray_palette.png", 3 - LABEL, dict(palette=[[3 - k] * 3 for k in range(4)]))):
-        found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR)
+        notes = {}
+        found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR, notes)
         assert found.dtype == np.uint8 and (found == LABEL).all(), name
+        assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
 
 
 BORDERED = np.where(RING > 0, 255, DISC)      # a class number with a border of 255: void
@@ -216,6 +225,7 @@ UNCLEAR = {
     "third.tif": (DISC * np.uint16(30000) + HEART * np.uint16(35535), {}, "of 117"),
     "fourth.png": (np.where(RING > 0, 85, DISC * 170) + HEART * 85, {}, "85 .*, 170 .*, 255"),
     "nearly.png": (DISC * 240 + HEART * 15, {}, "of 240"),
+    "photograph.png": (GRAY, {}, "neither black nor white"),
     "classes.png": (DISC + HEART, {}, "2 .*look like class numbers.*--classes"),
     "jpeg.jpg": (DISC, {}, "1 .*JPEG.*PNG"),
     "jpeg_dim.jpg": (DISC * 160, {}, "160 .*JPEG"),
@@ -269,6 +279,8 @@ def folder(tmp_path):
     for name, image in (("a.png", RGB), ("b.png", DEEP), ("c.tif", RGB / np.float32(255))):
         save(src / "images" / name, image)
         save(src / "masks" / f"{name[0]}.png", FRAME if name == "a.png" else DISC * 200)
+    save(src / "images" / "e.png", GRAY)
+    save(src / "masks" / "e.jpg", DISC * 0)
     save(src / "images" / "d.jpg", Image.fromarray(RGB), **turned(6))
     for name in ("images/x.gif", "masks/a.npy", "images/Thumbs.db", "images/.x.gif", "masks/a.txt"):
         (src / name).touch()
@@ -280,10 +292,11 @@ def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
     """Values and types in the file; a line for what is not read, and for what is doubtful."""
     images.main([str(folder), "--out", str(tmp_path / "f.h5"), "--val", "0", *options])
     said = capsys.readouterr().out
-    assert "images/more; read are .bmp" in said and "note: 3 of 12 files and folders are" in said
+    assert "images/more; read are .bmp" in said and "note: 3 of 14 files and folders are" in said
     assert "validation is not read; the names of splits are train" in said
     assert "note: 1 file, such as" in said and "images/d.jpg: stored turned" in said
-    assert "masks/a.png: nearly black regions" in said and said.count("note:") == 5
+    assert "masks/a.png: nearly black regions" in said and said.count("note:") == 6
+    assert "masks/e.jpg: JPEG mask without foreground" in said
     assert "note: 2 files" in said and "foreground of value 200, not 255" in said
     with h5py.File(tmp_path / "f.h5") as f:
         stored = {name: (c["image"][:], c["label"][:] if "label" in c else None)
@@ -301,7 +314,7 @@ def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
     data = dict(classes=TWO, dims=2, channels=3, prepared={"from": "pictures"})
     info = unlabeled.convert(str(folder / "images"), str(tmp_path / "f.h5"), data)
     said = capsys.readouterr().out
-    assert "images/d.jpg: stored turned" in said and "note: 2 of 7 files and folders" in said
+    assert "images/d.jpg: stored turned" in said and "note: 2 of 8 files and folders" in said
     cases = {name: image for name, image, *_ in h5.read_cases(info, "unlabeled", labels=False)}
     assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
     for name in ("pages.tif", "hole.png", "nan.tif"):
