@@ -91,6 +91,8 @@ def folder(text):
     """argparse type: a folder that can be written to, or made."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a folder")
+    if any("\udc80" <= c <= "\udcff" for c in text):  # what Python makes of other bytes
+        raise argparse.ArgumentTypeError(f"{ascii(text)}: is not UTF-8; choose another")
     there = os.path.abspath(text)
     while not os.path.lexists(there):
         there = os.path.dirname(there)

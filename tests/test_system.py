@@ -12,6 +12,7 @@ import h5py
 import pytest
 from conftest import python
 
+import corrupt
 from data import files, h5
 from data.files import InputError, Log, claim, cli, load_checkpoint, save_checkpoint
 
@@ -177,6 +178,13 @@ def test_help_and_bars_on_a_console_of_ascii():
     assert "\\u0394: 100%" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--out", "--preview"])
+def test_a_folder_of_other_bytes_is_refused(option, tmp_path, refused):
+    """TensorBoard, for one, writes to none."""
+    argv = ["d.h5", "--out", tmp_path, option, tmp_path / "n\udcff" / "p.png"]
+    refused(corrupt.parse_args, argv, option, "n\\udcff", "is not UTF-8; choose another")
+
+
 def test_a_log_is_utf8_wherever_it_is_written(tmp_path, monkeypatch):
     """Also where files are of another encoding unless one is named."""
     usual = open
@@ -186,9 +194,9 @@ def test_a_log_is_utf8_wherever_it_is_written(tmp_path, monkeypatch):
         return usual(path, mode, *args, **more)
     monkeypatch.setattr("builtins.open", latin)
     for after in (0, 1):
-        log = Log(str(tmp_path), ["step", "val_Δ"], after, fresh=not after)
-        log.write(after + 1, **{"val_Δ": 0.5})
+        log = Log(str(tmp_path), ["step", "val_Δ", "note"], after, fresh=not after)
+        log.write(after + 1, note="Δ", **{"val_Δ": 0.5})
         log.events.close()
     monkeypatch.undo()
     text = (tmp_path / "log.csv").read_text(encoding="utf-8")
-    assert text.split() == ["step,val_Δ", "1,0.5", "2,0.5"]
+    assert text.split() == ["step,val_Δ,note", "1,0.5,Δ", "2,0.5,Δ"]
