@@ -636,6 +636,16 @@ def test_volumes_along_other_axes_are_turned_and_their_masks_turned_back(spacing
             assert (h5.read_source_label(info, "train", entry) == label).all()
 
 
+def test_axes_may_be_chosen(tmp_path, refused):
+    label = ball((9, 10, 12), (4, 5, 7), 3.2)
+    for part, values in (("images", np.float32(label)), ("labels", label)):
+        stored_along(tmp_path / "src" / f"{part}Tr" / "a.nii", "SAR", values)
+    info = convert(tmp_path / "src", "--val", 0, "--axes", "IPL")
+    assert info.prepared["axes"] == "IPL"
+    assert (load(info, "train", "a")[1] == label[::-1, ::-1, ::-1]).all()
+    refused(nifti.main, [tmp_path / "src", "--out", tmp_path / "x.h5", "--axes", "SAX"], "--axes SAX")
+
+
 def test_slices_that_are_cut_another_way_have_their_own_words(tmp_path, capsys):
     src, sides = tmp_path / "src", (3.0, 1.0, 1.0)
     label = ball((9, 10, 12), (4, 5, 6), 3)
