@@ -1,12 +1,12 @@
-"""Are our baselines as strong as their published code, and what does guidance add? (baselines.md)
+"""Are our baselines as strong as their published code, and what does guidance add? (README.md)
 
-    python results/baselines.py ph2 --rows supervised mean_teacher --seeds 0 1 2
-    python results/baselines.py     # adds finished runs to baselines.csv, and prints its tables
+    python -m results.baselines.compare ph2 --rows supervised mean_teacher --seeds 0 1 2
+    python -m results.baselines.compare     # adds finished runs to scores.csv, prints its tables
 
-Reads  runs/ph2.h5, cvc.h5, acdc.h5, whose test split nobody trains on (protocol.md makes them);
-       guided rows also runs/b/DATA/g/qp.pt.
+Reads  runs/ph2.h5, cvc.h5, acdc.h5, whose test split nobody trains on (evidence/protocol.md says
+       how they are made); guided rows also runs/b/DATA/g/qp.pt.
 Writes runs/b/DATA/ROW-SEED/: a run of train_ssl.py, and its scores on test;
-       results/baselines.csv: a line for each run.
+       results/baselines/scores.csv: a line for each run.
 
 Until lambda sets in, all runs of a seed are the same supervised training. The supervised run keeps
 a checkpoint of that step, and the others go on from it: their weights and logs are those of the
@@ -20,22 +20,20 @@ import glob
 import json
 import os
 import statistics
-import sys
 import time
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+import evaluate
+import train_ssl
+from data import h5
+from data.files import Parser, checksum, cli
+from results.evidence.run import alone
 
-import evaluate  # noqa: E402
-import train_ssl  # noqa: E402
-from data import h5  # noqa: E402
-from data.files import Parser, checksum  # noqa: E402
-from evidence import alone  # noqa: E402
-
-SCORES = os.path.join(os.path.dirname(__file__), "baselines.csv")
+SCORES = os.path.join(os.path.dirname(__file__), "scores.csv")
 COLUMNS = ["code", "data", "row", "seed", "best", "last"]
-STEPS, START = 1000, 300
+STEPS = 1000
+START = 300
 COMMON = (
     f"--size 64 --width 8 --batch 8 --batch-unlabeled 8 --mc-passes 4 --patience 100 "
     f"--steps {STEPS} --eval-every 100 --lam-warmup {START / STEPS} --lam-ramp 0.1"
@@ -105,7 +103,8 @@ def go_on(data, origin, seed, argv, out):
         state["inputs"] = dict(qp=args.qp and checksum(args.qp), unlabeled=None)
         state["teacher"] = state["nets"][0]
         state["best"] = dict(dice=-1.0, step=0)
-        state["parts"], state["seconds"] = state["parts"][:0], 0.0
+        state["parts"] = state["parts"][:0]
+        state["seconds"] = 0.0
         torch.save(state, f"{out}/last.pt")
     train_ssl.main([*argv, "--resume"])
 
@@ -113,7 +112,7 @@ def go_on(data, origin, seed, argv, out):
 # ------------------------------------------------------------------------------ tables
 
 def collect():
-    """Scores of baselines.csv, or of the same run where it is at hand.
+    """Scores of scores.csv, or of the same run where it is at hand.
 
     -> {(code, data, row, seed): (Dice of best.pt, Dice of last.pt)}, in %
     """
@@ -134,7 +133,7 @@ def collect():
 
 
 def keep(scores):
-    """Writes baselines.csv."""
+    """Writes scores.csv."""
     lines = [[*key, *value] for key, value in sorted(scores.items())]
     with open(SCORES, "w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows([COLUMNS, *lines])
@@ -166,7 +165,7 @@ def table(scores, which):
 
 
 def main():
-    p = Parser(__doc__, prog="baselines.py")
+    p = Parser(__doc__, prog="python -m results.baselines.compare")
     p.add_argument("data", choices=DATA, nargs="?", help="no data set: the tables")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -183,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

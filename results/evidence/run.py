@@ -1,16 +1,20 @@
-"""The experiments behind results/evidence.md: every family of methods with every kind of guidance, and the controls that tell why.
+"""The experiments behind README.md: every family of methods with every kind of guidance, and the
+controls that tell why.
 
-    python results/evidence.py split FULL.h5 runs/ph2.h5 --patients 46       the last train patients become the test split
-    python results/evidence.py g ph2 cvc acdc                                Dice on test of g itself
-    python results/evidence.py ph2 --families mean_teacher --rows none qw_pixel --lams 0.3 1 --seeds 0
+    python -m results.evidence.run split FULL.h5 runs/ph2.h5 --patients 46
+    python -m results.evidence.run ph2 --families ict --rows none qw_pixel --lams 0.3 1 --seeds 0
+    python -m results.evidence.run g ph2 cvc acdc
 
-Reads  runs/DATA.h5 (acdc.h5 of acdc_3), runs/v/DATA/g/qp.pt (evidence.sh makes it).
-Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores on test. Runs that are finished, or that another process is at, are
-       passed over, so that several processes may share a list.
+The first makes the last train patients the test split. The last prints Dice on test of g itself.
 
-Until lambda sets in, all runs of a seed are the same supervised training. It is done once (FAMILY `start`), and each run goes on from its checkpoint: the
-weights are those of the whole command, to the last bit. Validations before that step do not count for `best.pt`.
-Controls live here, not in train_ssl.py: they need labels that training must not see.
+Reads  runs/DATA.h5 (acdc.h5 of acdc_3), runs/v/DATA/g/qp.pt (run.sh makes it).
+Writes runs/v/DATA/FAMILY-ROW-LAM-SEED/: a run of train_ssl.py and its scores on test. A run that is
+       finished, or that another process is at, is passed over. Several processes may share a list.
+
+Until lambda sets in, all runs of a seed are the same supervised training. It is done once (FAMILY
+`start`), and each run goes on from its checkpoint: the weights are those of the whole command, to
+the last bit. Validations before that step do not count for `best.pt`.
+The controls are here, not in train_ssl.py: they need labels that training must not see.
 """
 import contextlib
 import csv
@@ -25,18 +29,17 @@ import h5py
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+import evaluate
+import train_ssl
+from data import augment, h5
+from data.files import InputError, Parser, checksum, cli
+from models import channels_last, compute
+from models.losses import one_hot
+from models.quality import quality_target, true_dice
 
-import evaluate  # noqa: E402
-import train_ssl  # noqa: E402
-from data import augment, h5  # noqa: E402
-from data.files import InputError, Parser, checksum, cli  # noqa: E402
-from models import channels_last, compute  # noqa: E402
-from models.losses import one_hot  # noqa: E402
-from models.quality import quality_target, true_dice  # noqa: E402
-
+PROG = "python -m results.evidence.run"
 COMMON = "--size 64 --width 8 --batch 8 --batch-unlabeled 8 --ema 0.99".split()
-DATA = {  # labeled patients; learning rate; steps, of which the first are supervised; steps between validations
+DATA = {  # labeled patients; learning rate; steps, of which the first are supervised; validations
     "ph2": dict(labeled=14, lr=1e-3, steps=450, start=150, every=50),
     "cvc": dict(labeled=4, lr=1e-3, steps=500, start=200, every=100),
     "acdc": dict(labeled=7, lr=3e-3, steps=800, start=400, every=100),
@@ -54,11 +57,12 @@ FAMILIES = {
     "bcp": "--method bcp",
 }
 QUALITY = "--weight quality --weight-level"
-ROWS = {  # flags of train_ssl.py, and the control that stands in for g
+SURE = "--weight-threshold 0.5"
+ROWS = {  # options of train_ssl.py, and the control that stands in for g
     "none": ("", None),
     "conf": ("--weight confidence", None),
-    "conf_class": ("--weight confidence --weight-level class --weight-threshold 0.5", None),
-    "conf_pixel": ("--weight confidence --weight-level pixel --weight-threshold 0.5", None),
+    "conf_class": (f"--weight confidence --weight-level class {SURE}", None),
+    "conf_pixel": (f"--weight confidence --weight-level pixel {SURE}", None),
     "qw": (f"{QUALITY} image", None),
     "qw_class": (f"{QUALITY} class", None),
     "qw_pixel": (f"{QUALITY} pixel", None),
@@ -66,7 +70,7 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
     "oracle_class": (f"{QUALITY} class", "oracle"),
     "oracle_pixel": (f"{QUALITY} pixel", "oracle"),
     "correct": ("--correct", None),
-    "correct_conf": ("--correct --weight confidence --weight-level pixel --weight-threshold 0.5", None),
+    "correct_conf": (f"--correct --weight confidence --weight-level pixel {SURE}", None),
     "correct_qw": (f"--correct {QUALITY} image", None),
     "correct_qw_class": (f"--correct {QUALITY} class", None),
     "blind": ("--correct", "blind"),
@@ -82,10 +86,11 @@ ROWS = {  # flags of train_ssl.py, and the control that stands in for g
 }
 
 
-# ---------------------------------------------------------------------------------------------------- controls
+# ------------------------------------------------------------------------------ controls
 
 class Oracle(torch.nn.Module):
-    """In the place of g: the true Dice of a mask, or where it is wrong, from labels [U, *S] that training must not see."""
+    """Stands in for g and answers by labels [U, *S] that training must not see: the true Dice of a
+    mask, or where it is wrong."""
 
     def forward(self, image, mask):
         return true_dice(mask, self.truth(len(mask))[:, 1:])
@@ -125,56 +130,63 @@ class Blind(torch.nn.Module):
         self.g = g
 
     def belief(self, image, mask):
-        logits = self.g.logits(image, mask) / self.g.temperature                 # [M, V, B, K, *S], the first view is that of the withheld mask
-        return F.interpolate(logits[:, 0].softmax(2).mean(0), mask.shape[2:], mode="bilinear")
+        logits = self.g.logits(image, mask) / self.g.temperature  # [members, views, B, K, *S]
+        withheld = logits[:, 0]  # the first view does not show the mask
+        p = withheld.softmax(2).mean(0)
+        return F.interpolate(p, mask.shape[2:], mode="bilinear")
 
 
 def hard_quality_loss(g, nets, image):
     """QAR on hard masks; the gradient passes straight through the argmax."""
-    def mask(p):
-        return train_ssl.harden(p) + p - p.detach()
-    return sum((1 - g(image, mask(net(image).float().softmax(1))[:, 1:])).mean() for net in nets)
+    losses = []
+    for net in nets:
+        p = net(image).float().softmax(1)
+        hard = train_ssl.harden(p) + p - p.detach()
+        losses.append((1 - g(image, hard[:, 1:])).mean())
+    return sum(losses)
 
 
 def fresh_step(run, batch, args, step, train_step=train_ssl.train_step):
-    """A step of training before which g learns from f's present outputs for the labeled images (smooth L1, AdamW 1e-4), once QAR has set in."""
-    if train_ssl.lambdas(args, (step - 1) / args.steps)[1]:
+    """A step of training; once QAR has set in, g first learns from f's present outputs for the
+    labeled images (smooth L1, AdamW 1e-4)."""
+    _, lam_qar = train_ssl.lambdas(args, (step - 1) / args.steps)
+    if lam_qar:
         run.g.requires_grad_(True)
         if not hasattr(run.g, "optimizer"):
             run.g.optimizer = torch.optim.AdamW(run.g.parameters(), 1e-4)
         run.nets[0].eval()
         mask = train_ssl.probabilities(run.nets[0], batch.x)[:, 1:]
         run.nets[0].train()
+        target = quality_target(mask, batch.y[:, 1:])
         run.g.optimizer.zero_grad()
-        F.smooth_l1_loss(run.g(batch.x, mask), quality_target(mask, batch.y[:, 1:])).backward()
+        F.smooth_l1_loss(run.g(batch.x, mask), target).backward()
         run.g.optimizer.step()
         run.g.requires_grad_(False)
     return train_step(run, batch, args, step)
 
 
+PATCHED = [
+    (train_ssl, "views"),
+    (train_ssl, "look"),
+    (train_ssl, "quality_loss"),
+    (train_ssl, "train_step"),
+    (evaluate, "load_quality"),
+    (h5, "load_slices"),
+]
+
+
 @contextlib.contextmanager
 def controlled(control):
     """train_ssl.py with a control in the place of g, or of a part of QAR."""
-    patched = [(train_ssl, name) for name in ("views", "look", "quality_loss", "train_step")] + [(evaluate, "load_quality"), (h5, "load_slices")]
-    kept = [getattr(*where) for where in patched]
-    load_quality, load_slices, oracle = evaluate.load_quality, h5.load_slices, Oracle()
-
-    def views(fetched, K, args, device):
-        labeled, unlabeled = fetched
-        x, y = augment.weak(*h5.standardized(labeled, device))
-        x = augment.strong(x, args.strength)
-        if unlabeled is None:
-            return train_ssl.Batch(channels_last(x), one_hot(y, K), x[:0], x[:0], x[:0])
-        u, oracle.label = augment.weak(*h5.standardized(unlabeled, device))
-        oracle.classes, u = K, channels_last(u)
-        return train_ssl.Batch(channels_last(x), one_hot(y, K), u, *(channels_last(augment.strong(u)) for _ in range(2)))
+    kept = [getattr(module, name) for module, name in PATCHED]
     if control in ("oracle", "shuffled", "blind"):
         train_ssl.look = lambda *_: {}
     if control == "oracle":
-        train_ssl.views, evaluate.load_quality = views, lambda *_: (oracle, [])
-        h5.load_slices = lambda info, split, size, names=None, labels=True: load_slices(info, split, size, names)
-    if control in ("shuffled", "blind"):
-        evaluate.load_quality = lambda *a: ({"shuffled": Shuffled, "blind": Blind}[control](load_quality(*a)[0]), [])
+        show_labels(Oracle())
+    if control == "shuffled":
+        replace_quality(Shuffled)
+    if control == "blind":
+        replace_quality(Blind)
     if control == "hard":
         train_ssl.quality_loss = hard_quality_loss
     if control == "fresh":
@@ -182,11 +194,43 @@ def controlled(control):
     try:
         yield
     finally:
-        for where, value in zip(patched, kept):
-            setattr(*where, value)
+        for (module, name), value in zip(PATCHED, kept):
+            setattr(module, name, value)
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+def replace_quality(control):
+    """Has evaluate.py load g in the shape of a control."""
+    load_quality = evaluate.load_quality
+    evaluate.load_quality = lambda *a: (control(load_quality(*a)[0]), [])
+
+
+def show_labels(oracle):
+    """Puts an oracle in the place of g; each batch tells it the labels of the unlabeled images."""
+    load_slices = h5.load_slices
+
+    def with_labels(info, split, size, names=None, labels=True):
+        return load_slices(info, split, size, names)
+
+    def views(fetched, K, args, device):
+        labeled, unlabeled = fetched
+        x, y = augment.weak(*h5.standardized(labeled, device))
+        x = channels_last(augment.strong(x, args.strength))
+        y = one_hot(y, K)
+        if unlabeled is None:
+            return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
+        u, oracle.label = augment.weak(*h5.standardized(unlabeled, device))
+        oracle.classes = K
+        u = channels_last(u)
+        s1 = channels_last(augment.strong(u))
+        s2 = channels_last(augment.strong(u))
+        return train_ssl.Batch(x, y, u, s1, s2)
+
+    train_ssl.views = views
+    evaluate.load_quality = lambda *_: (oracle, [])
+    h5.load_slices = with_labels
+
+
+# ------------------------------------------------------------------------------ runs
 
 def file_of(data):
     """acdc_3 is a part of acdc."""
@@ -195,12 +239,27 @@ def file_of(data):
 
 def command(data, family, row, lam, seed, out):
     """What train_ssl.py is called with."""
-    d, guide = DATA[data], ROWS[row][0].split()
-    qp = ["--qp", f"runs/v/{data}/g/qp.pt"] if "quality" in guide or "--qar" in guide or "--correct" in guide else []
-    warm = d["start"] / d["steps"]
-    return [file_of(data), "--out", out, "--labeled", str(d["labeled"]), "--steps", str(d["steps"]), "--eval-every", str(d["every"]), *COMMON,
-            "--lr", str(d["lr"]), "--seed", str(seed), "--lam", str(lam), "--lam-warmup", str(warm), "--lam-ramp", "0.1", "--qar-warmup", str(warm),
-            "--qar-ramp", "0.1", *FAMILIES[family].split(), *guide, *qp]
+    setting = DATA[data]
+    guide = ROWS[row][0].split()
+    qp = []
+    if {"quality", "--qar", "--correct"} & set(guide):
+        qp = ["--qp", f"runs/v/{data}/g/qp.pt"]
+    warm = setting["start"] / setting["steps"]
+    options = {
+        "--out": out,
+        "--labeled": setting["labeled"],
+        "--steps": setting["steps"],
+        "--eval-every": setting["every"],
+        "--lr": setting["lr"],
+        "--seed": seed,
+        "--lam": lam,
+        "--lam-warmup": warm,
+        "--lam-ramp": 0.1,
+        "--qar-warmup": warm,
+        "--qar-ramp": 0.1,
+    }
+    pairs = [str(word) for option in options.items() for word in option]
+    return [file_of(data), *pairs, *COMMON, *FAMILIES[family].split(), *guide, *qp]
 
 
 @contextlib.contextmanager
@@ -220,17 +279,19 @@ def alone(folder):
 
 def start(data, family, seed):
     """The supervised part that all runs of a seed share. -> its checkpoint"""
-    kind = family if family in (*train_ssl.STUDENTS, *train_ssl.WARM_UP) else "supervised"
-    out, step = f"runs/v/{data}/start-{kind}-{seed}", DATA[data]["start"]
-    path = f"{out}/step{step}.pt"
+    own_start = family in (*train_ssl.STUDENTS, *train_ssl.WARM_UP)
+    kind = family if own_start else "supervised"
+    out = f"runs/v/{data}/start-{kind}-{seed}"
+    step = DATA[data]["start"]
     while not os.path.isfile(f"{out}/done"):
         with alone(out) as first:
             if first:
-                train_ssl.main([*command(data, kind, "none", 0, seed, out), "--keep", str(step), "--resume"])
+                argv = command(data, kind, "none", 0, seed, out)
+                train_ssl.main([*argv, "--keep", str(step), "--resume"])
                 open(f"{out}/done", "w").close()
             else:
                 time.sleep(5)
-    return path
+    return f"{out}/step{step}.pt"
 
 
 def train(data, family, row, lam, seed, out):
@@ -240,51 +301,72 @@ def train(data, family, row, lam, seed, out):
         args = train_ssl.parse_args(argv)
         train_ssl.set_defaults(args, h5.read_info(args.data))
         state = torch.load(start(data, family, seed), weights_only=True)
-        state |= dict(args=vars(args), inputs=dict(qp=checksum(args.qp), unlabeled=None), best=dict(dice=-1.0, step=0), seconds=0.0)
+        state["args"] = vars(args)
+        state["inputs"] = dict(qp=checksum(args.qp), unlabeled=None)
+        state["best"] = dict(dice=-1.0, step=0)
+        state["seconds"] = 0.0
         torch.save(state, f"{out}/last.pt")
-    with controlled(ROWS[row][1]):
+    control = ROWS[row][1]
+    with controlled(control):
         train_ssl.main([*argv, "--resume"])
-    evaluate.main([file_of(data), f"{out}/best.pt", f"{out}/last.pt", "--split", "test", "--out", f"{out}/test", "--pictures", "0"])
+    scored = [f"{out}/best.pt", f"{out}/last.pt", "--split", "test"]
+    evaluate.main([file_of(data), *scored, "--out", f"{out}/test", "--pictures", "0"])
+
+
+def finished(folder):
+    return os.path.isfile(f"{folder}/test/cases.csv")
 
 
 def best_on_val(log, start):
     """The best Dice on val of a run after its common start."""
     with open(log, newline="") as f:
-        return max(float(row["val_dice"]) for row in csv.DictReader(f) if int(row["step"]) > start)
+        rows = list(csv.DictReader(f))
+    return max(float(row["val_dice"]) for row in rows if int(row["step"]) > start)
 
 
 def tuned(data, family, row):
     """The lambda that was best on val for seed 0."""
-    folders = [os.path.dirname(os.path.dirname(path)) for path in glob.glob(f"runs/v/{data}/{family}-{row}-*-0/test/cases.csv")]
-    if unfinished := [folder for folder in glob.glob(f"runs/v/{data}/{family}-{row}-*-0") if not os.path.isfile(f"{folder}/test/cases.csv")]:
-        raise InputError(f"{unfinished[0]} is not finished, so that lambda cannot be chosen yet")
-    found = {folder.rsplit("-", 2)[1]: best_on_val(f"{folder}/log.csv", DATA[data]["start"]) for folder in folders}
+    found = {}
+    for folder in glob.glob(f"runs/v/{data}/{family}-{row}-*-0"):
+        if not finished(folder):
+            raise InputError(f"{folder} is not finished, so that lambda cannot be chosen yet")
+        lam = float(folder.rsplit("-", 2)[1])
+        found[lam] = best_on_val(f"{folder}/log.csv", DATA[data]["start"])
     if not found:
-        raise InputError(f"{data}, {family}, {row}: no run of seed 0 that would say which lambda is best; give --lams")
-    return float(max(sorted(found, key=float), key=found.get))
+        what = f"{data}, {family}, {row}"
+        raise InputError(f"{what}: no run of seed 0 that would say which lambda is best; "
+                         "give --lams")
+    return max(sorted(found), key=found.get)
 
 
-def run(args):
+def run_all(args):
     """All runs of the options, seed by seed; those that are finished are left."""
     for seed, family, row in itertools.product(args.seeds, args.families, args.rows):
         for lam in args.lams or [tuned(args.data, family, args.like or row)]:
             out = f"runs/v/{args.data}/{family}-{row}-{lam:g}-{seed}"
-            if not os.path.isfile(f"{out}/test/cases.csv"):
-                with alone(out) as first:
-                    print(f"\n{out}" + ("" if first else f": passed over; another process is at it, or was killed: then remove {out}/busy"), flush=True)
-                    if first:
-                        train(args.data, family, row, lam, seed, out)
+            if finished(out):
+                continue
+            with alone(out) as first:
+                if first:
+                    print(f"\n{out}", flush=True)
+                    train(args.data, family, row, lam, seed, out)
+                else:
+                    print(f"\n{out}: passed over; another process is at it, or was killed: "
+                          f"then remove {out}/busy", flush=True)
 
+
+# ------------------------------------------------------------------------------ split, and g itself
 
 def split(argv):
     """Copies a dataset file, with its last train patients as the test split."""
-    p = Parser(__doc__, prog="evidence.py split")
+    p = Parser(__doc__, prog=f"{PROG} split")
     p.add_argument("source", metavar="FULL.h5")
     p.add_argument("out", metavar="DATA.h5")
     p.add_argument("--patients", type=int, required=True)
     args = p.parse_args(argv)
     train = h5.read_info(args.source).entries("train")
-    last = list(dict.fromkeys(e.patient for e in train))[-args.patients:]
+    patients = list(dict.fromkeys(e.patient for e in train))
+    last = patients[-args.patients:]
     shutil.copy(args.source, args.out)
     with h5py.File(args.out, "r+") as f:
         if "test" not in f:
@@ -295,23 +377,30 @@ def split(argv):
 
 
 class Segments(torch.nn.Module):
-    """g as a segmentation network: what it believes to be the truth without having seen a mask. [B, C, *S] -> logits [B, K, *S]"""
+    """g as a segmentation network: what it believes to be the truth without having seen a mask.
+    [B, C, *S] -> logits [B, K, *S]"""
 
     def __init__(self, g, classes):
         super().__init__()
-        self.g, self.classes = g, classes
+        self.blind = Blind(g)
+        self.classes = classes
 
     def forward(self, image):
-        return Blind(self.g).belief(image, torch.zeros(len(image), self.classes - 1, *image.shape[2:])).log()
+        nothing = torch.zeros(len(image), self.classes - 1, *image.shape[2:])
+        return self.blind.belief(image, nothing).log()
 
 
 def g_itself(argv):
-    """Dice on test of g itself: how much of what it teaches f could have been had without f."""
-    for data in argv:
-        info, on = h5.read_info(file_of(data)), compute("cpu", "off", False)
+    """Prints Dice on test of g itself: how much of what it teaches f is to be had without f."""
+    p = Parser(__doc__, prog=f"{PROG} g")
+    p.add_argument("data", nargs="+", choices=DATA)
+    for data in p.parse_args(argv).data:
+        info = h5.read_info(file_of(data))
+        on = compute("cpu", "off", False)
         g, _ = evaluate.load_quality(f"runs/v/{data}/g/qp.pt", info, on, 64)
         K = len(info.classes)
-        cases = evaluate.Cases(info, "test", 64, [e.name for e in info.entries("test")], keep=False)
+        names = [e.name for e in info.entries("test")]
+        cases = evaluate.Cases(info, "test", 64, names, keep=False)
         dice = evaluate.dice_table(Segments(g, K), cases, on, K)
         print(f"{data}: {100 * evaluate.mean_dice(dice)[0]:.1f}")
 
@@ -321,14 +410,15 @@ def main():
         return split(sys.argv[2:])
     if sys.argv[1:2] == ["g"]:
         return g_itself(sys.argv[2:])
-    p = Parser(__doc__, prog="evidence.py")
+    p = Parser(__doc__, prog=PROG)
     p.add_argument("data", choices=DATA)
     p.add_argument("--families", nargs="+", choices=FAMILIES, required=True)
     p.add_argument("--rows", nargs="+", choices=ROWS, required=True)
-    p.add_argument("--lams", nargs="+", type=float, help="default: the one that was best on val for seed 0")
+    p.add_argument("--lams", nargs="+", type=float,
+                   help="default: the one that was best on val for seed 0")
     p.add_argument("--like", choices=ROWS, help="take the lambda of this row")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run(p.parse_args())
+    run_all(p.parse_args())
 
 
 if __name__ == "__main__":

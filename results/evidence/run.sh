@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The experiments of results/protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence.sh g|grid|seeds|plain|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
-# in this order; then `python results/evidence_table.py DATA --add`. Several may run at once on the same list; what is finished is passed over. PY names
-# the Python; runs/DATA.h5 with a test split is made by the converters and `python results/evidence.py split` (protocol.md).
+# The experiments of protocol.md, one data set at a time, from the project's top folder:
+#     bash results/evidence/run.sh g|grid|seeds|plain|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
+# in this order; then `python -m results.evidence.table DATA --add`. Several may run at once on the same list; what is
+# finished is passed over. PY names the Python; runs/DATA.h5 with a test split is made by the converters and
+# `python -m results.evidence.run split` (protocol.md).
 set -eu
 PY=${PY:-.venv/bin/python}
 part=$1 data=$2 out=runs/v/$2
@@ -15,7 +16,7 @@ case $data in
   acdc_3) labeled=3 masks=60 folds=3 batch=16 per_image=60 epochs=3 ;;
   *)    echo "no setting for $data"; exit 2 ;;
 esac
-run() { $PY results/evidence.py $data "$@"; }
+run() { $PY -m results.evidence.run $data "$@"; }
 
 if [ "$part" = g ]; then
   $PY corrupt.py runs/${data%_*}.h5 --out "$out/vqm" --labeled $labeled --size 64 --masks $masks --val-masks 5 --folds $folds

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The experiments behind results/methods.md, from the project's top folder:
-#     bash results/methods.sh g cvc|acdc               the quality predictor (first)
-#     bash results/methods.sh ROW cvc|acdc SEED        one run; ROW as in `case` below, with _qw, _qar or both behind it, as in mt_qw or bcp_qw_qar
-#     bash results/methods.sh table cvc|acdc           the table of all runs that are there
-# PY names the Python; runs/cvc.h5 and acdc.h5 are made by the converters (README, "Your own data").
+# The experiments behind README.md, from the project's top folder:
+#     bash results/methods/run.sh g cvc|acdc               the quality predictor (first)
+#     bash results/methods/run.sh ROW cvc|acdc SEED        one run; ROW as in `case` below, with _qw, _qar or both behind it, as in mt_qw or bcp_qw_qar
+#     bash results/methods/run.sh table cvc|acdc           the table of all runs that are there
+# PY names the Python; runs/cvc.h5 and acdc.h5 are made by the converters (the project's README, "Your own data").
 set -eu
 PY=${PY:-.venv/bin/python}
 row=$1 data=$2 seed=${3:-0} out=runs/m/$2

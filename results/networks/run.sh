@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The experiments behind results/networks.md, from the project's top folder:
-#     bash results/networks.sh g                   the quality predictor (first)
-#     bash results/networks.sh NETWORK sup|mt_qw   one run, as in `resnet_unet mt_qw`
-#     bash results/networks.sh table               the table of all runs that are there
+# The experiments behind README.md, from the project's top folder:
+#     bash results/networks/run.sh g                   the quality predictor (first)
+#     bash results/networks/run.sh NETWORK sup|mt_qw   one run, as in `resnet_unet mt_qw`
+#     bash results/networks/run.sh table               the table of all runs that are there
 # PY names the Python; runs/ph2.h5 is made by `python -m data.images --preset ph2 PH2 --out runs/ph2.h5 --size 224`.
 set -eu
 PY=${PY:-.venv/bin/python}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The experiments behind results/README.md. One part at a time, from the project's top folder:
-#     bash results/experiments.sh quality ph2|cvc|acdc     quality predictors: --balance, --folds, harvested share
-#     bash results/experiments.sh ssl ph2|cvc|acdc "SEEDS" METHOD...   METHOD: sup mt mt_qw mt_qwc pl_qw qar
-# PY names the Python; runs/ph2.h5, cvc.h5 and acdc.h5 are made by the converters (README, "Your own data").
+# The experiments behind README.md. One part at a time, from the project's top folder:
+#     bash results/pilot/run.sh quality ph2|cvc|acdc     quality predictors: --balance, --folds, harvested share
+#     bash results/pilot/run.sh ssl ph2|cvc|acdc "SEEDS" METHOD...   METHOD: sup mt mt_qw mt_qwc pl_qw qar
+# PY names the Python; runs/ph2.h5, cvc.h5 and acdc.h5 are made by the converters (the project's README, "Your own data").
 set -eu
 PY=${PY:-.venv/bin/python}
 part=$1 data=$2 out=runs/e/$2
@@ -30,7 +30,7 @@ if [ "$part" = quality ]; then
   make_g balance --balance --folds 1 --harvest-share 0.05
   make_g folds --no-balance --folds $folds --harvest-share 0.05
   make_g folds_half --no-balance --folds $folds --harvest-share 0.5
-  $PY results/quality_table.py "runs/$data.h5" --reference "$out/reference/vqm.h5" "$out"/qp_*/qp.pt --out "$out/quality.md"
+  $PY -m results.pilot.table "runs/$data.h5" --reference "$out/reference/vqm.h5" "$out"/qp_*/qp.pt --out "$out/quality.md"
 else
   seeds=$3; shift 3
   for method in "$@"; do

@@ -1,46 +1,84 @@
 """Collects what evaluate.py --qp found on several data sets into one table and one figure.
 
-    python results/quality_figure.py --out results/quality.png "PH2, 14=runs/q/ph2_14" "CVC, 20%=runs/q/cvc_0.2" ...
+    python -m results.quality.figure --out results/quality/quality.png "PH2, 14=runs/q/ph2_14" ...
 
-Reads FOLDER/table_dense/quality.json, and FOLDER/table_scalar/quality.json where it is there. Prints, of each slice and class that is
-present, Pearson r / MAE after the monotone calibration: the mean over early, middle and late f and their seeds (drawn, too), and all pooled.
+Reads FOLDER/table_dense/quality.json, and FOLDER/table_scalar/quality.json where it is there.
+
+Prints Pearson r / MAE after the monotone calibration, of each slice and class that is present: once
+all outputs pooled, and once as the mean over early, middle and late f and their seeds. The figure
+shows the mean.
 """
 import json
 import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
-from data import figures  # noqa: E402
-from data.files import Parser, cli  # noqa: E402
+from data import figures
+from data.files import Parser, cli, picture
 
 
-def read(path, run):
-    """-> {estimate: its row}"""
-    with open(path, encoding="utf-8") as f:
-        return {r["estimate"]: r for r in json.load(f)["levels"]["present"] if r["run"] == run}
+def titled(texts):
+    """["TITLE=FOLDER", ...] -> {title: folder}"""
+    return dict(text.rsplit("=", 1) for text in texts)
+
+
+def read(folder):
+    """What evaluate.py --qp wrote."""
+    with open(os.path.join(folder, "quality.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def estimates(folder, run):
+    """-> {estimate: its row}, those of g first"""
+    dense = read(os.path.join(folder, "table_dense"))
+    rows = {row["estimate"]: row for row in dense["levels"]["present"] if row["run"] == run}
+    found = {"g, dense": rows.pop("g")}
+    scalar = os.path.join(folder, "table_scalar")
+    if os.path.isdir(scalar):
+        for row in read(scalar)["levels"]["present"]:
+            if row["run"] == run and row["estimate"] == "g":
+                found["g, scalar"] = row
+    return found | rows
+
+
+def names_of(found):
+    """The names of all estimates, those of g first."""
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    return sorted(names, key=lambda name: not name.startswith("g,"))
+
+
+def table(found):
+    """A Markdown table, a line for each estimate. found: {title: {estimate: its row}}"""
+    lines = ["| estimate | " + " | ".join(found) + " |", "|" + "---|" * (1 + len(found))]
+    for name in names_of(found):
+        cells = [cell(rows.get(name)) for rows in found.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(row):
+    if row is None:
+        return "-"
+    r = row["Pearson"] or 0
+    return f"{r:.3f} / {row['MAE calibrated']:.3f}"
+
+
+def points(found):
+    """What the figure shows: a line for each estimate of each data set."""
+    for name in names_of(found):
+        for title, rows in found.items():
+            if name in rows:
+                scores = {key: rows[name][key] for key in ("Pearson", "MAE calibrated")}
+                yield {"run": title, "estimate": name, **scores}
 
 
 def main():
-    p = Parser(__doc__, prog="quality_figure.py")
+    p = Parser(__doc__, prog="python -m results.quality.figure")
     p.add_argument("folders", nargs="+", metavar="TITLE=FOLDER", help="data sets")
-    p.add_argument("--out", required=True, help="picture to draw")
+    p.add_argument("--out", type=picture, required=True, metavar="FILE.png", help="the figure")
     args = p.parse_args()
     for run in ("pooled", "mean of all"):
-        found = {}
-        for title, folder in (text.rsplit("=", 1) for text in args.folders):
-            rows, scalar = read(os.path.join(folder, "table_dense", "quality.json"), run), os.path.join(folder, "table_scalar", "quality.json")
-            found[title] = {"g, dense": rows.pop("g")} | ({"g, scalar": read(scalar, run)["g"]} if os.path.exists(scalar) else {}) | rows
-        names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-        names.sort(key=lambda name: not name.startswith("g,"))
-        show = lambda row: "-" if row is None else f"{row['Pearson'] or 0:.3f} / {row['MAE calibrated']:.3f}"
-        print(f"{run}\n\n| estimate | " + " | ".join(found) + " |\n|" + "---|" * (1 + len(found)))
-        for name in names:
-            print(f"| {name} | " + " | ".join(show(rows.get(name)) for rows in found.values()) + " |")
-        print()
-
-    figures.estimates(args.out, [{"run": title, "estimate": name, **{k: row[k] for k in ("Pearson", "MAE calibrated")}}
-                                       for name in names for title, rows in found.items() if (row := rows.get(name))])
+        found = {title: estimates(folder, run) for title, folder in titled(args.folders).items()}
+        print(f"{run}\n\n{table(found)}\n")
+    figures.estimates(args.out, list(points(found)))
 
 
 if __name__ == "__main__":

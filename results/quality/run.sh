@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The experiments behind results/quality.md, one data set and number of labels at a time, from the project's top folder:
-#     bash results/quality.sh masks|f|g|scalar|table|triage|parts|ingredients ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
-# in this order. PY names the Python; runs/ph2.h5, cvc.h5 and acdc.h5 are made by the converters (README, "Your own data").
+# The experiments behind README.md, one data set and number of labels at a time, from the project's top folder:
+#     bash results/quality/run.sh masks|f|g|scalar|table|triage|parts|ingredients ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
+# in this order. PY names the Python; runs/ph2.h5, cvc.h5 and acdc.h5 are made by the converters (the project's README, "Your own data").
 set -eu
 PY=${PY:-.venv/bin/python}
 part=$1 data=$2 labeled=$3 out=runs/q/$2_$3
@@ -45,7 +45,7 @@ case $part in
   triage) for split in val held_out; do  # late f alone, as people use them
             $PY evaluate.py "runs/$data.h5" "$out"/f_[012]/step$steps.pt --qp "$out/dense/qp.pt" --second "$out/f_3/best.pt" --split $split --out "$out/triage_$split" --pictures 0
           done ;;
-  parts)  $PY results/quality_parts.py "runs/$data.h5" "$out"/f_[012]/step*.pt --qp "$out/${4:-dense}/qp.pt" ;;
+  parts)  $PY -m results.quality.parts "runs/$data.h5" "$out"/f_[012]/step*.pt --qp "$out/${4:-dense}/qp.pt" ;;
   ingredients)  # each alone, on one member
           make_g one --members 1
           make_g one_no_quality_loss --members 1 --quality-loss 0

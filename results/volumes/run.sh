@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The experiments behind results/volumes.md, on the left-atrium volumes at half resolution, from the project's top folder:
+# The experiments behind README.md, on the left-atrium volumes at half resolution, from the project's top folder:
 #     python -m data.ssl4mis LA --out runs/la2.h5 --shrink 2
-#     bash results/volumes.sh g 4|8                the quality predictor for 4 or 8 labeled volumes (first)
-#     bash results/volumes.sh ROW 4|8 SEED         one run; ROW: sup, mt, mt_qw, ua_mt, ua_mt_qw, qar
-#     bash results/volumes.sh table 4|8            the tables of all runs that are there
+#     bash results/volumes/run.sh g 4|8                the quality predictor for 4 or 8 labeled volumes (first)
+#     bash results/volumes/run.sh ROW 4|8 SEED         one run; ROW: sup, mt, mt_qw, ua_mt, ua_mt_qw, qar
+#     bash results/volumes/run.sh table 4|8            the tables of all runs that are there
 # PY names the Python.
 set -eu
 PY=${PY:-.venv/bin/python}
