@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The experiments of protocol.md, one data set at a time, from the project's top folder:
-#     bash results/evidence/run.sh g|grid|seeds|plain|blind|qw|conf|qar ph2|cvc|acdc|acdc_3 [FAMILY ...]
-# in this order; then `python -m results.evidence.table DATA --add`. Several may run at once on the same list; what is
-# finished is passed over. PY names the Python; runs/DATA.h5 with a test split is made by the converters and
-# `python -m results.evidence.run split` (protocol.md).
+#     bash results/evidence/run.sh PART ph2|cvc|acdc|acdc_3 [FAMILY ...]
+# PART: g, grid, seeds, plain, blind, qw, conf, qar, in this order; then
+# `python -m results.evidence.table DATA --add`. Several may run at once on the same list; what is
+# finished is passed over. PY names the Python. The converters and
+# `python -m results.evidence.run split` make runs/DATA.h5 with a test split (protocol.md).
 set -eu
 PY=${PY:-.venv/bin/python}
 part=$1 data=$2 out=runs/v/$2
@@ -19,8 +20,11 @@ esac
 run() { $PY -m results.evidence.run $data "$@"; }
 
 if [ "$part" = g ]; then
-  $PY corrupt.py runs/${data%_*}.h5 --out "$out/vqm" --labeled $labeled --size 64 --masks $masks --val-masks 5 --folds $folds
-  $PY train_qp.py runs/${data%_*}.h5 --vqm "$out/vqm/vqm.h5" --out "$out/g" --size 64 --batch $batch --per-image $per_image --epochs $epochs
+  file=runs/${data%_*}.h5
+  $PY corrupt.py $file --out "$out/vqm" --labeled $labeled --size 64 --masks $masks \
+    --val-masks 5 --folds $folds
+  $PY train_qp.py $file --vqm "$out/vqm/vqm.h5" --out "$out/g" --size 64 --batch $batch \
+    --per-image $per_image --epochs $epochs
   exit
 fi
 for family in "$@"; do
@@ -37,7 +41,8 @@ for family in "$@"; do
     blind) run --families $family --rows blind blind_qw --like correct_qw ;;
     qw)    run --families $family --rows qw_pixel --lams $lams --seeds 0
            run --families $family --rows qw_pixel --seeds 1 2
-           run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel --like qw_pixel ;;
+           run --families $family --rows qw qw_class oracle oracle_pixel shuffled_pixel \
+             --like qw_pixel ;;
     conf)  run --families $family --rows conf conf_class conf_pixel --like none ;;
     qar)   run --families $family --rows qar qar_hard qar_fresh qw_pixel_qar --like none ;;
     *)     echo "no part $part"; exit 2 ;;

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The experiments behind README.md, from the project's top folder:
 #     bash results/methods/run.sh g cvc|acdc               the quality predictor (first)
-#     bash results/methods/run.sh ROW cvc|acdc SEED        one run; ROW as in `case` below, with _qw, _qar or both behind it, as in mt_qw or bcp_qw_qar
+#     bash results/methods/run.sh ROW cvc|acdc SEED        one run
 #     bash results/methods/run.sh table cvc|acdc           the table of all runs that are there
-# PY names the Python; runs/cvc.h5 and acdc.h5 are made by the converters (the project's README, "Your own data").
+# ROW is one of `case` below, with _qw, _qar or both behind it, as in mt_qw or bcp_qw_qar.
+# PY names the Python. The converters make runs/cvc.h5 and acdc.h5 (the project's README, "Your own
+# data").
 set -eu
 PY=${PY:-.venv/bin/python}
 row=$1 data=$2 seed=${3:-0} out=runs/m/$2
@@ -15,8 +17,10 @@ case $data in
 esac
 
 case $row in
-  g)  $PY corrupt.py "runs/$data.h5" --out "$out/vqm" --labeled $labeled --size 64 --masks 60 --val-masks 5 --folds $folds
-      $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm/vqm.h5" --out "$out/qp" --size 64 --members 1 --batch 24 --per-image $per_image --epochs $epochs --overwrite
+  g)  $PY corrupt.py "runs/$data.h5" --out "$out/vqm" --labeled $labeled --size 64 --masks 60 \
+        --val-masks 5 --folds $folds
+      $PY train_qp.py "runs/$data.h5" --vqm "$out/vqm/vqm.h5" --out "$out/qp" --size 64 \
+        --members 1 --batch 24 --per-image $per_image --epochs $epochs --overwrite
       exit ;;
   table)  $PY evaluate.py "runs/$data.h5" "$out"/*_[0-9]/best.pt --out "$out/table" --pictures 0
       exit ;;
@@ -38,5 +42,6 @@ case $method in
   bcp)      flags="--method bcp --lam 0.5 $flags" ;;
   *)        echo "no row $row"; exit 2 ;;
 esac
-$PY train_ssl.py "runs/$data.h5" --out "$out/${row}_$seed" --labeled $labeled $flags --qp "$out/qp/qp.pt" --size 64 --steps 600 --batch 12 --batch-unlabeled 12 \
-  --lr 1e-3 --ema 0.99 --lam-warmup 0.4 --lam-ramp 0.2 --eval-every 100 --seed "$seed" --overwrite
+$PY train_ssl.py "runs/$data.h5" --out "$out/${row}_$seed" --labeled $labeled $flags \
+  --qp "$out/qp/qp.pt" --size 64 --steps 600 --batch 12 --batch-unlabeled 12 --lr 1e-3 --ema 0.99 \
+  --lam-warmup 0.4 --lam-ramp 0.2 --eval-every 100 --seed "$seed" --overwrite
