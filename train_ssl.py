@@ -166,7 +166,7 @@ class Term:
 # method(nets, teacher, batch, args, t) -> supervised loss, [Term, ...].  nets: the students; teacher: EMA of the first, in eval mode;
 # t in [0, 1]: progress of training. To add a method: one function, and its name in METHODS; in STUDENTS if it needs two; in DEFAULTS if
 # its options differ from the paper's. Labeled images, weak and strong views go through a student in passes of their own: mixed statistics of
-# batch norm let pseudo-labels drift (results/baselines.md).
+# batch norm let pseudo-labels drift (results/baselines).
 
 def supervised(nets, teacher, batch, args, t):
     """(cross-entropy + soft Dice) / 2 on the labeled images, summed over the students."""
@@ -323,7 +323,7 @@ WARM_UP = {"bcp": copy_paste}     # until lambda sets in; the others: supervised
 
 
 PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
-DEFAULTS = {                      # where a method's own publication says otherwise, or something else did better (results/baselines.md)
+DEFAULTS = {                      # where a method's own publication says otherwise, or something else did better (results/baselines)
     "mean_teacher": dict(lam=3.0), "ua_mt": dict(lam=3.0), "ict": dict(lam=3.0), "cps": dict(lam=1.0),
     "fixmatch": dict(lam=1.0, conf_threshold=0.0), "unimatch": dict(lam=1.0, conf_threshold=0.0),
     "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),

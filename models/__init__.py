@@ -238,7 +238,7 @@ def update_average(average, net, count, decay):
     """Exponential moving average of weights, and of batch norm's statistics, with decay min(1 - 1 / (count + 1), decay).
 
     count: steps that the average has seen; at 0 it becomes a copy. The present network's statistics do not fit averaged weights:
-    with them, pseudo-labels collapsed (results/baselines.md). Counts of batches are copied.
+    with them, pseudo-labels collapsed (results/baselines). Counts of batches are copied.
     """
     decay = min(1 - 1 / (count + 1), decay)
     torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)

@@ -1,6 +1,6 @@
 """Bad inputs for all stages: made from small phantom datasets, and run each in a process of its own. What is asked of them is in test_bad_input.py.
 
-    python tests/bad_inputs.py > results/bad_inputs.md      the table, and every input with what is said of it
+    python tests/bad_inputs.py                              prints a table of the stages, and every input with what is said of it (Markdown)
     python tests/bad_inputs.py FOLDER FILE.json 0|1         what the tests read: each kind of input once, not at every place that reads it; one half of them
 
 The scripts are imported once, and each input is given to a forked child, so that one costs a fraction of a second, and a crash or a hang ends
@@ -856,7 +856,7 @@ def main(argv):
     if argv:
         Path(argv[1]).write_text(json.dumps(results))
     else:
-        print("# Bad inputs, and what the stages say\n\nMade by `python tests/bad_inputs.py > results/bad_inputs.md`; each must end with exit code 2 and one line.\n")
+        print("# Bad inputs, and what the stages say\n\nEach must end with exit code 2 and one line.\n")
         print("\n".join(table(results)))
 
 

@@ -1,19 +1,17 @@
-"""Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines.md is right."""
+"""Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines is right."""
 import csv
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "results"))
-
-import baselines  # noqa: E402
-import train_ssl  # noqa: E402
-from data import augment, h5  # noqa: E402
-from models.losses import dice_loss, one_hot  # noqa: E402
+import train_ssl
+from data import augment, h5
+from models.losses import dice_loss, one_hot
+from results.baselines import compare
+from results.evidence.run import split
 
 
 @pytest.fixture(scope="module")
@@ -146,29 +144,28 @@ def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
 @pytest.mark.parametrize("row", ["cps", "pseudo_label_correct_qw"])
 def test_a_run_of_the_comparison_is_the_whole_command(row, gray, gray_quality, tmp_path, monkeypatch):
     """Going on from the shared start gives the weights and the log of the whole command, to the last bit; its scores come into the table."""
-    import evidence
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs")
-    evidence.split([gray, "runs/tiny.h5", "--patients", "1"])
-    monkeypatch.setattr(baselines, "START", 2)
-    monkeypatch.setattr(baselines, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split())
-    monkeypatch.setattr(baselines, "DATA", {"tiny": "--labeled 4"})
-    monkeypatch.setattr(baselines, "SCORES", "scores.csv")
+    split([gray, "runs/tiny.h5", "--patients", "1"])
+    monkeypatch.setattr(compare, "START", 2)
+    monkeypatch.setattr(compare, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split())
+    monkeypatch.setattr(compare, "DATA", {"tiny": "--labeled 4"})
+    monkeypatch.setattr(compare, "SCORES", "scores.csv")
     os.makedirs("runs/b/tiny/g")
     shutil.copy(gray_quality[1], "runs/b/tiny/g/qp.pt")
-    baselines.run("tiny", row, 1)
-    train_ssl.main(baselines.command("tiny", row, 1, "whole"))
+    compare.run("tiny", row, 1)
+    train_ssl.main(compare.command("tiny", row, 1, "whole"))
     a, b = (torch.load(path, weights_only=True) for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt"))
     assert all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
     logs = [[{k: v for k, v in line.items() if k != "ms"} for line in csv.DictReader(open(f"{out}/log.csv"))] for out in (f"runs/b/tiny/{row}-1", "whole")]
     assert all(line in logs[1] for line in logs[0]) and len(logs[0]) >= 3
-    assert ("ours", "tiny", row, "1") in baselines.collect()
+    assert ("ours", "tiny", row, "1") in compare.collect()
 
 
 def test_the_table_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baselines, "SCORES", "scores.csv")
+    monkeypatch.setattr(compare, "SCORES", "scores.csv")
     scores = {("ours", "ph2", "bcp", str(seed)): (90.0 + seed, 80.0) for seed in range(3)} | {("published", "ph2", "bcp", "0"): (70.0, 60.0)}
-    baselines.keep(scores)
-    assert baselines.collect() == scores
-    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in baselines.table(scores, 0) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in baselines.table(scores, 1)
+    compare.keep(scores)
+    assert compare.collect() == scores
+    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in compare.table(scores, 0) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in compare.table(scores, 1)

@@ -1,4 +1,4 @@
-"""The experiment behind results/evidence.md: its shortcut changes nothing, its controls are what they say, its intervals are right."""
+"""The experiment behind results/evidence: its shortcut changes nothing, its controls are what they say, its intervals are right."""
 import os
 import shutil
 import sys
@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "results"))
-
-import evidence  # noqa: E402
-import evidence_table  # noqa: E402
-import train_ssl  # noqa: E402
-from data import h5  # noqa: E402
-from data.files import InputError  # noqa: E402
-from models.losses import one_hot  # noqa: E402
+import train_ssl
+from data import h5
+from data.files import InputError
+from models.losses import one_hot
+from results.evidence import run, table
 
 
 @pytest.fixture
@@ -22,10 +19,10 @@ def small(gray, gray_quality, tmp_path, monkeypatch):
     """The phantom as a data set of the experiment, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs/v/tiny/g")
-    evidence.split([gray, "runs/tiny.h5", "--patients", "1"])
+    run.split([gray, "runs/tiny.h5", "--patients", "1"])
     shutil.copy(gray_quality[1], "runs/v/tiny/g/qp.pt")
-    monkeypatch.setitem(evidence.DATA, "tiny", dict(labeled=2, lr=1e-3, steps=6, start=3, every=2))
-    monkeypatch.setattr(evidence, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --ema 0.9".split())
+    monkeypatch.setitem(run.DATA, "tiny", dict(labeled=2, lr=1e-3, steps=6, start=3, every=2))
+    monkeypatch.setattr(run, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --ema 0.9".split())
 
 
 def weights(path):
@@ -43,8 +40,8 @@ def test_the_last_patients_are_the_test_split(gray, small):
 @pytest.mark.parametrize("family, row", [("pseudo_label", "correct"), ("cps", "qw"), ("bcp", "none")])
 def test_a_run_from_the_common_start_is_the_whole_run(family, row, small):
     os.makedirs("runs/v/tiny/a")
-    evidence.train("tiny", family, row, 0.5, 1, "runs/v/tiny/a")
-    train_ssl.main(evidence.command("tiny", family, row, 0.5, 1, "b"))
+    run.train("tiny", family, row, 0.5, 1, "runs/v/tiny/a")
+    train_ssl.main(run.command("tiny", family, row, 0.5, 1, "b"))
     assert all(torch.equal(x, y) for x, y in zip(weights("runs/v/tiny/a/last.pt"), weights("b/last.pt"), strict=True))
     assert os.path.isfile("runs/v/tiny/a/test/cases.csv")
 
@@ -55,7 +52,7 @@ def test_controls(small):
     for row in ("none", "oracle_pixel", "blind", "blind_qw", "shuffled_pixel", "qar_hard"):
         out = f"runs/v/tiny/{row}"
         os.makedirs(out)
-        evidence.train("tiny", "pseudo_label", row, 0.5, 1, out)
+        run.train("tiny", "pseudo_label", row, 0.5, 1, out)
         found[row] = weights(f"{out}/last.pt")
     for a, b in (("none", "oracle_pixel"), ("none", "blind"), ("blind", "blind_qw"), ("none", "shuffled_pixel"), ("none", "qar_hard")):
         assert not all(torch.equal(x, y) for x, y in zip(found[a], found[b]))
@@ -63,7 +60,7 @@ def test_controls(small):
 
 
 def test_the_oracle_knows_the_truth():
-    oracle = evidence.Oracle()
+    oracle = run.Oracle()
     oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3
     truth = one_hot(oracle.label, 3)[:, 1:]
     assert torch.allclose(oracle(None, truth), torch.ones(4, 2)) and oracle.error(None, truth).sum() == 0
@@ -76,27 +73,27 @@ def test_a_shuffled_g_answers_for_the_next_image():
         def forward(self, image, mask):
             return image[:, 0, 0, :1]
         error = belief = forward
-    g, image = evidence.Shuffled(Counts()), torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
+    g, image = run.Shuffled(Counts()), torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
     assert all(f(image, None).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
 
 
 def test_intervals_by_hand():
     """Equal differences have no width; of one seed it is the interval of a mean; cases of one patient move together."""
-    assert evidence_table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
+    assert table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
     d = np.random.default_rng(1).normal(1, 1, (1, 400))
-    low, high = evidence_table.interval(d, np.arange(400))
+    low, high = table.interval(d, np.arange(400))
     assert low == pytest.approx(d.mean() - 1.96 * d.std() / 20, abs=0.01) and high == pytest.approx(d.mean() + 1.96 * d.std() / 20, abs=0.01)
     few, groups = np.repeat(np.random.default_rng(2).normal(0, 1, (1, 8)), 10, 1), np.repeat(np.arange(8), 10)
-    alike, apart = (np.ptp(evidence_table.interval(few, g)) for g in (groups, np.arange(80)))
+    alike, apart = (np.ptp(table.interval(few, g)) for g in (groups, np.arange(80)))
     assert alike > 2 * apart
     seeds = np.array([[0.0] * 50, [1.0] * 50, [2.0] * 50])
-    assert evidence_table.interval(seeds, np.arange(50)).tolist() == [0, 2]
+    assert table.interval(seeds, np.arange(50)).tolist() == [0, 2]
 
 
 def test_at_a_glance(tmp_path, monkeypatch, capsys):
     """Runs are added to what is kept, and pairs counted by hand; a family whose `full` lacks a seed is none yet."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     (tmp_path / "runs/v/ph2/g").mkdir(parents=True)
     (tmp_path / "runs/v/ph2/g/qp.pt").write_text("g")
 
@@ -113,10 +110,10 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
     made("pseudo_label", "none", 0.5, seeds=[0], lam=0.3)   # a lambda that is worse on val
     made("ict", "correct_qw", 0.65)
     made("unimatch", "none", 0.6), made("unimatch", "correct", 0.598), made("unimatch", "full", 0.59)    # where labels harm, there is no half to reach
-    evidence_table.add("ph2")
+    table.add("ph2")
     shutil.rmtree("runs")
-    evidence_table.glance(["ph2"], "correct")
-    evidence_table.glance(["ph2"], "correct_qw")
+    table.glance(["ph2"], "correct")
+    table.glance(["ph2"], "correct_qw")
     out, weighted = capsys.readouterr().out.split("### correct_qw")
     assert "| supervised | 51.0 |" in out and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out and "cps" not in out
     assert "Of 4 pairs" in out and "above its own baseline in 2, with an interval above zero in 2;" in out
@@ -128,11 +125,11 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
 def test_what_is_kept_grows(tmp_path, monkeypatch):
     """A second session's runs join those of the first, in whose place they come where the name is the same; other test cases are refused."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     g = tmp_path / "runs/v/ph2/g/qp.pt"
     g.parent.mkdir(parents=True)
     g.write_text("g")
-    for asked in (lambda: evidence_table.runs_of("ph2"), lambda: evidence_table.add("ph2"), lambda: evidence_table.draw("f.png", [])):
+    for asked in (lambda: table.runs_of("ph2"), lambda: table.add("ph2"), lambda: table.draw("f.png", [])):
         with pytest.raises(InputError, match="no (finished )?run of|nothing to draw"):
             asked()
 
@@ -141,14 +138,14 @@ def test_what_is_kept_grows(tmp_path, monkeypatch):
         (folder / "test").mkdir(parents=True, exist_ok=True)
         (folder / "log.csv").write_text(f"step,val_dice\n200,{dice}\n")
         (folder / "test/cases.csv").write_text("\n".join(["checkpoint,case,patient,dice,hd95", *(f"best.pt,{c},p{c},{dice},{i / 3}" for i, c in enumerate(cases))]))
-        evidence_table.add("ph2")
+        table.add("ph2")
         shutil.rmtree(folder)
     made("ict-none-0.3-0", 0.5), made("ict-correct_qw-1-2", 0.6), made("ict-none-0.3-0", 0.7)
-    runs = evidence_table.runs_of("ph2")
+    runs, patients = table.runs_of("ph2")
     assert {(*key, lam, seed) for key, by in runs.items() for lam, seeds in by.items() for seed in seeds} == {("ict", "none", 0.3, 0), ("ict", "correct_qw", 1.0, 2)}
-    val, means, patients = runs["ict", "none"][0.3][0]
-    assert (val, patients) == (0.7, ["pa", "pb", "pc"]) and means["best.pt"]["dice"].tolist() == [0.7] * 3
-    assert means["best.pt"]["hd95"].tolist() == [0, 0.3333, 0.6667]
+    found = runs["ict", "none"][0.3][0]
+    assert (found.val, patients) == (0.7, ["pa", "pb", "pc"]) and found.scores["best.pt"]["dice"].tolist() == [0.7] * 3
+    assert found.scores["best.pt"]["hd95"].tolist() == [0, 0.3333, 0.6667]
     for cases in ("abcd", "bac"):
         with pytest.raises(InputError, match="other test cases"):
             made("ict-none-1-0", 0.5, cases=cases)
@@ -161,7 +158,7 @@ def test_what_is_kept_grows(tmp_path, monkeypatch):
 def test_table_and_figure(tmp_path, monkeypatch, capsys):
     """The command, from runs to what is printed and drawn; lambda is that of the best val, the smaller one where two are equal."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evidence_table, "KEPT", str(tmp_path / "kept.json"))
+    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     for name, val, dice in (("none-0.3-0", 0.6, 0.4), ("none-1-0", 0.6, 0.7), ("none-3-0", 0.5, 0.9), ("correct_qw-1-0", 0.7, 0.5)):
         folder = tmp_path / f"runs/v/cvc/ict-{name}/test"
         folder.mkdir(parents=True)
@@ -170,8 +167,8 @@ def test_table_and_figure(tmp_path, monkeypatch, capsys):
                                                       *(f"{part}.pt,{c},{c % 2},{dice},7" for part in ("best", "last") for c in range(4))]))
     (tmp_path / "runs/v/cvc/g").mkdir()
     (tmp_path / "runs/v/cvc/g/qp.pt").write_text("g")
-    monkeypatch.setattr(sys, "argv", ["evidence_table.py", "cvc", "--add", "--out", "f.png"])
-    evidence_table.main()
+    monkeypatch.setattr(sys, "argv", ["table.py", "cvc", "--add", "--out", "f.png"])
+    table.main()
     out = capsys.readouterr().out
     assert "| ict | none | 0.3 | 1 | 40.0 | 7.0 |  |  |" in out and "| ict | correct_qw | 1 | 1 | 50.0 | 7.0 | +10.0 [+10.0, +10.0] | [+10.0, +10.0] |" in out
     assert "### cvc, last.pt" in out and (tmp_path / "f.png").stat().st_size > 10_000
