@@ -402,7 +402,8 @@ def g_itself(argv):
         names = [e.name for e in info.entries("test")]
         cases = evaluate.Cases(info, "test", 64, names, keep=False)
         dice = evaluate.dice_table(Segments(g, K), cases, on, K)
-        print(f"{data}: {100 * evaluate.mean_dice(dice)[0]:.1f}")
+        mean, _ = evaluate.mean_dice(dice, h5.held_classes(info, "test"))
+        print(f"{data}: {100 * mean:.1f}")
 
 
 def main():
