@@ -694,7 +694,8 @@ def header_alone(src, fields):
         header["vox_offset"], header["magic"] = 352, b"n+1"
         for name, value in wrong.items():
             header[name] = value
-        (src / folder / "a.nii").write_bytes(header.binaryblock + bytes(4 + 16 ** 3))
+        voxels = bytes(16 ** 3 // 2) + bytes([1]) * (16 ** 3 // 2)
+        (src / folder / "a.nii").write_bytes(header.binaryblock + bytes(4) + voxels)
 
 
 def converters():

@@ -172,10 +172,9 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
         every = h5.load_samples(info, "val", size, [name])
         assert (samples.label[i] > 0).sum() == max((y > 0).sum() for y in every.label)
     net = lambda x: torch.nn.functional.one_hot((x[:, 0] > 0.5).long() * 2, 4).movedim(-1, 1) * 50.0
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(train_ssl.models, "fused", lambda net: net)
-    found = train_ssl.look(net, g, samples, on)
-    monkey.undo()
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(train_ssl.models, "fused", lambda net: net)
+        found = train_ssl.look(net, g, samples, on, np.ones(3, bool))
     mask = torch.nn.functional.one_hot((samples.batch(torch.arange(len(samples)))[0][:, 0] > 0.5).long() * 2, 4).movedim(-1, 1)[:, 1:].float()
     with torch.no_grad():
         says = g(samples.batch(torch.arange(len(samples)))[0], mask)
