@@ -28,6 +28,7 @@ import models  # noqa: E402
 import train_ssl  # noqa: E402
 from data import h5  # noqa: E402
 from data.files import InputError, Parser, cli, number  # noqa: E402
+from models.device import Compute, channels_last, compiled, compute, device_name, fused  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 
 
@@ -129,7 +130,7 @@ class Bench:
     args: object
     run: object             # options of a mean-teacher run of train_ssl.py at --size, with --batch images, half of them labeled
     info: h5.Info
-    on: models.Compute
+    on: Compute
     feed: train_ssl.Feed
 
     def timed(self, versions, count=None):
@@ -145,7 +146,7 @@ def prepare(args):
     run = train_ssl.parse_args([
         args.data, "--out", args.out, "--labeled", args.labeled, "--method", "mean_teacher", "--size", str(args.size), "--batch", half,
         "--batch-unlabeled", half, "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", "--steps", "1000000"])
-    info, on = h5.read_info(args.data), models.compute(args.device, args.amp)
+    info, on = h5.read_info(args.data), compute(args.device, args.amp)
     if info.dims != 2:
         raise InputError(f"{args.data}: is segmented in 3D; this benchmark takes slices (volumes: results/volumes_benchmark.py)")
     train_ssl.set_defaults(run, info)
@@ -158,10 +159,10 @@ def step_of(b, side=None, batch=None, g=None, **changes):
     vars(run).update(changes)
     teacher = copy.deepcopy(net).eval().requires_grad_(False)
     if b.args.compile:
-        net, teacher = models.compiled(net), models.compiled(teacher)
+        net, teacher = compiled(net), compiled(teacher)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
     state = train_ssl.Run([net], teacher, g, optimizer, b.on.scaler(), b.on)
-    image = lambda: models.channels_last(torch.randn(half, b.info.channels, side, side, device=b.on.device))
+    image = lambda: channels_last(torch.randn(half, b.info.channels, side, side, device=b.on.device))
     batch = train_ssl.Batch(image(), one_hot(torch.randint(K, (half, side, side), device=b.on.device), K), image(), image(), image())
     return lambda: train_ssl.train_step(state, batch, run, 1000)
 
@@ -200,7 +201,7 @@ def guidance(b):
     versions = {"mean teacher": step_of(b)}
     for name, side in (("g at f's side", b.args.size), ("g at half of it", b.args.size // 2)):
         g = models.build("quality_dense", channels=b.info.channels, classes=len(b.info.classes), size=side)
-        g = models.fused(b.on.place(g)).requires_grad_(False)
+        g = fused(b.on.place(g)).requires_grad_(False)
         versions[f"QW, {name}"] = step_of(b, g=g, weight="quality", weight_threshold=0.0)
         versions[f"QAR on all images, {name}"] = step_of(b, g=g, qar=0.01, qar_share=1.0)
         versions[f"QAR on a third, {name}"] = step_of(b, g=g, qar=0.01, qar_share=1 / 3)
@@ -295,7 +296,7 @@ def main():
     p.add_argument("--size", type=number(64), default=256, help="side of images")
     p.add_argument("--batch", type=number(2), default=24, help="images in a step, half of them labeled")
     p.add_argument("--rounds", type=number(1), default=3, help="rounds, of which the shortest time counts")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="of ours; the plain versions are float32")
     p.add_argument("--compile", action="store_true", help="torch.compile our networks")
     args = p.parse_args()

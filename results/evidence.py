@@ -31,7 +31,7 @@ import evaluate  # noqa: E402
 import train_ssl  # noqa: E402
 from data import augment, h5  # noqa: E402
 from data.files import InputError, Parser, checksum, cli  # noqa: E402
-from models import channels_last, compute  # noqa: E402
+from models.device import channels_last, compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 from models.quality import quality_target, true_dice  # noqa: E402
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluate  # noqa: E402
 import models  # noqa: E402
+from models.device import channels_last  # noqa: E402
 
 NETWORKS = {name: {} for name in models.segmentation_networks() if name != "smp:*"} | {
     f"{name} --encoder resnet50": dict(encoder="resnet50") for name in ("resnet_unet", "unetpp", "attention_unet")}
@@ -37,7 +38,7 @@ def seconds(run):
 
 def main():
     torch.manual_seed(0)
-    few, many = (models.channels_last(torch.randn(n, 3, SIDE, SIDE)) for n in (4, 8))
+    few, many = (channels_last(torch.randn(n, 3, SIDE, SIDE)) for n in (4, 8))
     rows = {title: dict(network=title, **{"M parameters": f"{models.parameters(built(title)) / 1e6:.1f}", "GFLOPs": f"{multiply_adds(built(title)):.1f}"})
             for title in NETWORKS}
     best = {title: [float("inf")] * 2 for title in NETWORKS}

@@ -13,9 +13,9 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import evaluate  # noqa: E402
-import models  # noqa: E402
 from data import h5  # noqa: E402
 from data.files import Parser, cli, load_checkpoint  # noqa: E402
+from models.device import compute  # noqa: E402
 from models.quality import foreground, quality_target, resample, true_dice  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 
@@ -27,7 +27,7 @@ def main():
     p.add_argument("checkpoints", nargs="+", help="runs of train_ssl.py, all of one --size")
     p.add_argument("--qp", required=True, help="dense quality predictor")
     args = p.parse_args()
-    on, info = models.compute(), h5.read_info(args.data)
+    on, info = compute(), h5.read_info(args.data)
     g, _ = evaluate.load_quality(args.qp, info, on)
     states = {path: load_checkpoint(path, "ssl") for path in args.checkpoints} | {args.qp: load_checkpoint(args.qp, "qp")}
     slices = h5.load_slices(info, "train", states[args.checkpoints[0]]["args"]["size"], evaluate.held_out(info, states))

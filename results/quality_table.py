@@ -8,9 +8,9 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import evaluate  # noqa: E402
-import models  # noqa: E402
 from data import h5, vqm  # noqa: E402
 from data.files import Parser, cli, load_checkpoint  # noqa: E402
+from models.device import compute  # noqa: E402
 
 
 def main():
@@ -20,7 +20,7 @@ def main():
     p.add_argument("--reference", required=True, help="vqm.h5 whose /val and /real are the test")
     p.add_argument("--out", help="Markdown file to write")
     args = p.parse_args()
-    info, on, rows = h5.read_info(args.data), models.compute(), []
+    info, on, rows = h5.read_info(args.data), compute(), []
     for path in args.qp:
         g, _ = evaluate.load_quality(path, info, on)
         for split, title in (("val", "synthetic"), ("real", "real outputs")):

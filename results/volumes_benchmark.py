@@ -18,9 +18,9 @@ from medpy.metric import binary
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import evaluate  # noqa: E402
-import models  # noqa: E402
 from data import h5  # noqa: E402
 from data.files import Parser, cli, number  # noqa: E402
+from models.device import compute  # noqa: E402
 
 
 def timed(f, repeat=1):
@@ -55,12 +55,12 @@ def main():
     p.add_argument("--half", action="store_true", help="the volumes were made with --shrink 2")
     args = p.parse_args()
     size, stride = ((40, 56, 56), (2, 9, 9)) if args.half else ((80, 112, 112), (4, 18, 18))
-    info, on = h5.read_info(args.data), models.compute("cpu", args.amp)
+    info, on = h5.read_info(args.data), compute("cpu", args.amp)
     entry = info.entries("val")[args.case]
     cases = evaluate.Cases(info, "val", size, [entry.name])
     (_, (volume, mean, std), truth), = cases
     print(f"{entry.name}, {' x '.join(map(str, entry.grid))}; {on}, {torch.get_num_threads()} threads")
-    plain = evaluate.load_run(args.checkpoint, "student", models.compute("cpu", "off"))[0].to(memory_format=torch.contiguous_format)
+    plain = evaluate.load_run(args.checkpoint, "student", compute("cpu", "off"))[0].to(memory_format=torch.contiguous_format)
     x = ((volume - mean) / std).astype(np.float32)
     base, (loop, patches) = timed(functools.partial(plain_loop, plain, x, size, stride))
     net, rows = evaluate.load_run(args.checkpoint, "student", on)[0], []

@@ -15,11 +15,11 @@ from test_nifti import ball, make, save
 from torch import nn
 
 import evaluate
-import models
 from data import figures, h5, images, metrics, nifti, unlabeled
 from data.files import save_checkpoint
+from models.device import compute
 
-ON = models.compute("cpu", "off")
+ON = compute("cpu", "off")
 
 
 class Bright(nn.Module):

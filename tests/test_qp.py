@@ -16,6 +16,7 @@ import train_qp
 from conftest import make_pictures, quality, shared
 from data import h5, images, phantom
 from data.vqm import load
+from models.device import compute
 from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
 
 
@@ -100,7 +101,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
 
 def test_heads(rgb, rgb_quality, rgb_scalar):
     """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
-    info, on = h5.read_info(rgb), evaluate.models.compute()
+    info, on = h5.read_info(rgb), compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
         g, labeled = evaluate.load_quality(path, info, on)
         state, x, m = torch.load(path, weights_only=True), torch.randn(2, 3, 32, 32), (torch.rand(2, 1, 32, 32) > 0.5).float()
@@ -128,7 +129,7 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 
 
 def test_temperature_is_that_of_the_least_error(gray, gray_quality):
-    info, on = h5.read_info(gray), evaluate.models.compute("cpu", "off")
+    info, on = h5.read_info(gray), compute("cpu", "off")
     g, _ = evaluate.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
     train_qp.fit_temperature(g, masks, on)
@@ -173,7 +174,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
-    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.models.compute())   # a g like any other
+    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), compute())   # a g like any other
     whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average
