@@ -120,15 +120,14 @@ class SyncedNorm(_BatchNorm):
         like = (-1, *[1] * (x.dim() - 2))  # [C] -> [C, 1, 1]
         v = x.float()
         average = _Mean.apply(v.mean(axes))  # [C]
-        centered = v - average.view(like)
-        variance = _Mean.apply(centered.square().mean(axes))  # [C]
+        variance = _Mean.apply((v - average.view(like)).square().mean(axes))  # [C]
         with torch.no_grad():
             count = world() * v.numel() / v.shape[1]
             self.running_mean.lerp_(average, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(like), centered, scale.view(like)).to(x.dtype)
+        scale = (self.weight * (variance + self.eps).rsqrt()).view(like)
+        return torch.addcmul(self.bias.view(like), v - average.view(like), scale).to(x.dtype)
 
 
 def synced(net):
