@@ -36,6 +36,7 @@ from data import augment, figures, h5, processes, shapes, vqm
 from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, flip_axes,
                         folder, grid, load_checkpoint, number, numbers, picture, replacing,
                         save_checkpoint, seed_of, start_run)
+from models.device import channels_last, compute, device_name, samples_in
 from models.losses import dice_loss, one_hot
 
 CATALOG_VERSION = 2
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=number(1, 1000), default=1, help="processes that make masks")
     p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw a grid of masks with name and Dice")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of the weak networks")
     p.add_argument("--deterministic", action="store_true", help="the same masks each time also on a GPU, at a price (on a CPU they are anyway)")
     p.add_argument("--resume", action="store_true", help="go on with a run that was interrupted: keeps the weak networks that it has trained")
@@ -491,7 +492,7 @@ def train_weak(samples, patients, info, fold, args, done=None):
     torch.manual_seed(seed_of(args.seed, 0, fold))
     names = list(dict.fromkeys(patients))
     mine = [i for i, p in enumerate(patients) if args.folds == 1 or names.index(p) % args.folds != fold]
-    K, on = len(info.classes), models.compute(args.device, args.amp, args.deterministic)
+    K, on = len(info.classes), compute(args.device, args.amp, args.deterministic)
     net = on.place(models.build("unet", channels=info.channels, classes=K, dims=info.dims))
     optimizer, scaler, first = torch.optim.Adam(net.parameters(), 1e-3), on.scaler(), 0
     if done and done["fold"] == fold:
@@ -510,7 +511,7 @@ def train_weak(samples, patients, info, fold, args, done=None):
             index = torch.tensor(mine)[order[step * args.harvest_batch:(step + 1) * args.harvest_batch]]
             x, y = augment.weak(*samples.batch(index, on.device), args.flip)
             with on.autocast():
-                logits = net(models.channels_last(x))
+                logits = net(channels_last(x))
             loss = dice_loss(logits, one_hot(y, K))
             losses.append(loss.detach())
             optimizer.zero_grad()
@@ -537,17 +538,17 @@ def outputs(weights, samples, tasks, info, args):
 
     Yields, in the tasks' order: row, sample index, probabilities [K-1, *S] uint8 in 1/255, label map [*S].
     """
-    on = models.compute(args.device, args.amp, args.deterministic)
+    on = compute(args.device, args.amp, args.deterministic)
     net = on.place(models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims))
     net.load_state_dict(weights)
     net.eval()
-    batch = models.samples_in(32, samples.image.shape[2:])
+    batch = samples_in(32, samples.image.shape[2:])
     for start in range(0, len(tasks), batch):
         rows, index, change = zip(*tasks[start:start + batch])
         x, _ = samples.batch(torch.tensor(index), on.device)
         x = torch.where(torch.tensor(change, device=on.device).reshape(-1, *[1] * (x.dim() - 1)), augment.strong(x), x)
         with on.autocast():
-            p = net(models.channels_last(x)).float().softmax(1)
+            p = net(channels_last(x)).float().softmax(1)
         probabilities, labels = (p[:, 1:] * 255).round().to(torch.uint8).cpu().numpy(), p.argmax(1).to(torch.uint8).cpu().numpy()
         yield from zip(rows, index, probabilities, labels)
 

@@ -52,6 +52,7 @@ from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, com
                           dice, largest_component, of_classes, paired, plain_dice, quality_rows,
                           score, score_case, triage)
 from models import distributed, quality
+from models.device import channels_last, compute, device_name, fused, samples_in
 from models.losses import one_hot
 
 
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=number(1, 65_536), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
     p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
                    "are predicted; 0: none")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     add_window_options(p)
     args = p.parse_args(argv)
@@ -146,7 +147,7 @@ class Cases:
 def probabilities(net, x, on):
     """What a network says of images. [B, C, *S] -> [B, K, *S] float32 on the device"""
     with on.autocast():
-        return net(models.channels_last(x)).float().softmax(1)
+        return net(channels_last(x)).float().softmax(1)
 
 
 @dataclass
@@ -173,7 +174,7 @@ def window(size, args, batch=None):
     stride = stride * 3 if len(stride) == 1 else stride
     if any(step > side for step, side in zip(stride, size)):
         raise InputError(f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps")
-    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch or models.samples_in(32, size))
+    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch or samples_in(32, size))
 
 
 def blending(size, gaussian):
@@ -217,7 +218,7 @@ def predict_cases(net, cases, on, cut=None, batch=32):
 @torch.no_grad()
 def labels_of_volumes(net, cases, on, cut):
     """predict_cases() for volumes, one after the other."""
-    net = models.fused(net)
+    net = fused(net)
     for entry, (volume, mean, std), truth in cases:
         shape, this = cut.size, cut
         if cut.whole:  # networks halve the grid up to four times
@@ -231,7 +232,7 @@ def labels_of_volumes(net, cases, on, cut):
 @torch.no_grad()
 def labels_of_slices(net, cases, on, batch):
     """predict_cases() for slices, whichever cases they belong to in full batches: many single pictures in one, a long volume in several."""
-    net, label = models.fused(net), []
+    net, label = fused(net), []
     for parts in full_batches(cases, batch):
         x = torch.cat([slices.batch(part, on.device)[0] for (_, slices, _), part in parts])                                 # [B, C, S, S]
         found = probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
@@ -377,7 +378,7 @@ def load_quality(path, info, on, size=None, runs=None):
         words = {None: "all axes", "none": "no axis"}
         print(f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
               f"{words.get(others[0], others[0])}; train both with the same --flip")
-    g = models.fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
+    g = fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
     return g.requires_grad_(False), state["labeled"]
 
 
@@ -499,7 +500,7 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
 
     index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
     """
-    predicted, true, present, K, batch = [], [], [], g.config["classes"], models.samples_in(64, mask.shape[1:])
+    predicted, true, present, K, batch = [], [], [], g.config["classes"], samples_in(64, mask.shape[1:])
     for rows, m in zip(index.split(batch), mask.split(batch)):
         x, y = samples.batch(rows, on.device)
         m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
@@ -720,7 +721,7 @@ def predicted_quality(g, label, samples, size, on):
         label = h5.at_least(label, size)
         masks = np.stack([label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at])
     says, areas, masks = [], [], torch.from_numpy(masks).long()                                           # [N, *S]
-    for rows in torch.arange(len(samples)).split(models.samples_in(64, masks.shape[1:])):
+    for rows in torch.arange(len(samples)).split(samples_in(64, masks.shape[1:])):
         x, _ = samples.batch(rows, on.device)
         m = one_hot(masks[rows].to(on.device), g.config["classes"])[:, 1:]
         with on.autocast():
@@ -731,7 +732,7 @@ def predicted_quality(g, label, samples, size, on):
 
 def predict(args):
     """--predict: a mask of every case of a split, labeled or not, or of every new image; with --qp the Dice that g predicts of it, worst first."""
-    on, (path,) = models.compute(args.device, args.amp), args.checkpoints
+    on, (path,) = compute(args.device, args.amp), args.checkpoints
     net, state = load_run(path, args.weights, on)
     size, data, folder = state["args"]["size"], state["data"], os.path.join(args.out, "masks")
     needed = h5.Info(path, data["name"], data["classes"], data["dims"], data["channels"], {}, 0,
@@ -750,7 +751,7 @@ def predict(args):
             split, names = "train", held_out(info, {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
         cases, rows = Cases(info, split, size, names, keep=False), []
         at_source(cases.entries)
-        found = predict_cases(net, cases, on, cut, args.batch or models.samples_in(32, h5.shape_of(size)))
+        found = predict_cases(net, cases, on, cut, args.batch or samples_in(32, h5.shape_of(size)))
         for former in [*glob.glob(os.path.join(glob.escape(folder), "*")), *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png"))]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(former)
@@ -862,7 +863,7 @@ def main(argv=None):
     if args.predict:
         return predict(args)
     args.split = args.split or "val"
-    on, info = models.compute(args.device, args.amp), h5.read_info(args.data)
+    on, info = compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
     heads = {path: {k: v for k, v in load_checkpoint(path, "ssl").items() if k in ("args", "data", "labeled")}
              for path in [*args.checkpoints, *([args.second] if args.second else [])]}
@@ -877,7 +878,7 @@ def main(argv=None):
     if split == "held_out":
         split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
     entries = [e for e in info.entries(split) if names is None or e.name in names]
-    args.batch = args.batch or models.samples_in(32, h5.shape_of(size))
+    args.batch = args.batch or samples_in(32, h5.shape_of(size))
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels")
     held = h5.held_classes(info, split, names)

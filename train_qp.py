@@ -32,6 +32,8 @@ from data import augment, figures, h5, vqm
 from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, claim, cli, flip_axes,
                         folder, grid, number, postponed_signals, save_checkpoint, seed_of, start_run)
 from models import distributed
+from models.device import Compute, channels_last, compiled, compute, device_name, samples_in
+from models.ema import update_average
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
 
@@ -68,7 +70,7 @@ def parse_args(argv=None):
     p.add_argument("--soft", type=SHARE, default=0.3, help="share of masks shown soft (blurred, or a weak network's probabilities)")
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     p.add_argument("--compile", action="store_true", help="torch.compile g: slow to start, then faster on GPUs")
     p.add_argument("--deterministic", action="store_true", help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)")
@@ -136,7 +138,7 @@ def dense_loss(g, views, args):
     total = 0.0
     for member, (x, mask, truth) in zip(g.members, views):
         withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
-        logits = member(models.channels_last(g.show(x, mask, withheld)))                # [B, K, *S]
+        logits = member(channels_last(g.show(x, mask, withheld)))                # [B, K, *S]
         expected = quality_target(mask, logits.float().softmax(1)[:, 1:])               # [B, K-1]
         total = total + (seg_loss(logits, with_background(truth))
                          + args.quality_loss * F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1))
@@ -156,7 +158,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    on: models.Compute
+    on: Compute
 
 
 def train_step(run, masks, rows, args, step):
@@ -171,7 +173,7 @@ def train_step(run, masks, rows, args, step):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
-    models.update_average(run.g, run.net, step, args.ema)  # g's temperature, too; it is fitted before g is asked or kept
+    update_average(run.g, run.net, step, args.ema)  # g's temperature, too; it is fitted before g is asked or kept
     return loss.detach()
 
 
@@ -183,7 +185,7 @@ def fit_temperature(g, masks, on, held, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
     fit it by likelihood.) held: h5.held_classes() of val; no other class counts"""
     errors, rows = [], evaluate.thinned(len(masks.mask), most)
-    for rows in rows[distributed.rank()::distributed.world()].split(models.samples_in(16, masks.mask.shape[1:])):
+    for rows in rows[distributed.rank()::distributed.world()].split(samples_in(16, masks.mask.shape[1:])):
         x, y = masks.samples.batch(masks.index[rows], on.device)
         mask, truth = (one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y))
         with on.autocast():
@@ -236,7 +238,7 @@ def is_blind(predicted, true):
 
 def main(argv=None):
     args = parse_args(argv)
-    on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
+    on, info = compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     set_defaults(args, info.dims)
     args.flip = h5.check_flip(info, args.flip)
@@ -269,7 +271,7 @@ def main(argv=None):
     g = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
         for part in (net.members if args.head == "dense" else [net.backbone]):
-            models.compiled(part)
+            compiled(part)
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     steps = -(-len(train.samples) * min(args.per_image, len(train.mask) // len(train.samples)) // args.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)

@@ -42,8 +42,11 @@ from data.files import (SEED, SHARE, InputError, Log, Parser, check_finite, clai
                         folder, grid, number, numbers, postponed_signals, save_checkpoint, seed_of,
                         start_run)
 from models import distributed
+from models.device import Compute, channels_last, compiled, compute, device_name, fused
+from models.ema import update_average
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
 from models.quality import quality_target
+from models.resnet import RESNETS
 
 
 def parse_args(argv=None):
@@ -90,7 +93,7 @@ def parse_args(argv=None):
     p.add_argument("--model", type=models.model_name, metavar="NAME", help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, of "
                    "volumes vnet); smp:UnetPlusPlus is that of segmentation_models_pytorch, if it is installed")
     p.add_argument("--width", type=number(1, 256), help="channels of the network's first level (default: its own)")
-    p.add_argument("--encoder", metavar="NAME", help=f"of resnet_unet, unetpp, attention_unet: {', '.join(models.RESNETS)} (default: resnet34)")
+    p.add_argument("--encoder", metavar="NAME", help=f"of resnet_unet, unetpp, attention_unet: {', '.join(RESNETS)} (default: resnet34)")
     p.add_argument("--encoder-weights", metavar="FILE", help="state dict to start the encoder from: a ResNet's of torchvision or timm, for swin_unet "
                    "the official Swin-T's; or the word imagenet, which downloads torchvision's")
     p.add_argument("--dropout", type=number(0, 0.99, float), help="vnet: at the bottom and before the head (default: 0.5)")
@@ -112,7 +115,7 @@ def parse_args(argv=None):
     evaluate.add_window_options(p)
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision; losses, Dice and g's output stay fp32")
     p.add_argument("--cache", choices=("auto", "device", "ram", "off"), default="auto",
                    help="where images are kept: on the device, in memory, or nowhere, but read for each step; auto: the first that they fit into")
@@ -267,7 +270,7 @@ def fixmatch(nets, teacher, batch, args, t):
     """
     target, (cut, mix) = batch.corrected(probabilities(nets[0], batch.u)), cutmix(batch.u)
     label, sure = cut(harden(target)), cut(confident(target, args))
-    at_x, at_s = nets[0](batch.x), nets[0](models.channels_last(cut(batch.s1)))
+    at_x, at_s = nets[0](batch.x), nets[0](channels_last(cut(batch.s1)))
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s, label, w * sure), mix=mix)]
 
 
@@ -284,7 +287,7 @@ def unimatch(nets, teacher, batch, args, t):
     label, sure = harden(target), confident(target, args)
     (cut1, mix1), (cut2, mix2) = cutmix(batch.u), cutmix(batch.u)
     at_x, strong = nets[0](batch.x), torch.cat([cut1(batch.s1), cut2(batch.s2)])
-    at_s1, at_s2 = nets[0](models.channels_last(strong)).split(len(batch.u))
+    at_s1, at_s2 = nets[0](channels_last(strong)).split(len(batch.u))
     label1, label2, sure1, sure2 = cut1(label), cut2(label), cut1(sure), cut2(sure)
     return seg_loss(at_x, batch.y), [Term(batch.u, target, lambda w: seg_loss(at_s1, label1, w * sure1) / 4, mix=mix1),
                                      Term(batch.u, target, lambda w: seg_loss(at_s2, label2, w * sure2) / 4, mix=mix2),
@@ -306,7 +309,7 @@ def bcp(nets, teacher, batch, args, t):
     inward = to_samples(torch.arange(n, device=x.device) % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)                               # 1 where the labeled image shows
     seen = 1 - labeled[:, 0]                                                  # [n, *S] of u
-    logits = nets[0](models.channels_last(torch.where(labeled > 0, x, u)))
+    logits = nets[0](channels_last(torch.where(labeled > 0, x, u)))
     return seg_loss(logits, y, labeled[:, 0]), [Term(u, target, lambda w: seg_loss(logits, harden(target), w), weight=seen, belief=belief)]
 
 
@@ -314,7 +317,7 @@ def copy_paste(nets, teacher, batch, args, t):
     """The warm-up stage of BCP: a box of a labeled image on another labeled image, and of its label on the other's."""
     box, perm = augment.random_box(batch.x, args.paste) > 0, shuffled(batch.x)
     x, y = (torch.where(box, v[perm], v) for v in (batch.x, batch.y))
-    return seg_loss(nets[0](models.channels_last(x)), y), []
+    return seg_loss(nets[0](channels_last(x)), y), []
 
 
 METHODS = {f.__name__: f for f in (supervised, pseudo_label, mean_teacher, ua_mt, ict, cps, contrastive, fixmatch, unimatch, bcp)}
@@ -489,7 +492,7 @@ class Run:
     g: torch.nn.Module | None          # frozen quality predictor
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    on: models.Compute
+    on: Compute
 
 
 def ramp(t, warmup, length):
@@ -543,7 +546,7 @@ def train_step(run, batch, args, step):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    models.update_average(run.teacher, run.nets[0], max(0, step - onset(args)), args.ema)
+    update_average(run.teacher, run.nets[0], max(0, step - onset(args)), args.ema)
     return torch.cat([loss.detach()[None], parts])
 
 
@@ -575,12 +578,12 @@ def views(fetched, K, args, device):
         raise fetched
     labeled, unlabeled = fetched
     x, y = augment.weak(*h5.standardized(labeled, device), args.flip)
-    x = models.channels_last(augment.strong(x, args.strength))
+    x = channels_last(augment.strong(x, args.strength))
     if unlabeled is None:
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
     u, _ = h5.standardized(unlabeled, device)
-    u = models.channels_last(augment.weak(u, flip=args.flip))
-    return Batch(x, one_hot(y, K), u, *(models.channels_last(augment.strong(u)) for _ in range(2)))
+    u = channels_last(augment.weak(u, flip=args.flip))
+    return Batch(x, one_hot(y, K), u, *(channels_last(augment.strong(u)) for _ in range(2)))
 
 
 def load_data(info, args, on):
@@ -684,7 +687,7 @@ def alarm(parts, dice, best, args):
 def look(net, g, samples, on, held):
     """f's outputs for a few val images, as pictures, and what g says of them: the mean of its answers over images and classes, that of the truth, and
     the mean error. Where the first rises and the second does not, f fools g. held: h5.held_classes() of val -> what Log.write() takes"""
-    net, rows = models.fused(net), torch.arange(len(samples))
+    net, rows = fused(net), torch.arange(len(samples))
     with torch.no_grad():
         mask = torch.cat([evaluate.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu() for part in rows.split(8)])    # [N, *S]
     shown = []
@@ -704,7 +707,7 @@ def look(net, g, samples, on, held):
 
 def main(argv=None):
     args = parse_args(argv)
-    on, info = models.compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
+    on, info = compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     network = set_defaults(args, info)
     K, cut = len(info.classes), evaluate.window(args.size, args)
@@ -744,7 +747,7 @@ def main(argv=None):
     nets = [distributed.synced(on.place(net)).train() for net in nets]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     if args.compile:
-        nets, teacher = [models.compiled(net) for net in nets], models.compiled(teacher)
+        nets, teacher = [compiled(net) for net in nets], compiled(teacher)
     parameters = [p for net in nets for p in net.parameters()]
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=True)

@@ -6,6 +6,7 @@ sums together.
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
+
 import torch
 from torch.nn import functional as F
 
@@ -24,7 +25,8 @@ def soft_dice(a, b, smooth=1.0):
 
     a, b [B, K, *S] in [0, 1] -> [B, K]; two empty masks score 1.
     """
-    a, b = a.float().flatten(2), b.float().flatten(2)                          # [B, K, P]
+    a = a.float().flatten(2)  # [B, K, P]
+    b = b.float().flatten(2)
     return (2 * (a * b).sum(2) + smooth) / (a.sum(2) + b.sum(2) + smooth)
 
 
@@ -33,15 +35,18 @@ def dice_loss(logits, target, weight=None):
 
     logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
 
-    Dice of a class is 2 sum(w p y) / (sum(w p^2) + sum(w y^2)), with sums over the batch, so that an
-    image without a class is not pulled toward empty predictions. The squares are those of V-Net
+    Dice of a class is 2 sum(w p y) / (sum(w p^2) + sum(w y^2)), with sums over the batch, so that
+    an image without a class is not pulled toward empty predictions. The squares are those of V-Net
     (Milletari et al., 3DV 2016), the sums over the batch those of SSL4MIS (Luo et al.).
     """
-    p, y = logits.float().softmax(1), target.float()
+    p = logits.float().softmax(1)
+    y = target.float()
     if weight is None:
         weight = torch.ones_like(p[:, 0])
-    w = (weight / distributed.mean(weight.mean()).clamp_min(1e-8))[:, None]     # [B, 1, *S]
-    both, one, other = (in_batch(w * v) for v in (p * y, p * p, y * y))         # [K]
+    w = (weight / distributed.mean(weight.mean()).clamp_min(1e-8))[:, None]  # [B, 1, *S]
+    both = in_batch(w * (p * y))  # [K]
+    one = in_batch(w * (p * p))
+    other = in_batch(w * (y * y))
     return 1 - ((2 * both + SMOOTH) / (one + other + SMOOTH)).mean()
 
 
@@ -50,7 +55,7 @@ def seg_loss(logits, target, weight=None):
 
     logits and target (one-hot) [B, K, *S], weight [B, *S] -> scalar
     """
-    cross_entropy = -(target * logits.float().log_softmax(1)).sum(1)            # [B, *S]
+    cross_entropy = -(target * logits.float().log_softmax(1)).sum(1)  # [B, *S]
     return (weighted_mean(cross_entropy, weight) + dice_loss(logits, target, weight)) / 2
 
 
@@ -59,26 +64,35 @@ def mse_loss(logits, target, weight=None):
 
     logits, target probabilities [B, K, *S], weight [B, *S] -> scalar
     """
-    return weighted_mean((logits.float().softmax(1) - target).square().mean(1), weight)
+    error = (logits.float().softmax(1) - target).square().mean(1)  # [B, *S]
+    return weighted_mean(error, weight)
 
 
 def pixel_contrast(anchors, keys, label, clear, *, negatives, temperature):
-    """InfoNCE of each clear pixel: near the mean key of its class, far from keys of the others. -> [B, *S], 0 for pixels without a loss
+    """InfoNCE of each clear pixel: near the mean key of its class, far from keys of the others.
 
-    anchors [B, F, *S] features that learn; keys [B, F, *S] features that do not; label [B, *S]; clear [B, *S] bool: the pixels that take part.
-    -log(exp(a.k+ / T) / (exp(a.k+ / T) + sum over negatives exp(a.k- / T))), a and k of unit length, k+ the mean of the class over the batch,
-    `negatives` k- drawn from the other classes' pixels of the batch, the same for all anchors of a class.
+    anchors [B, F, *S]: features that learn; keys [B, F, *S]: features that do not; label [B, *S];
+    clear [B, *S] bool: the pixels that take part. -> [B, *S], 0 for pixels without a loss
+
+    -log(exp(a.k+ / T) / (exp(a.k+ / T) + sum over negatives exp(a.k- / T)))
+
+    a and k have unit length. k+ is the mean of the class over the batch. `negatives` k- are drawn
+    from the pixels of the other classes in the batch, the same for all anchors of a class.
     van den Oord et al., CPC, 2018; Wang et al., U2PL, CVPR 2022.
     """
     loss = torch.zeros(label.shape, device=label.device)
-    with torch.autocast(label.device.type, enabled=False):  # matrix products would drop to half precision
-        a, k = (F.normalize(x.float(), dim=1).movedim(1, -1) for x in (anchors, keys.detach()))          # [B, *S, F]
+    with torch.autocast(label.device.type, enabled=False):  # it would halve precision
+        a = F.normalize(anchors.float(), dim=1).movedim(1, -1)  # [B, *S, F]
+        k = F.normalize(keys.detach().float(), dim=1).movedim(1, -1)
         for c in label[clear].unique():
-            mine, others = clear & (label == c), k[clear & (label != c)]
+            mine = clear & (label == c)
+            others = k[clear & (label != c)]
             if not len(others):
                 continue
-            k_pos, k_neg = F.normalize(k[mine].mean(0), dim=0), others[torch.randperm(len(others), device=k.device)[:negatives]]
-            similar = a[mine] @ torch.cat([k_pos[None], k_neg]).T / temperature                             # [N, 1 + negatives]
+            drawn = torch.randperm(len(others), device=k.device)[:negatives]
+            k_pos = F.normalize(k[mine].mean(0), dim=0)
+            k_all = torch.cat([k_pos[None], others[drawn]])  # [1 + negatives, F]
+            similar = a[mine] @ k_all.T / temperature  # [N, 1 + negatives]
             loss[mine] = similar.logsumexp(1) - similar[:, 0]
     return loss
 
@@ -90,13 +104,14 @@ def to_samples(value, like):
 
 def in_batch(x):
     """Sum over batch, space and processes. [B, K, *S] -> [K]"""
-    return distributed.world() * distributed.differentiable_mean(x.sum([0, *range(2, x.dim())]))
+    mine = x.sum([0, *range(2, x.dim())])
+    return distributed.world() * distributed.differentiable_mean(mine)
 
 
 def weighted_mean(value, weight=None):
     """sum(w v) / sum(w) over the batch, 0 where nothing has weight. value, weight [B, *S] -> scalar
 
-    The gradient of several processes, once averaged, is that of sums over all of them.
+    Once the gradients of several processes are averaged, they are those of sums over all of them.
     """
     if weight is None:
         return value.mean()

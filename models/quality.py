@@ -1,37 +1,49 @@
-"""The quality predictors g(image, mask) -> Dice [B, K-1], the target that they learn, and simpler estimates of quality to compare with.
+"""The quality predictors g(image, mask) -> Dice [B, K-1], their target, and simpler estimates.
 
-Abhishek and Hamarneh, Quality-Guided Semi-Supervised Learning for Medical Image Segmentation, MICCAI 2026, section 2.1; extended from
-one foreground class to any number, to soft masks, and to a dense head.
+Abhishek and Hamarneh, Quality-Guided Semi-Supervised Learning for Medical Image Segmentation,
+MICCAI 2026, section 2.1; extended from one foreground class to any number, to soft masks, and to a
+dense head.
 
 Legend: B batch, C channels of the image, K classes, *S = H, W or D, H, W.
 """
+
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.device import channels_last
 from models.losses import one_hot, soft_dice
 from models.resnet import ResNet
 from models.unet import UNet
 
-SMOOTH = 1e-4  # share of the grid's pixels that is added to both sides of Dice: one pixel at 96 x 96, five at 224 x 224
+SMOOTH = 1e-4  # of Dice: this share of the grid's pixels; one pixel at 96 x 96, five at 224 x 224
 
 
 def quality_target(mask, truth):
-    """What g predicts: the smoothed Dice of each foreground class. masks [B, K-1, *S] in [0, 1], both -> [B, K-1]
+    """What g predicts: the smoothed Dice of each foreground class.
 
-    (2 |m t| + s) / (|m| + |t| + s) with s = a ten thousandth of the pixels. Plain Dice jumps between 0 and 1 on one pixel where a
-    class is absent from the truth; with s it is 1 for an empty mask and falls with the area of what was invented. With
-    probabilities as the truth it is the expected Dice (expectations of numerator and denominator, one over the other), and for an empty
-    mask s / (s + expected area): near 1 only where nothing of the class is expected. The Dice that hard truths, drawn pixel by pixel from
-    the probabilities, have on average; doubts that pixels share (is the whole organ there?) are beyond it.
+    mask, truth [B, K-1, *S] in [0, 1] -> [B, K-1]
+
+    (2 |m t| + s) / (|m| + |t| + s), where s is a ten thousandth of the pixels. Plain Dice jumps
+    between 0 and 1 on one pixel where the truth lacks a class. With s, Dice is 1 for an empty mask
+    and falls with the area that was invented.
+
+    If the truth is given as probabilities, this is the expected Dice: the expectation of the
+    numerator over that of the denominator. It is the Dice that hard truths, drawn pixel by pixel
+    from the probabilities, have on average. Doubts that pixels share (is the whole organ there?)
+    are beyond it. For an empty mask, it is s / (s + expected area): near 1 only where nothing of
+    the class is expected.
     """
     return soft_dice(mask, truth, smooth=SMOOTH * mask[0, 0].numel())
 
 
 def true_dice(mask, truth):
-    """Dice of hard masks as evaluate.py scores it: 1 where both are empty, 0 where one is. [B, K-1, *S] twice -> [B, K-1]"""
+    """Dice of hard masks as evaluate.py scores it: 1 where both are empty, 0 where one is.
+
+    mask, truth [B, K-1, *S] -> [B, K-1]
+    """
     return soft_dice(mask, truth, smooth=1e-6)
 
 
@@ -41,112 +53,164 @@ def with_background(mask):
 
 
 def resample(x, size):
-    """x [B, C, *S], differentiably, on a grid of `size` (a side, or one per axis); as it is where size is None. Averages when shrinking."""
-    shape = x.shape[2:] if size is None else torch.Size([size] * (x.dim() - 2) if isinstance(size, int) else size)
-    if x.shape[2:] == shape:
+    """x [B, C, *S] on a grid of `size`, differentiably; shrinking takes averages.
+
+    size: a side, or one per axis, or None, which leaves x as it is.
+    """
+    grid = x.shape[2:]
+    if size is None:
         return x
-    if x.dim() == 4:
+    if isinstance(size, int):
+        size = [size] * len(grid)
+    shape = torch.Size(size)
+    if shape == grid:
+        return x
+    if len(grid) == 2:
         return F.interpolate(x, shape, mode="bilinear", antialias=True)
-    smaller = all(s <= n for s, n in zip(shape, x.shape[2:]))
-    return F.interpolate(x, shape, mode="area") if smaller else F.interpolate(x, shape, mode="trilinear")
+    smaller = all(new <= old for new, old in zip(shape, grid))
+    return F.interpolate(x, shape, mode="area" if smaller else "trilinear")
 
 
-# ---------------------------------------------------------------------------------------------------- the two heads
+# ------------------------------------------------------------------------------------ the two heads
+
 
 class QualityPredictor(nn.Module):
-    """The paper's scalar head: image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> Dice [B, K-1].
+    """The scalar head of the paper, a ResNet-18 on the joined channels of image and mask.
 
-    A ResNet-18 on the joined channels. Other sizes than `size` are resampled to it, so that f may train at another.
+    image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> Dice [B, K-1]
+
+    Image and mask are resampled to `size`, so f may train at another one.
     """
 
-    def __init__(self, channels, classes, dims=2, size=None, width=64, dropout=0.15):
+    def __init__(self, channels, classes, *, dims=2, size=None, width=64, dropout=0.15):
         super().__init__()
         self.size = size
         self.backbone = ResNet(channels + classes - 1, "resnet18", dims, width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
     def forward(self, image, mask):
-        x = resample(torch.cat([image, mask.to(image.dtype)], 1), self.size)   # [B, C + K-1, *S]
-        features = self.backbone.encode(x)[-1].flatten(2).mean(2)              # [B, 8 width]
+        x = torch.cat([image, mask.to(image.dtype)], 1)
+        x = resample(x, self.size)  # [B, C + K-1, *S]
+        features = self.backbone.encode(x)[-1].flatten(2).mean(2)  # [B, 8 width]
         return self.head(features).float().sigmoid()
 
 
 class DenseQualityPredictor(nn.Module):
-    """The dense head: image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> expected Dice [B, K-1].
+    """The dense head, M `members`, each a U-Net that predicts the truth from image and mask.
 
-    M `members`, U-Nets, see the image and the mask and predict the truth; the answer is the expected Dice of the mask under the mean of
-    their probabilities, at a temperature that train_qp.py fits on val. A member sees the mask as K channels, the
-    background's among them; where the mask is withheld, all are 0. mask_dropout is the share of training samples whose mask is
-    withheld; at 0 or 1 a member knows but one of the V = 2 views, else both are averaged.
+    image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> expected Dice [B, K-1]
+
+    The answer is the expected Dice of the mask under the mean probabilities of the members, at a
+    temperature that train_qp.py fits on val. A member sees the mask as K channels, with that of the
+    background. Where the mask is withheld, all K channels are 0. mask_dropout is the share of the
+    training samples whose mask is withheld. At 0 or 1 a member knows one view only; else it knows
+    V = 2, with and without the mask, and both are averaged.
     """
 
-    def __init__(self, channels, classes, dims=2, size=None, width=16, members=3, mask_dropout=0.5):
+    def __init__(
+        self,
+        channels,
+        classes,
+        *,
+        dims=2,
+        size=None,
+        width=16,
+        members=3,
+        mask_dropout=0.5,
+    ):
         super().__init__()
-        self.size, self.mask_dropout = size, mask_dropout
-        self.members = nn.ModuleList(UNet(channels + classes, classes, dims, width) for _ in range(members))
+        self.size = size
+        self.mask_dropout = mask_dropout
+        self.members = nn.ModuleList(
+            UNet(channels + classes, classes, dims, width) for _ in range(members)
+        )
         self.register_buffer("temperature", torch.ones(()))
 
     def show(self, image, mask, withheld):
         """What a member sees. withheld [B] in {0, 1} -> [B, C + K, *S]"""
-        shown = with_background(mask) * (1 - withheld.reshape(-1, *[1] * (mask.dim() - 1)))
-        return torch.cat([image, shown.to(image.dtype)], 1)
+        shown = 1 - withheld.reshape(-1, *[1] * (mask.dim() - 1))
+        return torch.cat([image, (with_background(mask) * shown).to(image.dtype)], 1)
 
     def logits(self, image, mask, both=True):
-        """Every member's answer to every view that it knows, or, if not `both`, to that of the shown mask, on the grid of `size`. -> [M, V, B, K, *S]"""
-        image, mask = resample(image, self.size), resample(mask.to(image.dtype), self.size)
-        views = ([torch.ones] if self.mask_dropout > 0 and (both or self.mask_dropout == 1) else []) + ([torch.zeros] if self.mask_dropout < 1 else [])
-        x = torch.cat([self.show(image, mask, view(len(image), device=image.device)) for view in views])
-        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-        return torch.stack([member(x).float() for member in self.members]).unflatten(1, (len(views), len(image)))
+        """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]
+
+        both: all views that the members know. Otherwise only the view with the mask, if they know
+        it.
+        """
+        image = resample(image, self.size)
+        mask = resample(mask.to(image.dtype), self.size)
+        knows_withheld = self.mask_dropout > 0
+        knows_shown = self.mask_dropout < 1
+        withheld = []  # of each view
+        if knows_withheld and (both or not knows_shown):
+            withheld.append(torch.ones(len(image), device=image.device))
+        if knows_shown:
+            withheld.append(torch.zeros(len(image), device=image.device))
+        x = channels_last(torch.cat([self.show(image, mask, view) for view in withheld]))
+        answers = torch.stack([member(x).float() for member in self.members])  # [M, V B, K, *S]
+        return answers.unflatten(1, (len(withheld), len(image)))
 
     def truth(self, image, mask, both=True):
-        """Probability of the truth, on the grid of `size`. -> [B, K, *S]"""
+        """The probability of the truth, on the grid of `size`. -> [B, K, *S]"""
         return (self.logits(image, mask, both) / self.temperature).softmax(3).mean((0, 1))
 
     def forward(self, image, mask):
-        return quality_target(resample(mask.to(image.dtype), self.size), self.truth(image, mask)[:, 1:])
+        truth = self.truth(image, mask)[:, 1:]  # [B, K-1, *S]
+        return quality_target(resample(mask.to(image.dtype), self.size), truth)
 
     def belief(self, image, mask, both=False):
-        """Probability of the truth for members that have seen the mask (if they know that view), on the mask's grid, to which it is interpolated; half the
-        cost of asking also without it. -> [B, K, *S]"""
-        return F.interpolate(self.truth(image, mask, both), mask.shape[2:], mode="bilinear" if mask.dim() == 4 else "trilinear")
+        """The probability of the truth, interpolated to the grid of the mask. -> [B, K, *S]
+
+        Unless `both`, only the view with the mask is asked, if members know it: at half the cost.
+        """
+        mode = "bilinear" if mask.dim() == 4 else "trilinear"
+        return F.interpolate(self.truth(image, mask, both), mask.shape[2:], mode=mode)
 
     def error(self, image, mask):
-        """Probability that each pixel's class in the mask is wrong. -> [B, *S] on the mask's own grid"""
-        return 1 - (with_background(mask) * self.belief(image, mask, both=True)).sum(1)
+        """The probability that the class of each pixel of the mask is wrong. -> [B, *S]"""
+        right = with_background(mask) * self.belief(image, mask, both=True)  # [B, K, *S]
+        return 1 - right.sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------- what g has to beat
-# Estimates from a network's own probabilities p [B, K, *S], of its output, their argmax. -> [B, K-1]; higher means better.
+# ------------------------------------------------------------------------------- what g has to beat
+# Estimates of the Dice of a network's output, the argmax of its probabilities p [B, K, *S], from p
+# itself. -> [B, K-1]; higher means better.
+
 
 def foreground(p):
-    """The output of probabilities p: a channel for each foreground class. -> [B, K-1, *S] in {0, 1}"""
+    """The output of probabilities p, by foreground class. -> [B, K-1, *S] in {0, 1}"""
     return one_hot(p.argmax(1), p.shape[1])[:, 1:]
 
 
 def confidence(p):
-    """Mean of the largest probability over all pixels, the same for every class."""
-    return p.amax(1).flatten(1).mean(1)[:, None].expand(-1, p.shape[1] - 1)
+    """The mean of the largest probability over all pixels, the same for every class."""
+    mean = p.amax(1).flatten(1).mean(1)  # [B]
+    return mean[:, None].expand(-1, p.shape[1] - 1)
 
 
 def certainty(p):
-    """1 - mean entropy over all pixels in units of log K, the same for every class."""
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(1) / math.log(p.shape[1])
+    """1 - the mean entropy over all pixels in units of log K, the same for every class."""
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(1) / math.log(p.shape[1])  # [B, *S]
     return 1 - entropy.flatten(1).mean(1)[:, None].expand(-1, p.shape[1] - 1)
 
 
 def region_confidence(p):
-    """Mean probability of a class over the pixels that it was given to; of not being it, at the likeliest pixel, if there are none."""
-    mask, p = foreground(p).flatten(2), p[:, 1:].flatten(2)
-    area = mask.sum(2)
+    """The mean probability of a class over the pixels that it was given to.
+
+    If there are none: the probability that the likeliest pixel is not of the class.
+    """
+    mask = foreground(p).flatten(2)  # [B, K-1, P]
+    p = p[:, 1:].flatten(2)
+    area = mask.sum(2)  # [B, K-1]
     return torch.where(area > 0, (mask * p).sum(2) / area.clamp_min(1), 1 - p.amax(2))
 
 
 def expected_dice(p, other=None):
-    """Expected Dice of the output of p under the probabilities of another network, or p itself."""
-    return quality_target(foreground(p), (p if other is None else other)[:, 1:])
+    """Expected Dice of the output of p, under other probabilities or under p itself."""
+    truth = p if other is None else other
+    return quality_target(foreground(p), truth[:, 1:])
 
 
 def overlap(p, other):
-    """Smoothed Dice of two outputs."""
+    """Smoothed Dice of the outputs of two networks."""
     return quality_target(foreground(p), foreground(other))

@@ -6,7 +6,7 @@ import torch
 
 import corrupt
 import evaluate
-import models
+from models.device import compute
 import train_qp
 import train_ssl
 from data import augment, h5, vqm
@@ -184,7 +184,7 @@ def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
             p[..., :12] = 1
             p = p.clamp(1e-6, 1 - 1e-6)
             return torch.cat([1 - p, p], 1).log()
-    samples, net, on = sides("W"), Left(), models.compute("cpu", "off")
+    samples, net, on = sides("W"), Left(), compute("cpu", "off")
     samples.label = (samples.label == 1).byte()
     by = evaluate.Opinions(net, net, None, flip)
     found = evaluate.compare_estimates(lambda x, m: torch.zeros(len(x), 1), by, samples, on, 40)

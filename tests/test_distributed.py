@@ -18,9 +18,10 @@ import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
 from data import h5  # noqa: E402
 from models import distributed  # noqa: E402
+from models.device import compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 
-ON = models.compute("cpu", "off")
+ON = compute("cpu", "off")
 STEPS = {"supervised": ("supervised", 2, "none"), "teacher": ("mean_teacher", 2, "quality"), "two students": ("cps", 2, "quality"),
          "volumes": ("mean_teacher", 3, "quality")}   # method, dims, weight
 

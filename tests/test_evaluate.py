@@ -17,6 +17,7 @@ from scipy import stats
 
 import evaluate
 import models
+from models.device import compute
 import train_ssl
 from data import figures, h5, images, metrics, nifti, phantom
 from data.files import save_checkpoint
@@ -100,7 +101,7 @@ class Copycat(torch.nn.Module):
 def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request):
     info = h5.read_info(request.getfixturevalue(kind))
     net = Copycat(h5.load_slices(info, "val", 48).label, len(info.classes))
-    table = evaluate.dice_table(net, evaluate.Cases(info, "val", 48), models.compute("cpu", "off"), len(info.classes), batch=batch)
+    table = evaluate.dice_table(net, evaluate.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch)
     mean, per_class = evaluate.mean_dice(table, h5.held_classes(info, "val"))
     assert len(table) == len(info.entries("val")) and mean == pytest.approx(np.mean(table)) and per_class == pytest.approx(np.mean(table, 0))
     assert len(per_class) == len(info.classes) - 1
@@ -134,7 +135,7 @@ class Passes(torch.nn.Module):
 @pytest.mark.parametrize("kind, batch, passes", [("gray", 3, [3, 3, 2]), ("gray", 4, [4, 4]), ("gray", 32, [8]), ("rgb", 1, [1, 1, 1]), ("rgb", 2, [2, 1])])
 def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
     """Two volumes of 4 slices, and three pictures."""
-    info, on = h5.read_info(request.getfixturevalue(kind)), models.compute("cpu", "off")
+    info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     net = Passes(info.channels, len(info.classes)).train()
     found = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 40), on, batch=batch))
     assert net.counts == passes and net.training and [e.name for e, _, _ in found] == [e.name for e in info.entries("val")]
@@ -152,7 +153,7 @@ def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
 @pytest.mark.parametrize("kind, cut", [("gray", None), ("rgb", None), ("volumes", evaluate.Window((16, 16, 32), (16, 16, 32)))])
 def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
     """The next one only when it is asked for; in a second pass again, unless they are kept. Whoever stops early loses nothing."""
-    info, on = h5.read_info(request.getfixturevalue(kind)), models.compute("cpu", "off")
+    info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     names, size = [e.name for e in info.entries("val")], cut.size if cut else 32
     net = models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims, width=2).eval()
     reads.clear()
@@ -171,7 +172,7 @@ def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
 
 def test_no_case_has_an_empty_table(gray):
     cases = evaluate.Cases(h5.read_info(gray), "val", 32, [])
-    assert len(cases) == 0 and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, models.compute("cpu", "off"), 4) == []
+    assert len(cases) == 0 and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, compute("cpu", "off"), 4) == []
 
 
 def make_run(folder, info, **args):
@@ -247,7 +248,7 @@ def test_each_estimate_asks_whom_it_names():
     slices = h5.Samples(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [(0,), (0,)])
     at = lambda columns, p=1.0: (lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p))
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
-    on, net, asked = models.compute("cpu", "off"), Says(left), []
+    on, net, asked = compute("cpu", "off"), Says(left), []
     g = lambda x, mask: asked.append(mask) or torch.full((len(x), 1), 0.25)
     found = evaluate.compare_estimates(g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1)
     assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(torch.cat(asked)[:, 0], half.float())
@@ -285,7 +286,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     table = json.loads((out / "quality.json").read_text())
     assert "fitted on val" in table["title"] and "other patients" not in table["title"]
     g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
-    on = models.compute()                                                      # the calibrated error once more, by its parts
+    on = compute()                                                      # the calibrated error once more, by its parts
     net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
     on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.Opinions(net, net), val, on, 32)
     map_ = metrics.monotone(metrics.at_level(on_val, "present", val.case, "g")[0], metrics.at_level(on_val, "present", val.case)[0])
@@ -398,7 +399,7 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
     monkeypatch.setattr(figures, "comparison", lambda *_: None)
     evaluate.main([gray, *runs, "--out", str(out), "--pictures", "1"])
     found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv")) if c["checkpoint"] == runs[0]}
-    cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), models.compute()))
+    cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), compute()))
     for entry, label, truth in cases:
         for k in range(1, 4):
             a, b = label == k, truth == k

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import models
 import train_ssl
 from data import h5, stored
+from models.device import compute
 
 SIZES = {"gray": 40, "rgb": 32, "volumes": (16, 24, 40)}   # of volumes, one side larger than theirs: they are mirrored there
 PICK = torch.tensor([3, 0, 3, 1]), torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.9, 0.5], [0.999, 0.999, 0.999], [0.5, 0.1, 0.2]])
@@ -110,7 +110,7 @@ def test_bad_pixels_are_found_when_they_are_read(gray, tmp_path, refused):
 def feed_of(data, args):
     info = h5.read_info(data)
     train_ssl.set_defaults(args, info)
-    return train_ssl.Feed(*train_ssl.load_data(info, args, models.compute("cpu", "off")), args)
+    return train_ssl.Feed(*train_ssl.load_data(info, args, compute("cpu", "off")), args)
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -164,7 +164,7 @@ def test_weights_are_averaged_over_steps_that_have_some():
 def test_what_g_says_of_val_is_what_it_says(kind, request):
     """The columns g_true and g_predicted, once more by hand; of each case the slice, or patch, with the most foreground."""
     size = {"gray": 32, "volumes": (16, 16, 32)}[kind]
-    info, on = h5.read_info(request.getfixturevalue(kind)), evaluate.models.compute("cpu", "off")
+    info, on = h5.read_info(request.getfixturevalue(kind)), evaluate.compute("cpu", "off")
     g, _ = evaluate.load_quality(request.getfixturevalue(f"{kind}_quality")[1], info, on, size)
     samples = h5.showcase(info, "val", size)
     assert samples.case == [e.name for e in info.entries("val")]
@@ -173,7 +173,7 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
         assert (samples.label[i] > 0).sum() == max((y > 0).sum() for y in every.label)
     net = lambda x: torch.nn.functional.one_hot((x[:, 0] > 0.5).long() * 2, 4).movedim(-1, 1) * 50.0
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr(train_ssl.models, "fused", lambda net: net)
+        monkey.setattr(train_ssl, "fused", lambda net: net)
         found = train_ssl.look(net, g, samples, on, np.ones(3, bool))
     mask = torch.nn.functional.one_hot((samples.batch(torch.arange(len(samples)))[0][:, 0] > 0.5).long() * 2, 4).movedim(-1, 1)[:, 1:].float()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import models
+from models.device import Compute, channels_last
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (SMOOTH, certainty, confidence, expected_dice, foreground, overlap, quality_target, region_confidence,
                             true_dice, with_background)
@@ -40,16 +41,16 @@ def test_unet_has_the_size_of_the_acdc_baselines():
 def test_gradients_of_small_grids_in_bfloat16(grid):
     """On CPUs with AVX-512 BF16 (on others this cannot fail) torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's
     rounding, of a copied network, too. The first kernel of a ResNet (7) sees at least 16 pixels a side."""
-    on = models.Compute(torch.device("cpu"), torch.bfloat16)
+    on = Compute(torch.device("cpu"), torch.bfloat16)
     net = copy.deepcopy(on.place(models.build("resnet_unet", channels=2, classes=3, dims=len(grid), width=8, encoder="resnet18")))
     kinds = {(m.kernel_size[0], m.stride[0]): m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))}
     for conv in (kinds[3, 1], kinds[3, 2]):
         x = torch.randn(2, conv.in_channels, *grid, generator=torch.Generator().manual_seed(0))
         found = []
-        for precision in (on, models.Compute(on.device, None)):
+        for precision in (on, Compute(on.device, None)):
             conv.zero_grad()
             with precision.autocast():
-                out = conv(models.channels_last(x)).float()
+                out = conv(channels_last(x)).float()
             (out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum().backward()
             found.append(conv.weight.grad)
         assert (found[0] - found[1]).norm() < 0.03 * found[1].norm(), (conv, grid)

@@ -16,11 +16,11 @@ from test_nifti import ball, ct, make, nii, same_point, save, stored_along
 from torch import nn
 
 import evaluate
-import models
+from models.device import compute
 from data import figures, h5, images, metrics, nifti, pixels, unlabeled
 from data.files import InputError, save_checkpoint
 
-ON = models.compute("cpu", "off")
+ON = compute("cpu", "off")
 
 
 class Bright(nn.Module):

@@ -102,7 +102,7 @@ def test_every_script_compares(gray, gray_quality, tmp_path, refused):
 
 
 def test_a_g_of_other_flips_is_noted(gray, gray_quality, tmp_path, capsys, refused):
-    info, on = h5.read_info(gray), evaluate.models.compute("cpu", "off")
+    info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
     load = lambda path, **fs: evaluate.load_quality(path, info, on, 32, fs)
     load(gray_quality[1], f={"flip": None}, old={}, same={"flip": "H,W"})
     assert capsys.readouterr().out == ""

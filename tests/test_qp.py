@@ -100,7 +100,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
 
 def test_heads(rgb, rgb_quality, rgb_scalar):
     """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
-    info, on = h5.read_info(rgb), evaluate.models.compute()
+    info, on = h5.read_info(rgb), evaluate.compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
         g, labeled = evaluate.load_quality(path, info, on)
         state, x, m = torch.load(path, weights_only=True), torch.randn(2, 3, 32, 32), (torch.rand(2, 1, 32, 32) > 0.5).float()
@@ -130,7 +130,7 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 @pytest.mark.parametrize("held", [[True] * 3, [False, False, True]])
 def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
     """Over the classes alone that val holds."""
-    info, on = h5.read_info(gray), evaluate.models.compute("cpu", "off")
+    info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
     g, _ = evaluate.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
     train_qp.fit_temperature(g, masks, on, np.array(held))
@@ -184,7 +184,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
-    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.models.compute())   # a g like any other
+    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.compute())   # a g like any other
     whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average

@@ -14,6 +14,8 @@ import models
 import train_ssl
 from conftest import python
 from data import h5, phantom
+from models.device import Compute, compute
+from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
@@ -84,7 +86,7 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
 def test_gradient_under_mixed_precision(kind, method):
     """In bf16 losses stay float32, and a pass without gradient before the student's own leaves its casts usable."""
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
-    on = models.Compute(torch.device("cpu"), torch.bfloat16)
+    on = Compute(torch.device("cpu"), torch.bfloat16)
     for net in (*nets, teacher):
         on.place(net)
     with on.autocast():
@@ -577,7 +579,7 @@ def test_every_student_is_clipped_by_itself():
     nets, teacher, batch = setting("binary RGB", students=2)
     args = options("--clip", "0.01", method="cps")
     optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], 0.0)
-    on = models.compute("cpu", "off")
+    on = compute("cpu", "off")
     train_ssl.train_step(train_ssl.Run(nets, teacher, None, optimizer, on.scaler(), on), batch, args, 3)
     norms = [torch.stack([p.grad.norm() for p in net.parameters()]).norm().item() for net in nets]
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
@@ -597,16 +599,16 @@ def test_schedules():
 def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student():
     nets, teacher, batch = setting("binary RGB")
     nets[0].down[0][1].running_mean.fill_(3.0)
-    before, now = ([v.clone() for v in models.averaged(net)] for net in (teacher, nets[0]))
-    models.update_average(teacher, nets[0], 10_000, 0.99)
-    assert all(torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6) for old, new, p in zip(before, models.averaged(teacher), now))
+    before, now = ([v.clone() for v in averaged(net)] for net in (teacher, nets[0]))
+    update_average(teacher, nets[0], 10_000, 0.99)
+    assert all(torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6) for old, new, p in zip(before, averaged(teacher), now))
     assert torch.allclose(teacher.down[0][1].running_mean, torch.tensor(0.03))
-    models.update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (count + 1)
+    update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (count + 1)
     again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, now)]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, models.averaged(teacher)))
-    args, on = train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.3"]), models.compute("cpu", "off")
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, averaged(teacher)))
+    args, on = train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.3"]), compute("cpu", "off")
     run = train_ssl.Run(nets, teacher, None, torch.optim.SGD(nets[0].parameters(), 0.1), on.scaler(), on)
-    equal = lambda: [torch.equal(a, b) for a, b in zip(models.averaged(teacher), models.averaged(nets[0]))]
+    equal = lambda: [torch.equal(a, b) for a, b in zip(averaged(teacher), averaged(nets[0]))]
     for step in range(1, 6):
         train_ssl.train_step(run, batch, args, step)
         assert all(equal()) == (step <= 4), step   # the first step with lambda is the fifth

@@ -24,9 +24,10 @@ import models
 import train_qp
 import train_ssl
 from data import augment, h5, images, metrics, nifti, phantom, ssl4mis, vqm
+from models import device
 from models.quality import quality_target, resample
 
-ON = models.compute("cpu", "off")
+ON = device.compute("cpu", "off")
 SIZE = (16, 16, 32)
 
 
@@ -159,7 +160,7 @@ def test_a_fused_network_answers_alike(name):
     for _ in range(3):   # running statistics of their own
         net(torch.randn(2, 1, 16, 16, 32) * 3 + 1)
     before = [v.clone() for v in net.state_dict().values()]
-    fused, x = models.fused(net), torch.randn(1, 1, 16, 16, 32)
+    fused, x = device.fused(net), torch.randn(1, 1, 16, 16, 32)
     norms = lambda n: sum(isinstance(m, nn.BatchNorm3d) for m in n.modules())
     assert net.training and norms(fused) == {"vnet": 4, "unet": 0}[name] and norms(net) > 10   # V-Net's transposed convolutions keep theirs
     assert torch.allclose(fused(x), net.eval()(x), atol=1e-4) and all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values()))

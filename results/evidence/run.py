@@ -33,7 +33,7 @@ import evaluate
 import train_ssl
 from data import augment, h5
 from data.files import InputError, Parser, checksum, cli
-from models import channels_last, compute
+from models.device import channels_last, compute
 from models.losses import one_hot
 from models.quality import quality_target, true_dice
 

@@ -13,6 +13,7 @@ import torch
 
 import evaluate
 import models
+from models.device import channels_last
 from data.files import Parser, cli
 
 DEEPER = dict(encoder="resnet50")
@@ -30,7 +31,7 @@ def built(title):
 
 
 def images(count):
-    return models.channels_last(torch.randn(count, 3, SIDE, SIDE))
+    return channels_last(torch.randn(count, 3, SIDE, SIDE))
 
 
 def multiply_adds(net):

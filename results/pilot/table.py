@@ -7,7 +7,7 @@ seed of its own.
 import os
 
 import evaluate
-import models
+from models.device import compute
 from data import h5, vqm
 from data.files import Parser, cli, load_checkpoint
 
@@ -20,7 +20,7 @@ def main():
     p.add_argument("--out", help="Markdown file to write")
     args = p.parse_args()
     info = h5.read_info(args.data)
-    on = models.compute()
+    on = compute()
     rows = []
     for path in args.qp:
         g, _ = evaluate.load_quality(path, info, on)

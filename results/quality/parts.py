@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import evaluate
-import models
 from data import h5
 from data.files import Parser, cli, load_checkpoint
+from models.device import compute
 from models.losses import one_hot
 from models.quality import foreground, quality_target, resample, true_dice
 
@@ -62,7 +62,7 @@ def main():
     p.add_argument("checkpoints", nargs="+", help="runs of train_ssl.py, all of one --size")
     p.add_argument("--qp", required=True, help="dense quality predictor")
     args = p.parse_args()
-    on = models.compute()
+    on = compute()
     info = h5.read_info(args.data)
     g, _ = evaluate.load_quality(args.qp, info, on)
     states = {path: load_checkpoint(path, "ssl") for path in args.checkpoints}

@@ -30,6 +30,7 @@ import models
 import train_ssl
 from data import h5
 from data.files import InputError, Parser, cli, number
+from models.device import Compute, channels_last, compiled, compute, device_name, fused
 from models.losses import one_hot
 
 GIGABYTE = 2 ** 30
@@ -163,7 +164,7 @@ class Bench:
     args: object
     run: object  # options of a mean-teacher run at --size, with --batch images, half labeled
     info: h5.Info
-    on: models.Compute
+    on: Compute
     feed: train_ssl.Feed
 
     def timed(self, versions, count=None):
@@ -185,7 +186,7 @@ def prepare(args):
         "--size", str(args.size), "--batch", half, "--batch-unlabeled", half, *AT_ONCE,
         "--steps", "1000000"])
     info = h5.read_info(args.data)
-    on = models.compute(args.device, args.amp)
+    on = compute(args.device, args.amp)
     if info.dims != 2:
         raise InputError(f"{args.data}: is segmented in 3D; this benchmark takes slices "
                          "(volumes: results/volumes/benchmark.py)")
@@ -204,15 +205,15 @@ def step_of(b, side=None, batch=None, g=None, **changes):
     net = b.network().train()
     teacher = copy.deepcopy(net).eval().requires_grad_(False)
     if b.args.compile:
-        net = models.compiled(net)
-        teacher = models.compiled(teacher)
+        net = compiled(net)
+        teacher = compiled(teacher)
     optimizer = torch.optim.SGD(
         net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
     state = train_ssl.Run([net], teacher, g, optimizer, b.on.scaler(), b.on)
 
     def image():
         x = torch.randn(half, b.info.channels, side, side, device=b.on.device)
-        return models.channels_last(x)
+        return channels_last(x)
     label = torch.randint(K, (half, side, side), device=b.on.device)
     batch = train_ssl.Batch(image(), one_hot(label, K), image(), image(), image())
     return lambda: train_ssl.train_step(state, batch, run, 1000)
@@ -271,7 +272,7 @@ def guidance(b):
     for name, side in sides.items():
         g = models.build("quality_dense", channels=b.info.channels,
                          classes=len(b.info.classes), size=side)
-        g = models.fused(b.on.place(g)).requires_grad_(False)
+        g = fused(b.on.place(g)).requires_grad_(False)
         versions[f"QW, {name}"] = step_of(b, g=g, weight="quality", weight_threshold=0.0)
         versions[f"QAR on all images, {name}"] = step_of(b, g=g, qar=0.01, qar_share=1.0)
         versions[f"QAR on a third, {name}"] = step_of(b, g=g, qar=0.01, qar_share=1 / 3)
@@ -436,7 +437,7 @@ def main():
                    help="images in a step, half of them labeled")
     p.add_argument("--rounds", type=number(1), default=3,
                    help="rounds, of which the shortest time counts")
-    p.add_argument("--device", type=models.device_name, default="auto", help="auto, cpu, cuda")
+    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
                    help="of ours; the plain versions are float32")
     p.add_argument("--compile", action="store_true", help="torch.compile our networks")

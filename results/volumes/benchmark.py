@@ -16,7 +16,7 @@ import torch
 from medpy.metric import binary
 
 import evaluate
-import models
+from models.device import compute
 from data import h5
 from data.files import Parser, cli, number
 
@@ -62,7 +62,7 @@ def inference(args, on, cases, size, stride):
     """Lines of the table for the label of a volume, and the label by the plain loop."""
     (_, (volume, mean, std), truth), = cases
     x = ((volume - mean) / std).astype(np.float32)
-    plain = evaluate.load_run(args.checkpoint, "student", models.compute("cpu", "off"))[0]
+    plain = evaluate.load_run(args.checkpoint, "student", compute("cpu", "off"))[0]
     plain = plain.to(memory_format=torch.contiguous_format)
     base, loop = timed(lambda: plain_loop(plain, x, size, stride))
     patches = len(windows(x.shape, size, stride))
@@ -108,7 +108,7 @@ def main():
     size = (40, 56, 56) if args.half else (80, 112, 112)
     stride = (2, 9, 9) if args.half else (4, 18, 18)
     info = h5.read_info(args.data)
-    on = models.compute("cpu", args.amp)
+    on = compute("cpu", args.amp)
     entry = info.entries("val")[args.case]
     cases = evaluate.Cases(info, "val", size, [entry.name])
     grid = " x ".join(map(str, entry.grid))
