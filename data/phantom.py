@@ -2,10 +2,14 @@
 
     python -m data.phantom --out phantom.h5
 
-Each patient is a volume of slices with a right ventricle, a myocardium (a ring) and a left ventricle (its cavity) on a cluttered
-background. Shape, position, contrast, bias field and noise vary between patients; distractors have the same intensity as
-the cavities, and some the shape of a ring. So a handful of labels trails full supervision clearly.
+Each patient is a volume of slices with a right ventricle, a myocardium (a ring) and a left
+ventricle (its cavity) on a cluttered background. Shape, position, contrast, bias field and noise
+vary between patients. Distractors have the same intensity as the cavities, and some have the shape
+of a ring. So a handful of labels trails full supervision clearly.
 """
+
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 
@@ -13,7 +17,8 @@ from data import h5
 from data.files import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
-DEPTH, PIXEL = 64.0, 1.5  # mm: of a volume, however many slices it has, and of a slice's pixels
+DEPTH = 64.0  # mm: of a volume, however many slices it has
+PIXEL = 1.5  # mm: the side of a slice's pixel
 
 
 def smooth_noise(shape, sigma, rng):
@@ -23,56 +28,150 @@ def smooth_noise(shape, sigma, rng):
 
 
 def ellipse(grid, center, radii, angle):
-    """Signed, radius-normalized distance to an ellipse: below 0 inside. grid: (y, x), each [H, W]."""
+    """Signed, radius-normalized distance to an ellipse, below 0 inside. grid: (y, x) [2, H, W]"""
     y, x = grid[0] - center[0], grid[1] - center[1]
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    u = x * np.cos(angle) + y * np.sin(angle)
+    v = y * np.cos(angle) - x * np.sin(angle)
     return np.sqrt((u / radii[0]) ** 2 + (v / radii[1]) ** 2) - 1
 
 
-def patient(rng, depth, side):
-    """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8."""
-    grid, slices = np.mgrid[:side, :side] / side - 0.5, depth / 8  # slices: of 8 mm
-    center = rng.uniform(-0.12, 0.12, 2)
-    cavity, wall = rng.uniform(0.07, 0.14), rng.uniform(0.025, 0.06)
-    squeeze, turn = rng.uniform(0.8, 1.25), rng.uniform(0, 2 * np.pi)
-    right_size, right_gap = rng.uniform(0.8, 1.5), rng.uniform(0.75, 1.05)
-    blood, muscle, tissue, lung = rng.uniform(0.6, 0.9), rng.uniform(0.25, 0.45), rng.uniform(0.3, 0.55), rng.uniform(0.05, 0.2)
-    first, last = rng.integers(0, 2), depth - rng.integers(0, 3)  # slices beyond base and apex hold no heart
-    drift, wobble = rng.uniform(-0.06, 0.06, 2), smooth_noise((2, depth, side, side), (0, 1.5 * slices, side / 14, side / 14), rng)
-    clutter = [(rng.uniform(-0.45, 0.45, 2), rng.uniform(0.03, 0.13, 2), rng.uniform(0, np.pi), rng.random()) for _ in range(5)]
+class Gray(NamedTuple):
+    """The intensities of a patient's tissues, in [0, 1]."""
 
-    image, label = np.empty((depth, side, side)), np.zeros((depth, side, side), np.uint8)
+    blood: float
+    muscle: float
+    tissue: float
+    lung: float
+
+
+class Heart(NamedTuple):
+    """The shape of a patient's heart; lengths are shares of a slice's side."""
+
+    center: np.ndarray  # (y, x) at the base
+    cavity: float  # radius of the left ventricle at the base
+    wall: float  # thickness of the myocardium
+    squeeze: float  # of the left ventricle's axes: one is multiplied by it, the other divided
+    turn: float  # angle of those axes
+    right_size: float  # size of the right ventricle, relative to the cavity
+    right_gap: float  # distance of the right ventricle, relative to that of the outer wall
+
+
+class Distractor(NamedTuple):
+    """A ring or a blob in the background; lengths are shares of a slice's side."""
+
+    center: np.ndarray  # (y, x)
+    radii: np.ndarray
+    angle: float
+    kind: float  # in [0, 1]: below .25 a ring
+
+
+def draw_distractor(image, thing, gray, *, grid, height):
+    """Draws a distractor on a slice [H, W], in place. height: of the slice, in units of 8 mm"""
+    center = thing.center + 0.03 * np.sin(height / 3 + thing.kind * 6)
+    distance = ellipse(grid, center, thing.radii, thing.angle)
+    if thing.kind < 0.25:  # a ring with a bright cavity, as the heart has
+        image[distance < 0.5] = gray.muscle
+        image[distance < 0] = gray.blood
+    else:  # a blob with the intensity of blood, muscle or lung
+        intensities = (gray.blood, gray.muscle, gray.lung)
+        image[distance < 0] = intensities[int(thing.kind * 30) % 3]
+
+
+def draw_heart(image, label, heart, gray, *, grid, center, level, rng):
+    """Draws a heart on a slice and its label [H, W], in place. level: 0 base, 1 apex"""
+    r = heart.cavity * np.sqrt(1 - 0.85 * level**2)
+    wide, narrow = r * heart.squeeze, r / heart.squeeze
+    left = ellipse(grid, center, (wide, narrow), heart.turn)
+    outer = ellipse(grid, center, (wide + heart.wall, narrow + heart.wall), heart.turn)
+    reach = (r + heart.wall) * heart.right_gap + 0.35 * r * heart.right_size
+    angle = heart.turn + 0.4
+    side_way = center + reach * np.array([np.sin(angle), np.cos(angle)])
+    radii = (0.75 * r * heart.right_size, 1.25 * r * heart.right_size)
+    right = ellipse(grid, side_way, radii, angle)
+    if level < 0.85:
+        label[right < 0] = 1
+    label[outer < 0] = 2
+    label[left < 0] = 3
+    right_blood = gray.blood * rng.uniform(0.9, 1.1)
+    image[:] = np.choose(label, [image, right_blood, gray.muscle, gray.blood])
+    muscle_center = center + 0.45 * r * rng.uniform(-1, 1, 2)
+    papillary = ellipse(grid, muscle_center, (0.2 * r, 0.3 * r), heart.turn)
+    image[(papillary < 0) & (label == 3)] = gray.muscle  # dark, but the cavity by convention
+
+
+def patient(rng, depth, side):
+    """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8"""
+    grid = np.mgrid[:side, :side] / side - 0.5  # [2, H, W]
+    slices = depth / 8  # in 8 mm
+    heart = Heart(
+        center=rng.uniform(-0.12, 0.12, 2),
+        cavity=rng.uniform(0.07, 0.14),
+        wall=rng.uniform(0.025, 0.06),
+        squeeze=rng.uniform(0.8, 1.25),
+        turn=rng.uniform(0, 2 * np.pi),
+        right_size=rng.uniform(0.8, 1.5),
+        right_gap=rng.uniform(0.75, 1.05),
+    )
+    gray = Gray(
+        blood=rng.uniform(0.6, 0.9),
+        muscle=rng.uniform(0.25, 0.45),
+        tissue=rng.uniform(0.3, 0.55),
+        lung=rng.uniform(0.05, 0.2),
+    )
+    first = rng.integers(0, 2)  # slices beyond base and apex hold no heart
+    last = depth - rng.integers(0, 3)
+    drift = rng.uniform(-0.06, 0.06, 2)  # of the heart's center from base to apex
+    coarseness = (0, 1.5 * slices, side / 14, side / 14)
+    wobble = smooth_noise((2, depth, side, side), coarseness, rng)
+    clutter = [
+        Distractor(
+            center=rng.uniform(-0.45, 0.45, 2),
+            radii=rng.uniform(0.03, 0.13, 2),
+            angle=rng.uniform(0, np.pi),
+            kind=rng.random(),
+        )
+        for _ in range(5)
+    ]
+
+    image = np.empty((depth, side, side))
+    label = np.zeros((depth, side, side), np.uint8)
     for z in range(depth):
         warped = grid + 0.012 * wobble[:, z]
-        image[z] = np.where(ellipse(warped, (0, 0), (0.46, 0.38), 0) < 0, tissue, lung)
-        for place, radii, angle, kind in clutter:
-            distance = ellipse(warped, place + 0.03 * np.sin(z / slices / 3 + kind * 6), radii, angle)
-            if kind < 0.25:    # a ring with a bright cavity, as the heart has
-                image[z][distance < 0.5], image[z][distance < 0] = muscle, blood
-            else:              # a blob with the intensity of blood, muscle or lung
-                image[z][distance < 0] = (blood, muscle, lung)[int(kind * 30) % 3]
+        body = ellipse(warped, (0, 0), (0.46, 0.38), 0) < 0
+        image[z] = np.where(body, gray.tissue, gray.lung)
+        for thing in clutter:
+            draw_distractor(image[z], thing, gray, grid=warped, height=z / slices)
         if first <= z < last:
-            level = (z - first) / max(last - first - 1, 1)      # 0 base, 1 apex
-            r = cavity * np.sqrt(1 - 0.85 * level ** 2)
-            middle = center + drift * level
-            left = ellipse(warped, middle, (r * squeeze, r / squeeze), turn)
-            outer = ellipse(warped, middle, (r * squeeze + wall, r / squeeze + wall), turn)
-            reach = (r + wall) * right_gap + 0.35 * r * right_size
-            side_way = middle + reach * np.array([np.sin(turn + 0.4), np.cos(turn + 0.4)])
-            right = ellipse(warped, side_way, (0.75 * r * right_size, 1.25 * r * right_size), turn + 0.4)
-            if level < 0.85:
-                label[z][right < 0] = 1
-            label[z][outer < 0] = 2
-            label[z][left < 0] = 3
-            image[z] = np.choose(label[z], [image[z], blood * rng.uniform(0.9, 1.1), muscle, blood])
-            papillary = ellipse(warped, middle + 0.45 * r * rng.uniform(-1, 1, 2), (0.2 * r, 0.3 * r), turn)
-            image[z][(papillary < 0) & (label[z] == 3)] = muscle  # dark, but the cavity by convention
+            level = (z - first) / max(last - first - 1, 1)
+            center = heart.center + drift * level
+            place = dict(grid=warped, center=center, level=level)
+            draw_heart(image[z], label[z], heart, gray, **place, rng=rng)
+    return scanned(image, slices, rng), label
+
+
+def scanned(image, slices, rng):
+    """An image (D, H, W) with blur, bias field, texture and noise. -> float32 in [0, 1]"""
+    side = image.shape[-1]
     image = ndimage.gaussian_filter(image, (0, side / 160, side / 160))
-    bias = np.exp(rng.uniform(0.1, 0.35) * smooth_noise((depth, side, side), (4 * slices, side / 3, side / 3), rng))
+    strength = rng.uniform(0.1, 0.35)
+    field = smooth_noise(image.shape, (4 * slices, side / 3, side / 3), rng)
+    bias = np.exp(strength * field)
     texture = rng.uniform(0.02, 0.06) * smooth_noise(image.shape, (0, 1, 1), rng)
-    image = image * bias + texture + rng.uniform(0.02, 0.06) * rng.standard_normal(image.shape)
+    noise = rng.uniform(0.02, 0.06) * rng.standard_normal(image.shape)
+    image = image * bias + texture + noise
     low, high = np.percentile(image, (0.5, 99.5))
-    return np.clip((image - low) / (high - low), 0, 1).astype(np.float32), label
+    return np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def cases(args):
+    """Yields the patients of all splits as h5.Case."""
+    splits = ["train"] * args.train + ["val"] * args.val + ["test"] * args.test
+    for i, split in enumerate(splits):
+        image, label = patient(np.random.default_rng([args.seed, i]), args.depth, args.size)
+        name = f"phantom{i:03d}"
+        spacing = (DEPTH / args.depth, PIXEL, PIXEL)
+        source = f"seed {args.seed}, patient {i}"
+        yield h5.Case(split, name, image, label, name, spacing, source)
 
 
 def main(argv=None):
@@ -83,18 +182,18 @@ def main(argv=None):
     p.add_argument("--test", type=number(0), default=10, help="test patients")
     p.add_argument("--depth", type=number(4), default=8, help="slices of a volume")
     p.add_argument("--size", type=number(32), default=96, help="side of a slice, pixels")
-    p.add_argument("--dims", type=int, choices=(2, 3), default=2, help="2: segmented slice by slice; 3: as volumes")
+    p.add_argument(
+        "--dims",
+        type=int,
+        choices=(2, 3),
+        default=2,
+        help="2: segmented slice by slice; 3: as volumes",
+    )
     p.add_argument("--seed", type=SEED, default=0, help="of the whole dataset")
     args = p.parse_args(argv)
 
-    splits = ["train"] * args.train + ["val"] * args.val + ["test"] * args.test
-    def cases():
-        for i, split in enumerate(splits):
-            image, label = patient(np.random.default_rng([args.seed, i]), args.depth, args.size)
-            yield h5.Case(split, f"phantom{i:03d}", image, label, f"phantom{i:03d}",
-                          (DEPTH / args.depth, PIXEL, PIXEL), f"seed {args.seed}, patient {i}")
-    info = h5.write(args.out, cases(), name="phantom", classes=CLASSES, dims=args.dims, channels=1)
-    h5.report(info)
+    about = dict(name="phantom", classes=CLASSES, dims=args.dims, channels=1)
+    h5.report(h5.write(args.out, cases(args), **about))
 
 
 if __name__ == "__main__":

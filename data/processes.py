@@ -1,4 +1,8 @@
-"""What a process of a pool, or one that reads images ahead, does first. Imports nothing of weight, since spawned ones import it anew."""
+"""The first steps of a process of a pool, or of one that reads images ahead.
+
+Imports nothing heavy, since spawned processes import it anew.
+"""
+
 import multiprocessing.connection
 import os
 import signal
@@ -6,14 +10,18 @@ import threading
 
 
 def start_worker():
-    """Ctrl-C is the parent's to handle, which then ends its workers; when it is killed, they end too."""
+    """Leaves Ctrl-C to the parent, which then ends its workers. They end when it is killed, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def start_reader(number):
-    """The same, but SIGTERM too, which batch systems send to all processes, is the parent's: it needs the images of the step that it ends."""
+    """Leaves SIGTERM to the parent, too, which needs the images of the step that it ends.
+
+    Batch systems send SIGTERM to all processes. number: of the worker, from torch.
+    """
     start_worker()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
