@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, processes, shapes, vqm
-from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, flip_axes, folder,
-                        grid, load_checkpoint, number, numbers, picture, replacing,
+from data.files import (SEED, SHARE, InputError, Parser, check_finite, claim, cli, flip_axes,
+                        folder, grid, load_checkpoint, number, numbers, picture, replacing,
                         save_checkpoint, seed_of, start_run)
 from models.losses import dice_loss, one_hot
 
@@ -634,7 +634,8 @@ def make_masks(train, val, info, args, done, command):
     for fold in range(args.folds):
         weak |= {(fold, epoch): weights for epoch, weights in train_weak(train, patients, info, fold, args, done).items()}
 
-    with replacing(os.path.join(args.out, "vqm.h5")) as temporary, h5py.File(temporary, "w", locking=False) as f:
+    path = os.path.join(args.out, "vqm.h5")
+    with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as f:
         vqm.describe(f, info, catalog=CATALOG_VERSION, seed=args.seed, size=args.size,
                      spec=args.labeled + ("" if args.labeled_seed is None else f" --labeled-seed {args.labeled_seed}"),
                      command=shlex.join(command).encode(errors="backslashreplace").decode())

@@ -334,8 +334,8 @@ def load_encoder(net, source):
 def load_quality(path, info, on, size=None, runs=None):
     """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
 
-    InputError if it was trained for other classes, channels or intensities, or for patches of another size than `size`, those of f: it would see
-    them at another scale.
+    InputError if it was trained for other classes, channels or intensities, or for patches of
+    another size than `size`, those of f: it would see them at another scale.
     runs: {path: args} of each f; a note says where its --flip is another than that of g.
     """
     state = load_checkpoint(path, "qp")
@@ -575,7 +575,8 @@ def check_runs(args, info, states):
     for path, state in states.items():
         for key in ("classes", "channels", "dims"):
             if state["data"][key] != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} has {getattr(info, key)}; train on this data")
+                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} "
+                                 f"has {getattr(info, key)}; train on this data")
         check_size(path, info, state["args"]["size"])
         state["args"]["flip"] = flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}

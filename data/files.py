@@ -316,7 +316,8 @@ def claim(out, *inside):
     os.makedirs(out, exist_ok=True)
     # Readers of a run that was just killed may hold it for seconds. No fallback to a file that
     # stands for a lock: that of a killed process would keep everybody out.
-    lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True, fallback_to_soft=False)
+    lock = FileLock(os.path.join(out, ".lock"), timeout=10, is_singleton=True,
+                    fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -334,7 +335,8 @@ def checksum(path):
     if path is None:
         return None
     if not os.path.isfile(path):
-        raise InputError(f"{path}: {absent(path, 'file')}; give the file that an earlier stage wrote")
+        raise InputError(f"{path}: {absent(path, 'file')}; give the file that an earlier stage "
+                         "wrote")
     value = 0
     with open(path, "rb") as f:
         while block := f.read(2 ** 22):
@@ -436,10 +438,11 @@ class Log:
         if after and os.path.isfile(self.path):
             with open(self.path, newline="", encoding="utf-8") as f:
                 rows = [row for row in csv.DictReader(f) if None not in row.values() and int(row["step"]) <= after]  # the last may be cut short
-        with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        with replacing(self.path) as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as f:
+                writer = csv.DictWriter(f, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
         self.events = SummaryWriter(out, purge_step=after + 1 if after else None)
 
     def write(self, step, pictures=(), note="", **values):

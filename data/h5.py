@@ -228,7 +228,8 @@ def open_file(path):
         return _opened(path)
     except OSError as error:
         if "unable to lock file" in str(error) or "already open for write" in str(error):
-            raise InputError(f"{path}: another process is writing to it; wait until it ends") from None
+            raise InputError(f"{path}: another process is writing to it; wait until it "
+                             "ends") from None
         raise unreadable(path, error) or InputError(
             f"{path}: not a readable HDF5 file (truncated?); convert the data again") from None
 
@@ -456,7 +457,7 @@ def check_prepared(known, others):
 
 
 def _prepared(data):
-    """What describe() says of the preparation, {} where that is nothing. It may come from anybody."""
+    """What describe() says of the preparation, {} for nothing. It may come from anybody."""
     found = data.get("prepared")
     return found if isinstance(found, dict) else {}
 
@@ -635,7 +636,8 @@ def check_flip(info, flip):
     everything = "DHW"[-info.dims:]
     if flip in (None, ",".join(everything)):
         return None
-    if flip != "none" and (not isinstance(flip, str) or not set(flip.split(",")) <= set(everything)):
+    names = set(flip.split(",")) if isinstance(flip, str) else {None}
+    if flip != "none" and not names <= set(everything):
         raise InputError(f"--flip {flip!s:.40}: {info.path} is segmented in {info.dims}D, along "
                          f"the axes {', '.join(everything)}; give some of them, or none")
     return flip
