@@ -186,6 +186,24 @@ def check_places(where, places, info, source, patch):
             raise InputError(f"{where}/at: {at} is no place in {case}, which has {grid}; {REMEDY}")
 
 
+def find_samples(places, info, source, patch, size):
+    """The slices or patches at the places of masks, on a grid `size`. -> h5.Samples, index [N]
+
+    places: (case, at) of each mask; source: a split of the data; patch: see Masks.
+    index: of each mask's slice or patch among them.
+    """
+    wanted = {e.name: [] for e in info.entries(source)}
+    for case, at in dict.fromkeys(places):
+        wanted[case].append(at)
+    wanted = {case: found for case, found in wanted.items() if found}
+    if patch:
+        samples = h5.load_patches(info, source, patch, wanted, grid=size)
+    else:
+        samples = h5.load_slices(info, source, size, wanted)
+    number = {place: i for i, place in enumerate(zip(samples.case, samples.at))}
+    return samples, torch.tensor([number[place] for place in places])
+
+
 def load(path, split, info, size, probabilities=False, shrink=1):
     """Reads a split on a grid, with its probabilities or without. -> Masks
 
@@ -215,16 +233,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
         rows = len(held["prob"])
     check_values(where, mask, dice, prob_index, classes=len(info.classes), rows=rows)
     check_places(where, places, info, source, patch)
-    wanted = {e.name: [] for e in info.entries(source)}
-    for case, place in dict.fromkeys(places):
-        wanted[case].append(place)
-    wanted = {case: found for case, found in wanted.items() if found}
-    if patch:
-        samples = h5.load_patches(info, source, patch, wanted, grid=size)
-    else:
-        samples = h5.load_slices(info, source, size, wanted)
-    number = {place: i for i, place in enumerate(zip(samples.case, samples.at))}
-    index = torch.tensor([number[place] for place in places])
+    samples, index = find_samples(places, info, source, patch, size)
     counts = set(torch.bincount(index, minlength=len(samples)).tolist())
     if len(counts) > 1:
         raise InputError(
