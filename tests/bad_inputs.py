@@ -115,7 +115,7 @@ def flip(seed, count=3):
 
 BYTES = {"empty": lambda data: b"", "text": lambda data: b"these are not the data\n" * 100, "zeros": lambda data: bytes(len(data)),
          **{f"cut at {share:.2%}": cut(share) for share in (0.0005, 0.02, 0.3, 0.6, 0.9, 0.9999)}}
-FLIPS = {f"flipped bits {seed}": flip(seed) for seed in (0, 1, 2, 3, 4, 6)}  # a flipped length of a text lets HDF5 2.0 itself loop for ever: not among these
+FLIPS = {f"flipped bits {seed}": flip(seed) for seed in (0, 1, 3)}  # a flipped length of a text lets HDF5 2.0 itself loop for ever: not among these
 
 
 # ---------------------------------------------------------------------------------------------------- bad datasets: change(f), f the open file
