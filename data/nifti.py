@@ -380,7 +380,8 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         swapped = turn[:, 0].tolist() != [0, 1, 2]
         if swapped or (turn[:, 1] < 0).any():
             notes["turned"].append(name)
-        if swapped and max(volume.spacing) > 1.01 * min(volume.spacing):
+        uneven = max(volume.spacing) > 1.01 * min(volume.spacing)
+        if swapped and uneven and not how.spacing:
             notes["swapped"].append(name)
     elif how.axes:
         notes["unplaced"].append(name)
