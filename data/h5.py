@@ -940,7 +940,8 @@ def summary(info):
         missing = missing if missing is nowhere else missing & ~nowhere
         if missing.any():
             names = [info.classes[k] for k in np.flatnonzero(missing)]
-            lines.append(f"note: {without(names, split)}: left out of its scores")
+            why = "is a mask inverted?" if missing[0] else "left out of its scores"
+            lines.append(f"note: {without(names, split)}: {why}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ more than two --classes, mask pixels are class numbers. --labels lists the value
 cut short; data/pixels.py has the rules. Notes tell which files are not read.
 """
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,12 @@ def assign_splits(rows, lists, args):
     """Gives every row its split: from list files, from its folder, or by patient with a seed. -> rows in their final order"""
     if lists:
         by_name, out = {r[0]: r for r in rows}, []
+        twice = [name for name, count in Counter(r[0] for r in rows).items() if count > 1]
         for split, names in lists.items():
             for name in names:
+                if name in twice:
+                    raise InputError(f"{split}.txt: {args.src} has several cases called '{name}'; "
+                                     "rename them, or remove the lists")
                 if name not in by_name:
                     raise InputError(f"{split}.txt: case '{name}' is not among the pictures of "
                                      f"{args.src}; write names such as '{rows[0][0]}', one a line")
@@ -174,10 +179,11 @@ def note_patients(rows):
               f"apart; if they are of one, give --patient ({len(several)} such groups)")
 
 
-def read_pair(image_path, mask_path, classes, gray, notes=None):
+def read_pair(image_path, mask_path, classes, gray, notes=None, listed=None):
     """One picture and its mask, on the picture's grid.
 
-    -> image (H, W, 3) or (H, W), uint8 or float32; label (H, W) uint8 or None. notes: pixels.note()
+    -> image (H, W, 3) or (H, W), uint8 or float32; label (H, W) uint8 or None.
+    notes: pixels.note(); listed: the mask's values, of --labels
     """
     turned = {}
     image = read_picture(image_path, gray, turned if mask_path else notes)
@@ -186,7 +192,7 @@ def read_pair(image_path, mask_path, classes, gray, notes=None):
     if turned:  # many programs would have shown it turned when its mask was drawn
         raise InputError(f"{image_path}: is stored turned (EXIF orientation), so nobody knows "
                          "whether its mask is, too; save both upright")
-    mask = read_mask(mask_path, classes, notes)
+    mask = read_mask(mask_path, classes, notes, listed)
     if mask.shape != image.shape[:2]:
         raise InputError(f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
                          f"has {image.shape[1]} x {image.shape[0]}; make them equal")
@@ -238,13 +244,9 @@ def main(argv=None):
     if bare := sum(mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
 
-    kinds = range(labels.MOST) if args.labels else classes  # then read_mask() changes no value
-
     def cases():
         for name, image_path, mask_path, patient, split in rows:
-            image, label = read_pair(image_path, mask_path, kinds, args.gray, notes)
-            if args.labels and label is not None:
-                label = labels.class_numbers(label, mask_path, args.labels)
+            image, label = read_pair(image_path, mask_path, classes, args.gray, notes, args.labels)
             source = str(image_path.relative_to(src))
             case = h5.Case(split, name, image, label, patient, source=source)
             if args.size:

@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from data import figures
 from data.files import InputError, replacing
-from data.labels import class_numbers
+from data.labels import MOST, class_numbers
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # our own line is enough
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -205,12 +205,12 @@ def to_float32(image, path):
 
 # ------------------------------------------------------------------------------------ masks
 
-def read_mask(path, classes, notes=None):
+def read_mask(path, classes, notes=None, listed=None):
     """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
 
-    notes: see note().
+    notes: see note(). listed: the values that stand for the classes, of --labels.
     """
-    file, K = examine(path), len(classes)
+    file, K = examine(path), MOST if listed else len(classes)
     if file.turned:
         raise InputError(f"{path}: is stored turned (EXIF orientation), so nobody knows whether "
                          "its image is, too; save both upright")
@@ -220,13 +220,15 @@ def read_mask(path, classes, notes=None):
     if file.opened and file.opened.mode == "P":
         mask = read_palette(file, K, notes)
     else:
-        mask = to_gray(decode_all(file), file, K)
+        mask = to_gray(decode_all(file), file, K, listed)
+    if listed:
+        return class_numbers(mask, path, listed)
     if K == 2:
         return binary(mask, file, notes)
     if mask.max() >= K:
         raise InputError(f"{path}: values up to {mask.max()}, but there are {K} classes (0 to "
-                         f"{K - 1}); name all of them with --classes, or say with --labels which values "
-                         "stand for them")
+                         f"{K - 1}); name all of them with --classes, or say with --labels which "
+                         "values stand for them")
     return mask
 
 
@@ -250,14 +252,14 @@ def read_palette(file, K, notes):
     return indices
 
 
-def to_gray(mask, file, K):
-    """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8.
+def to_gray(mask, file, K, listed=None):
+    """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8; of any type if `listed`.
 
     The color of a mask of two classes becomes its brightest channel, if it is one color on black.
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
         mask = np.round(mask / 257)
-    mask = class_numbers(mask, file.path)
+    mask = mask if listed else class_numbers(mask, file.path)
     if mask.ndim == 2:
         return mask
     red, green, blue = np.moveaxis(mask, 2, 0)

@@ -324,3 +324,27 @@ def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
             unlabeled.convert(str(folder / "images"), str(tmp_path / "g.h5"), data)
         (folder / "images" / name).unlink()
     assert not (tmp_path / "g.h5").exists()
+
+
+def test_listed_values_of_any_depth_are_mapped(tmp_path, refused):
+    """--labels also names values above 255; a value that is not listed is refused."""
+    label = np.zeros((16, 16), np.uint8)
+    label[4:9, 3:11] = 1
+    path = tmp_path / "m.png"
+    cv2.imwrite(str(path), label.astype(np.uint16) * 65535)
+    found = pixels.read_mask(path, ["background", "disc"], listed=(0, 65535))
+    assert found.dtype == np.uint8 and (found == label).all()
+    read = lambda argv: pixels.read_mask(path, ["background", "disc"], listed=(0, 255))
+    refused(read, [], "label value 65535", "0, 255 do")
+
+
+def test_lists_that_name_one_of_several_cases(tmp_path, refused):
+    """Split folders may hold one name twice, so that a list of names says too little."""
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            folder = tmp_path / "src" / split / part
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "a.png"), np.eye(16, dtype=np.uint8) * 255)
+    (tmp_path / "src" / "train.txt").write_text("a\n")
+    argv = [tmp_path / "src", "--out", tmp_path / "x.h5"]
+    refused(images.main, argv, "train.txt", "several cases called 'a'", "rename")
