@@ -253,9 +253,10 @@ def read_palette(file, K, notes):
 
 
 def to_gray(mask, file, K, listed=None):
-    """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8; of any type if `listed`.
+    """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8.
 
     The color of a mask of two classes becomes its brightest channel, if it is one color on black.
+    With `listed` values, which class_numbers() is to map, the levels keep their depth.
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
         mask = np.round(mask / 257)
