@@ -104,5 +104,12 @@ def volumes(paths, how, notes):
 
     notes: what nifti.read_case() is to fill.
     """
-    for name, path in nifti.one_channel(paths, how.channel, how.nnunet)[0].items():
+    cases, _ = nifti.one_channel(paths, how.channel, how.nnunet)
+    if further := len(paths) - len(cases):
+        print(f"note: {further} of {len(paths)} files are further channels of a case by their names "
+              "(NAME_0001) and are not read; rename those that are cases of their own")
+    if how.axes is None:
+        print("note: the checkpoint does not know along which body axes its volumes lay; these are "
+              "taken as they are, so they should be stored alike")
+    for name, path in cases.items():
         yield nifti.read_case((name, path, None, name, "unlabeled"), how, path.parent, notes)

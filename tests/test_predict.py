@@ -1,6 +1,7 @@
 """evaluate.py --predict: new images of every kind to masks on their own grid, and g's list of them, worst first; and who finds the bad cases."""
 import csv
 import shutil
+from collections import defaultdict
 
 import cv2
 import h5py
@@ -429,3 +430,16 @@ def test_triage_takes_the_mean_over_classes_of_whole_volumes():
     o = metrics.Outputs(shared > 0, shared, total / 2, total, {"g": np.array([[1, 0.1], [1, 0.1], [1, 1], [1, 1]])})
     rows, _ = metrics.triage([o], ["v", "v", "w", "w"])
     assert rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == pytest.approx(0.4)      # (1 + .2) / 2 = .6; 20% of two cases
+
+
+def test_files_that_pass_for_channels_and_axes_that_nobody_knows_are_noted(tmp_path, capsys):
+    paths = {f"case_{i:04d}": tmp_path / f"case_{i:04d}.nii" for i in range(3)}
+    for path in paths.values():
+        sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 9, 10), np.float32)), str(path))
+    for axes, noted in (("SPL", False), (None, True)):
+        how = nifti.Preparation(nnunet=True, axes=axes)
+        found = list(unlabeled.volumes(paths, how, defaultdict(list)))
+        said = capsys.readouterr().out
+        assert [case.name for case in found] == ["case"]
+        assert "2 of 3 files are further channels" in said
+        assert ("does not know along which body axes" in said) == noted
