@@ -22,6 +22,7 @@ cover the volumes.
 
 Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the network's grid: S, S or D, H, W.
 """
+
 import collections
 import contextlib
 import csv
@@ -47,10 +48,35 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, processes
-from data.files import InputError, Parser, claim, cli, folder, grid, load_checkpoint, number, replacing
-from data.metrics import (BAD, LEVELS, TRIAGE, Outputs, agreement, at_level, compare_rows,  # noqa: F401
-                          dice, largest_component, of_classes, paired, plain_dice, quality_rows,
-                          score, score_case, triage)
+from data.files import (
+    InputError,
+    Parser,
+    claim,
+    cli,
+    folder,
+    grid,
+    load_checkpoint,
+    number,
+    replacing,
+)
+from data.metrics import (
+    BAD,
+    LEVELS,
+    TRIAGE,
+    Outputs,
+    agreement,
+    at_level,
+    compare_rows,  # noqa: F401
+    dice,
+    largest_component,
+    of_classes,
+    paired,
+    plain_dice,
+    quality_rows,
+    score,
+    score_case,
+    triage,
+)
 from models import distributed, quality
 from models.device import channels_last, compute, device_name, fused, samples_in
 from models.losses import one_hot
@@ -58,42 +84,102 @@ from models.losses import one_hot
 
 def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
-    p.add_argument("data", help="dataset file; with --predict also a folder of pictures or of NIfTI volumes, or one of these")
-    p.add_argument("checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs")
-    p.add_argument("--out", type=folder, required=True, help="folder for tables, pictures and masks")
+    p.add_argument(
+        "data",
+        help="dataset file; with --predict also a folder of pictures or of NIfTI volumes, or one of these",
+    )
+    p.add_argument(
+        "checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs"
+    )
+    p.add_argument(
+        "--out", type=folder, required=True, help="folder for tables, pictures and masks"
+    )
     p.section("what to do")
-    p.add_argument("--split", choices=(*h5.SPLITS, "held_out"), help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
-                   "else val); held_out: train cases whose labels no run and no g has learned from")
-    p.add_argument("--grid", choices=("stored", "source"), default="stored",
-                   help="score on the grids of the dataset, or on those that the sources had "
-                   "before a converter resampled them, as masks of --predict have")
-    p.add_argument("--predict", action="store_true",
-                   help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first")
-    p.add_argument("--weights", choices=("student", "teacher"), default="student", help="the trained network or its EMA")
-    p.add_argument("--baseline", metavar="RUN", help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
-                   "difference in Dice, patient by patient, with its interval and a test")
-    p.add_argument("--largest-component", action="store_true",
-                   help="keep the largest connected component of each class, in scores and masks (where --qp compares estimates with the truth, it sees "
-                        "the outputs as they are)")
-    p.add_argument("--overwrite", action="store_true", help="with --predict: replace the masks that OUT holds")
+    p.add_argument(
+        "--split",
+        choices=(*h5.SPLITS, "held_out"),
+        help="cases to score, which need labels (default: val), or to --predict (default: unlabeled, "
+        "else val); held_out: train cases whose labels no run and no g has learned from",
+    )
+    p.add_argument(
+        "--grid",
+        choices=("stored", "source"),
+        default="stored",
+        help="score on the grids of the dataset, or on those that the sources had "
+        "before a converter resampled them, as masks of --predict have",
+    )
+    p.add_argument(
+        "--predict",
+        action="store_true",
+        help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp also a list of them, worst first",
+    )
+    p.add_argument(
+        "--weights",
+        choices=("student", "teacher"),
+        default="student",
+        help="the trained network or its EMA",
+    )
+    p.add_argument(
+        "--baseline",
+        metavar="RUN",
+        help="compare the other rows of the same --labeled with this one, a row's name or a checkpoint's path: "
+        "difference in Dice, patient by patient, with its interval and a test",
+    )
+    p.add_argument(
+        "--largest-component",
+        action="store_true",
+        help="keep the largest connected component of each class, in scores and masks (where --qp compares estimates with the truth, it sees "
+        "the outputs as they are)",
+    )
+    p.add_argument(
+        "--overwrite", action="store_true", help="with --predict: replace the masks that OUT holds"
+    )
     p.section("quality of the outputs")
-    p.add_argument("--qp", metavar="QP.pt", help="quality predictor: compare its and simpler estimates with each output's true quality; "
-                   "with --predict: list the masks by the Dice that it predicts, worst first")
-    p.add_argument("--second", metavar="RUN.pt", help="with --qp: an independent run, whose opinion on the outputs is one more estimate")
+    p.add_argument(
+        "--qp",
+        metavar="QP.pt",
+        help="quality predictor: compare its and simpler estimates with each output's true quality; "
+        "with --predict: list the masks by the Dice that it predicts, worst first",
+    )
+    p.add_argument(
+        "--second",
+        metavar="RUN.pt",
+        help="with --qp: an independent run, whose opinion on the outputs is one more estimate",
+    )
     p.section("pictures")
-    p.add_argument("--pictures", type=number(0), default=20, help="cases to draw, evenly spread from best to worst; 0 draws nothing at all")
+    p.add_argument(
+        "--pictures",
+        type=number(0),
+        default=20,
+        help="cases to draw, evenly spread from best to worst; 0 draws nothing at all",
+    )
     p.section("running")
-    p.add_argument("--batch", type=number(1, 65_536), help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)")
-    p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()), help="processes that score the cases of large data sets while the next ones "
-                   "are predicted; 0: none")
-    p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
+    p.add_argument(
+        "--batch",
+        type=number(1, 65_536),
+        help="slices or windows of a volume in one pass (default: what is as large as 32 slices of 224 x 224)",
+    )
+    p.add_argument(
+        "--workers",
+        type=number(0, 1000),
+        default=min(8, cores()),
+        help="processes that score the cases of large data sets while the next ones "
+        "are predicted; 0: none",
+    )
+    p.add_argument(
+        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ..."
+    )
+    p.add_argument(
+        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision"
+    )
     add_window_options(p)
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
     if args.predict and (len(args.checkpoints) > 1 or args.second or args.baseline):
-        raise InputError("--predict writes the masks of one checkpoint, without --baseline or --second")
+        raise InputError(
+            "--predict writes the masks of one checkpoint, without --baseline or --second"
+        )
     return args
 
 
@@ -105,14 +191,25 @@ def cores():
 def add_window_options(p):
     """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
     p.section("volumes")
-    p.add_argument("--window", choices=("sliding", "whole"), default="sliding",
-                   help="overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)")
-    p.add_argument("--stride", type=grid, metavar="D,H,W", help="between windows (default: half of the window)")
-    p.add_argument("--blend", choices=("gaussian", "uniform"), default="gaussian",
-                   help="weights of a window's voxels where windows overlap")
+    p.add_argument(
+        "--window",
+        choices=("sliding", "whole"),
+        default="sliding",
+        help="overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)",
+    )
+    p.add_argument(
+        "--stride", type=grid, metavar="D,H,W", help="between windows (default: half of the window)"
+    )
+    p.add_argument(
+        "--blend",
+        choices=("gaussian", "uniform"),
+        default="gaussian",
+        help="weights of a window's voxels where windows overlap",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
+
 
 class Cases:
     """The cases of a split, read one at a time: all of them, or those in `names`, in the file's order.
@@ -137,11 +234,27 @@ class Cases:
             yield case
 
     def read(self, entry):
-        (name, image, truth, mean, std), = h5.read_cases(self.info, self.split, [entry.name], entry.labeled)
+        ((name, image, truth, mean, std),) = h5.read_cases(
+            self.info, self.split, [entry.name], entry.labeled
+        )
         if self.info.dims == 3:
             return entry, (image, mean, std), truth
-        slices, N = torch.from_numpy(np.stack([h5.as_slice(z, self.size) for z in image])), len(image)
-        return entry, h5.Samples(slices, torch.full((N,), mean), torch.full((N,), std), None, [name] * N, [(z,) for z in range(N)]), truth
+        slices, N = (
+            torch.from_numpy(np.stack([h5.as_slice(z, self.size) for z in image])),
+            len(image),
+        )
+        return (
+            entry,
+            h5.Samples(
+                slices,
+                torch.full((N,), mean),
+                torch.full((N,), std),
+                None,
+                [name] * N,
+                [(z,) for z in range(N)],
+            ),
+            truth,
+        )
 
 
 def probabilities(net, x, on):
@@ -153,14 +266,21 @@ def probabilities(net, x, on):
 @dataclass
 class Window:
     """How a network sees a volume."""
-    size: tuple              # (D, H, W)
-    stride: tuple            # (D, H, W)
-    gaussian: bool = True    # weights of a window's voxels: a Gaussian of an eighth of each side, or all alike
-    whole: bool = False      # one window of the volume's own size instead
-    batch: int = 2           # windows in one pass
+
+    size: tuple  # (D, H, W)
+    stride: tuple  # (D, H, W)
+    gaussian: bool = (
+        True  # weights of a window's voxels: a Gaussian of an eighth of each side, or all alike
+    )
+    whole: bool = False  # one window of the volume's own size instead
+    batch: int = 2  # windows in one pass
 
     def __str__(self):
-        return "whole volumes" if self.whole else f"windows of {' x '.join(map(str, self.size))}, stride {' x '.join(map(str, self.stride))}"
+        return (
+            "whole volumes"
+            if self.whole
+            else f"windows of {' x '.join(map(str, self.size))}, stride {' x '.join(map(str, self.stride))}"
+        )
 
 
 def window(size, args, batch=None):
@@ -168,13 +288,23 @@ def window(size, args, batch=None):
     batch: windows in a pass"""
     if isinstance(size, int):
         if args.stride or args.window != "sliding" or args.blend != "gaussian":
-            raise InputError("--window, --stride and --blend are for volumes (dims=3); these networks see slices")
+            raise InputError(
+                "--window, --stride and --blend are for volumes (dims=3); these networks see slices"
+            )
         return None
     stride = tuple(args.stride or (max(1, s // 2) for s in size))
     stride = stride * 3 if len(stride) == 1 else stride
     if any(step > side for step, side in zip(stride, size)):
-        raise InputError(f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps")
-    return Window(tuple(size), stride, args.blend == "gaussian", args.window == "whole", batch or samples_in(32, size))
+        raise InputError(
+            f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps"
+        )
+    return Window(
+        tuple(size),
+        stride,
+        args.blend == "gaussian",
+        args.window == "whole",
+        batch or samples_in(32, size),
+    )
 
 
 def blending(size, gaussian):
@@ -182,7 +312,7 @@ def blending(size, gaussian):
     weight = torch.ones(())
     for side in size:
         at = (torch.arange(side) - (side - 1) / 2) / (side / 8)
-        weight = weight[..., None] * (torch.exp(-at ** 2 / 2) if gaussian else torch.ones(side))
+        weight = weight[..., None] * (torch.exp(-(at**2) / 2) if gaussian else torch.ones(side))
     return weight
 
 
@@ -193,13 +323,18 @@ def sliding_window(net, x, cut, on):
     """
     depth, weight = cut.size[0], blending(cut.size, cut.gaussian).to(on.device)
     zs, *others = (h5.starts(n, s, step) for n, s, step in zip(x.shape, cut.size, cut.stride))
-    places = [tuple(slice(c, c + s) for c, s in zip(corner, cut.size[1:])) for corner in itertools.product(*others)]
-    total = None                                                             # [K + 1, depth, H, W]: weighted probabilities, and weights
+    places = [
+        tuple(slice(c, c + s) for c, s in zip(corner, cut.size[1:]))
+        for corner in itertools.product(*others)
+    ]
+    total = None  # [K + 1, depth, H, W]: weighted probabilities, and weights
     for z, following in zip(zs, [*zs[1:], None]):
         for start in range(0, len(places), cut.batch):
-            here = places[start:start + cut.batch]
-            windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[:, None]    # [B, 1, *S]
-            found = probabilities(net, windows, on)                                                 # [B, K, *S]
+            here = places[start : start + cut.batch]
+            windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[
+                :, None
+            ]  # [B, 1, *S]
+            found = probabilities(net, windows, on)  # [B, K, *S]
             if total is None:
                 total = torch.zeros(found.shape[1] + 1, depth, *x.shape[1:], device=on.device)
             for p, place in zip(found, here):
@@ -212,7 +347,9 @@ def sliding_window(net, x, cut, on):
 
 def predict_cases(net, cases, on, cut=None, batch=32):
     """Yields each of `cases` as entry, predicted label (D, H, W) uint8 on its own grid, and truth. cut: Window, for volumes; batch: slices in a pass"""
-    return labels_of_volumes(net, cases, on, cut) if cut else labels_of_slices(net, cases, on, batch)
+    return (
+        labels_of_volumes(net, cases, on, cut) if cut else labels_of_slices(net, cases, on, batch)
+    )
 
 
 @torch.no_grad()
@@ -225,7 +362,9 @@ def labels_of_volumes(net, cases, on, cut):
             shape = tuple(-(-n // 16) * 16 for n in entry.grid)
             this = Window(shape, shape, gaussian=False)
         x = (torch.from_numpy(h5.at_least(volume, shape)).to(on.device, torch.float32) - mean) / std
-        label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)])
+        label = torch.cat(
+            [slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)]
+        )
         yield entry, h5.cut_back(label.numpy(), entry.grid), truth
 
 
@@ -234,7 +373,9 @@ def labels_of_slices(net, cases, on, batch):
     """predict_cases() for slices, whichever cases they belong to in full batches: many single pictures in one, a long volume in several."""
     net, label = fused(net), []
     for parts in full_batches(cases, batch):
-        x = torch.cat([slices.batch(part, on.device)[0] for (_, slices, _), part in parts])                                 # [B, C, S, S]
+        x = torch.cat(
+            [slices.batch(part, on.device)[0] for (_, slices, _), part in parts]
+        )  # [B, C, S, S]
         found = probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
         for p, ((entry, slices, truth), part) in zip(found, parts):
             back = F.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False)
@@ -262,7 +403,10 @@ def full_batches(cases, batch):
 
 def dice_table(net, cases, on, K, cut=None, batch=32):
     """Dice of each case and foreground class. -> a list per case; for the rest see predict_cases()"""
-    return [[dice(label == k, truth == k) for k in range(1, K)] for _, label, truth in predict_cases(net, cases, on, cut, batch)]
+    return [
+        [dice(label == k, truth == k) for k in range(1, K)]
+        for _, label, truth in predict_cases(net, cases, on, cut, batch)
+    ]
 
 
 def mean_dice(table, held):
@@ -279,8 +423,8 @@ def mean_dice(table, held):
 
 # ---------------------------------------------------------------------------------------------------- scores
 
-KEEP = 2 ** 31   # bytes of images and labels that stay in memory from one checkpoint to the next
-SMALL = 10 ** 6  # voxels of a split that are scored sooner than a process has started
+KEEP = 2**31  # bytes of images and labels that stay in memory from one checkpoint to the next
+SMALL = 10**6  # voxels of a split that are scored sooner than a process has started
 
 
 def scoring_pool(workers, voxels):
@@ -288,7 +432,9 @@ def scoring_pool(workers, voxels):
     if workers == 0 or voxels <= SMALL:
         return contextlib.nullcontext()
     # Spawned workers start in a second; forked ones at once, but with the locks of torch's threads, held or not.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), processes.start_worker)
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), processes.start_worker
+    )
 
 
 def in_order(pool, function, tasks, ahead):
@@ -305,7 +451,9 @@ def in_order(pool, function, tasks, ahead):
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise InputError("a process that scores cases has died, perhaps for lack of memory; use fewer --workers, or 0 for none") from None
+        raise InputError(
+            "a process that scores cases has died, perhaps for lack of memory; use fewer --workers, or 0 for none"
+        ) from None
 
 
 def at_source(entries):
@@ -317,22 +465,31 @@ def at_source(entries):
 
 # ---------------------------------------------------------------------------------------------------- runs
 
+
 def rebuild(path, state, weights, names, on, shape=None):
     """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint, and
     takes a grid of `shape`."""
     config, data = state["model"], state["data"]
     if not models.one_of(config["name"], names):
-        raise InputError(f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again")
-    for key, value in dict(channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]).items():
+        raise InputError(
+            f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again"
+        )
+    for key, value in dict(
+        channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]
+    ).items():
         if config[key] != value:
-            raise InputError(f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again")
+            raise InputError(
+                f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again"
+            )
     try:
         net = models.rebuild(config, weights)
         if shape:
             models.check(config, shape)
         return on.place(net).eval()
     except Exception as error:  # whatever the file holds, it is the file that is wrong
-        raise InputError(f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again") from None
+        raise InputError(
+            f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again"
+        ) from None
 
 
 def load_run(path, weights, on):
@@ -341,7 +498,9 @@ def load_run(path, weights, on):
     if not state["nets"]:
         raise InputError(f"{path}: nets is empty; train it again")
     weights = state["nets"][0] if weights == "student" else state["teacher"]
-    return rebuild(path, state, weights, models.segmentation_networks(), on, h5.shape_of(state["args"]["size"])), state
+    return rebuild(
+        path, state, weights, models.segmentation_networks(), on, h5.shape_of(state["args"]["size"])
+    ), state
 
 
 def load_encoder(net, source):
@@ -364,10 +523,14 @@ def load_quality(path, info, on, size=None, runs=None):
     theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
     for key, value in ours.items():
         if theirs[key] != value:
-            raise InputError(f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data")
+            raise InputError(
+                f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data"
+            )
     if info.dims == 3 and size is not None and tuple(state.get("patch") or ()) != tuple(size):
         theirs, ours = (",".join(map(str, s)) for s in (state.get("patch") or (), size))
-        raise InputError(f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size")
+        raise InputError(
+            f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size"
+        )
     check_size(path, info, state["model"].get("size"))
     if not state["weights"].get("temperature", torch.ones(())) > 0:
         raise InputError(f"{path}: its temperature is not above 0; train it again")
@@ -376,9 +539,19 @@ def load_quality(path, info, on, size=None, runs=None):
     flips = [flip_of(run, info, args) for run, args in (runs or {}).items()]
     if others := [other for other in flips if other != flip]:
         words = {None: "all axes", "none": "no axis"}
-        print(f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
-              f"{words.get(others[0], others[0])}; train both with the same --flip")
-    g = fused(rebuild(path, state, state["weights"], [name for name in models.NETWORKS if name.startswith("quality")], on))
+        print(
+            f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
+            f"{words.get(others[0], others[0])}; train both with the same --flip"
+        )
+    g = fused(
+        rebuild(
+            path,
+            state,
+            state["weights"],
+            [name for name in models.NETWORKS if name.startswith("quality")],
+            on,
+        )
+    )
     return g.requires_grad_(False), state["labeled"]
 
 
@@ -395,7 +568,9 @@ def check_size(path, info, size):
     sides = (size,) if isinstance(size, int) else size
     whole = isinstance(sides, tuple) and all(isinstance(s, int) for s in sides)
     if isinstance(size, int) != (info.dims == 2) or not whole or len(sides) != info.dims * 2 - 3:
-        raise InputError(f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again")
+        raise InputError(
+            f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again"
+        )
     try:
         h5.check_size(info, sides)
     except InputError as error:
@@ -408,7 +583,9 @@ def run_name(args):
     if args["weight"] != "none" and args["method"] != "supervised":  # which has nothing to weight
         name += " + " + ("QW" if args["weight"] == "quality" else "confidence")
         name += "" if args["weight_level"] == "image" else f" ({args['weight_level']})"
-    return name + (" + correction" if args.get("correct") else "") + (" + QAR" if args["qar"] else "")
+    return (
+        name + (" + correction" if args.get("correct") else "") + (" + QAR" if args["qar"] else "")
+    )
 
 
 def group_runs(states, paths):
@@ -418,7 +595,19 @@ def group_runs(states, paths):
     """
     groups, titles = {}, {}
     for i, (state, path) in enumerate(zip(states, paths)):
-        free = {"seed", "out", "resume", "overwrite", "device", "keep", "window", "stride", "blend", "cache", "workers"}
+        free = {
+            "seed",
+            "out",
+            "resume",
+            "overwrite",
+            "device",
+            "keep",
+            "window",
+            "stride",
+            "blend",
+            "cache",
+            "workers",
+        }
         config = {k: v for k, v in state["args"].items() if k not in free}
         config = {"correct": False, "flip": None} | config  # which older ones do not know
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
@@ -441,11 +630,21 @@ def summarize(runs, unit):
     rows = []
     for name, labeled, members in runs.groups:
         scored = [runs.scores[i] for i in members]
-        table = {m: np.array([[[getattr(s, m) for s in case] for case in cases] for cases in scored],
-                             np.float64)  # [runs, cases, classes]
-                 for m in ("dice", "jaccard", "hd95", "asd", "one_empty")}
-        row = {"run": name, "labeled": labeled, "Dice %": 100 * table["dice"].mean((1, 2)), "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
-               f"HD95 {unit}": table["hd95"].mean((1, 2)), f"ASD {unit}": table["asd"].mean((1, 2)), "one empty": table["one_empty"].sum((1, 2))}
+        table = {
+            m: np.array(
+                [[[getattr(s, m) for s in case] for case in cases] for cases in scored], np.float64
+            )  # [runs, cases, classes]
+            for m in ("dice", "jaccard", "hd95", "asd", "one_empty")
+        }
+        row = {
+            "run": name,
+            "labeled": labeled,
+            "Dice %": 100 * table["dice"].mean((1, 2)),
+            "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
+            f"HD95 {unit}": table["hd95"].mean((1, 2)),
+            f"ASD {unit}": table["asd"].mean((1, 2)),
+            "one empty": table["one_empty"].sum((1, 2)),
+        }
         if len(runs.info.classes) > 2:
             per_class = dict(zip(runs.classes, 100 * table["dice"].mean(1).T))
             row |= {f"Dice % {c}": per_class.get(c) for c in runs.info.classes[1:]}
@@ -460,10 +659,16 @@ def case_dice(scores, members):
 
 def find_baselines(name, groups, paths):
     """The groups that --baseline names, by their row, or one of them by a checkpoint's path. -> {labeled: index}. InputError if there is none."""
-    found = [i for i, (_, _, members) in enumerate(groups) if os.path.abspath(name) in [os.path.abspath(paths[m]) for m in members]][:1]
+    found = [
+        i
+        for i, (_, _, members) in enumerate(groups)
+        if os.path.abspath(name) in [os.path.abspath(paths[m]) for m in members]
+    ][:1]
     found = found or [i for i, (row, _, _) in enumerate(groups) if row == name]
     if not found:
-        raise InputError(f"--baseline {name}: neither a checkpoint nor a row of the table; its rows: {', '.join(dict.fromkeys(row for row, _, _ in groups))}")
+        raise InputError(
+            f"--baseline {name}: neither a checkpoint nor a row of the table; its rows: {', '.join(dict.fromkeys(row for row, _, _ in groups))}"
+        )
     return {groups[i][1]: i for i in found}
 
 
@@ -472,7 +677,13 @@ def against(baselines, groups, scores, patient):
     columns, rows = ("Δ Dice", "95% interval", "p"), []
     for i, (_, labeled, members) in enumerate(groups):
         base = baselines.get(labeled, i)  # without another, none
-        found = (None,) * 3 if base == i else paired(100 * case_dice(scores, members), 100 * case_dice(scores, groups[base][2]), patient)
+        found = (
+            (None,) * 3
+            if base == i
+            else paired(
+                100 * case_dice(scores, members), 100 * case_dice(scores, groups[base][2]), patient
+            )
+        )
         rows.append(dict(zip(columns, found)))
     return rows
 
@@ -482,7 +693,9 @@ def show(value):
     if isinstance(value, tuple):
         return " to ".join(f"{v:.3f}" for v in value)
     if isinstance(value, list):
-        return f"{np.mean(value):.2f}" + (f" ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else "")
+        return f"{np.mean(value):.2f}" + (
+            f" ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else ""
+        )
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
@@ -494,26 +707,39 @@ def markdown(rows):
 
 # ---------------------------------------------------------------------------------------------------- predicted against true quality
 
+
 @torch.no_grad()
 def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
     """g's estimate and the true Dice of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
 
     index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
     """
-    predicted, true, present, K, batch = [], [], [], g.config["classes"], samples_in(64, mask.shape[1:])
+    predicted, true, present, K, batch = (
+        [],
+        [],
+        [],
+        g.config["classes"],
+        samples_in(64, mask.shape[1:]),
+    )
     for rows, m in zip(index.split(batch), mask.split(batch)):
         x, y = samples.batch(rows, on.device)
         m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
         with on.autocast():
             predicted.append(g(change(x), m).cpu())
-        true.append(quality.true_dice(m, truth).cpu()), present.append(truth.flatten(2).any(2).cpu())
+        (
+            true.append(quality.true_dice(m, truth).cpu()),
+            present.append(truth.flatten(2).any(2).cpu()),
+        )
     return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
 
 
 def estimate_masks(g, masks, on, most=None, **how):
     """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`, by all processes together; how: another index or change
     for it."""
-    rows, index = thinned(len(masks.mask), most)[distributed.rank()::distributed.world()], how.pop("index", masks.index)
+    rows, index = (
+        thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()],
+        how.pop("index", masks.index),
+    )
     found = estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
     return [np.stack(v) for v in zip(*distributed.gather(list(zip(*found))))]
 
@@ -526,6 +752,7 @@ def thinned(n, most=None):
 @dataclass
 class Opinions:
     """Networks that answer for an image: the judged one, its teacher (of a teacher, its student), and an independent one or None."""
+
     net: torch.nn.Module
     other: torch.nn.Module
     second: torch.nn.Module | None = None
@@ -539,18 +766,26 @@ def compare_estimates(g, by, samples, on, batch):
     parts = []
     for rows in torch.arange(len(samples)).split(batch):
         x, y = samples.batch(rows, on.device)
-        mine = probabilities(by.net, x, on)                                       # [B, K, *S]
+        mine = probabilities(by.net, x, on)  # [B, K, *S]
         mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
         turned = augment.strong(augment.mirror(x, by.flip), 0.5)
         again = augment.mirror(probabilities(by.net, turned, on), by.flip)
-        says |= {"mean confidence": quality.confidence(mine), "mean certainty (entropy)": quality.certainty(mine),
-                 "region confidence": quality.region_confidence(mine), "f's own expected Dice": quality.expected_dice(mine),
-                 "agreement with an augmented pass": quality.overlap(mine, again),
-                 "agreement of student and teacher": quality.overlap(mine, probabilities(by.other, x, on))}
+        says |= {
+            "mean confidence": quality.confidence(mine),
+            "mean certainty (entropy)": quality.certainty(mine),
+            "region confidence": quality.region_confidence(mine),
+            "f's own expected Dice": quality.expected_dice(mine),
+            "agreement with an augmented pass": quality.overlap(mine, again),
+            "agreement of student and teacher": quality.overlap(
+                mine, probabilities(by.other, x, on)
+            ),
+        }
         if by.second is not None:
-            says["expected Dice under a second network"] = quality.expected_dice(mine, probabilities(by.second, x, on))
+            says["expected Dice under a second network"] = quality.expected_dice(
+                mine, probabilities(by.second, x, on)
+            )
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
     present, shared, area, total, *estimates = (np.concatenate(v) for v in zip(*parts))
@@ -565,6 +800,7 @@ def gigaflops(net, *inputs):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+
 
 def write_text(path, text):
     with replacing(path) as temporary:
@@ -583,16 +819,21 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------- what is compared
 
+
 def held_out(info, states):
     """Names of the train cases with labels from which no checkpoint has learned, neither itself nor through its g. states: path -> state"""
     used = set()
     for path, state in states.items():
         if state["data"]["checksum"] != info.checksum:
-            raise InputError(f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen; leave it out")
+            raise InputError(
+                f"{path}: was trained on another file than {info.path} is now, so nobody knows which of its cases it has seen; leave it out"
+            )
         used |= set(state["labeled"])
     names = [e.name for e in info.entries("train") if e.labeled and e.name not in used]
     if not names:
-        raise InputError(f"{info.path}: no train case has a label from which nobody has learned; score --split val")
+        raise InputError(
+            f"{info.path}: no train case has a label from which nobody has learned; score --split val"
+        )
     return names
 
 
@@ -601,53 +842,94 @@ def check_runs(args, info, states):
     for path, state in states.items():
         for key in ("classes", "channels", "dims"):
             if state["data"][key] != getattr(info, key):
-                raise InputError(f"{path}: trained for {key} {state['data'][key]}, but {info.path} "
-                                 f"has {getattr(info, key)}; train on this data")
+                raise InputError(
+                    f"{path}: trained for {key} {state['data'][key]}, but {info.path} "
+                    f"has {getattr(info, key)}; train on this data"
+                )
         check_size(path, info, state["args"]["size"])
         state["args"]["flip"] = flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
     h5.check_prepared({info.path: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
-        raise InputError("--qp compares outputs of one --size, but " + ", ".join(f"{path} has {size}" for size, path in sizes.items()))
+        raise InputError(
+            "--qp compares outputs of one --size, but "
+            + ", ".join(f"{path} has {size}" for size, path in sizes.items())
+        )
     if args.second and any(os.path.samefile(args.second, path) for path in args.checkpoints):
-        raise InputError(f"--second {args.second}: is among the runs that it should judge; give an independent one")
+        raise InputError(
+            f"--second {args.second}: is among the runs that it should judge; give an independent one"
+        )
 
 
 @dataclass
 class Scored:
     """Runs, and how they scored on some cases."""
+
     info: h5.Info
-    split: str      # the file's, in which the cases are
-    entries: list   # [cases]
-    states: list    # [runs] of their checkpoints: args, data, labeled
-    groups: list    # runs that differ only in their seed: (name, labeled, [run, ...])
-    scores: list    # [runs][cases][classes] of Score
-    classes: list   # names of those of the foreground that the labels hold; no other is scored
+    split: str  # the file's, in which the cases are
+    entries: list  # [cases]
+    states: list  # [runs] of their checkpoints: args, data, labeled
+    groups: list  # runs that differ only in their seed: (name, labeled, [run, ...])
+    scores: list  # [runs][cases][classes] of Score
+    classes: list  # names of those of the foreground that the labels hold; no other is scored
 
 
 def write_scores(args, runs, cut):
     """The table, on the screen too, and a CSV with a row per run, case and class. cut: Window or None"""
     info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
     rows = summarize(runs, "mm" if all(e.spacing_known for e in entries) else "px")
-    title = f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds" + (f"; {cut}" if cut else "")
+    title = (
+        f"{info.name}, {args.split}, {len(entries)} cases, mean over cases, then classes; ± over seeds"
+        + (f"; {cut}" if cut else "")
+    )
     if resampled := sum(e.source_grid is not None for e in entries):
-        title += "; scored on the sources' own grids" if args.grid == "source" else (
-            f"; {resampled} of the cases are scored on the resampled grid of the dataset, "
-            "not on their sources' (--grid source)")
+        title += (
+            "; scored on the sources' own grids"
+            if args.grid == "source"
+            else (
+                f"; {resampled} of the cases are scored on the resampled grid of the dataset, "
+                "not on their sources' (--grid source)"
+            )
+        )
     if args.baseline:
-        baselines, patient = find_baselines(args.baseline, groups, args.checkpoints), [e.patient for e in entries]
-        rows = [row | columns for row, columns in zip(rows, against(baselines, groups, scores, patient))]
-        title += (f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, "
-                  f"percentiles) over {len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided")
-    write_csv(os.path.join(args.out, "cases.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "labeled": labeled, "seed": runs.states[i]["args"]["seed"], "case": e.name, "patient": e.patient,
-         "class": runs.classes[k], "unit": "mm" if e.spacing_known else "px", **asdict(s)}
-        for name, labeled, members in groups for i in members for e, case in zip(entries, scores[i]) for k, s in enumerate(case)])
+        baselines, patient = (
+            find_baselines(args.baseline, groups, args.checkpoints),
+            [e.patient for e in entries],
+        )
+        rows = [
+            row | columns for row, columns in zip(rows, against(baselines, groups, scores, patient))
+        ]
+        title += (
+            f"\nΔ Dice: points above {groups[next(iter(baselines.values()))][0]} of the same labeled; mean and 95% interval (bootstrap, "
+            f"percentiles) over {len(set(patient))} patients, in each the mean over cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided"
+        )
+    write_csv(
+        os.path.join(args.out, "cases.csv"),
+        [
+            {
+                "checkpoint": args.checkpoints[i],
+                "run": name,
+                "labeled": labeled,
+                "seed": runs.states[i]["args"]["seed"],
+                "case": e.name,
+                "patient": e.patient,
+                "class": runs.classes[k],
+                "unit": "mm" if e.spacing_known else "px",
+                **asdict(s),
+            }
+            for name, labeled, members in groups
+            for i in members
+            for e, case in zip(entries, scores[i])
+            for k, s in enumerate(case)
+        ],
+    )
     absent = [c for c in info.classes[1:] if c not in runs.classes]
     found = dict(title=title, rows=rows, absent=absent, args=vars(args))
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
-    text = f"{title}\n\n" + markdown([row | {"p": "< 0.001"} if (row.get("p") or 1) < 0.001 else row for row in rows])
+    text = f"{title}\n\n" + markdown(
+        [row | {"p": "< 0.001"} if (row.get("p") or 1) < 0.001 else row for row in rows]
+    )
     if absent:
         text += f"\n\n{h5.without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
@@ -661,47 +943,105 @@ def write_quality(args, runs, ours, reference, cost):
     patient = {e.name: e.patient for split in info.splits for e in info.splits[split]}
     sample, (shown, curves) = "slice" if info.dims == 2 else "patch", triage(outputs, samples.case)
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
-    tables = compare_rows(groups, (outputs, samples.case), reference and (reference[0], reference[1].case), patient)
-    title = (f"Estimated against true quality, {info.name}, {args.split}, {len(set(samples.case))} cases: mean over seeds. MAE calibrated: after a "
-             f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
-             + ("The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n" if args.split == "val" else "") + cost)
-    write_text(os.path.join(args.out, "quality.md"), title + "\n" + "".join(
-        f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n" for level, rows in tables.items())
-               + (f"\n{TRIAGE}\n\n{markdown(shown)}\n" if shown else
-                  f"\nNo run has cases with Dice both below and above {BAD:g}, so there is nothing to find.\n"))
-    found = dict(title=title, levels=tables, triage=dict(rows=shown, curves=curves), args=vars(args))
+    tables = compare_rows(
+        groups, (outputs, samples.case), reference and (reference[0], reference[1].case), patient
+    )
+    title = (
+        f"Estimated against true quality, {info.name}, {args.split}, {len(set(samples.case))} cases: mean over seeds. MAE calibrated: after a "
+        f"monotone map to Dice, fitted on {'the other patients' if reference is None else 'val'}; makes estimates of all scales comparable.\n"
+        + (
+            "The temperature of a dense g, and the best epoch of a scalar one, were chosen on val itself.\n"
+            if args.split == "val"
+            else ""
+        )
+        + cost
+    )
+    write_text(
+        os.path.join(args.out, "quality.md"),
+        title
+        + "\n"
+        + "".join(
+            f"\n{levels[level][0].upper() + levels[level][1:]}\n\n{markdown(rows)}\n"
+            for level, rows in tables.items()
+        )
+        + (
+            f"\n{TRIAGE}\n\n{markdown(shown)}\n"
+            if shown
+            else f"\nNo run has cases with Dice both below and above {BAD:g}, so there is nothing to find.\n"
+        ),
+    )
+    found = dict(
+        title=title, levels=tables, triage=dict(rows=shown, curves=curves), args=vars(args)
+    )
     write_text(os.path.join(args.out, "quality.json"), json.dumps(found, indent=1))
     first = next(iter(tables))  # "present", unless no class is
-    print(f"\n{title}\n\nMean over all runs, {levels[first]} (quality.md has all)\n\n"
-          + markdown([{k: v for k, v in r.items() if k != "run"} for r in tables[first] if r["run"] == "mean of all"])
-          + (f"\n\n{TRIAGE}\n\n{markdown(shown)}" if shown else ""))
+    print(
+        f"\n{title}\n\nMean over all runs, {levels[first]} (quality.md has all)\n\n"
+        + markdown(
+            [
+                {k: v for k, v in r.items() if k != "run"}
+                for r in tables[first]
+                if r["run"] == "mean of all"
+            ]
+        )
+        + (f"\n\n{TRIAGE}\n\n{markdown(shown)}" if shown else "")
+    )
     true = [plain_dice(o.shared, o.total) for o in outputs]
-    write_csv(os.path.join(args.out, "quality.csv"), [
-        {"checkpoint": args.checkpoints[i], "run": name, "seed": runs.states[i]["args"]["seed"], "case": samples.case[n],
-         sample: " ".join(map(str, samples.at[n])), "class": c, "present": outputs[i].present[n, k], "true": true[i][n, k],
-         **{e: v[n, k] for e, v in outputs[i].estimates.items()}}
-        for name, labeled, members in groups for i in members for n in range(len(samples)) for k, c in enumerate(runs.classes)])
-    figures.quality(os.path.join(args.out, "quality.png"),
-                    {f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]]) for name, labeled, m in groups},
-                    [info.classes[0], *runs.classes])
+    write_csv(
+        os.path.join(args.out, "quality.csv"),
+        [
+            {
+                "checkpoint": args.checkpoints[i],
+                "run": name,
+                "seed": runs.states[i]["args"]["seed"],
+                "case": samples.case[n],
+                sample: " ".join(map(str, samples.at[n])),
+                "class": c,
+                "present": outputs[i].present[n, k],
+                "true": true[i][n, k],
+                **{e: v[n, k] for e, v in outputs[i].estimates.items()},
+            }
+            for name, labeled, members in groups
+            for i in members
+            for n in range(len(samples))
+            for k, c in enumerate(runs.classes)
+        ],
+    )
+    figures.quality(
+        os.path.join(args.out, "quality.png"),
+        {
+            f"{name}, labeled {labeled}": (outputs[m[0]].estimates["g"], true[m[0]])
+            for name, labeled, m in groups
+        },
+        [info.classes[0], *runs.classes],
+    )
     figures.estimates(os.path.join(args.out, "estimates.png"), tables[first])
     if curves:
-        figures.triage(os.path.join(args.out, "triage.png"), {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves})
+        figures.triage(
+            os.path.join(args.out, "triage.png"),
+            {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves},
+        )
     return ", quality.*, estimates.png" + (", triage.png" if curves else "")
 
 
 # ---------------------------------------------------------------------------------------------------- --predict
 
+
 @contextlib.contextmanager
 def dataset(args, data):
     """The Info of a dataset file, or of new images, which lie in a temporary one until the block ends. data: of the checkpoint that is to see them"""
     from data import unlabeled  # brings SimpleITK, which takes a second and only this needs
+
     if not unlabeled.are_new(args.data):
         yield h5.read_info(args.data)
         return
     if args.split:
-        raise InputError(f"--split {args.split}: {args.data} holds images, not a dataset that has splits")
-    temporary = os.path.join(args.out, f".images.{os.getpid()}.part")  # a name that claim() removes should this process be killed
+        raise InputError(
+            f"--split {args.split}: {args.data} holds images, not a dataset that has splits"
+        )
+    temporary = os.path.join(
+        args.out, f".images.{os.getpid()}.part"
+    )  # a name that claim() removes should this process be killed
     try:
         yield unlabeled.convert(args.data, temporary, data)
     finally:
@@ -719,15 +1059,22 @@ def predicted_quality(g, label, samples, size, on):
         masks = np.stack([h5.resize_label(one, size) for one in label])
     else:
         label = h5.at_least(label, size)
-        masks = np.stack([label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at])
-    says, areas, masks = [], [], torch.from_numpy(masks).long()                                           # [N, *S]
+        masks = np.stack(
+            [label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at]
+        )
+    says, areas, masks = [], [], torch.from_numpy(masks).long()  # [N, *S]
     for rows in torch.arange(len(samples)).split(samples_in(64, masks.shape[1:])):
         x, _ = samples.batch(rows, on.device)
         m = one_hot(masks[rows].to(on.device), g.config["classes"])[:, 1:]
         with on.autocast():
             says.append(g(x, m).float().cpu().numpy())
         areas.append(m.flatten(2).sum(2).cpu().numpy())
-    return at_level(Outputs(None, None, np.concatenate(areas), None, {"g": np.concatenate(says)}), "volume", samples.case, "g")[0]
+    return at_level(
+        Outputs(None, None, np.concatenate(areas), None, {"g": np.concatenate(says)}),
+        "volume",
+        samples.case,
+        "g",
+    )[0]
 
 
 def predict(args):
@@ -735,31 +1082,57 @@ def predict(args):
     on, (path,) = compute(args.device, args.amp), args.checkpoints
     net, state = load_run(path, args.weights, on)
     size, data, folder = state["args"]["size"], state["data"], os.path.join(args.out, "masks")
-    needed = h5.Info(path, data["name"], data["classes"], data["dims"], data["channels"], {}, 0,
-                     data.get("standardize", True), data.get("prepared"))
+    needed = h5.Info(
+        path,
+        data["name"],
+        data["classes"],
+        data["dims"],
+        data["channels"],
+        {},
+        0,
+        data.get("standardize", True),
+        data.get("prepared"),
+    )
     check_size(path, needed, size)
     cut = window(size, args, args.batch)  # fails before images are read, as does the next line
     g = load_quality(args.qp, needed, on, size, {path: state["args"]})[0] if args.qp else None
     held = claim(args.out)  # noqa: F841  (until this ends)
     if os.path.isdir(folder) and os.listdir(folder) and not args.overwrite:
-        raise InputError(f"{folder}: holds masks already, perhaps corrected ones; replace them with --overwrite, or choose another --out")
+        raise InputError(
+            f"{folder}: holds masks already, perhaps corrected ones; replace them with --overwrite, or choose another --out"
+        )
     with dataset(args, data) as info:
         check_runs(args, info, {path: state})
         K, names = len(info.classes), None
         split = args.split or ("unlabeled" if info.splits.get("unlabeled") else "val")
         if split == "held_out":
-            split, names = "train", held_out(info, {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
+            split, names = (
+                "train",
+                held_out(
+                    info,
+                    {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}),
+                ),
+            )
         cases, rows = Cases(info, split, size, names, keep=False), []
         at_source(cases.entries)
         found = predict_cases(net, cases, on, cut, args.batch or samples_in(32, h5.shape_of(size)))
-        for former in [*glob.glob(os.path.join(glob.escape(folder), "*")), *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png"))]:
+        for former in [
+            *glob.glob(os.path.join(glob.escape(folder), "*")),
+            *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png")),
+        ]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(former)
         for entry, label, _ in progress(found, len(cases), "predict"):
             label = largest_component(label, K) if args.largest_component else label
             mask = write_mask(folder, label, entry)
             if g:
-                q = predicted_quality(g, label, h5.load_samples(info, split, size, [entry.name], labels=False), size, on)
+                q = predicted_quality(
+                    g,
+                    label,
+                    h5.load_samples(info, split, size, [entry.name], labels=False),
+                    size,
+                    on,
+                )
                 z = figures.middle(label, len(label))
                 rows.append((q, entry, mask, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {folder}")
@@ -772,6 +1145,7 @@ def predict(args):
 def write_mask(folder, label, entry):
     """The mask of a case as a file, of a volume NIfTI on its source's grid, of an image PNG. label: (D, H, W) uint8 -> the file's name"""
     from data import nifti, pixels
+
     name = f"{entry.name}.nii.gz" if len(entry.grid) == 3 else f"{entry.name}.png"
     if len(entry.grid) == 3:
         nifti.write_mask(os.path.join(folder, name), label, entry)
@@ -783,20 +1157,40 @@ def write_mask(folder, label, entry):
 def write_worst_first(args, info, split, rows):
     """What a person should look at, in this order: a CSV of all cases, and a picture of the first sixteen. rows: (g's answers [K-1], Entry, file of the
     mask, slice to show, its mask packed), worst first"""
-    write_csv(os.path.join(args.out, "worst_first.csv"), [
-        {"rank": i, "case": entry.name, "predicted Dice": round(float(q.mean()), 4),
-         **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
-         "mask": f"masks/{mask}", "source": entry.source} for i, (q, entry, mask, _, _) in enumerate(rows, 1)])
+    write_csv(
+        os.path.join(args.out, "worst_first.csv"),
+        [
+            {
+                "rank": i,
+                "case": entry.name,
+                "predicted Dice": round(float(q.mean()), 4),
+                **{f"predicted Dice, {c}": round(float(v), 4) for c, v in zip(info.classes[1:], q)},
+                "mask": f"masks/{mask}",
+                "source": entry.source,
+            }
+            for i, (q, entry, mask, _, _) in enumerate(rows, 1)
+        ],
+    )
     panels = []
     with h5.open_file(info.path) as f:
         for i, (q, entry, _, z, packed) in enumerate(rows[:16] if args.pictures else [], 1):
             image, _ = h5.read_case(f, info, split, entry.name, label=False)
             mask = unpack(packed, image)
-            title = f"{i}. {entry.name[:24]}" + (f", slice {z}" if len(image) > 1 else "") + f"\npredicted Dice {q.mean():.2f}"
+            title = (
+                f"{i}. {entry.name[:24]}"
+                + (f", slice {z}" if len(image) > 1 else "")
+                + f"\npredicted Dice {q.mean():.2f}"
+            )
             panels.append((title, image[z], mask, entry.aspect))
     if panels:
-        figures.cases(os.path.join(args.out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5)
-    print(f"wrote {args.out}/worst_first.csv" + (", worst_first.png" if panels else "") + "; the first of them, by the Dice that g predicts:")
+        figures.cases(
+            os.path.join(args.out, "worst_first.png"), [panels], info.classes, columns=4, side=2.5
+        )
+    print(
+        f"wrote {args.out}/worst_first.csv"
+        + (", worst_first.png" if panels else "")
+        + "; the first of them, by the Dice that g predicts:"
+    )
     for q, entry, *_ in rows[:5]:
         print(f"  {q.mean():.3f}  {entry.name}")
     print("next: look at these, from the top, and correct what is wrong")
@@ -816,6 +1210,7 @@ def unpack(packed, image):
 
 # ---------------------------------------------------------------------------------------------------- main
 
+
 def progress(iterable, total, name):
     """A bar on a terminal; nothing where the output is not one."""
     return tqdm(iterable, name, total, leave=False, unit=" cases", disable=not sys.stderr.isatty())
@@ -825,28 +1220,51 @@ def draw(args, runs, packed):
     """All pictures of runs that were scored. packed: (run, case) -> its mask of the slice to show -> what was written, in words"""
     info, entries, groups, scores = runs.info, runs.entries, runs.groups, runs.scores
     names = [f"{name}, labeled {labeled}" for name, labeled, _ in groups]
-    dice = [case_dice(scores, members) for _, _, members in groups]                                       # [groups][cases]
+    dice = [case_dice(scores, members) for _, _, members in groups]  # [groups][cases]
     figures.comparison(os.path.join(args.out, "compare.png"), dict(zip(names, dice)))
-    order = np.argsort(-np.mean(dice, 0), kind="stable").tolist()                                         # best first
+    order = np.argsort(-np.mean(dice, 0), kind="stable").tolist()  # best first
     marks = {order[len(order) // 2]: "median", order[-1]: "worst", order[0]: "best"}
-    shown, rows = {order[i] for i in np.linspace(0, len(order) - 1, min(args.pictures, len(order))).astype(int)}, {}
+    shown, rows = (
+        {
+            order[i]
+            for i in np.linspace(0, len(order) - 1, min(args.pictures, len(order))).astype(int)
+        },
+        {},
+    )
     with h5.open_file(info.path) as f:
         for c in sorted(shown | set(marks)):
             image, truth = h5.read_case(f, info, runs.split, entries[c].name)
             z, title, pixel = figures.middle(truth, len(image)), entries[c].name, entries[c].aspect
-            rows[c] = [(f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
-                       ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel)]
+            rows[c] = [
+                (f"{marks[c]}: {title}" if c in marks else title, image[z], None, pixel),
+                ("truth" if len(image) == 1 else f"truth, slice {z}", image[z], truth[z], pixel),
+            ]
             for name, (_, _, members) in zip(names, groups):
                 title = f"{wrapped(name)}\nDice {case_dice(scores, members[:1])[c]:.3f}"
                 rows[c].append((title, image[z], unpack(packed[members[0], c], image), pixel))
             if c in shown:
-                figures.cases(os.path.join(args.out, "cases", f"{entries[c].name}.png"), [rows[c]], info.classes, columns=5, side=2.5)
-    figures.cases(os.path.join(args.out, "cases.png"), [rows[c] for c in dict.fromkeys(order) if c in marks], info.classes)
-    logs = dict.fromkeys(os.path.join(os.path.dirname(path), "log.csv") for path in args.checkpoints)
+                figures.cases(
+                    os.path.join(args.out, "cases", f"{entries[c].name}.png"),
+                    [rows[c]],
+                    info.classes,
+                    columns=5,
+                    side=2.5,
+                )
+    figures.cases(
+        os.path.join(args.out, "cases.png"),
+        [rows[c] for c in dict.fromkeys(order) if c in marks],
+        info.classes,
+    )
+    logs = dict.fromkeys(
+        os.path.join(os.path.dirname(path), "log.csv") for path in args.checkpoints
+    )
     logs = [log for log in logs if os.path.isfile(log)]
     try:
         if logs:
-            figures.curves(os.path.join(args.out, "curves.png"), dict(zip(figures.run_names(logs), map(figures.read_log, logs))))
+            figures.curves(
+                os.path.join(args.out, "curves.png"),
+                dict(zip(figures.run_names(logs), map(figures.read_log, logs))),
+            )
     except InputError as error:  # the scores are what was asked for
         print(f"note: no training curves: {error}")
         logs = []
@@ -865,10 +1283,19 @@ def main(argv=None):
     args.split = args.split or "val"
     on, info = compute(args.device, args.amp), h5.read_info(args.data)
     K = len(info.classes)
-    heads = {path: {k: v for k, v in load_checkpoint(path, "ssl").items() if k in ("args", "data", "labeled")}
-             for path in [*args.checkpoints, *([args.second] if args.second else [])]}
+    heads = {
+        path: {
+            k: v
+            for k, v in load_checkpoint(path, "ssl").items()
+            if k in ("args", "data", "labeled")
+        }
+        for path in [*args.checkpoints, *([args.second] if args.second else [])]
+    }
     check_runs(args, info, heads)
-    states, size = [heads[path] for path in args.checkpoints], heads[args.checkpoints[0]]["args"]["size"]
+    states, size = (
+        [heads[path] for path in args.checkpoints],
+        heads[args.checkpoints[0]]["args"]["size"],
+    )
     groups = group_runs(states, args.checkpoints)
     if args.baseline:
         find_baselines(args.baseline, groups, args.checkpoints)  # fails before the work begins
@@ -876,26 +1303,39 @@ def main(argv=None):
     g = load_quality(args.qp, info, on, size, fs)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":
-        split, names = "train", held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}))
+        split, names = (
+            "train",
+            held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {})),
+        )
     entries = [e for e in info.entries(split) if names is None or e.name in names]
     args.batch = args.batch or samples_in(32, h5.shape_of(size))
     if missing := [e.name for e in entries if not e.labeled]:
-        raise InputError(f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels")
+        raise InputError(
+            f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels"
+        )
     held = h5.held_classes(info, split, names)
     second = load_run(args.second, args.weights, on)[0] if args.second else None
     samples = h5.load_samples(info, split, size, [e.name for e in entries]) if g else None
     val = None  # what --qp calibrates on
-    if g and split != "val" and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled]):
+    if (
+        g
+        and split != "val"
+        and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled])
+    ):
         val = h5.load_samples(info, "val", size, labeled)
 
     if args.grid == "source":
         from data import space  # brings nibabel, which only this needs
+
         at_source(entries)
         if lost := [e for e in entries if e.source_grid and not e.source_labeled]:
             h5.read_source_label(info, split, lost[0])  # refuses, before the work begins
     voxels = sum(math.prod(e.grid) for e in entries)
     scores, outputs, reference, cases = [], [], [], None
-    packed, first = {}, {members[0] for _, _, members in groups}  # pictures show the first run of each group
+    packed, first = (
+        {},
+        {members[0] for _, _, members in groups},
+    )  # pictures show the first run of each group
 
     def predicted(i, found):
         """What score_case() needs of each case that run i predicts; what may be drawn of it is put aside."""
@@ -934,16 +1374,40 @@ def main(argv=None):
     runs = Scored(info, split, entries, states, groups, scores, classes)
     write_scores(args, runs, cut)
     if g:
-        x, mask = (torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1))
-        cost = (f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: "
-                f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
-                f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M).")
-        quality_files = write_quality(args, runs, (outputs, samples), (reference, val) if val else None, cost)
+        x, mask = (
+            torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1)
+        )
+        cost = (
+            f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: "
+            f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
+            f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M)."
+        )
+        quality_files = write_quality(
+            args, runs, (outputs, samples), (reference, val) if val else None, cost
+        )
     drawn = draw(args, runs, packed) if args.pictures > 0 else ""
-    best = args.checkpoints[int(np.argmax([case_dice(scores, [i]).mean() for i in range(len(scores))]))]
-    print(f"\nwrote {args.out}/summary.md, summary.json, cases.csv" + (quality_files if g else "") + drawn
-          + "\nnext: " + shlex.join(["python", "evaluate.py", "NEW", best, "--predict", *(["--qp", args.qp] if g else []), "--out", "runs/new"])
-          + "    (NEW: images without labels)")
+    best = args.checkpoints[
+        int(np.argmax([case_dice(scores, [i]).mean() for i in range(len(scores))]))
+    ]
+    print(
+        f"\nwrote {args.out}/summary.md, summary.json, cases.csv"
+        + (quality_files if g else "")
+        + drawn
+        + "\nnext: "
+        + shlex.join(
+            [
+                "python",
+                "evaluate.py",
+                "NEW",
+                best,
+                "--predict",
+                *(["--qp", args.qp] if g else []),
+                "--out",
+                "runs/new",
+            ]
+        )
+        + "    (NEW: images without labels)"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Everything takes images [B, C, *S] with S = (H, W) or (D, H, W), standardized to about zero mean and unit variance, with any
 number of channels, and draws from torch's global generator, so that torch.manual_seed fixes it.
 """
+
 import math
 
 import torch
@@ -30,14 +31,18 @@ def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=None):
     B, d = len(image), image.dim() - 2
     angle = torch.deg2rad(uniform(-rotate, rotate, image[:, 0].flatten(1)))[:, 0]
     linear = torch.eye(d, device=image.device).repeat(B, 1, 1)  # acts on (x, y[, z]) in [-1, 1]
-    stretch = image.shape[-2] / image.shape[-1]                 # a unit of y, in units of x
+    stretch = image.shape[-2] / image.shape[-1]  # a unit of y, in units of x
     linear[:, 0, 0], linear[:, 0, 1] = angle.cos(), -angle.sin() * stretch
     linear[:, 1, 0], linear[:, 1, 1] = angle.sin() / stretch, angle.cos()
     factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=image.device) - 1)
     allowed = torch.tensor(may_flip(flip, d)[::-1], device=image.device)  # of x, y[, z]
     sign = 1 - 2 * torch.randint(2, (B, d, 1), device=image.device) * allowed[:, None]
     offset = 2 * shift * (2 * torch.rand(B, d, 1, device=image.device) - 1)
-    return F.affine_grid(torch.cat([linear * sign / factor, offset], 2), (B, 1, *image.shape[2:]), align_corners=False)
+    return F.affine_grid(
+        torch.cat([linear * sign / factor, offset], 2),
+        (B, 1, *image.shape[2:]),
+        align_corners=False,
+    )
 
 
 def move(tensor, grid):
@@ -46,8 +51,16 @@ def move(tensor, grid):
     What lies outside is mirrored, in image and mask alike, so that they stay aligned.
     """
     if tensor.is_floating_point():
-        return F.grid_sample(tensor, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    moved = F.grid_sample(tensor[:, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False)
+        return F.grid_sample(
+            tensor, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        )
+    moved = F.grid_sample(
+        tensor[:, None].float(),
+        grid,
+        mode="nearest",
+        padding_mode="reflection",
+        align_corners=False,
+    )
     return moved[:, 0].to(tensor.dtype)
 
 
@@ -73,7 +86,9 @@ def strong(image, strength=1.0):
     if image.shape[1] > 1:  # a color cast
         x = x + 0.4 * s * (2 * channel - 1)
     x = gamma(x, torch.exp(uniform(-0.5 * s, 0.5 * s, image)))
-    x = torch.where(uniform(0, 1, x) < 0.5, blur(x, uniform(0.3, 0.3 + 1.2 * s, x), 0.3 + 1.2 * s), x)
+    x = torch.where(
+        uniform(0, 1, x) < 0.5, blur(x, uniform(0.3, 0.3 + 1.2 * s, x), 0.3 + 1.2 * s), x
+    )
     return x + uniform(0, 0.15 * s, x) * torch.randn_like(x)
 
 
@@ -97,7 +112,7 @@ def blur(image, sigma, most):
     for axis in range(len(S)):
         shape, pad = [1] * len(S), [0] * len(S)
         shape[axis], pad[axis] = len(offset), min(radius, S[axis] - 1)
-        weight = kernel[:, radius - pad[axis]: radius + pad[axis] + 1]
+        weight = kernel[:, radius - pad[axis] : radius + pad[axis] + 1]
         shape[axis] = weight.shape[1]
         weight = weight / weight.sum(1, keepdim=True)
         mode_pad = [p for q in reversed(pad) for p in (q, q)]
@@ -114,9 +129,9 @@ def random_box(image, share):
     share = torch.as_tensor(share, device=image.device).expand(B, len(S)).clamp(max=1)
     box = torch.ones(B, 1, *S, device=image.device)
     for axis, side in enumerate(S):
-        length = (share[:, axis, None] * side).round()                                                 # [B, 1]
+        length = (share[:, axis, None] * side).round()  # [B, 1]
         start = (torch.rand(B, 1, device=image.device) * (side - length + 1)).floor()
-        at = torch.arange(side, device=image.device)                                                   # [side]
+        at = torch.arange(side, device=image.device)  # [side]
         shape = [B, 1, *(1 for _ in S)]
         shape[2 + axis] = side
         box = box * ((at >= start) & (at < start + length)).reshape(shape)

@@ -23,6 +23,7 @@ sizes that it does not hold, or has the wrong kind, type or shape is refused whe
 Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of
 a patch.
 """
+
 import contextlib
 import itertools
 import json
@@ -39,17 +40,30 @@ import torch
 from torch.nn import functional as F
 
 from data import figures
-from data.files import (FORMAT, NO_LOCKS, InputError, Parser, absent, cli, errno_of, picture,
-                        replacing, unreadable)
+from data.files import (
+    FORMAT,
+    NO_LOCKS,
+    InputError,
+    Parser,
+    absent,
+    cli,
+    errno_of,
+    picture,
+    replacing,
+    unreadable,
+)
 
 SPLITS = ("train", "val", "test", "unlabeled")
-LARGE = 2 ** 30  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
-SMALLEST = 8     # pixels of an image's side in the plane
+LARGE = (
+    2**30
+)  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
+SMALLEST = 8  # pixels of an image's side in the plane
 
 
 @dataclass
 class Case:
     """One image or volume. image: (H, W), (H, W, 3) or (D, H, W); label: the same grid, uint8, or None."""
+
     split: str
     name: str
     image: np.ndarray
@@ -57,8 +71,12 @@ class Case:
     patient: str
     spacing: tuple | None = None  # mm per axis, None if the source has none
     source: str = ""
-    affine: np.ndarray | None = None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
-    source_grid: tuple | None = None  # (H, W) or (D, H, W) of the source, where the image was resampled from another grid
+    affine: np.ndarray | None = (
+        None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
+    )
+    source_grid: tuple | None = (
+        None  # (H, W) or (D, H, W) of the source, where the image was resampled from another grid
+    )
     nifti_header: np.ndarray | None = None  # [348] uint8 of a NIfTI source, see data/space.py
     source_label: np.ndarray | None = None  # uint8 on source_grid
 
@@ -66,19 +84,20 @@ class Case:
 @dataclass
 class Entry:
     """What a file says of a case without its pixels."""
+
     name: str
     patient: str
-    grid: tuple       # (H, W) or (D, H, W)
+    grid: tuple  # (H, W) or (D, H, W)
     labeled: bool
-    spacing: tuple    # per axis of the grid, 1.0 where unknown
+    spacing: tuple  # per axis of the grid, 1.0 where unknown
     spacing_known: bool
     source: str
-    checksum: int     # CRC-32 of image and label, taken when they were written
+    checksum: int  # CRC-32 of image and label, taken when they were written
     affine: np.ndarray | None = None  # of the source, see Case
     source_grid: tuple | None = None
     itemsize: int = 1  # bytes of a number of the image
     nifti_header: np.ndarray | None = None  # of the source, see Case
-    source_labeled: bool = False            # whether the label is there on source_grid, too
+    source_labeled: bool = False  # whether the label is there on source_grid, too
 
     @property
     def source_spacing(self):
@@ -88,6 +107,7 @@ class Entry:
         if self.affine is None:
             return tuple(s * n / m for s, n, m in zip(self.spacing, self.grid, self.source_grid))
         from data import space  # brings nibabel, which pictures do not need
+
         return space.spacing_of(self.affine)
 
     @property
@@ -99,6 +119,7 @@ class Entry:
 @dataclass
 class Info:
     """An opened and checked dataset. splits maps a split's name to its entries, in order."""
+
     path: str
     name: str
     classes: list
@@ -111,18 +132,28 @@ class Info:
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return dict(name=self.name, classes=self.classes, channels=self.channels, dims=self.dims, checksum=self.checksum,
-                    standardize=self.standardize, prepared=self.prepared)
+        return dict(
+            name=self.name,
+            classes=self.classes,
+            channels=self.channels,
+            dims=self.dims,
+            checksum=self.checksum,
+            standardize=self.standardize,
+            prepared=self.prepared,
+        )
 
     def entries(self, split):
         """The entries of a split; an absent or empty one is an error."""
         if not self.splits.get(split):
-            raise InputError(f"{self.path}: split '{split}' is empty (it has: {', '.join(self.splits) or 'nothing'}); convert the data again with "
-                             "lists or shares that fill it")
+            raise InputError(
+                f"{self.path}: split '{split}' is empty (it has: {', '.join(self.splits) or 'nothing'}); convert the data again with "
+                "lists or shares that fill it"
+            )
         return self.splits[split]
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
 
 def write(path, cases, *, name, classes, dims, channels, standardize=True, prepared=None):
     """Writes cases (an iterable of Case) to `path`, whole or not at all, and returns its Info.
@@ -134,14 +165,27 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     _check_layout(path, classes, dims, channels)
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True, locking=False) as f:  # nobody else's
-            f.attrs.update(format=FORMAT, name=name, classes=list(classes), dims=dims, channels=channels, standardize=standardize)
+            f.attrs.update(
+                format=FORMAT,
+                name=name,
+                classes=list(classes),
+                dims=dims,
+                channels=channels,
+                standardize=standardize,
+            )
             if prepared:
                 f.attrs["prepared"] = json.dumps(prepared)
             for case in cases:
                 _check_case(path, case, len(classes), channels, dims)
-                group = f.require_group(case.split) if case.split in f else f.create_group(case.split, track_order=True)
+                group = (
+                    f.require_group(case.split)
+                    if case.split in f
+                    else f.create_group(case.split, track_order=True)
+                )
                 if case.name in group:
-                    raise InputError(f"{path}: case '{case.name}' comes twice in split '{case.split}'")
+                    raise InputError(
+                        f"{path}: case '{case.name}' comes twice in split '{case.split}'"
+                    )
                 _write_case(group.create_group(case.name), case, channels, dims)
             patients = {s: {g.attrs["patient"] for g in f[s].values()} for s in f}
         if not patients:
@@ -153,31 +197,41 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
 def check_text(where, what, text):
     """InputError unless a name is fit for screens, tables and files: printable, not empty and of at most 200 bytes."""
     if not text or not text.isprintable() or len(text.encode()) > 200:
-        raise InputError(f"{where}: {what} {ascii(text[:60])} must be printable and have 1 to 200 bytes; rename it and convert the data again")
+        raise InputError(
+            f"{where}: {what} {ascii(text[:60])} must be printable and have 1 to 200 bytes; rename it and convert the data again"
+        )
 
 
 def check_name(where, name):
     """InputError unless a case's name can be that of a file, below --out and nowhere else."""
     check_text(where, "a case's name", name)
     if name.startswith(".") or "/" in name or "\\" in name:
-        raise InputError(f"{where}: a case's name, '{name}', must not start with a dot or contain a slash; rename it and convert the data again")
+        raise InputError(
+            f"{where}: a case's name, '{name}', must not start with a dot or contain a slash; rename it and convert the data again"
+        )
 
 
 def _check_layout(path, classes, dims, channels):
     if not 2 <= len(classes) <= 256 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
-        raise InputError(f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 classes, and dims 2 with 1 or 3 channels, or "
-                         "dims 3 with 1; convert the data again")
+        raise InputError(
+            f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 classes, and dims 2 with 1 or 3 channels, or "
+            "dims 3 with 1; convert the data again"
+        )
     for name in classes:
         check_text(path, "a class's name", name)
         if classes.count(name) > 1:
-            raise InputError(f"{path}: two classes are called '{name}'; give each its own name and convert the data again")
+            raise InputError(
+                f"{path}: two classes are called '{name}'; give each its own name and convert the data again"
+            )
 
 
 def _check_grid(where, grid, dims):
     if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
-        raise InputError(f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
-                         f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least {SMALLEST}; leave it out, or pad it, "
-                         "and convert the data again")
+        raise InputError(
+            f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
+            f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least {SMALLEST}; leave it out, or pad it, "
+            "and convert the data again"
+        )
 
 
 def _check_case(path, case, K, channels, dims):
@@ -190,25 +244,37 @@ def _check_case(path, case, K, channels, dims):
     if case.image.dtype not in (np.uint8, np.float32):
         raise InputError(f"{where}: image of type {case.image.dtype}; uint8 or float32 is needed")
     if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and case.image.shape[-1] != 3):
-        raise InputError(f"{where}: image of shape {case.image.shape} does not fit {channels} channel(s)")
+        raise InputError(
+            f"{where}: image of shape {case.image.shape} does not fit {channels} channel(s)"
+        )
     if dims == 3 and len(grid) != 3:
-        raise InputError(f"{where}: image of shape {case.image.shape}, but a file that is segmented in 3D (dims=3) holds volumes (D, H, W)")
+        raise InputError(
+            f"{where}: image of shape {case.image.shape}, but a file that is segmented in 3D (dims=3) holds volumes (D, H, W)"
+        )
     if not np.isfinite(case.image).all():
         raise InputError(f"{where}: image has NaN or infinite pixels")
     if case.label is not None:
         if case.label.shape != grid:
-            raise InputError(f"{where}: label of shape {case.label.shape}, image of {grid} ({case.source})")
+            raise InputError(
+                f"{where}: label of shape {case.label.shape}, image of {grid} ({case.source})"
+            )
         if case.label.dtype != np.uint8:
-            raise InputError(f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed")
+            raise InputError(
+                f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed"
+            )
         if case.label.max() >= K:
-            raise InputError(f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})")
+            raise InputError(
+                f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})"
+            )
     if case.source_grid is not None and len(case.source_grid) != len(grid):
         raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
     if case.source_label is not None:
         _check_source_label(where, case.source_label, case.source_grid)
         _check_values(f"{where}: source_label", case.source_label, K)
     _check_header(where, case.nifti_header, case.affine, case.source_grid or grid)
-    if case.spacing is not None and (len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)):
+    if case.spacing is not None and (
+        len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)
+    ):
         raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
     _check_grid(where, grid, dims)
 
@@ -216,14 +282,18 @@ def _check_case(path, case, K, channels, dims):
 def _check_source_label(where, label, grid):
     """InputError unless a label, an array or a dataset, is uint8 on the grid of the source."""
     if grid is None or label.shape != tuple(grid) or label.dtype != np.uint8:
-        raise InputError(f"{where}: source_label: {label.dtype} of shape {label.shape}, but uint8 "
-                         f"of source_grid {grid} is needed; convert the data again")
+        raise InputError(
+            f"{where}: source_label: {label.dtype} of shape {label.shape}, but uint8 "
+            f"of source_grid {grid} is needed; convert the data again"
+        )
 
 
 def _check_values(where, label, K):
     if label.max() >= K:
-        raise InputError(f"{where}: value {label.max()}, but the file has {K} classes "
-                         f"(0 to {K - 1}); convert the data again")
+        raise InputError(
+            f"{where}: value {label.max()}, but the file has {K} classes "
+            f"(0 to {K - 1}); convert the data again"
+        )
 
 
 def _check_header(where, header, affine, grid):
@@ -231,9 +301,12 @@ def _check_header(where, header, affine, grid):
     if header is None:
         return
     if affine is None or len(grid) != 3 or header.shape != (348,) or header.dtype != np.uint8:
-        raise InputError(f"{where}: nifti_header: {header.dtype} of shape {header.shape}, but 348 "
-                         "of uint8 and an affine of a volume are needed; convert the data again")
+        raise InputError(
+            f"{where}: nifti_header: {header.dtype} of shape {header.shape}, but 348 "
+            "of uint8 and an affine of a volume are needed; convert the data again"
+        )
     from data import space
+
     where = f"{where}: nifti_header"
     space.way_back(space.parse(header.tobytes(), where), affine, grid, where)
 
@@ -246,8 +319,11 @@ def _write_case(group, case, channels, dims):
         if len(grid) == 2:
             return grid
         return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
+
     chunk = chunk_of(grid)
-    group.create_dataset("image", data=case.image, chunks=(*chunk, 3) if channels == 3 else chunk, **pack)
+    group.create_dataset(
+        "image", data=case.image, chunks=(*chunk, 3) if channels == 3 else chunk, **pack
+    )
     if case.label is not None:
         group.create_dataset("label", data=case.label, chunks=chunk, **pack)
     if case.source_label is not None:
@@ -255,8 +331,13 @@ def _write_case(group, case, channels, dims):
         group.create_dataset("source_label", data=case.source_label, chunks=chunk, **pack)
         group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
     spacing = case.spacing or (1.0,) * len(grid)
-    group.attrs.update(patient=str(case.patient), spacing=np.float64(spacing), spacing_known=case.spacing is not None,
-                       source=case.source, checksum=checksum_of(case.image, case.label))
+    group.attrs.update(
+        patient=str(case.patient),
+        spacing=np.float64(spacing),
+        spacing_known=case.spacing is not None,
+        source=case.source,
+        checksum=checksum_of(case.image, case.label),
+    )
     group.attrs["mean"], group.attrs["std"] = moments(case.image)
     for name in ("affine", "source_grid", "nifti_header"):
         if (value := getattr(case, name)) is not None:
@@ -265,19 +346,25 @@ def _write_case(group, case, channels, dims):
 
 def checksum_of(image, label):
     """CRC-32 of a case's label (None: of nothing) and image."""
-    return zlib.crc32(np.ascontiguousarray(image), zlib.crc32(b"" if label is None else np.ascontiguousarray(label)))
+    return zlib.crc32(
+        np.ascontiguousarray(image),
+        zlib.crc32(b"" if label is None else np.ascontiguousarray(label)),
+    )
 
 
 def _check_patients(path, patients):
     splits = list(patients)
     for i, a in enumerate(splits):
-        for b in splits[i + 1:]:
+        for b in splits[i + 1 :]:
             if both := sorted(patients[a] & patients[b]):
-                raise InputError(f"{path}: patient '{both[0]}' is in both '{a}' and '{b}' ({len(both)} such patients); "
-                                 "split by patient")
+                raise InputError(
+                    f"{path}: patient '{both[0]}' is in both '{a}' and '{b}' ({len(both)} such patients); "
+                    "split by patient"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------- reading
+
 
 def open_file(path):
     """h5py.File for reading; InputError if it is missing, damaged, locked or not permitted."""
@@ -287,10 +374,12 @@ def open_file(path):
         return _opened(path)
     except OSError as error:
         if "unable to lock file" in str(error) or "already open for write" in str(error):
-            raise InputError(f"{path}: another process is writing to it; wait until it "
-                             "ends") from None
+            raise InputError(
+                f"{path}: another process is writing to it; wait until it ends"
+            ) from None
         raise unreadable(path, error) or InputError(
-            f"{path}: not a readable HDF5 file (truncated?); convert the data again") from None
+            f"{path}: not a readable HDF5 file (truncated?); convert the data again"
+        ) from None
 
 
 def _opened(path):
@@ -314,24 +403,34 @@ def reading(where, remedy="convert the data again"):
     except Exception as error:
         if found := unreadable(where, error):
             raise found from None
-        raise InputError(f"{where}: damaged or incomplete ({error or type(error).__name__}); {remedy}") from None
+        raise InputError(
+            f"{where}: damaged or incomplete ({error or type(error).__name__}); {remedy}"
+        ) from None
 
 
 def child(group, name, kind):
     """The member of a group that is of a kind, h5py.Group or h5py.Dataset, and in the file itself; anything else is an InputError."""
-    where = lambda: f"{group.file.filename}: {group.name.rstrip('/')}/{name if name.isprintable() else ascii(name)}"
+    where = lambda: (
+        f"{group.file.filename}: {group.name.rstrip('/')}/{name if name.isprintable() else ascii(name)}"
+    )
     try:
         link = group.id.links.get_info(name.encode(errors="surrogateescape")).type
     except (KeyError, RuntimeError, ValueError):
         raise InputError(f"{where()}: missing; make the file again") from None
     if link != h5py.h5l.TYPE_HARD:
-        raise InputError(f"{where()}: a link to another place or file, which is not followed; copy what it stands for into the file")
+        raise InputError(
+            f"{where()}: a link to another place or file, which is not followed; copy what it stands for into the file"
+        )
     try:
         found = group[name]
     except Exception as error:
-        raise InputError(f"{where()}: damaged ({error or type(error).__name__}); make the file again") from None
+        raise InputError(
+            f"{where()}: damaged ({error or type(error).__name__}); make the file again"
+        ) from None
     if not isinstance(found, kind):
-        raise InputError(f"{where()}: is no {'group' if kind is h5py.Group else 'dataset'}; make the file again")
+        raise InputError(
+            f"{where()}: is no {'group' if kind is h5py.Group else 'dataset'}; make the file again"
+        )
     if kind is h5py.Dataset:
         _check_storage(found, where)
     return found
@@ -341,13 +440,26 @@ def _check_storage(data, where):
     """InputError unless a dataset lies in its file and can hold what it declares: gzip makes no more than 1032 bytes of one."""
     plist = data.id.get_create_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
-        raise InputError(f"{where()}: lies in other files (virtual dataset or external storage), which are not opened; copy it into the file")
+        raise InputError(
+            f"{where()}: lies in other files (virtual dataset or external storage), which are not opened; copy it into the file"
+        )
     if data.shape is None:
         raise InputError(f"{where()}: holds nothing; make the file again")
-    chunk = math.prod(plist.get_chunk()) * data.dtype.itemsize if plist.get_layout() == h5py.h5d.CHUNKED else 0
+    chunk = (
+        math.prod(plist.get_chunk()) * data.dtype.itemsize
+        if plist.get_layout() == h5py.h5d.CHUNKED
+        else 0
+    )
     declared = math.prod(data.shape) * data.dtype.itemsize
-    if max(declared, chunk) > LARGE and max(declared, chunk) > 1032 * data.id.get_storage_size() or chunk > LARGE and chunk > declared:
-        raise InputError(f"{where()}: declares {max(declared, chunk):,} bytes, but the file holds {data.id.get_storage_size():,} of it; make the file again")
+    if (
+        max(declared, chunk) > LARGE
+        and max(declared, chunk) > 1032 * data.id.get_storage_size()
+        or chunk > LARGE
+        and chunk > declared
+    ):
+        raise InputError(
+            f"{where()}: declares {max(declared, chunk):,} bytes, but the file holds {data.id.get_storage_size():,} of it; make the file again"
+        )
 
 
 def read_label(f, info, split, name):
@@ -362,8 +474,11 @@ def check_memory(data, where):
     if data.nbytes <= LARGE:
         return
     from data import stored  # which imports this module
+
     if data.nbytes > (free := stored.free_memory()):
-        raise InputError(f"{where}: takes {data.nbytes / 2 ** 30:.1f} GiB, but {free / 2 ** 30:.1f} GiB of memory are free; crop or resample it")
+        raise InputError(
+            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory are free; crop or resample it"
+        )
 
 
 def attribute(of, name, kind, where, shape=()):
@@ -372,10 +487,16 @@ def attribute(of, name, kind, where, shape=()):
         value = of.attrs[name]
         found = np.asarray(value)
     except Exception as error:
-        raise InputError(f"{where}: attribute '{name}' is missing or damaged ({error or type(error).__name__}); convert the data again") from None
-    if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (found.ndim != 1 if shape is None else found.shape != shape):
-        raise InputError(f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
-                         f"{'(n,)' if shape is None else shape} needed; convert the data again")
+        raise InputError(
+            f"{where}: attribute '{name}' is missing or damaged ({error or type(error).__name__}); convert the data again"
+        ) from None
+    if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (
+        found.ndim != 1 if shape is None else found.shape != shape
+    ):
+        raise InputError(
+            f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
+            f"{'(n,)' if shape is None else shape} needed; convert the data again"
+        )
     if kind is str:
         texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
         if not all(isinstance(t, str) for t in texts):
@@ -387,44 +508,86 @@ def attribute(of, name, kind, where, shape=()):
 def read_info(path):
     """Opens a dataset file, checks its structure (not its pixels), and returns its Info."""
     with open_file(path) as f, reading(path):
-        if "format" not in f.attrs or attribute(f, "format", int, path) != FORMAT or not {"name", "classes", "dims", "channels"} <= set(f.attrs):
-            raise InputError(f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 --help")
+        if (
+            "format" not in f.attrs
+            or attribute(f, "format", int, path) != FORMAT
+            or not {"name", "classes", "dims", "channels"} <= set(f.attrs)
+        ):
+            raise InputError(
+                f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 --help"
+            )
         title, classes = attribute(f, "name", str, path), attribute(f, "classes", str, path, None)
         dims, channels = attribute(f, "dims", int, path), attribute(f, "channels", int, path)
         standardize = attribute(f, "standardize", bool, path) if "standardize" in f.attrs else True
-        prepared = json.loads(attribute(f, "prepared", str, path)) if "prepared" in f.attrs else None
+        prepared = (
+            json.loads(attribute(f, "prepared", str, path)) if "prepared" in f.attrs else None
+        )
         if prepared is not None and not isinstance(prepared, dict):
-            raise InputError(f"{path}: attribute 'prepared' is no JSON object; convert the data again")
+            raise InputError(
+                f"{path}: attribute 'prepared' is no JSON object; convert the data again"
+            )
         check_text(path, "the dataset's name", title)
         _check_layout(path, classes, dims, channels)
         splits = {}
         for split in (s for s in SPLITS if s in set(f)):
             group = child(f, split, h5py.Group)
-            splits[split] = [_entry(path, split, name, child(group, name, h5py.Group), channels, dims) for name in group]
+            splits[split] = [
+                _entry(path, split, name, child(group, name, h5py.Group), channels, dims)
+                for name in group
+            ]
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
-    checksum = zlib.crc32(repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode())
+    checksum = zlib.crc32(
+        repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode()
+    )
     return Info(path, title, classes, dims, channels, splits, checksum, standardize, prepared)
 
 
 def _entry(path, split, name, group, channels, dims):
     check_name(f"{path}: /{split}", name)
     where = f"{path}: /{split}/{name}"
-    image, label = child(group, "image", h5py.Dataset), child(group, "label", h5py.Dataset) if group.id.links.exists(b"label") else None
+    image, label = (
+        child(group, "image", h5py.Dataset),
+        child(group, "label", h5py.Dataset) if group.id.links.exists(b"label") else None,
+    )
     grid = image.shape[:-1] if channels == 3 else image.shape
-    if image.dtype not in (np.uint8, np.float32) or (channels == 3 and image.shape[-1:] != (3,)) or len(grid) not in (dims, 3):
-        raise InputError(f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D (uint8 or float32 is "
-                         "needed); convert the data again")
+    if (
+        image.dtype not in (np.uint8, np.float32)
+        or (channels == 3 and image.shape[-1:] != (3,))
+        or len(grid) not in (dims, 3)
+    ):
+        raise InputError(
+            f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D (uint8 or float32 is "
+            "needed); convert the data again"
+        )
     _check_grid(f"{where}/image", grid, dims)
     if label is not None and (label.shape != grid or label.dtype != np.uint8):
-        raise InputError(f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the image's grid, is needed; convert the data again")
-    patient, spacing = attribute(group, "patient", str, where), attribute(group, "spacing", float, where, (len(grid),))
+        raise InputError(
+            f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the image's grid, is needed; convert the data again"
+        )
+    patient, spacing = (
+        attribute(group, "patient", str, where),
+        attribute(group, "spacing", float, where, (len(grid),)),
+    )
     check_text(where, "patient", patient)
     if not all(0 < s < math.inf for s in spacing):
-        raise InputError(f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again")
+        raise InputError(
+            f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again"
+        )
     affine = attribute(group, "affine", float, where, (4, 4)) if "affine" in group.attrs else None
-    source_grid = attribute(group, "source_grid", int, where, (len(grid),)) if "source_grid" in group.attrs else None
-    if affine is not None and not np.isfinite(affine).all() or source_grid is not None and not all(0 < n < 2 ** 15 for n in source_grid):
-        raise InputError(f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again")
+    source_grid = (
+        attribute(group, "source_grid", int, where, (len(grid),))
+        if "source_grid" in group.attrs
+        else None
+    )
+    if (
+        affine is not None
+        and not np.isfinite(affine).all()
+        or source_grid is not None
+        and not all(0 < n < 2**15 for n in source_grid)
+    ):
+        raise InputError(
+            f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again"
+        )
     header = np.asarray(group.attrs["nifti_header"]) if "nifti_header" in group.attrs else None
     _check_header(where, header, affine, source_grid or grid)
     source_label = None
@@ -434,8 +597,21 @@ def _entry(path, split, name, group, channels, dims):
     known = attribute(group, "spacing_known", bool, where)
     source = attribute(group, "source", str, where)
     checksum = attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0
-    return Entry(name, patient, grid, label is not None, spacing, known, source, checksum, affine,
-                 source_grid, image.dtype.itemsize, header, source_label is not None)
+    return Entry(
+        name,
+        patient,
+        grid,
+        label is not None,
+        spacing,
+        known,
+        source,
+        checksum,
+        affine,
+        source_grid,
+        image.dtype.itemsize,
+        header,
+        source_label is not None,
+    )
 
 
 def read_case(f, info, split, name, label=True, part=()):
@@ -452,11 +628,20 @@ def read_case(f, info, split, name, label=True, part=()):
         image = image[part]
         y = group["label"][part] if label and "label" in group else None
     if image.dtype == np.float32 and not np.isfinite(image).all():
-        raise InputError(f"{where}/image: NaN or infinite pixels; mend them and convert the data again")
+        raise InputError(
+            f"{where}/image: NaN or infinite pixels; mend them and convert the data again"
+        )
     if y is not None:
         _check_values(f"{where}/label", y, len(info.classes))
-    if y is not None and not part and (said := group.attrs.get("checksum")) is not None and said != checksum_of(image, y):
-        raise InputError(f"{where}: image and label are not those that were written (checksum); convert the data again")
+    if (
+        y is not None
+        and not part
+        and (said := group.attrs.get("checksum")) is not None
+        and said != checksum_of(image, y)
+    ):
+        raise InputError(
+            f"{where}: image and label are not those that were written (checksum); convert the data again"
+        )
     if image.ndim - (info.channels == 3) == 2:
         image, y = image[None], None if y is None else y[None]
     return image, y
@@ -466,8 +651,10 @@ def read_source_label(info, split, entry):
     """The label of a case on its source's grid. -> (D, H, W) uint8 (D = 1 for an image)"""
     where = f"{info.path}: /{split}/{entry.name}/source_label"
     if not entry.source_labeled:
-        raise InputError(f"{where}: missing, so the case cannot be scored on its source's grid; "
-                         "convert the data again, or use --grid stored")
+        raise InputError(
+            f"{where}: missing, so the case cannot be scored on its source's grid; "
+            "convert the data again, or use --grid stored"
+        )
     with open_file(info.path) as f, reading(where):
         group = f[split][entry.name]
         check_memory(group["source_label"], where)
@@ -483,8 +670,10 @@ def check_foreground(info, names):
     """InputError if the labels of some train cases are background and nothing else. Reads them up to the first that is not."""
     with open_file(info.path) as f:
         if not any(read_label(f, info, "train", name).any() for name in names):
-            raise InputError(f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty (background alone), and nothing can be learned from "
-                             "them; give other or more patients (--labeled, --labeled-seed), or convert the data again")
+            raise InputError(
+                f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty (background alone), and nothing can be learned from "
+                "them; give other or more patients (--labeled, --labeled-seed), or convert the data again"
+            )
 
 
 def held_classes(info, split, names=None):
@@ -504,8 +693,10 @@ def held_classes(info, split, names=None):
                 for k in np.flatnonzero(~held):
                     held[k] = (label == k + 1).any()
     if not held.any():
-        raise InputError(f"{info.path}: /{split}: its labels hold no class but the background, so "
-                         "nothing can be scored; take another split, or convert the data again")
+        raise InputError(
+            f"{info.path}: /{split}: its labels hold no class but the background, so "
+            "nothing can be scored; take another split, or convert the data again"
+        )
     return held
 
 
@@ -525,14 +716,26 @@ def choose_labeled(info, spec, seed=None):
     train = info.entries("train")
     patients = list(dict.fromkeys(e.patient for e in train if e.labeled))
     try:
-        n = len(patients) if spec == "all" else round(float(spec) * len(patients)) if "." in spec else int(spec)
+        n = (
+            len(patients)
+            if spec == "all"
+            else round(float(spec) * len(patients))
+            if "." in spec
+            else int(spec)
+        )
     except (ValueError, OverflowError):
-        raise InputError(f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; give one of them") from None
+        raise InputError(
+            f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; give one of them"
+        ) from None
     if not patients:
-        raise InputError(f"{info.path}: no train case has a label; convert the data again with labels of some")
+        raise InputError(
+            f"{info.path}: no train case has a label; convert the data again with labels of some"
+        )
     if not 1 <= n <= len(patients):
-        raise InputError(f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, "
-                         "a fraction or all")
+        raise InputError(
+            f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, "
+            "a fraction or all"
+        )
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
@@ -541,6 +744,7 @@ def choose_labeled(info, spec, seed=None):
 
 
 # ---------------------------------------------------------------------- how images were prepared
+
 
 def check_prepared(known, others):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
@@ -560,13 +764,17 @@ def check_prepared(known, others):
                 continue
             remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
             remedy = remedy if name == first else "leave one of them out"
-            raise InputError(f"{other}: its images were {_words_of(data)}, but those of {name} "
-                             f"were {_words_of(known[name])}; {remedy}")
+            raise InputError(
+                f"{other}: its images were {_words_of(data)}, but those of {name} "
+                f"were {_words_of(known[name])}; {remedy}"
+            )
         ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
         if ours and theirs and ours != theirs:
-            raise InputError(f"{other}: D, H and W of its images point along the body axes "
-                             f"{theirs}, but those of {path} along {ours}; convert {first} again "
-                             f"with --axes {theirs}")
+            raise InputError(
+                f"{other}: D, H and W of its images point along the body axes "
+                f"{theirs}, but those of {path} along {ours}; convert {first} again "
+                f"with --axes {theirs}"
+            )
         if differences := _differences(_prepared(data), _prepared(known[path])):
             notes.setdefault(differences, []).append(other)
     for differences, paths in notes.items():
@@ -607,9 +815,12 @@ def _differences(theirs, ours):
     """What two preparations both say, and say otherwise, in words. "" if there is nothing."""
     free = {"window", "nnunet"}  # compared already; how files are named
     said = lambda value: _text(0 if value is None else value)  # channel: none is the first
-    return ", ".join(f"{_text(key)} {_text(theirs[key])}, not {_text(ours[key])}"
-                     for key in theirs if key in ours and key not in free
-                     if said(theirs[key]) != said(ours[key]))
+    return ", ".join(
+        f"{_text(key)} {_text(theirs[key])}, not {_text(ours[key])}"
+        for key in theirs
+        if key in ours and key not in free
+        if said(theirs[key]) != said(ours[key])
+    )
 
 
 def _text(value, joined=" x "):
@@ -627,15 +838,17 @@ def _plain(value):
 
 # ---------------------------------------------------------------------------------------------------- what networks see
 
+
 @dataclass
 class Samples:
     """2D slices, or patches of volumes, on one grid, in memory. A plain image is one slice; a volume gives D."""
-    image: torch.Tensor         # [N, C, *S] uint8 or float32, as stored
-    mean: torch.Tensor          # [N] intensity of the sample's whole case
-    std: torch.Tensor           # [N]
+
+    image: torch.Tensor  # [N, C, *S] uint8 or float32, as stored
+    mean: torch.Tensor  # [N] intensity of the sample's whole case
+    std: torch.Tensor  # [N]
     label: torch.Tensor | None  # [N, *S] uint8
-    case: list                  # [N] names
-    at: list                    # [N] where in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
+    case: list  # [N] names
+    at: list  # [N] where in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
 
     def __len__(self):
         return len(self.image)
@@ -644,7 +857,12 @@ class Samples:
         """What batch() standardizes. -> image [B, C, *S] and label [B, *S] or None, as stored, mean [B], std [B]. place: of Volumes"""
         if torch.is_tensor(index):
             index = index.to(self.image.device)
-        return self.image[index], None if self.label is None else self.label[index], self.mean[index], self.std[index]
+        return (
+            self.image[index],
+            None if self.label is None else self.label[index],
+            self.mean[index],
+            self.std[index],
+        )
 
     def batch(self, index, device="cpu"):
         """Standardized images [B, C, *S] float32, and labels [B, *S] int64 or None."""
@@ -660,29 +878,47 @@ class Samples:
     def __add__(self, other):
         """Both, one after the other (images of mixed types become float32); labels are kept only if both have them."""
         same = self.image.dtype == other.image.dtype
-        return Samples(torch.cat([s.image if same else s.image.float() for s in (self, other)]), torch.cat([self.mean, other.mean]),
-                       torch.cat([self.std, other.std]), None if self.label is None or other.label is None else torch.cat([self.label, other.label]),
-                       self.case + other.case, self.at + other.at)
+        return Samples(
+            torch.cat([s.image if same else s.image.float() for s in (self, other)]),
+            torch.cat([self.mean, other.mean]),
+            torch.cat([self.std, other.std]),
+            None
+            if self.label is None or other.label is None
+            else torch.cat([self.label, other.label]),
+            self.case + other.case,
+            self.at + other.at,
+        )
 
 
 @dataclass
 class Volumes:
     """Whole volumes in memory, each on its own grid of at least `size`, from which patches are cut."""
-    image: list         # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
-    mean: list          # N
-    std: list           # N
+
+    image: list  # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
+    mean: list  # N
+    std: list  # N
     label: list | None  # N of [D, H, W] uint8
-    case: list          # N names
-    size: tuple         # (D, H, W) of a patch
+    case: list  # N names
+    size: tuple  # (D, H, W) of a patch
 
     def __len__(self):
         return len(self.image)
 
     def fetch(self, index, place):
         """A patch of each of some volumes, as Samples.fetch() gives it. place [B, 3]: of its corner, as a share of where it could be, in [0, 1)"""
-        parts = [part_at(self.image[i].shape, self.size, at) for i, at in zip(index.tolist(), place)]
-        x, y = (None if v is None else torch.stack([v[i][part] for i, part in zip(index.tolist(), parts)]) for v in (self.image, self.label))
-        mean, std = (torch.tensor([v[i] for i in index.tolist()], device=x.device) for v in (self.mean, self.std))
+        parts = [
+            part_at(self.image[i].shape, self.size, at) for i, at in zip(index.tolist(), place)
+        ]
+        x, y = (
+            None
+            if v is None
+            else torch.stack([v[i][part] for i, part in zip(index.tolist(), parts)])
+            for v in (self.image, self.label)
+        )
+        mean, std = (
+            torch.tensor([v[i] for i in index.tolist()], device=x.device)
+            for v in (self.mean, self.std)
+        )
         return x[:, None], y, mean, std
 
     def batch(self, index, device="cpu"):
@@ -691,18 +927,28 @@ class Volumes:
 
     def to(self, device):
         """Itself, held by a device."""
-        self.image, self.label = (None if v is None else [one.to(device) for one in v] for v in (self.image, self.label))
+        self.image, self.label = (
+            None if v is None else [one.to(device) for one in v] for v in (self.image, self.label)
+        )
         return self
 
     def __add__(self, other):
         """Both, one after the other; labels are kept only if both have them."""
-        return Volumes(self.image + other.image, self.mean + other.mean, self.std + other.std,
-                       None if self.label is None or other.label is None else self.label + other.label, self.case + other.case, self.size)
+        return Volumes(
+            self.image + other.image,
+            self.mean + other.mean,
+            self.std + other.std,
+            None if self.label is None or other.label is None else self.label + other.label,
+            self.case + other.case,
+            self.size,
+        )
 
 
 def standardized(fetched, device):
     """What fetch() gave, on a device. -> images [B, C, *S] float32 of mean 0 and deviation 1 of their cases, labels [B, *S] int64 or None"""
-    image, label, mean, std = (None if v is None else v.to(device, non_blocking=True) for v in fetched)
+    image, label, mean, std = (
+        None if v is None else v.to(device, non_blocking=True) for v in fetched
+    )
     mean, std = (v.reshape(-1, *[1] * (image.dim() - 1)) for v in (mean, std))
     return (image.float() - mean) / std, None if label is None else label.long()
 
@@ -722,12 +968,18 @@ def check_size(info, size):
     """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
     text = f"--size {','.join(map(str, size))}"
     if info.dims == 2 and len(size) != 1:
-        raise InputError(f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; give one")
+        raise InputError(
+            f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; give one"
+        )
     if info.dims == 2 and not 32 <= size[0] <= 4096:
-        raise InputError(f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another")
+        raise InputError(
+            f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another"
+        )
     size = size * 3 if info.dims == 3 and len(size) == 1 else size
-    if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2 ** 27):
-        raise InputError(f"{text}: a patch needs at least 16 voxels per axis, and at most {2 ** 27:,} together; give another")
+    if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2**27):
+        raise InputError(
+            f"{text}: a patch needs at least 16 voxels per axis, and at most {2**27:,} together; give another"
+        )
     return size
 
 
@@ -741,8 +993,10 @@ def network_grid(info, size):
         return size[0]
     volumes = [e for entries in info.splits.values() for e in entries]
     if small := [e for e in volumes if any(n < s for n, s in zip(e.grid, size))]:
-        print(f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
-              f"{' x '.join(map(str, small[0].grid))}; they are mirrored at their ends")
+        print(
+            f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
+            f"{' x '.join(map(str, small[0].grid))}; they are mirrored at their ends"
+        )
     return size
 
 
@@ -751,13 +1005,15 @@ def check_flip(info, flip):
 
     flip: a text as files.flip_axes() gives it, or None. InputError if the file has no such axis.
     """
-    everything = "DHW"[-info.dims:]
+    everything = "DHW"[-info.dims :]
     if flip in (None, ",".join(everything)):
         return None
     names = set(flip.split(",")) if isinstance(flip, str) else {None}
     if flip != "none" and not names <= set(everything):
-        raise InputError(f"--flip {flip!s:.40}: {info.path} is segmented in {info.dims}D, along "
-                         f"the axes {', '.join(everything)}; give some of them, or none")
+        raise InputError(
+            f"--flip {flip!s:.40}: {info.path} is segmented in {info.dims}D, along "
+            f"the axes {', '.join(everything)}; give some of them, or none"
+        )
     return flip
 
 
@@ -769,14 +1025,22 @@ def shape_of(size):
 def resize_image(image, size):
     """(H, W[, 3]) -> (S, S[, 3]), or (D, H, W) -> (*S,) where size is a tuple of three; averages when shrinking."""
     shape = shape_of(size)
-    if image.shape[:len(shape)] == shape:
+    if image.shape[: len(shape)] == shape:
         return image
     if len(shape) == 3:
         smaller = all(n >= s for n, s in zip(image.shape, shape))
         x = torch.from_numpy(image)[None, None].float()
-        x = F.interpolate(x, shape, mode="area") if smaller else F.interpolate(x, shape, mode="trilinear", align_corners=False)
+        x = (
+            F.interpolate(x, shape, mode="area")
+            if smaller
+            else F.interpolate(x, shape, mode="trilinear", align_corners=False)
+        )
         return (x.round() if image.dtype == np.uint8 else x)[0, 0].numpy().astype(image.dtype)
-    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA if min(image.shape[:2]) >= size else cv2.INTER_LINEAR)
+    return cv2.resize(
+        image,
+        shape,
+        interpolation=cv2.INTER_AREA if min(image.shape[:2]) >= size else cv2.INTER_LINEAR,
+    )
 
 
 def resize_label(label, size):
@@ -786,10 +1050,17 @@ def resize_label(label, size):
         return label
     if len(shape) == 3 and all(n >= s for n, s in zip(label.shape, shape)):
         classes = np.unique(label)
-        shares = [F.interpolate(torch.from_numpy(label == k)[None, None].float(), shape, mode="area")[0, 0] for k in classes]
+        shares = [
+            F.interpolate(torch.from_numpy(label == k)[None, None].float(), shape, mode="area")[
+                0, 0
+            ]
+            for k in classes
+        ]
         return classes[torch.stack(shares).argmax(0).numpy()]
     if len(shape) == 3:
-        return F.interpolate(torch.from_numpy(label)[None, None], shape, mode="nearest-exact")[0, 0].numpy()
+        return F.interpolate(torch.from_numpy(label)[None, None], shape, mode="nearest-exact")[
+            0, 0
+        ].numpy()
     return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
 
 
@@ -810,7 +1081,9 @@ def read_cases(info, split, names=None, labels=True):
         for name in names:
             image, label = read_case(f, info, split, name, labels)
             if labels and label is None:
-                raise InputError(f"{info.path}: /{split}/{name} has no label, but one is needed here")
+                raise InputError(
+                    f"{info.path}: /{split}/{name} has no label, but one is needed here"
+                )
             yield name, image, label, *(moments(image) if info.standardize else (0.0, 1.0))
 
 
@@ -822,14 +1095,24 @@ def load_slices(info, split, size, names=None, labels=True):
             images.append(as_slice(image[z], size))
             ys.append(resize_label(label[z], size) if labels else None)
             means.append(mean), stds.append(std), cases.append(name), at.append((z,))
-    return Samples(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),
-                   torch.from_numpy(np.stack(ys)) if labels else None, cases, at)
+    return Samples(
+        torch.from_numpy(np.stack(images)),
+        torch.tensor(means),
+        torch.tensor(stds),
+        torch.from_numpy(np.stack(ys)) if labels else None,
+        cases,
+        at,
+    )
 
 
 def at_least(volume, size):
     """A volume (D, H, W), mirrored on both sides of an axis that is shorter than in size."""
     missing = [max(0, s - n) for n, s in zip(volume.shape, size)]
-    return np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric") if any(missing) else volume
+    return (
+        np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric")
+        if any(missing)
+        else volume
+    )
 
 
 def cut_back(volume, grid):
@@ -850,33 +1133,73 @@ def load_patches(info, split, size, corners, labels=True, grid=None):
             images.append(resize_image(image[part], grid or size)[None])
             ys.append(resize_label(label[part], grid or size) if labels else None)
             means.append(mean), stds.append(std), cases.append(name), at.append(tuple(corner))
-    return Samples(torch.from_numpy(np.stack(images)), torch.tensor(means), torch.tensor(stds),
-                   torch.from_numpy(np.stack(ys)) if labels else None, cases, at)
+    return Samples(
+        torch.from_numpy(np.stack(images)),
+        torch.tensor(means),
+        torch.tensor(stds),
+        torch.from_numpy(np.stack(ys)) if labels else None,
+        cases,
+        at,
+    )
 
 
 def load_samples(info, split, size, names=None, labels=True):
     """What stands for whole cases on the network's grid: all their slices, or patches that cover their volumes. -> Samples"""
     if info.dims == 2:
         return load_slices(info, split, size, names, labels)
-    return load_patches(info, split, size, {e.name: tiles(e.grid, size) for e in info.entries(split) if names is None or e.name in names}, labels)
+    return load_patches(
+        info,
+        split,
+        size,
+        {
+            e.name: tiles(e.grid, size)
+            for e in info.entries(split)
+            if names is None or e.name in names
+        },
+        labels,
+    )
 
 
 def showcase(info, split, size, most=16):
     """One sample of each of at most `most` cases, evenly spread: the slice, or the patch, with the most foreground. -> Samples"""
     found = None
-    for entry in info.entries(split)[::-(-len(info.entries(split)) // most)]:
+    for entry in info.entries(split)[:: -(-len(info.entries(split)) // most)]:
         every = load_samples(info, split, size, [entry.name])
         i = int((every.label > 0).flatten(1).sum(1).argmax())
-        one = Samples(every.image[i:i + 1], every.mean[i:i + 1], every.std[i:i + 1], every.label[i:i + 1], [entry.name], [every.at[i]])
+        one = Samples(
+            every.image[i : i + 1],
+            every.mean[i : i + 1],
+            every.std[i : i + 1],
+            every.label[i : i + 1],
+            [entry.name],
+            [every.at[i]],
+        )
         found = one if found is None else found + one
     return found
 
 
 def load_volumes(info, split, size, names=None, labels=True):
     """The named volumes of a split (default: every one), for patches of `size` (D, H, W). -> Volumes"""
-    names, images, ys, means, stds = zip(*((name, torch.from_numpy(at_least(image, size)), torch.from_numpy(at_least(label, size)) if labels else None,
-                                           mean, std) for name, image, label, mean, std in read_cases(info, split, names, labels)))
-    return Volumes(list(images), list(means), list(stds), list(ys) if labels else None, list(names), tuple(size))
+    names, images, ys, means, stds = zip(
+        *(
+            (
+                name,
+                torch.from_numpy(at_least(image, size)),
+                torch.from_numpy(at_least(label, size)) if labels else None,
+                mean,
+                std,
+            )
+            for name, image, label, mean, std in read_cases(info, split, names, labels)
+        )
+    )
+    return Volumes(
+        list(images),
+        list(means),
+        list(stds),
+        list(ys) if labels else None,
+        list(names),
+        tuple(size),
+    )
 
 
 def starts(length, size, stride):
@@ -892,10 +1215,16 @@ def tiles(grid, size):
 
 def random_corners(grid, size, count, rng):
     """Corners of `count` patches at random places of a volume, of fewer where they coincide. -> [(z, y, x), ...]"""
-    return list(dict.fromkeys(tuple(int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size)) for _ in range(count)))
+    return list(
+        dict.fromkeys(
+            tuple(int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size))
+            for _ in range(count)
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- showing
+
 
 def preview(info, path):
     """Draws cases of each split, evenly spread, with outlines, to a picture: four, or, of volumes that are segmented in 3D, two in three planes each."""
@@ -903,11 +1232,17 @@ def preview(info, path):
     with open_file(info.path) as f:
         for split, entries in info.splits.items():
             rows.append([])
-            for entry in (entries[i * len(entries) // min(most, len(entries))] for i in range(min(most, len(entries)))):
+            for entry in (
+                entries[i * len(entries) // min(most, len(entries))]
+                for i in range(min(most, len(entries)))
+            ):
                 image, label = read_case(f, info, split, entry.name)
                 title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
-                views = figures.planes(image, label, label, entry.spacing) if info.dims == 3 else [
-                    (image[z], None if label is None else label[z], entry.aspect)]
+                views = (
+                    figures.planes(image, label, label, entry.spacing)
+                    if info.dims == 3
+                    else [(image[z], None if label is None else label[z], entry.aspect)]
+                )
                 rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
     figures.cases(path, [row for row in rows if row], info.classes)
 
@@ -915,8 +1250,10 @@ def preview(info, path):
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
     total, absent = np.zeros(len(info.classes)), {}
-    lines = [f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
-             f"classes {', '.join(f'{k} {c}' for k, c in enumerate(info.classes))}"]
+    lines = [
+        f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
+        f"classes {', '.join(f'{k} {c}' for k, c in enumerate(info.classes))}"
+    ]
     with open_file(info.path) as f:
         for split, entries in info.splits.items():
             count, sizes, spacings = np.zeros(len(info.classes)), {e.grid for e in entries}, set()
@@ -924,13 +1261,29 @@ def summary(info):
                 _, label = read_case(f, info, split, e.name)
                 if e.source_labeled:
                     read_source_label(info, split, e)
-                spacings.add(" x ".join(f"{s:g}" for s in e.spacing) + " mm" if e.spacing_known else "unknown")
+                spacings.add(
+                    " x ".join(f"{s:g}" for s in e.spacing) + " mm"
+                    if e.spacing_known
+                    else "unknown"
+                )
                 if label is not None:
                     count += np.bincount(label.ravel(), minlength=len(count))
-            size = " to ".join(dict.fromkeys(" x ".join(map(str, g)) for g in (min(sizes), max(sizes)))) if sizes else "-"
-            shares = ", ".join(f"{c} {n / count.sum():.3f}" for c, n in zip(info.classes, count)) if count.any() else "no labels"
-            lines.append(f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
-                         f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}")
+            size = (
+                " to ".join(
+                    dict.fromkeys(" x ".join(map(str, g)) for g in (min(sizes), max(sizes)))
+                )
+                if sizes
+                else "-"
+            )
+            shares = (
+                ", ".join(f"{c} {n / count.sum():.3f}" for c, n in zip(info.classes, count))
+                if count.any()
+                else "no labels"
+            )
+            lines.append(
+                f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
+                f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}"
+            )
             lines.append(f"  {'':10s} share of pixels: {shares}")
             total += count
             if count.any():
@@ -950,14 +1303,22 @@ def report(info):
     print(summary(info))
     if any(e.labeled for e in info.splits.get("train", ())):
         out = f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"
-        print("next: " + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", out])
-              + "    (--labeled 7: as if only the first 7 patients had labels)")
+        print(
+            "next: "
+            + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", out])
+            + "    (--labeled 7: as if only the first 7 patients had labels)"
+        )
 
 
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.h5")
     p.add_argument("file", help="dataset to validate and describe")
-    p.add_argument("--preview", type=picture, metavar="FILE.png", help="draw samples of each split with outlines")
+    p.add_argument(
+        "--preview",
+        type=picture,
+        metavar="FILE.png",
+        help="draw samples of each split with outlines",
+    )
     args = p.parse_args(argv)
     info = read_info(args.file)
     report(info)

@@ -1,4 +1,5 @@
 """Label values of any source -> class numbers 0, 1, 2, ..., or an error that names the values."""
+
 import argparse
 
 import numpy as np
@@ -6,7 +7,7 @@ import numpy as np
 from data.files import InputError
 
 NEARLY = 1e-3  # how far from a whole number a value may lie: formats with a slope store .9999 for 1
-MOST = 256     # classes that a label of uint8 can tell apart
+MOST = 256  # classes that a label of uint8 can tell apart
 
 
 def class_numbers(values, where, listed=range(MOST)):
@@ -30,9 +31,11 @@ def class_numbers(values, where, listed=range(MOST)):
         with np.errstate(invalid="ignore"):  # infinity less infinity
             right &= np.abs(values - whole) <= NEARLY  # False also for NaN
     if not right.all():
-        raise InputError(f"{where}: label value {values[~right][0]:.9g} stands for no class; "
-                         f"{said(listed)} do; mend the label, or say with --labels and --classes "
-                         "which values there are and what they mean")
+        raise InputError(
+            f"{where}: label value {values[~right][0]:.9g} stands for no class; "
+            f"{said(listed)} do; mend the label, or say with --labels and --classes "
+            "which values there are and what they mean"
+        )
     return numbers.astype(np.uint8)
 
 
@@ -53,17 +56,22 @@ def count_classes(found, where):
     """
     found = sorted({0, *found})
     if found == [0]:
-        raise InputError(f"{where}: all labels are 0, the background, so there is nothing to "
-                         "learn; replace them by labels of something")
+        raise InputError(
+            f"{where}: all labels are 0, the background, so there is nothing to "
+            "learn; replace them by labels of something"
+        )
     if found != list(range(len(found))):
         listed = ",".join(map(str, found)) if len(found) < 13 else "and their values"
         remedy = f"give --labels {listed} if these are all classes, background first, or "
-        raise InputError(f"{where}: the labels hold {said(found)}, not each number from 0 on; "
-                         f"{remedy}name every class with --classes")
+        raise InputError(
+            f"{where}: the labels hold {said(found)}, not each number from 0 on; "
+            f"{remedy}name every class with --classes"
+        )
     return len(found)
 
 
 # ------------------------------------------------------------------------------------ options
+
 
 def label_values(text):
     """argparse type: label values, background first. -> a tuple of different whole numbers"""
@@ -72,8 +80,10 @@ def label_values(text):
     except ValueError:
         values = ()
     if not 2 <= len(set(values)) == len(values) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text}: 2 to {MOST} different whole numbers, joined by "
-                                         "commas, are needed, as in 0,1,2,4")
+        raise argparse.ArgumentTypeError(
+            f"{text}: 2 to {MOST} different whole numbers, joined by "
+            "commas, are needed, as in 0,1,2,4"
+        )
     return values
 
 
@@ -85,8 +95,10 @@ def class_names(text):
 def check_options(labels, classes):
     """InputError unless there is one name for each label value, where both are given."""
     if labels and classes and len(labels) != len(classes):
-        raise InputError(f"--labels names {len(labels)} values, --classes {len(classes)} classes; "
-                         "give one name for each value")
+        raise InputError(
+            f"--labels names {len(labels)} values, --classes {len(classes)} classes; "
+            "give one name for each value"
+        )
 
 
 def numbered(count):

@@ -19,6 +19,7 @@ and spacing, in mm, are those of the sform where its code is above 0, else of th
 code is, else of pixdim. A header that contradicts itself, or places no boxes, is refused
 (data/space.py). Masks have the header of their source, so its place, byte for byte.
 """
+
 import gzip
 import json
 import math
@@ -38,10 +39,13 @@ from data import h5, labels, space
 from data.files import SEED, SHARE, InputError, Parser, cli, number, read_text, replacing
 from data.images import assign_splits, lists_of, name_patients, note_patients
 
-NAME = re.compile(r"([^.].*)\.nii(\.gz)?")  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+NAME = re.compile(
+    r"([^.].*)\.nii(\.gz)?"
+)  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 
 
 # ---------------------------------------------------------------------------------------------------- finding cases
+
 
 def volumes(folder):
     """Name without ending -> path, for the NIfTI files directly in a folder, in order of their names."""
@@ -49,7 +53,9 @@ def volumes(folder):
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := NAME.fullmatch(path.name):
             if match[1] in found:
-                raise InputError(f"{path}: {found[match[1]].name} is there too; remove one of the two")
+                raise InputError(
+                    f"{path}: {found[match[1]].name} is there too; remove one of the two"
+                )
             found[match[1]] = path
     return found
 
@@ -60,45 +66,70 @@ def find(src, channel):
     layout = {s: (volumes(src / f"images{s}"), volumes(src / f"labels{s}")) for s in ("Tr", "Ts")}
     images, labels = layout["Tr"]
     if not images:
-        raise InputError(f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help")
+        raise InputError(
+            f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help"
+        )
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
     for part, (images, labels) in layout.items():
         cases, found = one_channel(images, channel, nnunet)
         channels |= found
-        rows += [(name, path, labels.get(name), name, "test" if part == "Ts" else None) for name, path in cases.items()]
+        rows += [
+            (name, path, labels.get(name), name, "test" if part == "Ts" else None)
+            for name, path in cases.items()
+        ]
         if lost := sorted(set(labels) - set(cases)):
-            raise InputError(f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} ({len(lost)} such labels)")
+            raise InputError(
+                f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} ({len(lost)} such labels)"
+            )
     if both := {r[0] for r in rows if r[4]} & {r[0] for r in rows if not r[4]}:
-        raise InputError(f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of the two")
+        raise InputError(
+            f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of the two"
+        )
     if channel is None and len(channels) > 1:
-        print(f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose with --channel)")
+        print(
+            f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose with --channel)"
+        )
     return rows, nnunet
 
 
 def one_channel(images, channel, nnunet):
     """The files of one channel (default: 0), and the numbers of all there are. images: {name: path}; nnunet: as in Preparation -> {case: path}, set"""
     if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
-        raise InputError(f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no channel; rename it")
+        raise InputError(
+            f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no channel; rename it"
+        )
     cases = {}  # name -> {channel: path}
     for name, path in images.items():
-        cases.setdefault(name[:-5] if nnunet else name, {})[int(name[-4:]) if nnunet else channel or 0] = path
+        cases.setdefault(name[:-5] if nnunet else name, {})[
+            int(name[-4:]) if nnunet else channel or 0
+        ] = path
     for name, paths in cases.items():
         if (channel or 0) not in paths:
-            raise InputError(f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} (it has: {', '.join(map(str, paths))})")
-    return {name: paths[channel or 0] for name, paths in cases.items()}, {c for paths in cases.values() for c in paths}
+            raise InputError(
+                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} (it has: {', '.join(map(str, paths))})"
+            )
+    return {name: paths[channel or 0] for name, paths in cases.items()}, {
+        c for paths in cases.values() for c in paths
+    }
 
 
 def split_cases(rows, lists, args):
     """Gives every case its split. -> rows in their final order; says what has no label and what is left out"""
     bare = [r[0] for r in rows if not (r[2] or r[4])]
     if not any(r[2] for r in rows):
-        raise InputError(f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such as {rows[0][0]}.nii.gz")
+        raise InputError(
+            f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such as {rows[0][0]}.nii.gz"
+        )
     if bare:
-        print(f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: {bare[0]})")
+        print(
+            f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: {bare[0]})"
+        )
     if lists:
         out = assign_splits(rows, lists, args)
         if lost := [r[0] for r in out if r[4] == "val" and not r[2]]:
-            raise InputError(f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in train.txt or unlabeled.txt")
+            raise InputError(
+                f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in train.txt or unlabeled.txt"
+            )
         named = {r[0] for r in out}
         out += [r for r in rows if r[4] and r[0] not in named]
     else:
@@ -106,10 +137,18 @@ def split_cases(rows, lists, args):
         note_patients([r for r in rows if not r[4]])
         out = assign_splits([r for r in rows if r[2] and not r[4]], None, args)
         held_out = {r[3] for r in out if r[4] != "train"}
-        out += [(*r[:4], "train") for r in rows if not (r[2] or r[4] or r[3] in held_out)] + [r for r in rows if r[4]]
+        out += [(*r[:4], "train") for r in rows if not (r[2] or r[4] or r[3] in held_out)] + [
+            r for r in rows if r[4]
+        ]
     if len(out) < len(rows):
-        print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: "
-              + ("they are in no list" if lists else "they have no label, and their patients are in val or test"))
+        print(
+            f"{len(rows) - len(out)} of {len(rows)} cases are left out: "
+            + (
+                "they are in no list"
+                if lists
+                else "they have no label, and their patients are in val or test"
+            )
+        )
     return out
 
 
@@ -126,27 +165,34 @@ def name_classes(src, names, values, paths):
     if table := named_values(path) if path.is_file() else {}:
         values = values or sorted(table)
         if lost := [v for v in values if v not in table]:
-            raise InputError(f"{path}: names no label value {lost[0]}, which --labels lists; give "
-                             "--classes, too, with a name for each")
+            raise InputError(
+                f"{path}: names no label value {lost[0]}, which --labels lists; give "
+                "--classes, too, with a name for each"
+            )
         return [table[v] for v in values], values
     if values:
         return labels.numbered(len(values)), values
-    found = set().union(*(np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths))
+    found = set().union(
+        *(np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths)
+    )
     count = labels.count_classes(found, paths[0].parent)
     return labels.numbered(count), range(count)
 
 
 def named_values(path):
     """The "labels" of a dataset.json, {value: name}; empty if it has none."""
+
     def once(pairs):
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError("a name in it comes twice")
         return found
+
     try:
         table = json.loads(read_text(path), object_pairs_hook=once).get("labels")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable JSON object ({error}); mend it, or give "
-                         "--classes") from None
+        raise InputError(
+            f"{path}: not a readable JSON object ({error}); mend it, or give --classes"
+        ) from None
     if not table:
         return {}
     try:
@@ -156,29 +202,38 @@ def named_values(path):
         if not all(isinstance(name, str) for name in by_value.values()):
             raise TypeError
     except (TypeError, ValueError, AttributeError):
-        raise InputError(f"{path}: \"labels\" must map one number to each name; regions (lists of "
-                         "numbers) are not supported; mend it, or give --classes") from None
+        raise InputError(
+            f'{path}: "labels" must map one number to each name; regions (lists of '
+            "numbers) are not supported; mend it, or give --classes"
+        ) from None
     if "ignore" in by_value.values():
-        raise InputError(f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or give --classes")
+        raise InputError(
+            f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or give --classes"
+        )
     if len(by_value) < len(table):
         values = ", ".join(str(value) for value, _ in pairs)
-        raise InputError(f"{path}: label values {values}; each class needs its own; mend it, or "
-                         "give --classes")
+        raise InputError(
+            f"{path}: label values {values}; each class needs its own; mend it, or give --classes"
+        )
     zero = by_value.get(0)
     if zero is None or zero != "background" and "background" in by_value.values():
-        raise InputError(f"{path}: label value 0, which must be the background, is "
-                         f"{'not named' if zero is None else zero}; mend it, or give --labels and "
-                         "--classes")
+        raise InputError(
+            f"{path}: label value 0, which must be the background, is "
+            f"{'not named' if zero is None else zero}; mend it, or give --labels and "
+            "--classes"
+        )
     return by_value
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
+
 @dataclass
 class Volume:
     """One volume of a file, on its own axes."""
-    values: np.ndarray           # (D, H, W), numbers of any type, the file's slope applied
-    affine: np.ndarray           # [4, 4]: voxel (x, y, z) -> mm, see space.affine_of()
+
+    values: np.ndarray  # (D, H, W), numbers of any type, the file's slope applied
+    affine: np.ndarray  # [4, 4]: voxel (x, y, z) -> mm, see space.affine_of()
     header: nibabel.Nifti1Header
 
     @property
@@ -212,8 +267,10 @@ def load(path, channel=None):
     if len(raw) < whole:
         raise InputError(f"{path}: truncated, {len(raw)} of {whole} bytes; copy it again")
     if len(size) > 4:
-        raise InputError(f"{path}: {len(size)}D with {math.prod(size[4:])} value(s) per voxel; "
-                         "save one volume of plain numbers")
+        raise InputError(
+            f"{path}: {len(size)}D with {math.prod(size[4:])} value(s) per voxel; "
+            "save one volume of plain numbers"
+        )
     if len(size) == 4:
         start += volume_of(size[3], channel, path) * math.prod(size[:3]) * kind.itemsize
     elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
@@ -223,8 +280,9 @@ def load(path, channel=None):
     with np.errstate(over="ignore"):
         usable = values.dtype.kind != "f" or np.isfinite(np.float32(values)).all()
     if not usable:
-        raise InputError(f"{path}: NaN or infinite voxels, or above what float32 holds; "
-                         "replace them")
+        raise InputError(
+            f"{path}: NaN or infinite voxels, or above what float32 holds; replace them"
+        )
     return Volume(values, space.affine_of(header, path), header)
 
 
@@ -234,25 +292,31 @@ def type_of(header, path):
     name = data_type_codes.label.get(code, "unknown")
     kind = header.get_data_dtype() if name != "unknown" else np.dtype("V")
     if kind.kind not in "iuf" or kind.itemsize > 8:
-        raise InputError(f"{path}: voxels of type {name} (datatype {code}); save them as plain "
-                         "integers, or as floats of 32 or 64 bits")
+        raise InputError(
+            f"{path}: voxels of type {name} (datatype {code}); save them as plain "
+            "integers, or as floats of 32 or 64 bits"
+        )
     return kind
 
 
 def start_of(header, path):
     """At which byte of a file its voxels begin."""
     start = float(header["vox_offset"])
-    if not space.VOXELS <= start < 2 ** 31:
-        raise InputError(f"{path}: the header says that the voxels begin at byte {start:g} "
-                         f"(vox_offset), not {space.VOXELS} or later; save the file anew")
+    if not space.VOXELS <= start < 2**31:
+        raise InputError(
+            f"{path}: the header says that the voxels begin at byte {start:g} "
+            f"(vox_offset), not {space.VOXELS} or later; save the file anew"
+        )
     return int(start)
 
 
 def volume_of(count, channel, path):
     """Which of a file's volumes is meant."""
     if channel is None:
-        raise InputError(f"{path}: 4D, {count} volumes in one file; choose an image's with "
-                         "--channel; a label must have one")
+        raise InputError(
+            f"{path}: 4D, {count} volumes in one file; choose an image's with "
+            "--channel; a label must have one"
+        )
     if channel >= count:
         raise InputError(f"{path}: has no channel {channel}; it has 0 to {count - 1}")
     return channel
@@ -263,8 +327,9 @@ def scaled(values, header, path):
     try:
         return apply_read_scaling(values, *header.get_slope_inter())
     except HeaderDataError:
-        raise InputError(f"{path}: the header's intercept (scl_inter) is {header['scl_inter']}; "
-                         "mend the header") from None
+        raise InputError(
+            f"{path}: the header's intercept (scl_inter) is {header['scl_inter']}; mend the header"
+        ) from None
 
 
 def check_grids(image, label, image_path, label_path):
@@ -283,23 +348,31 @@ def check_grids(image, label, image_path, label_path):
     if found:
         sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
         there, here = (np.round(g[found], 6).tolist() for g in (b, a))
-        raise InputError(f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
-                         f"({sizes[0]}): {found} {there}, not {here}; {remedy}")
+        raise InputError(
+            f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
+            f"({sizes[0]}): {found} {there}, not {here}; {remedy}"
+        )
 
 
 def grid_of(volume):
     """Size and spacing along x, y and z, origin and direction (a column an axis) of a Volume."""
     spacing = np.array(volume.spacing[::-1])
-    return dict(size=np.array(volume.values.shape[::-1]), spacing=spacing,
-                origin=volume.affine[:3, 3], direction=volume.affine[:3, :3] / spacing)
+    return dict(
+        size=np.array(volume.values.shape[::-1]),
+        spacing=spacing,
+        origin=volume.affine[:3, 3],
+        direction=volume.affine[:3, :3] / spacing,
+    )
 
 
 def same_size_remedy(image, label):
     """What to do where a label has its image's size and not its place."""
     match = "if the two match voxel by voxel"
     if is_lost(label) and not is_lost(image):
-        return ("the label's header has lost its place: copy the image's header to it "
-                f"{match}, and do not resample it")
+        return (
+            "the label's header has lost its place: copy the image's header to it "
+            f"{match}, and do not resample it"
+        )
     if is_lost(image) and not is_lost(label):
         return f"the image's header has lost its place: copy the label's header to it {match}"
     return f"copy the image's header to the label {match}, else resample the label to its image"
@@ -314,22 +387,30 @@ def is_lost(volume):
 
 # ---------------------------------------------------------------------------------------------------- space and intensity
 
+
 def scale(image, window):
     """MR (no window): clipped to its .5 and 99.5 percentile, then mean 0 and standard deviation 1. CT: the window becomes [-1, 1]."""
     low, high = window or np.percentile(image, (0.5, 99.5))
     image = image.clip(low, high).astype(np.float64)
-    scaled = (image - low) / (high - low) * 2 - 1 if window else (image - image.mean()) / max(image.std(), 1e-6)
+    scaled = (
+        (image - low) / (high - low) * 2 - 1
+        if window
+        else (image - image.mean()) / max(image.std(), 1e-6)
+    )
     return scaled.astype(np.float32)
 
 
 @dataclass
 class Preparation:
     """What is done to volumes; a dataset keeps it, so that it is done to new ones too."""
-    spacing: tuple | None = None  # (D, H, W) mm that they are resampled to; None: each keeps its own
-    window: tuple | None = None   # of CT: intensities that become -1 and 1; None: MR
-    channel: int | None = None    # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
-    nnunet: bool = False          # whether the channel is part of a file's name
-    axes: str | None = None       # of the body, to which D, H and W are turned, such as SAR
+
+    spacing: tuple | None = (
+        None  # (D, H, W) mm that they are resampled to; None: each keeps its own
+    )
+    window: tuple | None = None  # of CT: intensities that become -1 and 1; None: MR
+    channel: int | None = None  # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
+    nnunet: bool = False  # whether the channel is part of a file's name
+    axes: str | None = None  # of the body, to which D, H and W are turned, such as SAR
 
 
 def common_axes(paths):
@@ -342,20 +423,23 @@ def common_axes(paths):
 NOTES = {  # of cases, in the order in which they are said
     "turned": "lie along other body axes than {axes} (D, H, W) and were turned to these",
     "swapped": "had to swap axes of unequal spacing for that: D, H and W differ in resolution from "
-               "those of the others, and slices are cut another way",
+    "those of the others, and slices are cut another way",
     "two places": "have a qform and an sform that differ; the sform is taken, and masks keep both",
     "unplaced": "have no orientation (the codes of qform and sform are 0); their D, H and W are "
-                "taken for {axes}, as they are",
+    "taken for {axes}, as they are",
     "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
-              "(often 1024), or set the header's slope and intercept"}
+    "(often 1024), or set the header's slope and intercept",
+}
 
 
 def say(notes, axes, total):
     """Prints what read_case() has noted. notes: {kind: [case, ...]}; total: number of cases"""
     for kind, text in NOTES.items():
         if names := notes.get(kind):
-            print(f"note: {len(names)} of {total} volumes {text.format(axes=axes)} "
-                  f"(the first: {names[0]})")
+            print(
+                f"note: {len(names)} of {total} volumes {text.format(axes=axes)} "
+                f"(the first: {names[0]})"
+            )
 
 
 def read_case(row, how, src, notes, values=range(labels.MOST)):
@@ -396,12 +480,25 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         label = None if label is None else space.resample(label, size, step, nearest=True)
         spacing = how.spacing
     if swapped and min(image.shape[1:]) < h5.SMALLEST:
-        raise InputError(f"{image_path}: turned to the body axes of the others ({how.axes}), it "
-                         f"has {' x '.join(map(str, image.shape))} voxels, too few in a slice; "
-                         "leave it out")
+        raise InputError(
+            f"{image_path}: turned to the body axes of the others ({how.axes}), it "
+            f"has {' x '.join(map(str, image.shape))} voxels, too few in a slice; "
+            "leave it out"
+        )
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
-    return h5.Case(split, name, scale(image, how.window), label, patient, spacing,
-                   str(image_path.relative_to(src)), affine, source_grid, header, source_label)
+    return h5.Case(
+        split,
+        name,
+        scale(image, how.window),
+        label,
+        patient,
+        spacing,
+        str(image_path.relative_to(src)),
+        affine,
+        source_grid,
+        header,
+        source_label,
+    )
 
 
 def not_hounsfield(image, window):
@@ -423,13 +520,16 @@ def resampled_size(grid, step, path):
     InputError if it is too large for any memory.
     """
     size = tuple(max(1, round(n / s)) for n, s in zip(grid, step))
-    if math.prod(size) > 2 ** 31:
-        raise InputError(f"{path}: {' x '.join(map(str, grid))} voxels would become "
-                         f"{' x '.join(map(str, size))}; choose a larger --spacing")
+    if math.prod(size) > 2**31:
+        raise InputError(
+            f"{path}: {' x '.join(map(str, grid))} voxels would become "
+            f"{' x '.join(map(str, size))}; choose a larger --spacing"
+        )
     return size
 
 
 # ---------------------------------------------------------------------------------------------------- writing
+
 
 def write_mask(path, label, entry):
     """Writes a mask as NIfTI on its source's grid and axes, whole or not at all.
@@ -437,9 +537,10 @@ def write_mask(path, label, entry):
     label: (D, H, W) uint8 on the grid of entry (h5.Entry). The header is the source's; without
     it the affine places the mask, and without both the spacing alone.
     """
-    if label.shape[-len(entry.grid):] != entry.grid:
-        raise ValueError(f"{path}: label of shape {label.shape}, "
-                         f"but case '{entry.name}' has {entry.grid}")
+    if label.shape[-len(entry.grid) :] != entry.grid:
+        raise ValueError(
+            f"{path}: label of shape {label.shape}, but case '{entry.name}' has {entry.grid}"
+        )
     where = f"case '{entry.name}'"
     label = space.to_source(label, entry)
     affine = entry.affine
@@ -459,6 +560,7 @@ def write_mask(path, label, entry):
 
 # ---------------------------------------------------------------------------------------------------- main
 
+
 def decimals(option, text, count, low=-math.inf):
     """`count` numbers above `low`, joined by commas. -> tuple"""
     try:
@@ -466,33 +568,79 @@ def decimals(option, text, count, low=-math.inf):
     except ValueError:
         values = ()
     if len(values) != count or not all(low < v < math.inf for v in values):
-        raise InputError(f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined by commas, are needed")
+        raise InputError(
+            f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined by commas, are needed"
+        )
     return values
 
 
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.nifti")
-    p._negative_number_matcher = re.compile(r"-[\d.]+,")  # else argparse takes the value of --clip -175,250 for an option
+    p._negative_number_matcher = re.compile(
+        r"-[\d.]+,"
+    )  # else argparse takes the value of --clip -175,250 for an option
     p.add_argument("src", help="folder that holds imagesTr and labelsTr")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument("--spacing", metavar="D,H,W", help="resample to this spacing in mm; default: each case keeps its own")
-    p.add_argument("--axes", help="body axes that D, H and W are turned to, such as SAR for up, "
-                   "front and right; default: those of most volumes")
-    p.add_argument("--intensity", choices=("mr", "ct"), default="mr",
-                   help="mr: each case to mean 0, deviation 1; ct: one window for all")
-    p.add_argument("--clip", metavar="LOW,HIGH", help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)")
-    p.add_argument("--channel", type=number(0), help="which channel (nnU-Net) or volume (of a 4D file) to take")
-    p.add_argument("--patient", metavar="REGEX", help="its one group gives the patient from a case's name; default: a case is a patient")
-    p.add_argument("--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes")
-    p.add_argument("--lists", metavar="DIR", help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them")
-    p.add_argument("--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says")
-    p.add_argument("--test", type=SHARE, default=0.0, help="share of the imagesTr patients for test, where no list says")
+    p.add_argument(
+        "--spacing",
+        metavar="D,H,W",
+        help="resample to this spacing in mm; default: each case keeps its own",
+    )
+    p.add_argument(
+        "--axes",
+        help="body axes that D, H and W are turned to, such as SAR for up, "
+        "front and right; default: those of most volumes",
+    )
+    p.add_argument(
+        "--intensity",
+        choices=("mr", "ct"),
+        default="mr",
+        help="mr: each case to mean 0, deviation 1; ct: one window for all",
+    )
+    p.add_argument(
+        "--clip",
+        metavar="LOW,HIGH",
+        help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)",
+    )
+    p.add_argument(
+        "--channel", type=number(0), help="which channel (nnU-Net) or volume (of a 4D file) to take"
+    )
+    p.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help="its one group gives the patient from a case's name; default: a case is a patient",
+    )
+    p.add_argument(
+        "--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes"
+    )
+    p.add_argument(
+        "--lists",
+        metavar="DIR",
+        help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them",
+    )
+    p.add_argument(
+        "--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says"
+    )
+    p.add_argument(
+        "--test",
+        type=SHARE,
+        default=0.0,
+        help="share of the imagesTr patients for test, where no list says",
+    )
     p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
-    p.add_argument("--classes", type=labels.class_names, metavar="NAMES",
-                   help="names, background first; default: those of dataset.json")
-    p.add_argument("--labels", type=labels.label_values, metavar="VALUES",
-                   help="the values in the labels that stand for the classes, background first, "
-                        "as in 0,1,2,4; default: those of dataset.json, or 0, 1, 2, ...")
+    p.add_argument(
+        "--classes",
+        type=labels.class_names,
+        metavar="NAMES",
+        help="names, background first; default: those of dataset.json",
+    )
+    p.add_argument(
+        "--labels",
+        type=labels.label_values,
+        metavar="VALUES",
+        help="the values in the labels that stand for the classes, background first, "
+        "as in 0,1,2,4; default: those of dataset.json, or 0, 1, 2, ...",
+    )
     args = p.parse_args(argv)
     src = Path(args.src)
     if not src.is_dir():
@@ -502,8 +650,9 @@ def main(argv=None):
     if args.clip and args.intensity == "mr":
         raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
     if args.axes and not space.are_axes(args.axes):
-        raise InputError(f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, "
-                         "as in SAR")
+        raise InputError(
+            f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, as in SAR"
+        )
     args.spacing = decimals("--spacing", args.spacing, 3, low=0) if args.spacing else None
     window = decimals("--clip", args.clip or "-175,250", 2) if args.intensity == "ct" else None
     if window and window[0] >= window[1]:
@@ -512,15 +661,24 @@ def main(argv=None):
     rows = name_patients(rows, args.patient) if args.patient else rows
     lists = lists_of(Path(args.lists) if args.lists else src)
     if args.lists and not lists:
-        raise InputError(f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there")
+        raise InputError(
+            f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there"
+        )
     rows = split_cases(rows, lists, args)
     classes, values = name_classes(src, args.classes, args.labels, [r[2] for r in rows if r[2]])
     axes, notes = args.axes or common_axes([r[1] for r in rows]), defaultdict(list)
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
     cases = (read_case(row, how, src, notes, values) for row in rows)
-    info = h5.write(args.out, cases, name=src.resolve().name, classes=classes, dims=args.dims,
-                    channels=1, standardize=window is None,
-                    prepared={"from": "nifti", **asdict(how)})
+    info = h5.write(
+        args.out,
+        cases,
+        name=src.resolve().name,
+        classes=classes,
+        dims=args.dims,
+        channels=1,
+        standardize=window is None,
+        prepared={"from": "nifti", **asdict(how)},
+    )
     labels.tell_mapping(values)
     h5.report(info)
     say(notes, axes, len(rows))

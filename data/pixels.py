@@ -10,6 +10,7 @@ resized or saved as JPEG. Where they form regions or lines, they are a third cla
 and the mask is refused. Masks of more classes hold class numbers, as gray levels or as the indices
 of a colored palette.
 """
+
 import contextlib
 import io
 import warnings
@@ -30,15 +31,15 @@ PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}  # names of formats in Pillow
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes; "+" is BigTIFF
 ORIENTATION, TURNED_AS = 0x112, range(2, 9)  # tag of EXIF and TIFF; 1 is upright
-Image.MAX_IMAGE_PIXELS = 2 ** 30  # OpenCV's own limit
+Image.MAX_IMAGE_PIXELS = 2**30  # OpenCV's own limit
 
 # Gray levels of a mask of two classes
-NEAR = 32    # so near to black or white, a level counts as black or white
+NEAR = 32  # so near to black or white, a level counts as black or white
 NUMBERS = 8  # levels below this are class numbers where they form regions: 0, 1, and 255 for void
-SMOOTH = 8   # neighbors in a region differ by no more; across a blurred edge they differ by more
-REGION = 9   # pixels from which on a region counts, each amid equal neighbors
-LINE = 16    # pixels from which on a line counts
-FEW = 16     # values in a mask that was not compressed as JPEG: there, white may be a region of 253
+SMOOTH = 8  # neighbors in a region differ by no more; across a blurred edge they differ by more
+REGION = 9  # pixels from which on a region counts, each amid equal neighbors
+LINE = 16  # pixels from which on a line counts
+FEW = 16  # values in a mask that was not compressed as JPEG: there, white may be a region of 253
 
 TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
 PALETTE = "colored palette; its indices are taken as class numbers"
@@ -49,14 +50,16 @@ DARK = f"nearly black regions (values up to {NEAR}); they are taken as backgroun
 @dataclass
 class File:
     """A picture file whose pixels are not decoded yet."""
+
     path: Path
     content: bytes
     opened: Image.Image | None  # None: a TIFF of a kind that Pillow does not know
-    turned: bool                # whether its EXIF orientation says so
+    turned: bool  # whether its EXIF orientation says so
     lossy: bool
 
 
 # ------------------------------------------------------------------------------------ files
+
 
 @contextlib.contextmanager
 def reading(path):
@@ -72,8 +75,10 @@ def reading(path):
 
 
 def unreadable(path):
-    return InputError(f"{path}: not a readable picture (damaged, or of an unusual kind); save it "
-                      "again as PNG, or take it out")
+    return InputError(
+        f"{path}: not a readable picture (damaged, or of an unusual kind); save it "
+        "again as PNG, or take it out"
+    )
 
 
 def examine(path):
@@ -96,8 +101,10 @@ def check_file(path, content):
     if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
         pages = getattr(opened, "n_frames", 1)
     if pages > 1:
-        raise InputError(f"{path}: has {pages} pages or frames, of which one alone would be read; "
-                         "save each that is meant as a picture of its own")
+        raise InputError(
+            f"{path}: has {pages} pages or frames, of which one alone would be read; "
+            "save each that is meant as a picture of its own"
+        )
     if opened and opened.mode in ("CMYK", "LAB", "HSV"):
         raise InputError(f"{path}: its colors are {opened.mode}; save it as RGB")
     if tags:
@@ -105,8 +112,10 @@ def check_file(path, content):
     if opened and opened.has_transparency_data:
         lowest = lowest_opacity(opened)
         if lowest < 255:
-            raise InputError(f"{path}: has transparent pixels (opacity down to {lowest} of 255), "
-                             "and nobody knows what was seen there; save it without transparency")
+            raise InputError(
+                f"{path}: has transparent pixels (opacity down to {lowest} of 255), "
+                "and nobody knows what was seen there; save it without transparency"
+            )
     turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
     return File(path, content, opened, turned, lossy)
@@ -131,16 +140,21 @@ def check_tags(path, tags, mode):
     """InputError for TIFFs that OpenCV shortens or changes. mode: Pillow's word for the pixels."""
     photometric, channels, bits = tags.get(262, 1), tags.get(277, 1), tags.get(258, (1,))
     if tags.get(ORIENTATION, 1) in TURNED_AS:  # OpenCV turns TIFFs, and no other pictures
-        raise InputError(f"{path}: is stored turned (TIFF orientation {tags[ORIENTATION]}); save "
-                         "it upright")
+        raise InputError(
+            f"{path}: is stored turned (TIFF orientation {tags[ORIENTATION]}); save it upright"
+        )
     colors = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(photometric, 0)  # gray, RGB, palette, YCbCr
     if channels != colors + (mode in ("LA", "RGBA")):
-        raise InputError(f"{path}: has {channels} channels (TIFF photometric {photometric}); save "
-                         "it as gray or RGB")
+        raise InputError(
+            f"{path}: has {channels} channels (TIFF photometric {photometric}); save "
+            "it as gray or RGB"
+        )
     if max(np.atleast_1d(bits)) > 8 and (photometric == 0 or colors == 3 and tags.get(284) == 2):
         what = "0 as white" if photometric == 0 else "one color after another"
-        raise InputError(f"{path}: stores more than 8 bits with {what} (TIFF photometric 0 or "
-                         "planar configuration 2); save it again as PNG or a plain TIFF")
+        raise InputError(
+            f"{path}: stores more than 8 bits with {what} (TIFF photometric 0 or "
+            "planar configuration 2); save it again as PNG or a plain TIFF"
+        )
 
 
 def lowest_opacity(opened):
@@ -167,6 +181,7 @@ def decode_all(file):
 
 
 # ------------------------------------------------------------------------------------ images
+
 
 def read_picture(path, gray, notes=None):
     """An image -> (H, W) if gray, else (H, W, 3) RGB; uint8, or float32 if the file is deeper.
@@ -198,12 +213,15 @@ def to_float32(image, path):
     lost = np.abs(found - image.astype(np.float64)).max()
     spread = image.std(dtype=np.float64)
     if lost > 1e-3 * spread or 0 < spread < 1e-6:  # 1e-6: readers divide by no less
-        raise InputError(f"{path}: has values from {image.min():.9g} to {image.max():.9g}, which "
-                         "float32 cannot hold or tell apart; bring them to a usual range")
+        raise InputError(
+            f"{path}: has values from {image.min():.9g} to {image.max():.9g}, which "
+            "float32 cannot hold or tell apart; bring them to a usual range"
+        )
     return found
 
 
 # ------------------------------------------------------------------------------------ masks
+
 
 def read_mask(path, classes, notes=None, listed=None):
     """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
@@ -212,11 +230,15 @@ def read_mask(path, classes, notes=None, listed=None):
     """
     file, K = examine(path), MOST if listed else len(classes)
     if file.turned:
-        raise InputError(f"{path}: is stored turned (EXIF orientation), so nobody knows whether "
-                         "its image is, too; save both upright")
+        raise InputError(
+            f"{path}: is stored turned (EXIF orientation), so nobody knows whether "
+            "its image is, too; save both upright"
+        )
     if K > 2 and file.lossy:
-        raise InputError(f"{path}: JPEG and the like change class numbers; save the mask as PNG "
-                         "from where it was made")
+        raise InputError(
+            f"{path}: JPEG and the like change class numbers; save the mask as PNG "
+            "from where it was made"
+        )
     if file.opened and file.opened.mode == "P":
         mask = read_palette(file, K, notes)
     else:
@@ -226,9 +248,11 @@ def read_mask(path, classes, notes=None, listed=None):
     if K == 2:
         return binary(mask, file, notes)
     if mask.max() >= K:
-        raise InputError(f"{path}: values up to {mask.max()}, but there are {K} classes (0 to "
-                         f"{K - 1}); name all of them with --classes, or say with --labels which "
-                         "values stand for them")
+        raise InputError(
+            f"{path}: values up to {mask.max()}, but there are {K} classes (0 to "
+            f"{K - 1}); name all of them with --classes, or say with --labels which "
+            "values stand for them"
+        )
     return mask
 
 
@@ -242,12 +266,16 @@ def read_palette(file, K, notes):
     looked_at = colors if K > 2 else colors[:2] if numbers else colors[np.unique(indices)]
     if (looked_at == looked_at[:, :1]).all():  # gray
         if K == 2 and numbers and colors[0, 0] > colors[1, 0]:
-            raise InputError(f"{file.path}: index 0 of its palette is brighter than index 1, so "
-                             "either may be the background; save it with gray levels 0 and 255")
+            raise InputError(
+                f"{file.path}: index 0 of its palette is brighter than index 1, so "
+                "either may be the background; save it with gray levels 0 and 255"
+            )
         return indices if K == 2 and numbers else colors[indices][..., 0]
     if K == 2 and not numbers:
-        raise InputError(f"{file.path}: indices {shares(indices)} of a colored palette, but two "
-                         "classes are 0 and 1; name all with --classes, or save it as 0 and 255")
+        raise InputError(
+            f"{file.path}: indices {shares(indices)} of a colored palette, but two "
+            "classes are 0 and 1; name all with --classes, or save it as 0 and 255"
+        )
     note(notes, PALETTE, file.path)
     return indices
 
@@ -268,15 +296,19 @@ def to_gray(mask, file, K, listed=None):
         return np.ascontiguousarray(red)
     level = mask.max(2)
     if K > 2:
-        raise InputError(f"{file.path}: a colored mask; save class numbers 0 to {K - 1} as gray "
-                         "values, or as the indices of a palette")
+        raise InputError(
+            f"{file.path}: a colored mask; save class numbers 0 to {K - 1} as gray "
+            "values, or as the indices of a palette"
+        )
     brightest = mask[level == level.max()]
     values, counts = np.unique(brightest, axis=0, return_counts=True)
     color = values[counts.argmax()]
     faded = level[..., None] * (color / level.max())  # on the way from black to the color
     if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION:
-        raise InputError(f"{file.path}: a mask of several colors, or of one on a background that "
-                         "is not black; save the foreground as 255 and all else as 0")
+        raise InputError(
+            f"{file.path}: a mask of several colors, or of one on a background that "
+            "is not black; save the foreground as 255 and all else as 0"
+        )
     return level
 
 
@@ -291,17 +323,26 @@ def binary(mask, file, notes=None):
     if top == 0 or top == 1 and not file.lossy:
         return mask
     if top < 128 or file.lossy and top < 255 - NEAR:
-        raise InputError(f"{file.path}: values {shares(mask)} look like class numbers" + (
-            ", which JPEG changes; save the mask as PNG from where it was made" if file.lossy else
-            "; name the classes with --classes, say with --labels which values stand for "
-            "them, or save the foreground as 255"))
+        raise InputError(
+            f"{file.path}: values {shares(mask)} look like class numbers"
+            + (
+                ", which JPEG changes; save the mask as PNG from where it was made"
+                if file.lossy
+                else "; name the classes with --classes, say with --labels which values stand for "
+                "them, or save the foreground as 255"
+            )
+        )
     if NEAR < low < 255 - NEAR:
-        raise InputError(f"{file.path}: values {shares(mask)}, none of them near 0; save the "
-                         "background as 0 and the foreground as 255")
-    if (levels := other_levels(mask, top, notes, file.path)):
-        raise InputError(f"{file.path}: values {shares(mask)}, so not a mask of two classes "
-                         f"({levels}); save the foreground as 255 and all else as 0, or name all "
-                         "classes with --classes (and their values with --labels)")
+        raise InputError(
+            f"{file.path}: values {shares(mask)}, none of them near 0; save the "
+            "background as 0 and the foreground as 255"
+        )
+    if levels := other_levels(mask, top, notes, file.path):
+        raise InputError(
+            f"{file.path}: values {shares(mask)}, so not a mask of two classes "
+            f"({levels}); save the foreground as 255 and all else as 0, or name all "
+            "classes with --classes (and their values with --labels)"
+        )
     if top < 255 - NEAR:
         note(notes, f"foreground of value {top}, not 255", file.path)
     return (mask > top // 2).astype(np.uint8)
@@ -341,10 +382,11 @@ def levels_of(mask):
 def shares(mask):
     """The most frequent values of a mask (uint8) and their shares of the pixels, as text."""
     counts = levels_of(mask)
-    most = sorted(np.argsort(-counts, kind="stable")[:min(4, (counts > 0).sum())])
+    most = sorted(np.argsort(-counts, kind="stable")[: min(4, (counts > 0).sum())])
     more = (counts > 0).sum() - len(most)
     return ", ".join(f"{v} ({counts[v] / mask.size:.1%})" for v in most) + (
-        f" and {more} more" if more else "")
+        f" and {more} more" if more else ""
+    )
 
 
 def write_mask(path, label):
@@ -361,6 +403,7 @@ def write_mask(path, label):
 
 # ------------------------------------------------------------------------------------ notes
 
+
 def note(notes, text, path):
     """Remembers a file for say(). notes: {text: [path, ...]}, or None."""
     if notes is not None:
@@ -370,5 +413,7 @@ def note(notes, text, path):
 def say(notes):
     """Prints each text once, with the number of its files and the first of them."""
     for text, paths in notes.items():
-        print(f"note: {len(paths)} {'file' if len(paths) == 1 else 'files'}, such as {paths[0]}: "
-              f"{text}")
+        print(
+            f"note: {len(paths)} {'file' if len(paths) == 1 else 'files'}, such as {paths[0]}: "
+            f"{text}"
+        )

@@ -6,6 +6,7 @@ is above 0, else pixdim alone. Here it is in mm, whatever the header's unit.
 
 Legend: x, y, z a file's axes, of which x is the fastest; (D, H, W) the axes of arrays, z, y, x.
 """
+
 import math
 
 import nibabel
@@ -14,15 +15,16 @@ from nibabel import orientations
 
 from data.files import InputError
 
-BYTES = 348                                # of a header
-VOXELS = 352                               # where the voxels of a mask begin
+BYTES = 348  # of a header
+VOXELS = 352  # where the voxels of a mask begin
 MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # of xyzt_units: unknown (then mm), m, mm, µm
-LARGEST = 100                              # mm of a voxel's side: more is a wrong unit
-NEAR = 1e-3                                # relative error of a side, cosine of a right angle
-SHIFT = 0.05                               # voxels by which places that are the same may differ
+LARGEST = 100  # mm of a voxel's side: more is a wrong unit
+NEAR = 1e-3  # relative error of a side, cosine of a right angle
+SHIFT = 0.05  # voxels by which places that are the same may differ
 
 
 # ------------------------------------------------------------------------------------- headers
+
 
 def parse(raw, where):
     """The header of a NIfTI-1 file as nibabel has it. raw: the file's bytes, 348 or more
@@ -35,15 +37,21 @@ def parse(raw, where):
         raise InputError(f"{where}: NIfTI-2; save it as NIfTI-1")
     order = next((o for o, size in sizes.items() if size == BYTES), None)
     if len(raw) < BYTES or order is None:
-        raise InputError(f"{where}: not a NIfTI-1 file (or truncated); copy it again, or save it "
-                         "as NIfTI-1")
+        raise InputError(
+            f"{where}: not a NIfTI-1 file (or truncated); copy it again, or save it as NIfTI-1"
+        )
     header = nibabel.Nifti1Header(bytes(raw[:BYTES]), "<>"[order == "big"], check=False)
     magic = header["magic"].item()
     if magic != b"n+1":
         pair = magic == b"ni1"
-        raise InputError(f"{where}: " + (
-            "the header of a pair, whose voxels are in an .img file; save both as one .nii"
-            if pair else "not a NIfTI-1 file (an Analyze file?); save it as NIfTI-1"))
+        raise InputError(
+            f"{where}: "
+            + (
+                "the header of a pair, whose voxels are in an .img file; save both as one .nii"
+                if pair
+                else "not a NIfTI-1 file (an Analyze file?); save it as NIfTI-1"
+            )
+        )
     size_of(header, where)
     affine_of(header, where)
     return header
@@ -73,16 +81,21 @@ def affine_of(header, where):
     """
     unit = int(header["xyzt_units"]) & 7
     if unit not in MM:
-        raise InputError(f"{where}: the header's unit of space (xyzt_units) is {unit}, which is "
-                         "none; set it to 2 for mm")
+        raise InputError(
+            f"{where}: the header's unit of space (xyzt_units) is {unit}, which is "
+            "none; set it to 2 for mm"
+        )
     codes = [int(header[f"{name}_code"]) for name in ("qform", "sform")]
     if min(codes) < 0 or max(codes) > 5:
-        raise InputError(f"{where}: the header has codes {codes} of qform and sform; they are 0 "
-                         "to 5, so set the orientation anew")
+        raise InputError(
+            f"{where}: the header has codes {codes} of qform and sform; they are 0 "
+            "to 5, so set the orientation anew"
+        )
     sides = header["pixdim"][1:4].astype(np.float64)
     if not all(0 < s < math.inf for s in sides):
-        raise InputError(f"{where}: the header has a spacing (pixdim) of {product(sides)}; "
-                         "mend the header")
+        raise InputError(
+            f"{where}: the header has a spacing (pixdim) of {product(sides)}; mend the header"
+        )
     if header["sform_code"] > 0:
         name, affine = "sform", header.get_sform()
     elif header["qform_code"] > 0:
@@ -95,8 +108,10 @@ def affine_of(header, where):
     found = np.linalg.norm(affine[:3, :3], axis=0)
     said = sides * MM[unit]
     if np.abs(found / said - 1).max() > NEAR:
-        raise InputError(f"{where}: the header contradicts itself: voxels of {product(said)} mm "
-                         f"(pixdim), but {product(found)} mm ({name}); set both to the true size")
+        raise InputError(
+            f"{where}: the header contradicts itself: voxels of {product(said)} mm "
+            f"(pixdim), but {product(found)} mm ({name}); set both to the true size"
+        )
     return affine
 
 
@@ -108,8 +123,10 @@ def qform_of(header, where):
         return header.get_qform()
     except ValueError:
         numbers = ", ".join(f"{header[f'quatern_{axis}']:g}" for axis in "bcd")
-        raise InputError(f"{where}: the header's qform turns by a quaternion ({numbers}) that is "
-                         "longer than 1; set the orientation anew") from None
+        raise InputError(
+            f"{where}: the header's qform turns by a quaternion ({numbers}) that is "
+            "longer than 1; set the orientation anew"
+        ) from None
 
 
 def has_two_places(header, where):
@@ -126,15 +143,19 @@ def check_affine(affine, where):
         raise InputError(f"{where}: NaN, infinite, or no affine map; set the orientation anew")
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     if not sides.all():
-        raise InputError(f"{where}: voxels of {product(sides)} mm, which is no volume; "
-                         "set the orientation anew")
+        raise InputError(
+            f"{where}: voxels of {product(sides)} mm, which is no volume; set the orientation anew"
+        )
     if sides.max() > LARGEST:
-        raise InputError(f"{where}: voxels of {product(sides)} mm; mend the spacing, "
-                         "or its unit (xyzt_units)")
+        raise InputError(
+            f"{where}: voxels of {product(sides)} mm; mend the spacing, or its unit (xyzt_units)"
+        )
     cosines = affine[:3, :3] / sides
     if np.abs(cosines.T @ cosines - np.eye(3)).max() > NEAR:
-        raise InputError(f"{where}: axes that are not at right angles (a tilted gantry?), so no "
-                         "distance would be right; resample the volume to a grid without shear")
+        raise InputError(
+            f"{where}: axes that are not at right angles (a tilted gantry?), so no "
+            "distance would be right; resample the volume to a grid without shear"
+        )
 
 
 def product(values):
@@ -149,9 +170,21 @@ def mask_header(header):
     header["datatype"], header["bitpix"] = 2, 8  # uint8
     header["vox_offset"], header["magic"] = VOXELS, b"n+1"
     header["scl_slope"], header["scl_inter"] = 1, 0
-    for name in ("cal_max", "cal_min", "glmax", "glmin", "toffset", "intent_code", "intent_p1",
-                 "intent_p2", "intent_p3", "slice_start", "slice_end", "slice_code",
-                 "slice_duration"):
+    for name in (
+        "cal_max",
+        "cal_min",
+        "glmax",
+        "glmin",
+        "toffset",
+        "intent_code",
+        "intent_p1",
+        "intent_p2",
+        "intent_p3",
+        "slice_start",
+        "slice_end",
+        "slice_code",
+        "slice_duration",
+    ):
         header[name] = 0
     return header
 
@@ -177,6 +210,7 @@ def new_header(affine, grid, where):
 
 # ------------------------------------------------------------------------------------- body axes
 
+
 def axes_of(affine):
     """Where D, H and W point to in the body, such as SAR for up, front and right."""
     return "".join(nibabel.aff2axcodes(affine))[::-1]
@@ -185,8 +219,12 @@ def axes_of(affine):
 def are_axes(value):
     """Whether a value of anybody is what axes_of() gives."""
     pairs = {letter: pair for pair in ("RL", "AP", "SI") for letter in pair}
-    return (isinstance(value, str) and len(value) == 3 and set(value) <= set(pairs)
-            and len({pairs[letter] for letter in value}) == 3)
+    return (
+        isinstance(value, str)
+        and len(value) == 3
+        and set(value) <= set(pairs)
+        and len({pairs[letter] for letter in value}) == 3
+    )
 
 
 def turn_to(axes, affine):
@@ -217,8 +255,9 @@ def way_back(header, affine, grid, where):
     size = size_of(header, where)[:3]
     same = not np.isnan(turn).any() and tuple(np.array(grid[::-1])[np.argsort(turn[:, 0])]) == size
     if not same or shift(source, turned_affine(affine, grid, turn), size) > SHIFT:
-        raise InputError(f"{where}: header and affine are of different grids; "
-                         "convert the data again")
+        raise InputError(
+            f"{where}: header and affine are of different grids; convert the data again"
+        )
     return turn
 
 
@@ -230,6 +269,7 @@ def shift(a, b, size):
 
 
 # ------------------------------------------------------------------------------------- grids
+
 
 def spacing_of(affine):
     """mm per axis of (D, H, W)."""

@@ -2,6 +2,7 @@
 
 Legend: N samples, B batch, C channels, *S the grid that a network sees: S, S of slices, or D, H, W of patches of volumes.
 """
+
 import math
 import os
 from pathlib import Path
@@ -29,12 +30,20 @@ class Stored:
         if not entries:
             raise InputError(f"{info.path}: no case to read in split '{split}'")
         if labels and (missing := [e.name for e in entries if not e.labeled]):
-            raise InputError(f"{info.path}: /{split}/{missing[0]} has no label, but one is needed here")
+            raise InputError(
+                f"{info.path}: /{split}/{missing[0]} has no label, but one is needed here"
+            )
         if isinstance(size, int):
-            self.items = [(info.path, split, e, z) for e in entries for z in range(e.grid[0] if len(e.grid) == 3 else 1)]
+            self.items = [
+                (info.path, split, e, z)
+                for e in entries
+                for z in range(e.grid[0] if len(e.grid) == 3 else 1)
+            ]
         else:
             self.items = [(info.path, split, e, None) for e in entries]
-        self.moments = dict(zip(((info.path, split, e.name) for e in entries), _moments(info, split, entries)))
+        self.moments = dict(
+            zip(((info.path, split, e.name) for e in entries), _moments(info, split, entries))
+        )
 
     def __len__(self):
         return len(self.items)
@@ -48,19 +57,30 @@ class Stored:
         found = [self._read(*self.items[i], at) for i, at in zip(index.tolist(), place)]
         image, label, mean, std = zip(*found)
         kinds = np.result_type(*image)  # images of two files may differ
-        return (torch.from_numpy(np.stack(image).astype(kinds, copy=False)), torch.from_numpy(np.stack(label)) if self.labels else None,
-                torch.tensor(mean), torch.tensor(std))
+        return (
+            torch.from_numpy(np.stack(image).astype(kinds, copy=False)),
+            torch.from_numpy(np.stack(label)) if self.labels else None,
+            torch.tensor(mean),
+            torch.tensor(std),
+        )
 
     def _read(self, path, split, entry, z, place):
         info, size = self.infos[path], self.size
         if z is None:
-            part = tuple(slice(None) if n < s else one for n, s, one in
-                         zip(entry.grid, size, h5.part_at(tuple(map(max, entry.grid, size)), size, place)))
+            part = tuple(
+                slice(None) if n < s else one
+                for n, s, one in zip(
+                    entry.grid, size, h5.part_at(tuple(map(max, entry.grid, size)), size, place)
+                )
+            )
         else:
             part = (slice(z, z + 1),) if len(entry.grid) == 3 else ()
         image, label = h5.read_case(self._file(path), info, split, entry.name, self.labels, part)
         if z is None:
-            image, label = h5.at_least(image, size)[None], h5.at_least(label, size) if self.labels else None
+            image, label = (
+                h5.at_least(image, size)[None],
+                h5.at_least(label, size) if self.labels else None,
+            )
         else:
             image = h5.as_slice(image[0], size)
             label = h5.resize_label(label[0], size) if self.labels else None
@@ -69,7 +89,9 @@ class Stored:
     def _file(self, path):
         key = os.getpid(), path  # a forked process must not share the file of its parent
         if key not in self.files:
-            self.files = {k: f for k, f in self.files.items() if k[0] == os.getpid()} | {key: h5.open_file(path)}
+            self.files = {k: f for k, f in self.files.items() if k[0] == os.getpid()} | {
+                key: h5.open_file(path)
+            }
         return self.files[key]
 
     def __getstate__(self):
@@ -78,7 +100,12 @@ class Stored:
     def __add__(self, other):
         """Both, one after the other; labels are kept only if both have them."""
         both = Stored.__new__(Stored)
-        both.infos, both.size, both.labels, both.files = self.infos | other.infos, self.size, self.labels and other.labels, {}
+        both.infos, both.size, both.labels, both.files = (
+            self.infos | other.infos,
+            self.size,
+            self.labels and other.labels,
+            {},
+        )
         both.items, both.moments = self.items + other.items, self.moments | other.moments
         return both
 
@@ -97,7 +124,9 @@ def _moment(f, info, split, name):
         return h5.moments(h5.read_case(f, info, split, name, label=False)[0])
     mean, std = (h5.attribute(case, key, float, where) for key in ("mean", "std"))
     if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise InputError(f"{where}: mean {mean}, std {std} are not those of an image; convert the data again")
+        raise InputError(
+            f"{where}: mean {mean}, std {std} are not those of an image; convert the data again"
+        )
     return mean, std
 
 
@@ -106,7 +135,10 @@ def bytes_in_memory(info, split, size, names=None):
     names = None if names is None else set(names)
     entries = [e for e in info.splits[split] if names is None or e.name in names]
     if isinstance(size, int):
-        return sum((e.grid[0] if len(e.grid) == 3 else 1) * size ** 2 * (info.channels * e.itemsize + 1) for e in entries)
+        return sum(
+            (e.grid[0] if len(e.grid) == 3 else 1) * size**2 * (info.channels * e.itemsize + 1)
+            for e in entries
+        )
     return sum(math.prod(map(max, e.grid, size)) * (e.itemsize + 1) for e in entries)
 
 
@@ -131,5 +163,9 @@ def group_limits(root="/sys/fs/cgroup", mine="/proc/self/cgroup"):
         top = Path(root, *["memory"] * (version == 1))
         for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents) if version else ():
             file = group / ("memory.max" if version == 2 else "memory.limit_in_bytes")
-            if top in (group, *group.parents) and file.is_file() and (limit := file.read_text().strip()) != "max":
+            if (
+                top in (group, *group.parents)
+                and file.is_file()
+                and (limit := file.read_text().strip()) != "max"
+            ):
                 yield int(limit)

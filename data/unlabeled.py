@@ -4,12 +4,12 @@ They are prepared as the data that the network has learned from were, which its 
 volumes the spacing that they are resampled to, the window of CT, the channel and the body axes.
 evaluate.py --predict writes masks for them.
 """
+
 from collections import defaultdict
 from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
 from data.files import InputError
-
 
 KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
 
@@ -19,7 +19,11 @@ def are_new(source):
     path = Path(source)
     if not source or not path.exists():
         raise InputError(f"{source}: no such file or folder; give new images, or a dataset file")
-    return path.is_dir() or path.is_file() and (path.suffix.lower() in pixels.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
+    return (
+        path.is_dir()
+        or path.is_file()
+        and (path.suffix.lower() in pixels.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
+    )
 
 
 def find(path):
@@ -28,14 +32,25 @@ def find(path):
         match = nifti.NAME.fullmatch(path.name)
         return ("nifti", {match[1]: path}) if match else ("pictures", {path.stem: path})
     for folder in (path, path / "images", path / "imagesTs", path / "imagesTr"):
-        found = {kind: names for kind, names in (("pictures", images.pictures(folder)), ("nifti", nifti.volumes(folder))) if names}
+        found = {
+            kind: names
+            for kind, names in (
+                ("pictures", images.pictures(folder)),
+                ("nifti", nifti.volumes(folder)),
+            )
+            if names
+        }
         if len(found) > 1:
-            raise InputError(f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind")
+            raise InputError(
+                f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind"
+            )
         if found:
             if "pictures" in found:
                 images.say_unread([folder])
-            return *found.popitem(),
-    raise InputError(f"{path}: no picture ({', '.join(sorted(pixels.PICTURES))}) and no .nii or .nii.gz is in it, nor in its images, imagesTs or imagesTr")
+            return (*found.popitem(),)
+    raise InputError(
+        f"{path}: no picture ({', '.join(sorted(pixels.PICTURES))}) and no .nii or .nii.gz is in it, nor in its images, imagesTs or imagesTr"
+    )
 
 
 def convert(source, out, data):
@@ -46,25 +61,51 @@ def convert(source, out, data):
     (kind, paths), prepared = find(Path(source)), data.get("prepared")
     if prepared is None:
         if not data.get("standardize", True):
-            raise InputError(f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not "
-                             "say which; convert the data again, and train on them")
-        print(f"note: the checkpoint does not say how its data were prepared; {KINDS[kind]} are taken as they are, " + (
-            "as MR, each at its own spacing" if kind == "nifti" else "gray" if data["channels"] == 1 else "RGB"))
+            raise InputError(
+                f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not "
+                "say which; convert the data again, and train on them"
+            )
+        print(
+            f"note: the checkpoint does not say how its data were prepared; {KINDS[kind]} are taken as they are, "
+            + (
+                "as MR, each at its own spacing"
+                if kind == "nifti"
+                else "gray"
+                if data["channels"] == 1
+                else "RGB"
+            )
+        )
         prepared = {"from": kind}
     how = preparation(prepared, source)
     if prepared["from"] != kind:
-        raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[prepared['from']]}")
+        raise InputError(
+            f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[prepared['from']]}"
+        )
     if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
-        raise InputError(f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}")
+        raise InputError(
+            f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}"
+        )
     notes = defaultdict(list)
     gray = data["channels"] == 1
     cases = pictures(paths, gray, notes) if kind == "pictures" else volumes(paths, how, notes)
     try:
-        info = h5.write(out, cases, name=Path(source).resolve().name, classes=data["classes"],
-                        dims=data["dims"], channels=data["channels"],
-                        standardize=data.get("standardize", True), prepared=prepared)
+        info = h5.write(
+            out,
+            cases,
+            name=Path(source).resolve().name,
+            classes=data["classes"],
+            dims=data["dims"],
+            channels=data["channels"],
+            standardize=data.get("standardize", True),
+            prepared=prepared,
+        )
     except InputError as error:  # in words that fit images which nobody had to convert
-        raise InputError(str(error).replace(str(out), str(source)).replace(" and convert the data again", "").replace("; convert the data again", "")) from None
+        raise InputError(
+            str(error)
+            .replace(str(out), str(source))
+            .replace(" and convert the data again", "")
+            .replace("; convert the data again", "")
+        ) from None
     if kind == "pictures":
         pixels.say(notes)
     else:
@@ -82,20 +123,36 @@ def pictures(paths, gray, notes):
 
 def preparation(prepared, source):
     """nifti.Preparation of what a checkpoint, which may come from anybody, says of it. InputError if that is none."""
+
     def numbers(value, n, low, high):
-        return isinstance(value, (list, tuple)) and len(value) == n and all(type(v) in (int, float) and low < v < high for v in value)  # no NaN, no bool
-    how = {key: value for key, value in prepared.items() if key != "from"} if isinstance(prepared, dict) else {"": prepared}
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == n
+            and all(type(v) in (int, float) and low < v < high for v in value)
+        )  # no NaN, no bool
+
+    how = (
+        {key: value for key, value in prepared.items() if key != "from"}
+        if isinstance(prepared, dict)
+        else {"": prepared}
+    )
     spacing, window, channel = (how.get(key) for key in ("spacing", "window", "channel"))
     axes = how.get("axes")
     known = {"spacing", "window", "channel", "nnunet", "axes"}
-    if not (set(how) <= known and isinstance(prepared.get("from"), str)
-            and prepared["from"] in KINDS
-            and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
-            and (axes is None or space.are_axes(axes))
-            and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
-            and (channel is None or type(channel) is int and 0 <= channel < 10_000) and type(how.get("nnunet", False)) is bool):
-        raise InputError(f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, "
-                         "and train on them")
+    if not (
+        set(how) <= known
+        and isinstance(prepared.get("from"), str)
+        and prepared["from"] in KINDS
+        and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
+        and (axes is None or space.are_axes(axes))
+        and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
+        and (channel is None or type(channel) is int and 0 <= channel < 10_000)
+        and type(how.get("nnunet", False)) is bool
+    ):
+        raise InputError(
+            f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, "
+            "and train on them"
+        )
     return nifti.Preparation(**how)
 
 
@@ -106,10 +163,14 @@ def volumes(paths, how, notes):
     """
     cases, _ = nifti.one_channel(paths, how.channel, how.nnunet)
     if further := len(paths) - len(cases):
-        print(f"note: {further} of {len(paths)} files are further channels of a case by their names "
-              "(NAME_0001) and are not read; rename those that are cases of their own")
+        print(
+            f"note: {further} of {len(paths)} files are further channels of a case by their names "
+            "(NAME_0001) and are not read; rename those that are cases of their own"
+        )
     if how.axes is None:
-        print("note: the checkpoint does not know along which body axes its volumes lay; these are "
-              "taken as they are, so they should be stored alike")
+        print(
+            "note: the checkpoint does not know along which body axes its volumes lay; these are "
+            "taken as they are, so they should be stored alike"
+        )
     for name, path in cases.items():
         yield nifti.read_case((name, path, None, name, "unlabeled"), how, path.parent, notes)

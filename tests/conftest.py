@@ -1,4 +1,5 @@
 """Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2. Made once, by the converters' own commands."""
+
 import os
 import subprocess
 import sys
@@ -42,7 +43,16 @@ def make_pictures(folder, count, seed=0, size=(40, 56)):
     for i in range(count):
         mask = np.zeros(size, np.uint8)
         center = (int(rng.integers(15, size[1] - 15)), int(rng.integers(12, size[0] - 12)))
-        cv2.ellipse(mask, center, (int(rng.integers(5, 12)), int(rng.integers(5, 10))), float(rng.uniform(0, 180)), 0, 360, 255, -1)
+        cv2.ellipse(
+            mask,
+            center,
+            (int(rng.integers(5, 12)), int(rng.integers(5, 10))),
+            float(rng.uniform(0, 180)),
+            0,
+            360,
+            255,
+            -1,
+        )
         picture = rng.integers(0, 90, (*size, 3)) + (mask[..., None] > 0) * rng.integers(60, 140, 3)
         cv2.imwrite(str(folder / "images" / f"p{i}.png"), picture.astype(np.uint8))
         cv2.imwrite(str(folder / "masks" / f"p{i}.png"), cv2.GaussianBlur(mask, (3, 3), 0))
@@ -52,17 +62,52 @@ def make_pictures(folder, count, seed=0, size=(40, 56)):
 @pytest.fixture(scope="session")
 def gray(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 4 x 48 x 48, 4 classes, segmented slice by slice."""
+
     def make(folder):
-        phantom.main(["--out", str(folder / "phantom.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
+        phantom.main(
+            [
+                "--out",
+                str(folder / "phantom.h5"),
+                "--train",
+                "6",
+                "--val",
+                "2",
+                "--test",
+                "1",
+                "--depth",
+                "4",
+                "--size",
+                "48",
+            ]
+        )
+
     return str(shared(tmp_path_factory, "gray", make) / "phantom.h5")
 
 
 @pytest.fixture(scope="session")
 def volumes(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 20 x 40 x 36, 4 classes, segmented in 3D."""
+
     def make(folder):
         path = folder / "volumes.h5"
-        phantom.main(["--out", str(path), "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
+        phantom.main(
+            [
+                "--out",
+                str(path),
+                "--train",
+                "6",
+                "--val",
+                "2",
+                "--test",
+                "1",
+                "--depth",
+                "20",
+                "--size",
+                "40",
+                "--dims",
+                "3",
+            ]
+        )
         with h5py.File(path, "a") as f:  # no cube: axes must not be confused
             for case in (case for split in f.values() for case in split.values()):
                 image, label = case["image"][:, :, :36], case["label"][:, :, :36]
@@ -70,23 +115,74 @@ def volumes(tmp_path_factory):
                 case["image"], case["label"] = image, label
                 case.attrs["mean"], case.attrs["std"] = h5.moments(image)
                 case.attrs["checksum"] = h5.checksum_of(image, label)
+
     return str(shared(tmp_path_factory, "volumes", make) / "volumes.h5")
 
 
 @pytest.fixture(scope="session")
 def rgb(tmp_path_factory):
     """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
+
     def make(folder):
-        images.main([str(make_pictures(folder / "src", 12)), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
+        images.main(
+            [
+                str(make_pictures(folder / "src", 12)),
+                "--out",
+                str(folder / "rgb.h5"),
+                "--val",
+                "0.25",
+            ]
+        )
+
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
 def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    corrupt.main([data, "--out", str(folder), "--labeled", "4", "--size", size, "--patches", "2", "--masks", "8", "--val-masks", str(val), "--folds", "2",
-                  "--harvest-share", "0.25", "--harvest-epochs", epochs, "--harvest-steps", "2", "--harvest-batch", "4"])
-    train_qp.main([data, "--vqm", str(folder / "vqm.h5"), "--out", str(folder), "--width", "4", "--members", str(members), "--epochs", "2",
-                   "--batch", "16"])
+    corrupt.main(
+        [
+            data,
+            "--out",
+            str(folder),
+            "--labeled",
+            "4",
+            "--size",
+            size,
+            "--patches",
+            "2",
+            "--masks",
+            "8",
+            "--val-masks",
+            str(val),
+            "--folds",
+            "2",
+            "--harvest-share",
+            "0.25",
+            "--harvest-epochs",
+            epochs,
+            "--harvest-steps",
+            "2",
+            "--harvest-batch",
+            "4",
+        ]
+    )
+    train_qp.main(
+        [
+            data,
+            "--vqm",
+            str(folder / "vqm.h5"),
+            "--out",
+            str(folder),
+            "--width",
+            "4",
+            "--members",
+            str(members),
+            "--epochs",
+            "2",
+            "--batch",
+            "16",
+        ]
+    )
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
@@ -113,24 +209,47 @@ def rgb_quality(rgb, tmp_path_factory):
 @pytest.fixture(scope="session")
 def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
     """The paper's scalar head. -> qp.pt"""
+
     def make(folder):
-        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(folder), "--head", "scalar", "--size", "32", "--width", "8", "--epochs", "2", "--batch", "16"])
+        train_qp.main(
+            [
+                rgb,
+                "--vqm",
+                rgb_quality[0],
+                "--out",
+                str(folder),
+                "--head",
+                "scalar",
+                "--size",
+                "32",
+                "--width",
+                "8",
+                "--epochs",
+                "2",
+                "--batch",
+                "16",
+            ]
+        )
+
     return str(shared(tmp_path_factory, "rgb_scalar", make) / "qp.pt")
 
 
 @pytest.fixture
 def unrendered(monkeypatch):
     """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
         figures.pyplot().close(figure)
+
     monkeypatch.setattr(figures, "save_figure", save_figure)
 
 
 @pytest.fixture
 def refused(capsys):
     """refused(main, argv, *words): the script ends with exit code 2 and one line on standard error that holds the words."""
+
     def check(main, argv, *words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -140,9 +259,12 @@ def refused(capsys):
         assert error.count("\n") == 1 and "Traceback" not in error, error
         for word in words:
             assert word in error, error
+
     return check
 
 
 def python(*argv, **kwargs):
     """Runs `python ARGV` in the project's folder, as a user does."""
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **kwargs)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **kwargs
+    )

@@ -5,6 +5,7 @@
 
 Runs are forked from this process, so that a moment falls into the run, not into the seconds in which Python imports torch.
 """
+
 import argparse
 import csv
 import hashlib
@@ -40,9 +41,47 @@ GUIDED = "--lam-warmup .1 --weight quality --weight-threshold 0 --qar .01".split
 
 def prepare(folder):
     """The data of all runs, made anew: a phantom, its masks and g. -> the arguments of scripts()"""
-    data, volumes, vqm = str(folder / "p.h5"), str(folder / "v.h5"), str(folder / "masks" / "vqm.h5")
-    fork(phantom.main, ["--out", data, "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48"])
-    fork(phantom.main, ["--out", volumes, "--train", "6", "--val", "2", "--test", "1", "--depth", "20", "--size", "40", "--dims", "3"])
+    data, volumes, vqm = (
+        str(folder / "p.h5"),
+        str(folder / "v.h5"),
+        str(folder / "masks" / "vqm.h5"),
+    )
+    fork(
+        phantom.main,
+        [
+            "--out",
+            data,
+            "--train",
+            "6",
+            "--val",
+            "2",
+            "--test",
+            "1",
+            "--depth",
+            "4",
+            "--size",
+            "48",
+        ],
+    )
+    fork(
+        phantom.main,
+        [
+            "--out",
+            volumes,
+            "--train",
+            "6",
+            "--val",
+            "2",
+            "--test",
+            "1",
+            "--depth",
+            "20",
+            "--size",
+            "40",
+            "--dims",
+            "3",
+        ],
+    )
     fork(corrupt.main, [data, "--out", str(folder / "masks"), *CORRUPT])
     fork(train_qp.main, [data, "--vqm", vqm, "--out", str(folder / "g"), *QP])
     return data, volumes, vqm, str(folder / "g" / "qp.pt")
@@ -51,13 +90,48 @@ def prepare(folder):
 def scripts(data, volumes, vqm, qp):
     """The runs that are interrupted. -> {name: (main, argv)}"""
     guided = [data, *SSL, *GUIDED, "--qp", qp]
-    return {"corrupt.py": (corrupt.main, [data, *CORRUPT]),
-            "corrupt.py --workers 2": (corrupt.main, [data, *CORRUPT, "--workers", "2"]),
-            "train_qp.py": (train_qp.main, [data, "--vqm", vqm, *QP]),
-            "train_qp.py --head scalar": (train_qp.main, [data, "--vqm", vqm, "--head", "scalar", "--width", "8", "--epochs", "3", "--batch", "16", "--per-image", "20"]),
-            "train_ssl.py": (train_ssl.main, guided),
-            "train_ssl.py --cache off --workers 2": (train_ssl.main, [*guided, "--cache", "off", "--workers", "2"]),
-            "train_ssl.py, volumes": (train_ssl.main, [volumes, *SSL[:2], "--size", "16,32,32", *SSL[4:], "--steps", "20", "--eval-every", "5"])}
+    return {
+        "corrupt.py": (corrupt.main, [data, *CORRUPT]),
+        "corrupt.py --workers 2": (corrupt.main, [data, *CORRUPT, "--workers", "2"]),
+        "train_qp.py": (train_qp.main, [data, "--vqm", vqm, *QP]),
+        "train_qp.py --head scalar": (
+            train_qp.main,
+            [
+                data,
+                "--vqm",
+                vqm,
+                "--head",
+                "scalar",
+                "--width",
+                "8",
+                "--epochs",
+                "3",
+                "--batch",
+                "16",
+                "--per-image",
+                "20",
+            ],
+        ),
+        "train_ssl.py": (train_ssl.main, guided),
+        "train_ssl.py --cache off --workers 2": (
+            train_ssl.main,
+            [*guided, "--cache", "off", "--workers", "2"],
+        ),
+        "train_ssl.py, volumes": (
+            train_ssl.main,
+            [
+                volumes,
+                *SSL[:2],
+                "--size",
+                "16,32,32",
+                *SSL[4:],
+                "--steps",
+                "20",
+                "--eval-every",
+                "5",
+            ],
+        ),
+    }
 
 
 def fork(main, argv, limit=None, wait=True):
@@ -66,7 +140,12 @@ def fork(main, argv, limit=None, wait=True):
     if not child:
         os.setsid()
         for number in (1, 2):
-            os.dup2(os.open(os.environ.get("SOAK_LOG", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+            os.dup2(
+                os.open(
+                    os.environ.get("SOAK_LOG", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                ),
+                number,
+            )
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         torch.set_num_threads(1)
@@ -78,6 +157,7 @@ def fork(main, argv, limit=None, wait=True):
             os._exit(end.code or 0)
         except BaseException:
             import traceback
+
             traceback.print_exc()
         os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
@@ -94,8 +174,15 @@ def fingerprint(out):
         elif isinstance(value, (list, tuple)):
             note(name, dict(enumerate(value)))
         else:
-            data = value.numpy().tobytes() if torch.is_tensor(value) else value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+            data = (
+                value.numpy().tobytes()
+                if torch.is_tensor(value)
+                else value.tobytes()
+                if isinstance(value, np.ndarray)
+                else repr(value).encode()
+            )
             found[name] = hashlib.md5(data).hexdigest()
+
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
         if path.suffix == ".pt":
@@ -103,12 +190,32 @@ def fingerprint(out):
             note(name, {k: v for k, v in state.items() if k not in ("args", "seconds")})
         elif path.name == "log.csv":
             with open(path, newline="") as f:
-                note(name, [{k: v for k, v in row.items() if k not in ("ms", "seconds")} for row in csv.DictReader(f)])
+                note(
+                    name,
+                    [
+                        {k: v for k, v in row.items() if k not in ("ms", "seconds")}
+                        for row in csv.DictReader(f)
+                    ],
+                )
         elif path.suffix == ".h5":
             with h5py.File(path) as f:
-                note(name, {k: np.asarray(v) if k not in ("classes", "command") else list(v) for k, v in f.attrs.items()})
-                f.visititems(lambda key, item: note(f"{name}/{key}", item.asstr()[:].tolist() if item.dtype == object else item[:])
-                             if isinstance(item, h5py.Dataset) else None)
+                note(
+                    name,
+                    {
+                        k: np.asarray(v) if k not in ("classes", "command") else list(v)
+                        for k, v in f.attrs.items()
+                    },
+                )
+                f.visititems(
+                    lambda key, item: (
+                        note(
+                            f"{name}/{key}",
+                            item.asstr()[:].tolist() if item.dtype == object else item[:],
+                        )
+                        if isinstance(item, h5py.Dataset)
+                        else None
+                    )
+                )
         elif path.suffix == ".md":
             note(name, path.read_text())
     return found
@@ -136,7 +243,9 @@ def interrupt(main, argv, out, number, delay, expected):
     wrong = leftovers(child, out)
     again = fork(main, [*argv, "--out", str(out), "--resume"])
     found = fingerprint(out) if out.exists() else {}
-    wrong += [f"exit code {again} after --resume"] * (again != 0) + [f"left {p.name}" for p in out.rglob(".*.part")]
+    wrong += [f"exit code {again} after --resume"] * (again != 0) + [
+        f"left {p.name}" for p in out.rglob(".*.part")
+    ]
     wrong += sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k))[:3]
     return code, wrong
 
@@ -148,17 +257,32 @@ def soak(name, main, argv, folder, kills, numbers, first=0.0):
     shutil.rmtree(out, ignore_errors=True)
     start = time.monotonic()
     if code := fork(main, [*argv, "--out", str(out)]):
-        raise SystemExit(f"{name}: ends with {code} although nothing interrupts it; SOAK_LOG=FILE shows why")
+        raise SystemExit(
+            f"{name}: ends with {code} although nothing interrupts it; SOAK_LOG=FILE shows why"
+        )
     length, expected = time.monotonic() - start, fingerprint(out)
     for number in numbers:
         ends, wrong, late = [], [], 0
         for _ in range(kills):
-            code, faults = interrupt(main, argv, out, number, rng.uniform(first, 0.9) * length, expected)
+            code, faults = interrupt(
+                main, argv, out, number, rng.uniform(first, 0.9) * length, expected
+            )
             late += code == 0
             ends.append(code == 0 or code == (-9 if number == signal.SIGKILL else 128 + number))
             wrong += [faults] if faults else []
-        rows.append(dict(run=name, signal=signal.Signals(number).name, sent=kills, late=late, ended=sum(ends), identical=kills - len(wrong), faults=wrong,
-                         items=len(expected), seconds=length))
+        rows.append(
+            dict(
+                run=name,
+                signal=signal.Signals(number).name,
+                sent=kills,
+                late=late,
+                ended=sum(ends),
+                identical=kills - len(wrong),
+                faults=wrong,
+                items=len(expected),
+                seconds=length,
+            )
+        )
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -167,45 +291,95 @@ def watch(name, main, argv, folder, steps):
     """Resident memory and open files of a long run, from log row to log row. -> a row of the table"""
     out, seen = folder / "run", {}
     shutil.rmtree(out, ignore_errors=True)
-    child = fork(main, [*argv, "--out", str(out), "--steps", str(steps), "--eval-every", str(max(1, steps // 40)), "--patience", "1000"], wait=False)
+    child = fork(
+        main,
+        [
+            *argv,
+            "--out",
+            str(out),
+            "--steps",
+            str(steps),
+            "--eval-every",
+            str(max(1, steps // 40)),
+            "--patience",
+            "1000",
+        ],
+        wait=False,
+    )
     process = psutil.Process(child)
     while os.waitpid(child, os.WNOHANG)[0] == 0:
-        step = len((out / "log.csv").read_text().splitlines()) - 1 if (out / "log.csv").exists() else 0
+        step = (
+            len((out / "log.csv").read_text().splitlines()) - 1 if (out / "log.csv").exists() else 0
+        )
         family = [process, *process.children(recursive=True)]
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            seen[step] = (sum(p.memory_info().rss for p in family), sum(p.num_fds() for p in family))
+            seen[step] = (
+                sum(p.memory_info().rss for p in family),
+                sum(p.num_fds() for p in family),
+            )
         except psutil.Error:
             pass
         time.sleep(0.05)
-    rows = np.array([(s * max(1, steps // 40), *seen[s]) for s in sorted(seen) if s >= 10])  # the first quarter warms up
-    return dict(run=name, steps=steps, start=rows[0, 1] / 2 ** 20, end=rows[-1, 1] / 2 ** 20, slope=np.polyfit(rows[:, 0], rows[:, 1], 1)[0] / 1024,
-                files=f"{rows[0, 2]} to {rows[-1, 2]}")
+    rows = np.array(
+        [(s * max(1, steps // 40), *seen[s]) for s in sorted(seen) if s >= 10]
+    )  # the first quarter warms up
+    return dict(
+        run=name,
+        steps=steps,
+        start=rows[0, 1] / 2**20,
+        end=rows[-1, 1] / 2**20,
+        slope=np.polyfit(rows[:, 0], rows[:, 1], 1)[0] / 1024,
+        files=f"{rows[0, 2]} to {rows[-1, 2]}",
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=20, help="moments for SIGKILL, and a quarter as many for SIGTERM and SIGINT")
-    p.add_argument("--memory", type=int, metavar="STEPS", help="watch memory over so many steps instead")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--kills",
+        type=int,
+        default=20,
+        help="moments for SIGKILL, and a quarter as many for SIGTERM and SIGINT",
+    )
+    p.add_argument(
+        "--memory", type=int, metavar="STEPS", help="watch memory over so many steps instead"
+    )
     p.add_argument("--only", default="", help="runs whose name holds this")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: run for name, run in scripts(*prepare(Path(folder))).items() if args.only in name}
+        runs = {
+            name: run for name, run in scripts(*prepare(Path(folder))).items() if args.only in name
+        }
         if args.memory:
-            print("| run | steps | MB at a quarter | MB at the end | slope, KB a step | open files |\n|---|---|---|---|---|---|")
+            print(
+                "| run | steps | MB at a quarter | MB at the end | slope, KB a step | open files |\n|---|---|---|---|---|---|"
+            )
             for name, (script, argv) in runs.items():
                 if "train_ssl" in name:
                     row = watch(name, script, argv, Path(folder), args.memory)
-                    print(f"| `{name}` | {row['steps']} | {row['start']:.0f} | {row['end']:.0f} | {row['slope']:+.3f} | {row['files']} |", flush=True)
+                    print(
+                        f"| `{name}` | {row['steps']} | {row['start']:.0f} | {row['end']:.0f} | {row['slope']:+.3f} | {row['files']} |",
+                        flush=True,
+                    )
             return
-        print("| run | seconds | signal | sent | after its end | right exit code | identical | values compared |\n|---|---|---|---|---|---|---|---|")
+        print(
+            "| run | seconds | signal | sent | after its end | right exit code | identical | values compared |\n|---|---|---|---|---|---|---|---|"
+        )
         for name, (script, argv) in runs.items():
             few = max(1, args.kills // 4)
-            for row in (*soak(name, script, argv, Path(folder), args.kills, [signal.SIGKILL]),
-                        *soak(name, script, argv, Path(folder), few, [signal.SIGTERM, signal.SIGINT])):
-                print(f"| `{row['run']}` | {row['seconds']:.1f} | {row['signal']} | {row['sent']} | {row['late']} | {row['ended']} of {row['sent']} | "
-                      f"**{row['identical']} of {row['sent']}** | {row['items']} |", flush=True)
+            for row in (
+                *soak(name, script, argv, Path(folder), args.kills, [signal.SIGKILL]),
+                *soak(name, script, argv, Path(folder), few, [signal.SIGTERM, signal.SIGINT]),
+            ):
+                print(
+                    f"| `{row['run']}` | {row['seconds']:.1f} | {row['signal']} | {row['sent']} | {row['late']} | {row['ended']} of {row['sent']} | "
+                    f"**{row['identical']} of {row['sent']}** | {row['items']} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

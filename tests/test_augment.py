@@ -1,4 +1,5 @@
 """Views: image and mask move together, intensity leaves the mask alone, the generator's seed fixes everything."""
+
 import math
 
 import pytest
@@ -6,11 +7,11 @@ import torch
 
 import corrupt
 import evaluate
-from models.device import compute
 import train_qp
 import train_ssl
 from data import augment, h5, vqm
 from data.files import InputError
+from models.device import compute
 
 SHAPES = [(3, 1, 32, 40), (3, 3, 32, 32), (2, 5, 12, 20, 16)]
 
@@ -19,7 +20,9 @@ def shapes(shape, seed=0):
     """Labels with blobs of three values, and an image that shows them."""
     torch.manual_seed(seed)
     coarse = torch.randn(shape[0], 1, *(s // 4 for s in shape[2:]))
-    smooth = torch.nn.functional.interpolate(coarse, shape[2:], mode="bilinear" if len(shape) == 4 else "trilinear")
+    smooth = torch.nn.functional.interpolate(
+        coarse, shape[2:], mode="bilinear" if len(shape) == 4 else "trilinear"
+    )
     label = (smooth > 0.2).long() + (smooth > 0.7).long()
     return label.expand(-1, shape[1], *shape[2:]).float().contiguous(), label[:, 0]
 
@@ -29,19 +32,28 @@ def test_image_and_label_stay_aligned(shape):
     image, label = shapes(shape)
     moved, y = augment.weak(image, label)
     assert moved.shape == image.shape and y.shape == label.shape and y.dtype == label.dtype
-    assert (y != label).float().mean() > 0.05                              # it did move
-    inside = (moved[:, 0] - moved[:, 0].round()).abs() < 1e-3              # away from interpolated edges
-    assert inside.float().mean() > 0.4 and (moved[:, 0].round()[inside] == y[inside]).float().mean() > 0.995
+    assert (y != label).float().mean() > 0.05  # it did move
+    inside = (moved[:, 0] - moved[:, 0].round()).abs() < 1e-3  # away from interpolated edges
+    assert (
+        inside.float().mean() > 0.4
+        and (moved[:, 0].round()[inside] == y[inside]).float().mean() > 0.995
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flips_are_exact_and_no_geometry_is_identity(shape):
     image, label = shapes(shape)
     still = augment.random_geometry(image, rotate=0, scale=0, shift=0, flip="none")
-    assert torch.allclose(augment.move(image, still), image, atol=1e-4) and (augment.move(label, still) == label).all()
+    assert (
+        torch.allclose(augment.move(image, still), image, atol=1e-4)
+        and (augment.move(label, still) == label).all()
+    )
     torch.manual_seed(3)
     flipped = augment.move(image, augment.random_geometry(image, rotate=0, scale=0, shift=0))
-    axes = [[a for i, a in enumerate(range(1, image.dim() - 1)) if bits >> i & 1] for bits in range(2 ** (image.dim() - 2))]
+    axes = [
+        [a for i, a in enumerate(range(1, image.dim() - 1)) if bits >> i & 1]
+        for bits in range(2 ** (image.dim() - 2))
+    ]
     for before, after in zip(image, flipped):
         assert any(torch.allclose(before.flip(a) if a else before, after, atol=1e-4) for a in axes)
 
@@ -51,25 +63,38 @@ def test_strong_view_changes_intensity_only(shape):
     image, _ = shapes(shape)
     image = image * 2 - 1
     view = augment.strong(image)
-    assert view.shape == image.shape and view.isfinite().all() and (view - image).abs().mean() > 0.05
-    for a, b in zip(image.flatten(1), view.flatten(1)):  # what is bright stays bright: nothing moved
+    assert (
+        view.shape == image.shape and view.isfinite().all() and (view - image).abs().mean() > 0.05
+    )
+    for a, b in zip(
+        image.flatten(1), view.flatten(1)
+    ):  # what is bright stays bright: nothing moved
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.7
 
 
 def test_same_seed_same_views():
     image, label = shapes(SHAPES[0])
+
     def views():
         torch.manual_seed(5)
         return (*augment.weak(image, label), augment.strong(image))
+
     assert all((a == b).all() for a, b in zip(views(), views()))
 
 
 def test_blur_keeps_constants_and_matches_scipy():
     from scipy.ndimage import gaussian_filter
-    assert torch.allclose(augment.blur(torch.ones(2, 2, 20, 20), torch.full((2, 1, 1, 1), 2.0), 2.0), torch.ones(2, 2, 20, 20), atol=1e-5)
+
+    assert torch.allclose(
+        augment.blur(torch.ones(2, 2, 20, 20), torch.full((2, 1, 1, 1), 2.0), 2.0),
+        torch.ones(2, 2, 20, 20),
+        atol=1e-5,
+    )
     image = torch.randn(2, 1, 24, 30)
     ours = augment.blur(image, torch.tensor([0.7, 1.5])[:, None, None, None], 1.5)
-    for i, sigma in enumerate((0.7, 1.5)):  # one sigma per sample; the kernel reaches 2 sigma of the largest, 3 pixels
+    for i, sigma in enumerate(
+        (0.7, 1.5)
+    ):  # one sigma per sample; the kernel reaches 2 sigma of the largest, 3 pixels
         theirs = gaussian_filter(image[i, 0].numpy(), sigma, radius=3, mode="mirror")
         assert abs(ours[i, 0].numpy() - theirs).max() < 1e-4
 
@@ -88,13 +113,16 @@ def test_random_box(S):
         low, high = where.amin(0), where.amax(0)
         assert (high - low + 1).tolist() == want
         starts.add((low[0].item(), high[0].item() == S[0] - 1))
-    assert {0} < {s for s, _ in starts} and any(end for _, end in starts)   # touches both borders, and lies in between
+    assert {0} < {s for s, _ in starts} and any(
+        end for _, end in starts
+    )  # touches both borders, and lies in between
     share = torch.tensor([[0.0] * len(S), [0.5] * len(S), [1.7] * len(S)])
     sizes = augment.random_box(torch.zeros(3, 1, *S), share).flatten(1).sum(1)
     assert sizes.tolist() == [0, math.prod(round(s / 2) for s in S), math.prod(S)]
 
 
 # ---------------------------------------------------------------------- which axes may be flipped
+
 
 def pair(axis, dims=2, count=40):
     """Two bars that mirror each other along an axis, of classes 1 and 2. -> [N, *S] uint8"""
@@ -107,13 +135,22 @@ def pair(axis, dims=2, count=40):
 def swapped(label, axis):
     """Whether class 2 lies before class 1 along an axis. label [N, *S] -> [N]"""
     places = torch.arange(24.0)
-    others = [a + 1 for a, name in enumerate("DHW"[-(label.dim() - 1):]) if name != axis]
+    others = [a + 1 for a, name in enumerate("DHW"[-(label.dim() - 1) :]) if name != axis]
     first, second = ((label == k).sum(others) for k in (1, 2))
     return (first * places).sum(1) / first.sum(1) > (second * places).sum(1) / second.sum(1)
 
 
-FLIPS = [(2, None, "HW"), (2, "none", ""), (2, "H", "H"), (2, "W", "W"), (3, None, "DHW"),
-         (3, "none", ""), (3, "D,H", "DH"), (3, "W", "W"), (3, "D", "D")]
+FLIPS = [
+    (2, None, "HW"),
+    (2, "none", ""),
+    (2, "H", "H"),
+    (2, "W", "W"),
+    (3, None, "DHW"),
+    (3, "none", ""),
+    (3, "D,H", "DH"),
+    (3, "W", "W"),
+    (3, "D", "D"),
+]
 
 
 @pytest.mark.parametrize("dims, flip, allowed", FLIPS)
@@ -135,8 +172,9 @@ def sides(axis):
     label = pair(axis)
     N = len(label)
     images = label[:, None].float()
-    return h5.Samples(images, torch.zeros(N), torch.ones(N), label, [f"c{i}" for i in range(N)],
-                      [(0,)] * N)
+    return h5.Samples(
+        images, torch.zeros(N), torch.ones(N), label, [f"c{i}" for i in range(N)], [(0,)] * N
+    )
 
 
 @pytest.mark.parametrize("flip, swaps", [("H", False), ("none", False), (None, True)])
@@ -156,7 +194,9 @@ def test_what_g_learns_from_obeys(flip, swaps):
     args = train_qp.parse_args(["d.h5", "--vqm", "v", "--out", "o", "--soft", "0"])
     args.flip = flip
     samples, every = sides("W"), torch.arange(40)
-    masks = vqm.Masks(samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24))
+    masks = vqm.Masks(
+        samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24)
+    )
     _, mask, truth = train_qp.draw(masks, every, 3, torch.device("cpu"), args)
     for shown in (mask, truth):
         assert swapped(shown.argmax(1) + (shown.amax(1) > 0), "W").any() == swaps
@@ -165,6 +205,7 @@ def test_what_g_learns_from_obeys(flip, swaps):
 def test_the_weak_networks_obey(tmp_path, monkeypatch):
     def weak(image, label, flip):
         raise Reached(flip)
+
     monkeypatch.setattr(augment, "weak", weak)
     args = corrupt.parse_args(["d.h5", "--out", str(tmp_path), "--flip", "h", "--device", "cpu"])
     args.harvest_batch = 2
@@ -178,12 +219,14 @@ def test_the_weak_networks_obey(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flip, agrees", [(None, False), ("W", False), ("H", True), ("none", True)])
 def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
     """A network that says left, whatever it sees, agrees with itself unless left becomes right."""
+
     class Left(torch.nn.Module):
         def forward(self, x):
             p = torch.zeros_like(x)
             p[..., :12] = 1
             p = p.clamp(1e-6, 1 - 1e-6)
             return torch.cat([1 - p, p], 1).log()
+
     samples, net, on = sides("W"), Left(), compute("cpu", "off")
     samples.label = (samples.label == 1).byte()
     by = evaluate.Opinions(net, net, None, flip)
@@ -192,9 +235,19 @@ def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
     assert says == pytest.approx(1.0 if agrees else 0.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("text, dims, flip", [
-    ("H,W", 2, None), ("w, h", 2, None), ("H", 2, "H"), ("none", 2, "none"), ("None", 3, "none"),
-    ("W,D", 3, "D,W"), ("D,H,W", 3, None), ("H,W", 3, "H,W")])
+@pytest.mark.parametrize(
+    "text, dims, flip",
+    [
+        ("H,W", 2, None),
+        ("w, h", 2, None),
+        ("H", 2, "H"),
+        ("none", 2, "none"),
+        ("None", 3, "none"),
+        ("W,D", 3, "D,W"),
+        ("D,H,W", 3, None),
+        ("H,W", 3, "H,W"),
+    ],
+)
 def test_an_option_for_all_axes_is_the_default(text, dims, flip):
     args = train_ssl.parse_args(["d.h5", "--out", "o", "--flip", text])
     info = h5.Info("d.h5", "d", ["background", "a"], dims, 1, {}, 0)
@@ -209,6 +262,8 @@ def test_axes_that_slices_do_not_have_are_refused(flip):
 
 
 @pytest.mark.parametrize("text", ["", "H,H", "X", "H,none", "HW", "H,", "0"])
-@pytest.mark.parametrize("script, more", [(corrupt, []), (train_ssl, []), (train_qp, ["--vqm", "v"])])
+@pytest.mark.parametrize(
+    "script, more", [(corrupt, []), (train_ssl, []), (train_qp, ["--vqm", "v"])]
+)
 def test_what_names_no_axes_is_refused(text, script, more, refused):
     refused(script.parse_args, ["d.h5", "--out", "o", *more, "--flip", text], "--flip", "as in H,W")

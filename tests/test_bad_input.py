@@ -1,4 +1,5 @@
 """Bad inputs (tests/bad_inputs.py makes and runs them): each ends with exit code 2 and one line that names the file and the remedy, and leaves nothing."""
+
 import json
 import os
 
@@ -10,11 +11,22 @@ from conftest import python, shared
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory):
     """What the scripts said to each input, by its name. Of two workers, each begins with another half."""
+
     def make(half):
         def made(folder):
-            done = python("tests/bad_inputs.py", folder / "inputs", folder / "answers.json", half, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            done = python(
+                "tests/bad_inputs.py",
+                folder / "inputs",
+                folder / "answers.json",
+                half,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             assert done.returncode == 0, done.stderr
-        return json.loads((shared(tmp_path_factory, f"bad_inputs{half}", made) / "answers.json").read_text())
+
+        return json.loads(
+            (shared(tmp_path_factory, f"bad_inputs{half}", made) / "answers.json").read_text()
+        )
+
     first = int(os.environ.get("PYTEST_XDIST_WORKER") == "gw1")
     return {f"{f['stage']}: {f['name']}": f for half in (first, 1 - first) for f in make(half)}
 
@@ -25,7 +37,18 @@ def test_a_bad_input_is_refused_in_one_line(name, answers):
 
 
 def test_there_is_no_input_twice_and_each_kind_is_there():
-    names, everything = bad_inputs.names(), [f"{stage}: {name}" for stage, name, *_ in bad_inputs.corpus(everything=True)]
-    assert len(names) == len(set(names)) and set(names) < set(everything) and len(everything) == len(set(everything)) > 1000
+    names, everything = (
+        bad_inputs.names(),
+        [f"{stage}: {name}" for stage, name, *_ in bad_inputs.corpus(everything=True)],
+    )
+    assert (
+        len(names) == len(set(names))
+        and set(names) < set(everything)
+        and len(everything) == len(set(everything)) > 1000
+    )
     kinds = lambda names: {name.split(": ")[1] for name in names if ": data, " in name}
-    assert kinds(names) >= {f"data, {kind}" for kind in bad_inputs.DATASETS if not any(k == kind for k, _ in bad_inputs.NOT_READ)}
+    assert kinds(names) >= {
+        f"data, {kind}"
+        for kind in bad_inputs.DATASETS
+        if not any(k == kind for k, _ in bad_inputs.NOT_READ)
+    }

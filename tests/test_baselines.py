@@ -1,4 +1,5 @@
 """Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines is right."""
+
 import csv
 import os
 import shutil
@@ -25,9 +26,18 @@ def disks(tmp_path_factory):
             for i in range(count):
                 y, x, radius = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(3, 5)
                 image, bar = rng.normal(0, 1, (32, 32)), rng.integers(4, 28)
-                image[bar:bar + 2] += 2
-                disk = ((row - y) ** 2 + (column - x) ** 2 < radius ** 2) & (i % 2 == 0)
-                yield h5.Case(split, f"{split}{i}", (image + 2 * disk).astype(np.float32), disk.astype(np.uint8), f"{split}{i}", None, "made")
+                image[bar : bar + 2] += 2
+                disk = ((row - y) ** 2 + (column - x) ** 2 < radius**2) & (i % 2 == 0)
+                yield h5.Case(
+                    split,
+                    f"{split}{i}",
+                    (image + 2 * disk).astype(np.float32),
+                    disk.astype(np.uint8),
+                    f"{split}{i}",
+                    None,
+                    "made",
+                )
+
     path = tmp_path_factory.mktemp("disks") / "disks.h5"
     h5.write(path, cases(), name="disks", classes=["background", "disk"], dims=2, channels=1)
     return str(path)
@@ -40,11 +50,18 @@ def log_of(data, out, *more):
         return list(csv.DictReader(f))
 
 
-@pytest.mark.parametrize("method", ["--method bcp --no-largest-component", "--method pseudo_label --lam 1 --conf-threshold 0"])
+@pytest.mark.parametrize(
+    "method",
+    ["--method bcp --no-largest-component", "--method pseudo_label --lam 1 --conf-threshold 0"],
+)
 def test_pseudo_labels_do_not_collapse(method, disks, tmp_path):
     """With the student's batch-norm statistics in the teacher and Dice smoothed by 1, these end at .50 (nothing is found) and .74."""
     last = log_of(disks, tmp_path, *method.split())[-1]
-    assert float(last["val_dice"]) > 0.8 and 0.5 < float(last["share"]) / float(last["share_y"]) < 2 and not last["note"]
+    assert (
+        float(last["val_dice"]) > 0.8
+        and 0.5 < float(last["share"]) / float(last["share_y"]) < 2
+        and not last["note"]
+    )
 
 
 def test_an_image_without_a_class_does_not_pull_toward_empty_predictions():
@@ -54,19 +71,30 @@ def test_an_image_without_a_class_does_not_pull_toward_empty_predictions():
     logits = 8 * one_hot(label, 2) - 4
     logits[1, 1] = -2.0
     logits.requires_grad_()
-    pull, = torch.autograd.grad(dice_loss(logits, one_hot(label, 2)), logits)
+    (pull,) = torch.autograd.grad(dice_loss(logits, one_hot(label, 2)), logits)
     alone = logits[1:].detach().requires_grad_()
     p = alone.softmax(1)[:, 1]
-    former, = torch.autograd.grad(1 - 1 / (p.sum() + 1), alone)   # Dice of that image by itself, smoothed by 1
+    (former,) = torch.autograd.grad(
+        1 - 1 / (p.sum() + 1), alone
+    )  # Dice of that image by itself, smoothed by 1
     assert pull[1].abs().sum() < former.abs().sum() / 5
 
 
-ALARMS = [({"share": 0.01, "share_y": 0.04}, 0.5, 0.5, "1% of the pseudo-labels' pixels each, 4% of the labels'"),
-          ({"share": 0.13, "share_y": 0.04}, 0.5, 0.5, "take 13% of the pseudo-labels' pixels"),
-          ({"share": 0.04, "share_y": 0.04}, 0.3, 0.5, "val Dice fell from 0.500 to 0.300"),
-          ({"share_y": 0.04}, 0.3, 0.5, "val Dice fell"),
-          ({"share": 0.02, "share_y": 0.04}, 0.4, 0.5, ""), ({"share": 0.1, "share_y": 0.04}, 0.6, 0.5, ""), ({"share_y": 0.04}, 0.0, -1.0, ""),
-          ({"share": 0.02, "share_y": 0.0}, 0.5, 0.5, "")]
+ALARMS = [
+    (
+        {"share": 0.01, "share_y": 0.04},
+        0.5,
+        0.5,
+        "1% of the pseudo-labels' pixels each, 4% of the labels'",
+    ),
+    ({"share": 0.13, "share_y": 0.04}, 0.5, 0.5, "take 13% of the pseudo-labels' pixels"),
+    ({"share": 0.04, "share_y": 0.04}, 0.3, 0.5, "val Dice fell from 0.500 to 0.300"),
+    ({"share_y": 0.04}, 0.3, 0.5, "val Dice fell"),
+    ({"share": 0.02, "share_y": 0.04}, 0.4, 0.5, ""),
+    ({"share": 0.1, "share_y": 0.04}, 0.6, 0.5, ""),
+    ({"share_y": 0.04}, 0.0, -1.0, ""),
+    ({"share": 0.02, "share_y": 0.0}, 0.5, 0.5, ""),
+]
 
 
 @pytest.mark.parametrize("parts, dice, best, says", ALARMS)
@@ -74,25 +102,61 @@ def test_the_alarm(parts, dice, best, says):
     args = train_ssl.parse_args(["d", "--out", "o", "--method", "bcp"])
     line = train_ssl.alarm(parts, dice, best, args)
     assert says in line and bool(line) == bool(says) and "\n" not in line
-    assert not line or all(remedy in line for remedy in ("a lower --lam,", "a later --lam-warmup", "--weight quality"))
+    assert not line or all(
+        remedy in line for remedy in ("a lower --lam,", "a later --lam-warmup", "--weight quality")
+    )
 
 
 def test_the_alarm_names_what_a_run_can_change():
-    fell = lambda *more: train_ssl.alarm({"share_y": 0.1}, 0.1, 0.9, train_ssl.parse_args(["d", "--out", "o", *more]))
-    assert fell().endswith("try a lower --lr") and fell("--qar", "1", "--qp", "g").endswith("try a lower --qar")
+    fell = lambda *more: train_ssl.alarm(
+        {"share_y": 0.1}, 0.1, 0.9, train_ssl.parse_args(["d", "--out", "o", *more])
+    )
+    assert fell().endswith("try a lower --lr") and fell("--qar", "1", "--qp", "g").endswith(
+        "try a lower --qar"
+    )
     assert "guidance" not in fell("--method", "ict", "--weight", "quality", "--qp", "g")
 
 
 def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkeypatch, capsys):
     """A teacher that finds nothing: the line stands once on the screen, in each row of the log, and the log can still be drawn."""
     from data import figures
+
     nothing = lambda net, image: one_hot(torch.zeros(len(image), *image.shape[2:]), 4)
     monkeypatch.setattr(train_ssl, "probabilities", nothing)
-    train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "mean_teacher", "--size", "32", "--width", "4", "--batch", "3",
-                    "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "2", "--lam-warmup", "0.4", "--lam-ramp", "0"])
+    train_ssl.main(
+        [
+            gray,
+            "--out",
+            str(tmp_path),
+            "--labeled",
+            "2",
+            "--method",
+            "mean_teacher",
+            "--size",
+            "32",
+            "--width",
+            "4",
+            "--batch",
+            "3",
+            "--batch-unlabeled",
+            "3",
+            "--steps",
+            "6",
+            "--eval-every",
+            "2",
+            "--lam-warmup",
+            "0.4",
+            "--lam-ramp",
+            "0",
+        ]
+    )
     with open(tmp_path / "log.csv", newline="") as f:
         notes = [row["note"] for row in csv.DictReader(f)]
-    told = [line for line in capsys.readouterr().out.split("\n") if line.startswith("warning: foreground classes take 0% of the pseudo-labels' pixels")]
+    told = [
+        line
+        for line in capsys.readouterr().out.split("\n")
+        if line.startswith("warning: foreground classes take 0% of the pseudo-labels' pixels")
+    ]
     assert not notes[0] and all(notes[1:]) and told == [notes[1]]
     assert figures.read_log(str(tmp_path / "log.csv"))["share"][1:].tolist() == [0, 0]
 
@@ -101,63 +165,151 @@ def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monk
     """A validation before lambda sets in belongs to another training, however good it was. With a ramp, the first lambda is that of step 4."""
     values, told = iter([0.9, 0.8, 0.7, 0.3, 0.4, 0.35]), []
     monkeypatch.setattr(train_ssl, "alarm", lambda parts, dice, peak, args: told.append(peak) or "")
-    monkeypatch.setattr(train_ssl.evaluate, "mean_dice", lambda table, held: (next(values), [0.0] * 3))
-    train_ssl.main([gray, "--out", str(tmp_path), "--labeled", "2", "--method", "ict", "--size", "32", "--width", "4", "--batch", "3",
-                    "--batch-unlabeled", "3", "--steps", "6", "--eval-every", "1", "--lam-warmup", "0.34", "--patience", "1"])
+    monkeypatch.setattr(
+        train_ssl.evaluate, "mean_dice", lambda table, held: (next(values), [0.0] * 3)
+    )
+    train_ssl.main(
+        [
+            gray,
+            "--out",
+            str(tmp_path),
+            "--labeled",
+            "2",
+            "--method",
+            "ict",
+            "--size",
+            "32",
+            "--width",
+            "4",
+            "--batch",
+            "3",
+            "--batch-unlabeled",
+            "3",
+            "--steps",
+            "6",
+            "--eval-every",
+            "1",
+            "--lam-warmup",
+            "0.34",
+            "--patience",
+            "1",
+        ]
+    )
     best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]
-    assert best == dict(dice=0.4, step=5)   # patience ended nothing before lambda set in, and the run one validation after its best
-    assert told == [-1.0, 0.9, 0.9, 0.9, 0.9, 0.9]   # the alarm compares with the best of all
+    assert best == dict(
+        dice=0.4, step=5
+    )  # patience ended nothing before lambda set in, and the run one validation after its best
+    assert told == [-1.0, 0.9, 0.9, 0.9, 0.9, 0.9]  # the alarm compares with the best of all
 
 
 def test_onset_counts_the_steps_without_lambda():
     def counted(*more):
         args = train_ssl.parse_args(["d", "--out", "o", *map(str, more)])
-        return train_ssl.onset(args), sum(not train_ssl.needs_unlabeled(args, step) for step in range(1, args.steps + 1))
+        return train_ssl.onset(args), sum(
+            not train_ssl.needs_unlabeled(args, step) for step in range(1, args.steps + 1)
+        )
+
     for warmup in (0, 0.1, 0.25, 0.3, 0.333, 0.99):
         for ramp in (0, 0.1):
-            found, steps = counted("--method", "ict", "--steps", 1000, "--lam-warmup", warmup, "--lam-ramp", ramp)
+            found, steps = counted(
+                "--method", "ict", "--steps", 1000, "--lam-warmup", warmup, "--lam-ramp", ramp
+            )
             assert found == steps <= 1000 * warmup + 1
-    assert counted("--qar", 1, "--qp", "g", "--steps", 100, "--qar-warmup", 0.2, "--qar-ramp", 0) == (20, 20)
-    assert counted()[0] == counted("--method", "ict", "--lam", 0)[0] == 0   # there are no unlabeled images
+    assert counted(
+        "--qar", 1, "--qp", "g", "--steps", 100, "--qar-warmup", 0.2, "--qar-ramp", 0
+    ) == (20, 20)
+    assert (
+        counted()[0] == counted("--method", "ict", "--lam", 0)[0] == 0
+    )  # there are no unlabeled images
 
 
 def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):
     """Strong views have a pass of their own, so a batch of one unlabeled image is too small for a network that ends in one pixel."""
-    more = ["--out", tmp_path, "--model", "resnet_unet", "--size", "32", "--batch", "2", "--batch-unlabeled", "1"]
+    more = [
+        "--out",
+        tmp_path,
+        "--model",
+        "resnet_unet",
+        "--size",
+        "32",
+        "--batch",
+        "2",
+        "--batch-unlabeled",
+        "1",
+    ]
     refused(train_ssl.main, [rgb, *more, "--method", "mean_teacher"], "--batch-unlabeled")
 
 
 def test_strength_0_leaves_images_as_they_are():
     image = torch.randn(2, 3, 16, 16)
-    assert torch.equal(augment.strong(image, 0), image) and not torch.allclose(augment.strong(image, 0.1), image, atol=1e-3)
+    assert torch.equal(augment.strong(image, 0), image) and not torch.allclose(
+        augment.strong(image, 0.1), image, atol=1e-3
+    )
 
 
 def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
-    more = ["--labeled", "2", "--size", "32", "--width", "4", "--batch", "3", "--steps", "4", "--eval-every", "2"]
+    more = [
+        "--labeled",
+        "2",
+        "--size",
+        "32",
+        "--width",
+        "4",
+        "--batch",
+        "3",
+        "--steps",
+        "4",
+        "--eval-every",
+        "2",
+    ]
     train_ssl.main([gray, "--out", str(tmp_path), *more])
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["training"]
     torch.save(state | dict(finished=False), tmp_path / "last.pt")
-    refused(train_ssl.main, [gray, "--out", tmp_path, *more, "--resume"], "another version", "--overwrite")
+    refused(
+        train_ssl.main,
+        [gray, "--out", tmp_path, *more, "--resume"],
+        "another version",
+        "--overwrite",
+    )
 
 
 @pytest.mark.parametrize("row", ["cps", "pseudo_label_correct_qw"])
-def test_a_run_of_the_comparison_is_the_whole_command(row, gray, gray_quality, tmp_path, monkeypatch):
+def test_a_run_of_the_comparison_is_the_whole_command(
+    row, gray, gray_quality, tmp_path, monkeypatch
+):
     """Going on from the shared start gives the weights and the log of the whole command, to the last bit; its scores come into the table."""
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs")
     split([gray, "runs/tiny.h5", "--patients", "1"])
     monkeypatch.setattr(compare, "START", 2)
-    monkeypatch.setattr(compare, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split())
+    monkeypatch.setattr(
+        compare,
+        "COMMON",
+        "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split(),
+    )
     monkeypatch.setattr(compare, "DATA", {"tiny": "--labeled 4"})
     monkeypatch.setattr(compare, "SCORES", "scores.csv")
     os.makedirs("runs/b/tiny/g")
     shutil.copy(gray_quality[1], "runs/b/tiny/g/qp.pt")
     compare.run("tiny", row, 1)
     train_ssl.main(compare.command("tiny", row, 1, "whole"))
-    a, b = (torch.load(path, weights_only=True) for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt"))
-    assert all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
-    logs = [[{k: v for k, v in line.items() if k != "ms"} for line in csv.DictReader(open(f"{out}/log.csv"))] for out in (f"runs/b/tiny/{row}-1", "whole")]
+    a, b = (
+        torch.load(path, weights_only=True)
+        for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt")
+    )
+    assert all(
+        torch.equal(x[k], y[k])
+        for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]])
+        for k in x
+    )
+    logs = [
+        [
+            {k: v for k, v in line.items() if k != "ms"}
+            for line in csv.DictReader(open(f"{out}/log.csv"))
+        ]
+        for out in (f"runs/b/tiny/{row}-1", "whole")
+    ]
     assert all(line in logs[1] for line in logs[0]) and len(logs[0]) >= 3
     assert ("ours", "tiny", row, "1") in compare.collect()
 
@@ -165,7 +317,11 @@ def test_a_run_of_the_comparison_is_the_whole_command(row, gray, gray_quality, t
 def test_the_table_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "SCORES", "scores.csv")
-    scores = {("ours", "ph2", "bcp", str(seed)): (90.0 + seed, 80.0) for seed in range(3)} | {("published", "ph2", "bcp", "0"): (70.0, 60.0)}
+    scores = {("ours", "ph2", "bcp", str(seed)): (90.0 + seed, 80.0) for seed in range(3)} | {
+        ("published", "ph2", "bcp", "0"): (70.0, 60.0)
+    }
     compare.keep(scores)
     assert compare.collect() == scores
-    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in compare.table(scores, 0) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in compare.table(scores, 1)
+    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in compare.table(
+        scores, 0
+    ) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in compare.table(scores, 1)

@@ -1,4 +1,5 @@
 """Masks of variable quality: every line of the catalog, several classes, harvest, balance, and the file."""
+
 import os
 
 import cv2
@@ -24,7 +25,9 @@ def heart(side=112):
 
 
 def disc(side=112):
-    return cv2.circle(np.zeros((side, side), np.uint8), (side // 2 + 4, side // 2), side // 4, 1, -1)
+    return cv2.circle(
+        np.zeros((side, side), np.uint8), (side // 2 + 4, side // 2), side // 4, 1, -1
+    )
 
 
 def plain_dice(a, b):
@@ -37,11 +40,23 @@ def test_every_line_changes_a_binary_mask_and_keeps_its_type(line):
         before, changed = truth.copy(), 0
         for seed in range(8):
             out = corrupt.apply(line, truth, 2, np.random.default_rng(seed))
-            assert out.shape == truth.shape and out.dtype == np.uint8 and set(np.unique(out)) <= {0, 1}
+            assert (
+                out.shape == truth.shape and out.dtype == np.uint8 and set(np.unique(out)) <= {0, 1}
+            )
             changed += (out != truth).any()
         assert (truth == before).all(), "the truth was written to"
-        if line[0] not in ("open 5", "close 5", "smooth 11", "smooth 15", "ellipse", "largest component", "convex hull", "hull", "disc",
-                           "gaussian 1.0"):  # these may leave a smooth shape as it is
+        if line[0] not in (
+            "open 5",
+            "close 5",
+            "smooth 11",
+            "smooth 15",
+            "ellipse",
+            "largest component",
+            "convex hull",
+            "hull",
+            "disc",
+            "gaussian 1.0",
+        ):  # these may leave a smooth shape as it is
             assert changed >= 4
 
 
@@ -51,30 +66,49 @@ def test_lines_do_what_they_say():
     assert corrupt.erode(m, rng, 5).sum() < area < corrupt.dilate(m, rng, 5).sum()
     assert (corrupt.dilate(m, rng, 7) >= m).all() and (corrupt.erode(m, rng, 7) <= m).all()
     assert corrupt.erode(m, rng, 9).sum() < corrupt.erode(m, rng, 5).sum()
-    assert abs(corrupt.disc(m, rng).sum() / area - 1) < 0.05 and plain_dice(corrupt.ellipse(m, rng), m) > 0.97
+    assert (
+        abs(corrupt.disc(m, rng).sum() / area - 1) < 0.05
+        and plain_dice(corrupt.ellipse(m, rng), m) > 0.97
+    )
     tilted = cv2.ellipse(np.zeros((224, 224), np.uint8), (100, 120), (70, 25), 35, 0, 360, 1, -1)
     assert plain_dice(corrupt.ellipse(tilted, rng), tilted) > 0.97
-    assert 0.75 ** 2 - 0.05 < corrupt.scale(m, rng, 0.75, 0.9).sum() / area < 0.9 ** 2 + 0.05
+    assert 0.75**2 - 0.05 < corrupt.scale(m, rng, 0.75, 0.9).sum() / area < 0.9**2 + 0.05
     moved = shapes.center(corrupt.shift(m, rng, 0.2)) - np.array(shapes.center(m))
     assert abs(np.linalg.norm(moved) - 0.2 * shapes.extent(m)) < 1.5
-    assert (corrupt.inverted(m, rng) == 1 - m).all() and not corrupt.empty(m, rng).any() and corrupt.full(m, rng).all()
+    assert (
+        (corrupt.inverted(m, rng) == 1 - m).all()
+        and not corrupt.empty(m, rng).any()
+        and corrupt.full(m, rng).all()
+    )
     assert abs(corrupt.noise(m, rng, 0.5).mean() - 0.5) < 0.02
-    assert (corrupt.holes(m, rng, 3, 8, 15) <= m).all() and (corrupt.islands(m, rng, 2, 3, 8) >= m).all()
+    assert (corrupt.holes(m, rng, 3, 8, 15) <= m).all() and (
+        corrupt.islands(m, rng, 2, 3, 8) >= m
+    ).all()
     assert corrupt.hull(m, rng).sum() >= area and (corrupt.box(m, rng) >= m).all()
     two = m.copy()
     two[:10, :10] = 1
-    assert (corrupt.largest(two, rng) == m).all() and corrupt.drop_component(two, rng).sum() in (100, area)
+    assert (corrupt.largest(two, rng) == m).all() and corrupt.drop_component(two, rng).sum() in (
+        100,
+        area,
+    )
     assert 0.2 < corrupt.drop_component(m, rng).sum() / area < 0.8
 
 
 def test_sizes_follow_the_grid():
     """The same corruption costs about the same Dice at any size."""
     for line in corrupt.SINGLE[:6]:
-        dice = [plain_dice(corrupt.apply(line, disc(s), 2, np.random.default_rng(0)), disc(s)) for s in (112, 224, 448)]
+        dice = [
+            plain_dice(corrupt.apply(line, disc(s), 2, np.random.default_rng(0)), disc(s))
+            for s in (112, 224, 448)
+        ]
         assert max(dice) - min(dice) < 0.05, (line[0], dice)
 
 
-@pytest.mark.parametrize("line", EVERY_LINE + corrupt.SEVERAL_CLASSES, ids=[line[0] for line in EVERY_LINE + corrupt.SEVERAL_CLASSES])
+@pytest.mark.parametrize(
+    "line",
+    EVERY_LINE + corrupt.SEVERAL_CLASSES,
+    ids=[line[0] for line in EVERY_LINE + corrupt.SEVERAL_CLASSES],
+)
 def test_every_line_on_several_classes(line):
     truth = heart()
     for seed in range(12):
@@ -87,7 +121,9 @@ def test_a_class_never_silently_overwrites_another():
     """Dilated classes take background; neighbors lose pixels in about half of the draws (the corruption `over`), never in the others."""
     truth, lost = heart(), []
     for seed in range(60):
-        out = corrupt.apply(("dilate 7", 1, corrupt.dilate, 7), truth, 4, np.random.default_rng(seed))
+        out = corrupt.apply(
+            ("dilate 7", 1, corrupt.dilate, 7), truth, 4, np.random.default_rng(seed)
+        )
         assert not ((truth > 0) & (out == 0)).any()
         lost.append(((truth > 0) & (out != truth)).any())
     assert 0.2 < np.mean(lost) < 0.8
@@ -112,7 +148,10 @@ def test_absent_classes_can_only_be_invented():
 
 def test_shares_of_the_paper():
     assert sum(corrupt.MIX.values()) == pytest.approx(1)
-    names = [corrupt.sample(disc(), 2, [disc(112)[::-1]], np.random.default_rng([0, i]))[1] for i in range(3000)]
+    names = [
+        corrupt.sample(disc(), 2, [disc(112)[::-1]], np.random.default_rng([0, i]))[1]
+        for i in range(3000)
+    ]
     assert np.mean([n == "identity" for n in names]) == pytest.approx(0.20, abs=0.03)
     assert np.mean([n == "cross image" for n in names]) == pytest.approx(0.10, abs=0.02)
     assert np.mean([" + " in n for n in names]) == pytest.approx(0.18, abs=0.025)
@@ -124,8 +163,32 @@ def read(path):
 
 
 def run(data, out, *more):
-    corrupt.main([data, "--out", str(out), "--labeled", "3", "--size", "40", "--masks", "10", "--val-masks", "3", "--harvest-epochs", "1",
-                  "--harvest-steps", "1", "--harvest-batch", "4", "--folds", "1", "--harvest-share", "0.1", *more])
+    corrupt.main(
+        [
+            data,
+            "--out",
+            str(out),
+            "--labeled",
+            "3",
+            "--size",
+            "40",
+            "--masks",
+            "10",
+            "--val-masks",
+            "3",
+            "--harvest-epochs",
+            "1",
+            "--harvest-steps",
+            "1",
+            "--harvest-batch",
+            "4",
+            "--folds",
+            "1",
+            "--harvest-share",
+            "0.1",
+            *more,
+        ]
+    )
     return read(os.path.join(out, "vqm.h5"))
 
 
@@ -133,34 +196,58 @@ def test_file_is_the_same_for_a_seed_whatever_the_workers(gray, tmp_path):
     one, _ = run(gray, tmp_path / "a")
     two, _ = run(gray, tmp_path / "b", "--workers", "2")
     other, _ = run(gray, tmp_path / "c", "--seed", "1")
-    assert all((one[k] == two[k]).all() for k in one) and (one["train/mask"] != other["train/mask"]).any()
+    assert (
+        all((one[k] == two[k]).all() for k in one)
+        and (one["train/mask"] != other["train/mask"]).any()
+    )
 
 
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_file_holds_what_it_says(kind, request, tmp_path):
     data = request.getfixturevalue(kind)
-    found, attrs = run(data, tmp_path, "--harvest-share", "0.3", "--folds", "3", "--preview", str(tmp_path / "p.png"))
+    found, attrs = run(
+        data,
+        tmp_path,
+        "--harvest-share",
+        "0.3",
+        "--folds",
+        "3",
+        "--preview",
+        str(tmp_path / "p.png"),
+    )
     info, K = h5.read_info(data), len(attrs["classes"])
     labeled, others = h5.choose_labeled(info, "3")
-    assert attrs["spec"] == "3" and "--labeled 3" in attrs["command"] and (tmp_path / "p.png").exists()
+    assert (
+        attrs["spec"] == "3" and "--labeled 3" in attrs["command"] and (tmp_path / "p.png").exists()
+    )
     for split, source in (("train", "train"), ("val", "val"), ("real", "val")):
         names = {c.decode() for c in found[f"{split}/case"]}
         assert names == set(labeled if source == "train" else [e.name for e in info.entries("val")])
         slices = h5.load_slices(info, source, 40, sorted(names))
         where = {key: slices.label[i].numpy() for i, key in enumerate(zip(slices.case, slices.at))}
         assert len(found[f"{split}/mask"]) == len(slices) * dict(train=10, val=3, real=3)[split]
-        for mask, dice, name, z in zip(*(found[f"{split}/{n}"] for n in ("mask", "dice", "case", "at"))):
+        for mask, dice, name, z in zip(
+            *(found[f"{split}/{n}"] for n in ("mask", "dice", "case", "at"))
+        ):
             truth = where[name.decode(), tuple(z)]
-            assert dice == pytest.approx([plain_dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6)
+            assert dice == pytest.approx(
+                [plain_dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6
+            )
     harvested = found["train/prob_index"] >= 0
     assert harvested.mean() == pytest.approx(0.3) and len(found["train/prob"]) == harvested.sum()
-    probability, mask = found["train/prob"][found["train/prob_index"][harvested]], found["train/mask"][harvested]
+    probability, mask = (
+        found["train/prob"][found["train/prob_index"][harvested]],
+        found["train/mask"][harvested],
+    )
     sure = probability > 128
-    assert all((mask[:, None] == np.arange(1, K)[:, None, None])[sure])   # the mask is the most probable class
+    assert all(
+        (mask[:, None] == np.arange(1, K)[:, None, None])[sure]
+    )  # the mask is the most probable class
 
 
 def test_harvest_predicts_the_fold_that_was_left_out():
     from types import SimpleNamespace
+
     weak = {(fold, epoch): None for fold in range(2) for epoch in (1, 5)}
     tasks = corrupt.harvest_tasks(["a", "a", "b", "c"], weak, 100, 3, SimpleNamespace(folds=2))
     rows = sorted(row for todo in tasks.values() for row, _, _ in todo)
@@ -174,8 +261,28 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     labeled, _ = h5.choose_labeled(info, "4")
     slices = h5.load_slices(info, "train", 32, labeled)
     original = h5.Samples.batch
-    monkeypatch.setattr(h5.Samples, "batch", lambda self, index, *a: seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a))
-    args = corrupt.parse_args([gray, "--out", str(tmp_path), "--folds", "2", "--harvest-epochs", "3", "--harvest-steps", "4", "--harvest-batch", "16"])
+    monkeypatch.setattr(
+        h5.Samples,
+        "batch",
+        lambda self, index, *a: (
+            seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a)
+        ),
+    )
+    args = corrupt.parse_args(
+        [
+            gray,
+            "--out",
+            str(tmp_path),
+            "--folds",
+            "2",
+            "--harvest-epochs",
+            "3",
+            "--harvest-steps",
+            "4",
+            "--harvest-batch",
+            "16",
+        ]
+    )
     corrupt.train_weak(slices, slices.case, info, 1, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
 
@@ -207,6 +314,7 @@ def test_balance_flattens_the_histogram(rgb, tmp_path):
         assert abs(found["val/dice"].mean() - 0.8) < 0.2  # val keeps the paper's mix
         counts = np.histogram(found["train/dice"].mean(1), bins=5, range=(0, 1))[0]
         return counts.std() / counts.mean()
+
     assert spread("--balance") < 0.5 * spread("--no-balance")
 
 
@@ -223,7 +331,28 @@ def test_bad_input(gray, tmp_path, refused):
 
 
 def test_runs_as_a_command(gray, tmp_path):
-    done = python("corrupt.py", gray, "--workers", 3, "--out", tmp_path, "--labeled", "1", "--folds", "1", "--size", "32", "--masks", "2", "--val-masks", "1",
-                  "--harvest-epochs", "1", "--harvest-steps", "1", timeout=100)
+    done = python(
+        "corrupt.py",
+        gray,
+        "--workers",
+        3,
+        "--out",
+        tmp_path,
+        "--labeled",
+        "1",
+        "--folds",
+        "1",
+        "--size",
+        "32",
+        "--masks",
+        "2",
+        "--val-masks",
+        "1",
+        "--harvest-epochs",
+        "1",
+        "--harvest-steps",
+        "1",
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert "next: python train_qp.py" in done.stdout and done.stderr == ""

@@ -1,4 +1,5 @@
 """Datasets: what is written is read back, order and patients are kept, converters meet the layouts that users have."""
+
 import csv
 import shutil
 
@@ -18,18 +19,33 @@ REAL = ROOT.parent / "shared" / "data"
 def case(split="train", name="a", shape=(8, 10), patient="p", label=True, **kwargs):
     rng = np.random.default_rng(0)
     grid = shape[:-1] if shape[-1] == 3 else shape
-    return h5.Case(split, name, rng.integers(0, 255, shape, np.uint8), rng.integers(0, 2, grid, np.uint8) if label else None, patient, **kwargs)
+    return h5.Case(
+        split,
+        name,
+        rng.integers(0, 255, shape, np.uint8),
+        rng.integers(0, 2, grid, np.uint8) if label else None,
+        patient,
+        **kwargs,
+    )
 
 
 def write(path, cases, classes=("background", "thing"), **kwargs):
-    return h5.write(path, cases, name="test", classes=list(classes), **dict(dims=2, channels=1) | kwargs)
+    return h5.write(
+        path, cases, name="test", classes=list(classes), **dict(dims=2, channels=1) | kwargs
+    )
 
 
 def test_round_trip_keeps_pixels_order_spacing_and_missing_labels(tmp_path):
-    cases = [case(name=n, patient=n, spacing=(2.0, 0.5) if n == "z" else None, label=n != "m") for n in ("z", "m", "a", "k2", "k10")]
+    cases = [
+        case(name=n, patient=n, spacing=(2.0, 0.5) if n == "z" else None, label=n != "m")
+        for n in ("z", "m", "a", "k2", "k10")
+    ]
     info = write(tmp_path / "f.h5", cases)
     assert [e.name for e in info.entries("train")] == ["z", "m", "a", "k2", "k10"]
-    assert [(e.labeled, e.spacing, e.spacing_known) for e in info.entries("train")][:2] == [(True, (2.0, 0.5), True), (False, (1.0, 1.0), False)]
+    assert [(e.labeled, e.spacing, e.spacing_known) for e in info.entries("train")][:2] == [
+        (True, (2.0, 0.5), True),
+        (False, (1.0, 1.0), False),
+    ]
     with h5.open_file(info.path) as f:
         for c in cases:
             image, label = h5.read_case(f, info, "train", c.name)
@@ -37,15 +53,18 @@ def test_round_trip_keeps_pixels_order_spacing_and_missing_labels(tmp_path):
             assert label is None if c.label is None else (label[0] == c.label).all()
 
 
-@pytest.mark.parametrize("bad, words", [
-    ([case(patient="p"), case("val", "b", patient="p")], "both 'train' and 'val'"),
-    ([case(), case()], "twice"),
-    ([], "no case"),
-    ([case(shape=(8, 10, 3))], "label of shape"),
-    ([case(name="../escape")], "slash"),
-    ([case("training")], "split 'training'"),
-    ([case(spacing=(1.0, 0.0))], "spacing"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ([case(patient="p"), case("val", "b", patient="p")], "both 'train' and 'val'"),
+        ([case(), case()], "twice"),
+        ([], "no case"),
+        ([case(shape=(8, 10, 3))], "label of shape"),
+        ([case(name="../escape")], "slash"),
+        ([case("training")], "split 'training'"),
+        ([case(spacing=(1.0, 0.0))], "spacing"),
+    ],
+)
 def test_writing_refuses_and_leaves_nothing(tmp_path, bad, words):
     with pytest.raises(InputError, match=words):
         write(tmp_path / "f.h5", bad)
@@ -73,7 +92,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
 
 def test_reading_refuses_damage(tmp_path, gray, refused):
     data = open(gray, "rb").read()
-    (tmp_path / "cut.h5").write_bytes(data[:len(data) // 2])
+    (tmp_path / "cut.h5").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.h5").write_text("not HDF5")
     shutil.copy(gray, tmp_path / "patient.h5")
     with h5py.File(tmp_path / "patient.h5", "a") as f:
@@ -85,8 +104,14 @@ def test_reading_refuses_damage(tmp_path, gray, refused):
     with h5py.File(tmp_path / "grid.h5", "a") as f:
         del f["train/phantom003/label"]
         f["train/phantom003/label"] = np.zeros((4, 48, 47), np.uint8)
-    for name, word in (("none", "no such file"), ("cut", "HDF5"), ("text", "HDF5"), ("patient", "phantom000"), ("label", "phantom003"),
-                       ("grid", "phantom003")):
+    for name, word in (
+        ("none", "no such file"),
+        ("cut", "HDF5"),
+        ("text", "HDF5"),
+        ("patient", "phantom000"),
+        ("label", "phantom003"),
+        ("grid", "phantom003"),
+    ):
         refused(h5.main, [tmp_path / f"{name}.h5"], f"{name}.h5", word)
 
 
@@ -139,13 +164,17 @@ def test_phantom_is_the_same_for_a_seed():
 
 def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 5)
-    images.main([str(src), "--out", str(tmp_path / "a.h5"), "--val", "0.4", "--test", "0.2", "--size", "32"])
+    images.main(
+        [str(src), "--out", str(tmp_path / "a.h5"), "--val", "0.4", "--test", "0.2", "--size", "32"]
+    )
     info = h5.read_info(tmp_path / "a.h5")
     assert {s: len(e) for s, e in info.splits.items()} == {"train": 2, "val": 2, "test": 1}
     (src / "train.txt").write_text("p3\np1\n"), (src / "val.txt").write_text("p0\n")
     images.main([str(src), "--out", str(tmp_path / "b.h5")])
     info = h5.read_info(tmp_path / "b.h5")
-    assert [e.name for e in info.entries("train")] == ["p3", "p1"] and info.entries("val")[0].grid == (40, 56)
+    assert [e.name for e in info.entries("train")] == ["p3", "p1"] and info.entries("val")[
+        0
+    ].grid == (40, 56)
     with h5.open_file(info.path) as f:
         truth = cv2.imread(str(src / "masks" / "p3.png"), 0) > 127
         assert (h5.read_case(f, info, "train", "p3")[1][0] == truth).all()
@@ -167,6 +196,7 @@ def test_masks_are_never_silently_misread(tmp_path, refused):
         (src / "masks" / "p1.png").unlink()
         cv2.imwrite(str(src / "masks" / name), mask)
         return images.main, [src, "--out", tmp_path / "f.h5", *more]
+
     def label(*args):
         main, argv = convert(*args)
         main([str(a) for a in argv])
@@ -174,6 +204,7 @@ def test_masks_are_never_silently_misread(tmp_path, refused):
         split = next(s for s, es in info.splits.items() for e in es if e.name == "p1")
         with h5.open_file(info.path) as f:
             return h5.read_case(f, info, split, "p1")[1][0]
+
     several = np.zeros((40, 56), np.uint8)
     several[5:9], several[20:30] = 1, 2
     for mask in (several // 2, several // 2 * 255, np.dstack([several // 2 * 255] * 3)):
@@ -190,7 +221,11 @@ def test_folder_preset_with_splits_and_unlabeled(tmp_path):
     shutil.rmtree(tmp_path / "src" / "unlabeled" / "masks")
     images.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
     info = h5.read_info(tmp_path / "f.h5")
-    assert {s: [e.labeled for e in es] for s, es in info.splits.items()} == {"train": [True] * 2, "val": [True] * 2, "unlabeled": [False] * 2}
+    assert {s: [e.labeled for e in es] for s, es in info.splits.items()} == {
+        "train": [True] * 2,
+        "val": [True] * 2,
+        "unlabeled": [False] * 2,
+    }
 
 
 def test_several_classes_from_gray_values(tmp_path, refused):
@@ -199,7 +234,9 @@ def test_several_classes_from_gray_values(tmp_path, refused):
         cv2.imwrite(str(p), np.full((40, 56), i, np.uint8))
     argv = [src, "--out", tmp_path / "f.h5", "--val", "0.34", "--classes"]
     images.main([str(a) for a in (*argv, "background,a,b")])
-    assert "a 0.500" in h5.summary(h5.read_info(tmp_path / "f.h5")) or "a 1.000" in h5.summary(h5.read_info(tmp_path / "f.h5"))
+    assert "a 0.500" in h5.summary(h5.read_info(tmp_path / "f.h5")) or "a 1.000" in h5.summary(
+        h5.read_info(tmp_path / "f.h5")
+    )
     cv2.imwrite(str(src / "masks" / "p1.png"), np.full((40, 56), 3, np.uint8))
     refused(images.main, [*argv, "background,a,b"], "p1.png", "values up to 3")
     cv2.imwrite(str(src / "masks" / "p1.png"), np.full((40, 56, 3), (0, 1, 2), np.uint8))
@@ -217,20 +254,30 @@ def test_cvc_is_split_by_sequence(tmp_path, refused):
     images.main([str(src), "--preset", "cvc", "--out", str(tmp_path / "f.h5"), "--val", "0.25"])
     info = h5.read_info(tmp_path / "f.h5")
     assert len(info.entries("val")) == 3 and len({e.patient for e in info.entries("val")}) == 1
-    assert [e.name for e in info.entries("train")][:3] in [[str(3 * i + j) for j in range(3)] for i in range(4)]
+    assert [e.name for e in info.entries("train")][:3] in [
+        [str(3 * i + j) for j in range(3)] for i in range(4)
+    ]
 
 
 def make_ssl4mis(folder, patients=(9, 2)):
     rng = np.random.default_rng(0)
     (folder / "data" / "slices").mkdir(parents=True)
+
     def save(path, shape):
         with h5py.File(path, "w") as f:
-            f["image"], f["label"] = rng.random(shape, np.float32), rng.integers(0, 4, shape, np.uint8)
+            f["image"], f["label"] = (
+                rng.random(shape, np.float32),
+                rng.integers(0, 4, shape, np.uint8),
+            )
+
     names = [f"patient{p:03d}_frame01_slice_{z}" for p in patients for z in (2, 10, 1)]
     for n in names:
         save(folder / "data" / "slices" / f"{n}.h5", (20, 24))
     save(folder / "data" / "patient005_frame01.h5", (3, 20, 24))
-    (folder / "train_slices.list").write_text("\n".join(names)), (folder / "val.list").write_text("patient005_frame01\n")
+    (
+        (folder / "train_slices.list").write_text("\n".join(names)),
+        (folder / "val.list").write_text("patient005_frame01\n"),
+    )
     return folder
 
 
@@ -238,9 +285,16 @@ def test_acdc_slices_become_volumes_in_list_order(tmp_path, refused):
     src = make_ssl4mis(tmp_path / "src")
     ssl4mis.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "10,1.5,1.5"])
     info = h5.read_info(tmp_path / "f.h5")
-    assert [(e.patient, e.grid, e.spacing) for e in info.entries("train")] == [(p, (3, 20, 24), (10, 1.5, 1.5)) for p in ("patient009", "patient002")]
-    with h5.open_file(info.path) as f, h5py.File(src / "data" / "slices" / "patient009_frame01_slice_10.h5") as last:
-        assert (h5.read_case(f, info, "train", "patient009_frame01")[0][2] == last["image"][:]).all()
+    assert [(e.patient, e.grid, e.spacing) for e in info.entries("train")] == [
+        (p, (3, 20, 24), (10, 1.5, 1.5)) for p in ("patient009", "patient002")
+    ]
+    with (
+        h5.open_file(info.path) as f,
+        h5py.File(src / "data" / "slices" / "patient009_frame01_slice_10.h5") as last,
+    ):
+        assert (
+            h5.read_case(f, info, "train", "patient009_frame01")[0][2] == last["image"][:]
+        ).all()
     (src / "data" / "patient005_frame01.h5").unlink()
     refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "patient005_frame01.h5")
     refused(ssl4mis.main, [tmp_path, "--out", tmp_path / "g.h5"], "train_slices.list")

@@ -1,4 +1,5 @@
 """Metrics against medpy, the rules for empty masks, cases one by one, and the tables and pictures of evaluate.py."""
+
 import csv
 import json
 import re
@@ -17,10 +18,10 @@ from scipy import stats
 
 import evaluate
 import models
-from models.device import compute
 import train_ssl
 from data import figures, h5, images, metrics, nifti, phantom
 from data.files import save_checkpoint
+from models.device import compute
 
 
 def blobs(rng, shape):
@@ -29,7 +30,9 @@ def blobs(rng, shape):
     for _ in range(2):
         center = [rng.uniform(0.3, 0.7) * s for s in shape]
         grid = np.ogrid[tuple(slice(s) for s in shape)]
-        distance = sum(((g - c) / (rng.uniform(0.1, 0.4) * s)) ** 2 for g, c, s in zip(grid, center, shape))
+        distance = sum(
+            ((g - c) / (rng.uniform(0.1, 0.4) * s)) ** 2 for g, c, s in zip(grid, center, shape)
+        )
         mask = (distance < 1) ^ (rng.random(shape) < rng.choice([0, 0.02]))
         mask[tuple(int(c) for c in center)] = True
         out.append(mask)
@@ -46,30 +49,43 @@ def test_scores_equal_medpy_on_200_random_pairs(dims):
         ours = evaluate.score(a, b, spacing)
         assert ours.hd95 == pytest.approx(binary.hd95(a, b, voxelspacing=spacing), abs=1e-9)
         assert ours.asd == pytest.approx(binary.asd(a, b, voxelspacing=spacing), abs=1e-9)
-        assert ours.dice == pytest.approx(binary.dc(a, b), abs=1e-12) and ours.jaccard == pytest.approx(binary.jc(a, b), abs=1e-12)
+        assert ours.dice == pytest.approx(
+            binary.dc(a, b), abs=1e-12
+        ) and ours.jaccard == pytest.approx(binary.jc(a, b), abs=1e-12)
         assert not ours.one_empty
 
 
 def test_masks_that_touch_the_border_equal_medpy():
     a, b = np.zeros((2, 9, 7), bool)
     a[:5, :], b[3:, :6] = True, True
-    assert evaluate.score(a, b, (2.0, 1.0)).hd95 == pytest.approx(binary.hd95(a, b, voxelspacing=(2.0, 1.0)), abs=1e-12)
+    assert evaluate.score(a, b, (2.0, 1.0)).hd95 == pytest.approx(
+        binary.hd95(a, b, voxelspacing=(2.0, 1.0)), abs=1e-12
+    )
 
 
 def test_empty_masks():
     none, some = np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)
     assert evaluate.score(none, none, (1, 1)) == metrics.Score(1.0, 1.0, 0.0, 0.0, False)
     for a, b in ((none, some), (some, none)):
-        assert evaluate.score(a, b, (2.0, 3.0)) == metrics.Score(0.0, 0.0, (6 ** 2 + 12 ** 2) ** 0.5, (6 ** 2 + 12 ** 2) ** 0.5, True)
+        assert evaluate.score(a, b, (2.0, 3.0)) == metrics.Score(
+            0.0, 0.0, (6**2 + 12**2) ** 0.5, (6**2 + 12**2) ** 0.5, True
+        )
 
 
 def test_agreement_equals_scipy_and_survives_constants():
     rng = np.random.default_rng(0)
     p, t = rng.random(50), rng.random(50)
     found = evaluate.agreement(p, t)
-    assert found["pearson"] == pytest.approx(stats.pearsonr(p, t)[0]) and found["spearman"] == pytest.approx(stats.spearmanr(p, t)[0])
-    assert found["mae"] == pytest.approx(abs(p - t).mean()) and found["rmse"] == pytest.approx(((p - t) ** 2).mean() ** 0.5)
-    assert evaluate.agreement(np.ones(4), t[:4])["pearson"] is None and evaluate.agreement([], [])["mae"] is None
+    assert found["pearson"] == pytest.approx(stats.pearsonr(p, t)[0]) and found[
+        "spearman"
+    ] == pytest.approx(stats.spearmanr(p, t)[0])
+    assert found["mae"] == pytest.approx(abs(p - t).mean()) and found["rmse"] == pytest.approx(
+        ((p - t) ** 2).mean() ** 0.5
+    )
+    assert (
+        evaluate.agreement(np.ones(4), t[:4])["pearson"] is None
+        and evaluate.agreement([], [])["mae"] is None
+    )
 
 
 def test_largest_component():
@@ -77,10 +93,15 @@ def test_largest_component():
     label[0, :3, :3], label[0, 6, 6], label[0, 5:, 0], label[0, 4, 7] = 1, 1, 2, 2
     out = evaluate.largest_component(label, 3)
     assert (out == 1).sum() == 9 and (out == 2).sum() == 3
-    for spacing in ((2.0, 1.0), (5.0, 2.0, 1.0)):   # a picture, and a volume of one slice
-        kept, all_of_it = (metrics.score_case(label, out, spacing, 3, largest=largest) for largest in (True, False))
-        assert [s.dice for s in kept] == [1, 1] and [round(s.dice, 3) for s in all_of_it] == [round(18 / 19, 3), round(6 / 7, 3)]
-    assert metrics.score_case(label * 0, out, (2.0, 1.0), 2)[0].hd95 == (16 ** 2 + 8 ** 2) ** 0.5
+    for spacing in ((2.0, 1.0), (5.0, 2.0, 1.0)):  # a picture, and a volume of one slice
+        kept, all_of_it = (
+            metrics.score_case(label, out, spacing, 3, largest=largest) for largest in (True, False)
+        )
+        assert [s.dice for s in kept] == [1, 1] and [round(s.dice, 3) for s in all_of_it] == [
+            round(18 / 19, 3),
+            round(6 / 7, 3),
+        ]
+    assert metrics.score_case(label * 0, out, (2.0, 1.0), 2)[0].hd95 == (16**2 + 8**2) ** 0.5
 
 
 class Copycat(torch.nn.Module):
@@ -91,7 +112,7 @@ class Copycat(torch.nn.Module):
         self.label, self.K, self.at = label, K, 0
 
     def forward(self, x):
-        y = self.label[self.at:self.at + len(x)]
+        y = self.label[self.at : self.at + len(x)]
         self.at += len(x)
         return 20 * torch.nn.functional.one_hot(y.long(), self.K).movedim(-1, 1).float()
 
@@ -101,18 +122,32 @@ class Copycat(torch.nn.Module):
 def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request):
     info = h5.read_info(request.getfixturevalue(kind))
     net = Copycat(h5.load_slices(info, "val", 48).label, len(info.classes))
-    table = evaluate.dice_table(net, evaluate.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch)
+    table = evaluate.dice_table(
+        net, evaluate.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch
+    )
     mean, per_class = evaluate.mean_dice(table, h5.held_classes(info, "val"))
-    assert len(table) == len(info.entries("val")) and mean == pytest.approx(np.mean(table)) and per_class == pytest.approx(np.mean(table, 0))
+    assert (
+        len(table) == len(info.entries("val"))
+        and mean == pytest.approx(np.mean(table))
+        and per_class == pytest.approx(np.mean(table, 0))
+    )
     assert len(per_class) == len(info.classes) - 1
-    assert mean == 1.0 if kind == "gray" else mean > 0.93  # the pictures' grid is another: resampled there and back
+    assert (
+        mean == 1.0 if kind == "gray" else mean > 0.93
+    )  # the pictures' grid is another: resampled there and back
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """Names of the cases that are read from a file, in order."""
     names, read = [], h5.read_case
-    monkeypatch.setattr(h5, "read_case", lambda f, info, split, name, label=True: names.append(name) or read(f, info, split, name, label))
+    monkeypatch.setattr(
+        h5,
+        "read_case",
+        lambda f, info, split, name, label=True: (
+            names.append(name) or read(f, info, split, name, label)
+        ),
+    )
     return names
 
 
@@ -132,35 +167,67 @@ class Passes(torch.nn.Module):
         return self.conv(x)
 
 
-@pytest.mark.parametrize("kind, batch, passes", [("gray", 3, [3, 3, 2]), ("gray", 4, [4, 4]), ("gray", 32, [8]), ("rgb", 1, [1, 1, 1]), ("rgb", 2, [2, 1])])
+@pytest.mark.parametrize(
+    "kind, batch, passes",
+    [
+        ("gray", 3, [3, 3, 2]),
+        ("gray", 4, [4, 4]),
+        ("gray", 32, [8]),
+        ("rgb", 1, [1, 1, 1]),
+        ("rgb", 2, [2, 1]),
+    ],
+)
 def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
     """Two volumes of 4 slices, and three pictures."""
     info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     net = Passes(info.channels, len(info.classes)).train()
     found = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 40), on, batch=batch))
-    assert net.counts == passes and net.training and [e.name for e, _, _ in found] == [e.name for e in info.entries("val")]
+    assert (
+        net.counts == passes
+        and net.training
+        and [e.name for e, _, _ in found] == [e.name for e in info.entries("val")]
+    )
     for entry, label, truth in found:
         slices = h5.load_slices(info, "val", 40, [entry.name])
         with torch.no_grad():
-            p = torch.stack([net(slices.batch(slice(z, z + 1))[0])[0].softmax(0) for z in range(len(slices))])
-        want = torch.nn.functional.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False).argmax(1).numpy()
-        assert label.dtype == truth.dtype == np.uint8 and label.shape == want.shape and (label == want).mean() > 0.999
+            p = torch.stack(
+                [net(slices.batch(slice(z, z + 1))[0])[0].softmax(0) for z in range(len(slices))]
+            )
+        want = (
+            torch.nn.functional.interpolate(
+                p, size=entry.grid[-2:], mode="bilinear", align_corners=False
+            )
+            .argmax(1)
+            .numpy()
+        )
+        assert (
+            label.dtype == truth.dtype == np.uint8
+            and label.shape == want.shape
+            and (label == want).mean() > 0.999
+        )
         with h5.open_file(info.path) as f:
             assert (truth == h5.read_case(f, info, "val", entry.name)[1]).all()
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind, cut", [("gray", None), ("rgb", None), ("volumes", evaluate.Window((16, 16, 32), (16, 16, 32)))])
+@pytest.mark.parametrize(
+    "kind, cut",
+    [("gray", None), ("rgb", None), ("volumes", evaluate.Window((16, 16, 32), (16, 16, 32)))],
+)
 def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
     """The next one only when it is asked for; in a second pass again, unless they are kept. Whoever stops early loses nothing."""
     info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     names, size = [e.name for e in info.entries("val")], cut.size if cut else 32
-    net = models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims, width=2).eval()
+    net = models.build(
+        "unet", channels=info.channels, classes=len(info.classes), dims=info.dims, width=2
+    ).eval()
     reads.clear()
     cases, first = evaluate.Cases(info, "val", size, keep=keep), []
     assert len(cases) == len(names) and reads == []
-    for i, (entry, label, _) in enumerate(evaluate.predict_cases(net, cases, on, cut, batch=4 if kind == "gray" else 1)):
-        assert reads == names[:i + 1] and entry.name == names[i]
+    for i, (entry, label, _) in enumerate(
+        evaluate.predict_cases(net, cases, on, cut, batch=4 if kind == "gray" else 1)
+    ):
+        assert reads == names[: i + 1] and entry.name == names[i]
         first.append(label)
     again = [label for _, label, _ in evaluate.predict_cases(net, cases, on, cut, batch=2)]
     assert reads == names * (1 if keep else 2) and len(cases.kept) == (len(names) if keep else 0)
@@ -172,7 +239,10 @@ def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
 
 def test_no_case_has_an_empty_table(gray):
     cases = evaluate.Cases(h5.read_info(gray), "val", 32, [])
-    assert len(cases) == 0 and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, compute("cpu", "off"), 4) == []
+    assert (
+        len(cases) == 0
+        and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, compute("cpu", "off"), 4) == []
+    )
 
 
 def make_run(folder, info, **args):
@@ -183,8 +253,17 @@ def make_run(folder, info, **args):
     full = train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])
     train_ssl.set_defaults(full, info)
     full = vars(full) | args
-    save_checkpoint(str(folder / "best.pt"), "ssl", model=net.config, nets=[net.state_dict()], teacher=net.state_dict(), args=full,
-                    step=1, data=info.describe(), labeled=h5.choose_labeled(info, full["labeled"])[0])
+    save_checkpoint(
+        str(folder / "best.pt"),
+        "ssl",
+        model=net.config,
+        nets=[net.state_dict()],
+        teacher=net.state_dict(),
+        args=full,
+        step=1,
+        data=info.describe(),
+        labeled=h5.choose_labeled(info, full["labeled"])[0],
+    )
     return str(folder / "best.pt")
 
 
@@ -192,41 +271,97 @@ def make_run(folder, info, **args):
 def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     info, out = h5.read_info(data), tmp_path / "out"
-    runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [make_run(tmp_path / "b", info, seed=2, method="mean_teacher")]
-    evaluate.main([data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2", "--baseline", "supervised"])
+    runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [
+        make_run(tmp_path / "b", info, seed=2, method="mean_teacher")
+    ]
+    evaluate.main(
+        [data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2", "--baseline", "supervised"]
+    )
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [(r["run"], len(r["Dice %"])) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
     cases = list(csv.DictReader(open(out / "cases.csv")))
     n, K = len(info.entries("val")), len(info.classes)
-    assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {"mm" if kind == "gray" else "px"}
-    means = [100 * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s]) for s in "01"]
+    assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {
+        "mm" if kind == "gray" else "px"
+    }
+    means = [
+        100
+        * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s])
+        for s in "01"
+    ]
     assert rows[0]["Dice %"] == pytest.approx(means)
     text = (out / "summary.md").read_text()
-    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text and "Δ Dice: points above supervised of the same labeled" in text
-    mean = lambda run, case: np.mean([float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)])
-    assert len({e.patient for e in info.entries("val")}) == n                 # so that cases are patients here
-    difference = [100 * (mean("mean_teacher", e.name) - mean("supervised", e.name)) for e in info.entries("val")]
-    assert [rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3 and rows[1]["Δ Dice"] == pytest.approx(np.mean(difference))
-    assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1]["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
-    assert f"| {np.mean(difference):.3f} | {min(difference):.3f} to {max(difference):.3f} | {rows[1]['p']:.3f} |" in text and "| - | - | - |" in text
+    assert (
+        f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text
+        and "Δ Dice: points above supervised of the same labeled" in text
+    )
+    mean = lambda run, case: np.mean(
+        [float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)]
+    )
+    assert len({e.patient for e in info.entries("val")}) == n  # so that cases are patients here
+    difference = [
+        100 * (mean("mean_teacher", e.name) - mean("supervised", e.name))
+        for e in info.entries("val")
+    ]
+    assert [rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3 and rows[1][
+        "Δ Dice"
+    ] == pytest.approx(np.mean(difference))
+    assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1][
+        "p"
+    ] == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert (
+        f"| {np.mean(difference):.3f} | {min(difference):.3f} to {max(difference):.3f} | {rows[1]['p']:.3f} |"
+        in text
+        and "| - | - | - |" in text
+    )
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     tables = (out / "quality.md").read_text()
-    for estimate in ("g", "mean confidence", "mean certainty (entropy)", "region confidence", "f's own expected Dice",
-                     "agreement with an augmented pass", "agreement of student and teacher"):
+    for estimate in (
+        "g",
+        "mean confidence",
+        "mean certainty (entropy)",
+        "region confidence",
+        "f's own expected Dice",
+        "agreement with an augmented pass",
+        "agreement of student and teacher",
+    ):
         assert f"| mean of all | {estimate} |" in tables and estimate in quality[0]
     assert ("Of each volume and class" in tables) == (kind == "gray") and "GFLOPs" in tables
-    rows_of_g = [r for r in quality if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"]
+    rows_of_g = [
+        r
+        for r in quality
+        if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"
+    ]
     error = np.mean([abs(float(r["g"]) - float(r["true"])) for r in rows_of_g])
-    second = np.mean([abs(float(r["g"]) - float(r["true"])) for r in quality if r["run"] == "supervised" and r["seed"] == "1" and r["present"] == "True"])
+    second = np.mean(
+        [
+            abs(float(r["g"]) - float(r["true"]))
+            for r in quality
+            if r["run"] == "supervised" and r["seed"] == "1" and r["present"] == "True"
+        ]
+    )
     pooled = [r for r in quality if r["present"] == "True"]
     r_of_all = stats.pearsonr(*([float(r[k]) for r in pooled] for k in ("g", "true")))[0]
-    row = next(r for r in json.loads((out / "quality.json").read_text())["levels"]["present"] if (r["run"], r["estimate"]) == ("pooled", "g"))
+    row = next(
+        r
+        for r in json.loads((out / "quality.json").read_text())["levels"]["present"]
+        if (r["run"], r["estimate"]) == ("pooled", "g")
+    )
     assert row["n"] == len(pooled) and row["Pearson"] == pytest.approx(r_of_all, abs=1e-4)
-    assert f"| supervised, labeled all | g | {len(rows_of_g)} |" in tables and f"| {(error + second) / 2:.3f} |" in tables
-    assert "| supervised |" in capsys.readouterr().out and "| supervised |" in (out / "summary.md").read_text()
+    assert (
+        f"| supervised, labeled all | g | {len(rows_of_g)} |" in tables
+        and f"| {(error + second) / 2:.3f} |" in tables
+    )
+    assert (
+        "| supervised |" in capsys.readouterr().out
+        and "| supervised |" in (out / "summary.md").read_text()
+    )
     pictures = list((out / "cases").iterdir())
-    assert len(pictures) == 2 and all(cv2.imread(str(p)).std() > 5 for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"])
+    assert len(pictures) == 2 and all(
+        cv2.imread(str(p)).std() > 5
+        for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"]
+    )
 
 
 class Says(torch.nn.Module):
@@ -245,20 +380,42 @@ def test_each_estimate_asks_whom_it_names():
     """On two images whose left half is the object: networks that say left, right, all, each estimate by hand."""
     half = torch.zeros(2, 8, 8, dtype=torch.uint8)
     half[:, :, :4] = 1
-    slices = h5.Samples(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [(0,), (0,)])
-    at = lambda columns, p=1.0: (lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p))
+    slices = h5.Samples(
+        torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [(0,), (0,)]
+    )
+    at = lambda columns, p=1.0: (
+        lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p)
+    )
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
     on, net, asked = compute("cpu", "off"), Says(left), []
     g = lambda x, mask: asked.append(mask) or torch.full((len(x), 1), 0.25)
-    found = evaluate.compare_estimates(g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1)
-    assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(torch.cat(asked)[:, 0], half.float())
-    assert found.present.all() and (found.shared == 32).all() and (found.area == 32).all() and (found.total == 64).all()
+    found = evaluate.compare_estimates(
+        g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1
+    )
+    assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(
+        torch.cat(asked)[:, 0], half.float()
+    )
+    assert (
+        found.present.all()
+        and (found.shared == 32).all()
+        and (found.area == 32).all()
+        and (found.total == 64).all()
+    )
     says = {name: v.ravel().tolist() for name, v in found.estimates.items()}
     assert says["g"] == [0.25, 0.25] and says["mean confidence"] == pytest.approx([1, 1], abs=1e-5)
-    assert says["f's own expected Dice"] == pytest.approx([1, 1], abs=1e-4) and says["agreement of student and teacher"] == pytest.approx([0, 0], abs=1e-3)
-    assert says["agreement with an augmented pass"] == pytest.approx([0, 0], abs=1e-3)   # it says left of the mirrored image, too
-    assert says["expected Dice under a second network"] == pytest.approx([2 * 24 / (32 + 48)] * 2, abs=1e-3)
-    assert "expected Dice under a second network" not in evaluate.compare_estimates(g, evaluate.Opinions(net, net), slices, on, 2).estimates
+    assert says["f's own expected Dice"] == pytest.approx([1, 1], abs=1e-4) and says[
+        "agreement of student and teacher"
+    ] == pytest.approx([0, 0], abs=1e-3)
+    assert says["agreement with an augmented pass"] == pytest.approx(
+        [0, 0], abs=1e-3
+    )  # it says left of the mirrored image, too
+    assert says["expected Dice under a second network"] == pytest.approx(
+        [2 * 24 / (32 + 48)] * 2, abs=1e-3
+    )
+    assert (
+        "expected Dice under a second network"
+        not in evaluate.compare_estimates(g, evaluate.Opinions(net, net), slices, on, 2).estimates
+    )
 
 
 @pytest.fixture
@@ -272,44 +429,95 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     """Train cases whose labels nobody has used, with a second network's opinion, calibrated on val."""
     info, out = h5.read_info(gray), tmp_path / "out"
     names = [e.name for e in info.entries("train")]
-    run, other = (make_run(tmp_path / n, info, labeled=k, seed=s) for n, k, s in (("a", "2", 0), ("b", "5", 1)))
+    run, other = (
+        make_run(tmp_path / n, info, labeled=k, seed=s)
+        for n, k, s in (("a", "2", 0), ("b", "5", 1))
+    )
     common = [gray, run, "--split", "held_out", "--pictures", "0"]
     cases = lambda: list(dict.fromkeys(r["case"] for r in csv.DictReader(open(out / "cases.csv"))))
     evaluate.main([*common, "--out", str(out)])
     assert cases() == names[2:]
-    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1]])       # g has learned from 4
+    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1]])  # g has learned from 4
     assert cases() == names[4:]
     evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1], "--second", other])
     assert cases() == names[5:]
     found = list(csv.DictReader(open(out / "quality.csv")))
-    assert {r["case"] for r in found} == set(names[5:]) and "expected Dice under a second network" in found[0]
+    assert {r["case"] for r in found} == set(
+        names[5:]
+    ) and "expected Dice under a second network" in found[0]
     table = json.loads((out / "quality.json").read_text())
     assert "fitted on val" in table["title"] and "other patients" not in table["title"]
     g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
-    on = compute()                                                      # the calibrated error once more, by its parts
+    on = compute()  # the calibrated error once more, by its parts
     net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
-    on_val = evaluate.compare_estimates(evaluate.load_quality(gray_quality[1], info, on)[0], evaluate.Opinions(net, net), val, on, 32)
-    map_ = metrics.monotone(metrics.at_level(on_val, "present", val.case, "g")[0], metrics.at_level(on_val, "present", val.case)[0])
+    on_val = evaluate.compare_estimates(
+        evaluate.load_quality(gray_quality[1], info, on)[0],
+        evaluate.Opinions(net, net),
+        val,
+        on,
+        32,
+    )
+    map_ = metrics.monotone(
+        metrics.at_level(on_val, "present", val.case, "g")[0],
+        metrics.at_level(on_val, "present", val.case)[0],
+    )
     errors = [abs(map_(float(r["g"])) - float(r["true"])) for r in found if r["present"] == "True"]
     assert g["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)
 
     everything = make_run(tmp_path / "c", info)
-    refused(evaluate.main, [gray, everything, "--out", tmp_path / "o", "--split", "held_out"], "no train case", "--split val")
+    refused(
+        evaluate.main,
+        [gray, everything, "--out", tmp_path / "o", "--split", "held_out"],
+        "no train case",
+        "--split val",
+    )
     refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--second", other], "--qp")
-    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", run], "among the runs")
+    refused(
+        evaluate.main,
+        [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", run],
+        "among the runs",
+    )
     larger = make_run(tmp_path / "e", info, size=48)
-    refused(evaluate.main, [gray, run, larger, "--out", tmp_path / "o", "--qp", gray_quality[1]], "--size", "48", "32")
-    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", larger], "--size", "48", "32")
+    refused(
+        evaluate.main,
+        [gray, run, larger, "--out", tmp_path / "o", "--qp", gray_quality[1]],
+        "--size",
+        "48",
+        "32",
+    )
+    refused(
+        evaluate.main,
+        [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", larger],
+        "--size",
+        "48",
+        "32",
+    )
     state = evaluate.load_checkpoint(run, "ssl")
-    save_checkpoint(str(tmp_path / "d.pt"), "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")}
-                    | dict(data=state["data"] | dict(checksum="another")))
-    refused(evaluate.main, [gray, tmp_path / "d.pt", "--out", tmp_path / "o", "--split", "held_out"], "d.pt", "another file")
+    save_checkpoint(
+        str(tmp_path / "d.pt"),
+        "ssl",
+        **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")}
+        | dict(data=state["data"] | dict(checksum="another")),
+    )
+    refused(
+        evaluate.main,
+        [gray, tmp_path / "d.pt", "--out", tmp_path / "o", "--split", "held_out"],
+        "d.pt",
+        "another file",
+    )
     assert not (tmp_path / "o").exists()
 
 
 def test_a_second_network_of_other_classes_is_refused(gray, rgb, gray_quality, tmp_path, refused):
-    run, other = make_run(tmp_path / "a", h5.read_info(gray)), make_run(tmp_path / "b", h5.read_info(rgb))
-    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", other], "classes")
+    run, other = (
+        make_run(tmp_path / "a", h5.read_info(gray)),
+        make_run(tmp_path / "b", h5.read_info(rgb)),
+    )
+    refused(
+        evaluate.main,
+        [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", other],
+        "classes",
+    )
 
 
 def test_estimates_of_a_single_picture(rgb, rgb_quality, tmp_path, capsys, refused):
@@ -319,11 +527,25 @@ def test_estimates_of_a_single_picture(rgb, rgb_quality, tmp_path, capsys, refus
         names = list(f["val"])
         for name in names[1:]:
             del f[f"val/{name}"]
-    argv = [str(tmp_path / "f.h5"), make_run(tmp_path / "a", h5.read_info(rgb)), "--out", str(tmp_path / "o"), "--qp", rgb_quality[1], "--pictures", "0"]
+    argv = [
+        str(tmp_path / "f.h5"),
+        make_run(tmp_path / "a", h5.read_info(rgb)),
+        "--out",
+        str(tmp_path / "o"),
+        "--qp",
+        rgb_quality[1],
+        "--pictures",
+        "0",
+    ]
     evaluate.main(argv)
-    assert "each slice and class that is present" in capsys.readouterr().out and (tmp_path / "o" / "estimates.png").exists()
+    assert (
+        "each slice and class that is present" in capsys.readouterr().out
+        and (tmp_path / "o" / "estimates.png").exists()
+    )
     row = json.loads((tmp_path / "o" / "quality.json").read_text())["levels"]["present"][0]
-    assert row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and 0 <= row["Dice"] < 1
+    assert (
+        row["n"] == 1 and row["MAE calibrated"] is row["Pearson"] is None and 0 <= row["Dice"] < 1
+    )
     with h5py.File(tmp_path / "f.h5", "a") as f:
         f[f"val/{names[0]}/label"][:] = 0
     refused(evaluate.main, argv, "f.h5: /val", "no class but the background")
@@ -331,43 +553,96 @@ def test_estimates_of_a_single_picture(rgb, rgb_quality, tmp_path, capsys, refus
 
 def test_estimates_without_val(gray, gray_quality, tmp_path, undrawn):
     """A file with test alone: the map is fitted on the other patients of test."""
-    phantom.main(["--out", str(tmp_path / "f.h5"), "--train", "6", "--val", "2", "--test", "3", "--depth", "4", "--size", "48"])
+    phantom.main(
+        [
+            "--out",
+            str(tmp_path / "f.h5"),
+            "--train",
+            "6",
+            "--val",
+            "2",
+            "--test",
+            "3",
+            "--depth",
+            "4",
+            "--size",
+            "48",
+        ]
+    )
     with h5py.File(tmp_path / "f.h5", "a") as f:
         del f["val"], f["train"]
     run = make_run(tmp_path / "a", h5.read_info(gray))
-    evaluate.main([str(tmp_path / "f.h5"), run, "--out", str(tmp_path / "o"), "--qp", gray_quality[1], "--split", "test", "--weights", "teacher", "--pictures", "0"])
+    evaluate.main(
+        [
+            str(tmp_path / "f.h5"),
+            run,
+            "--out",
+            str(tmp_path / "o"),
+            "--qp",
+            gray_quality[1],
+            "--split",
+            "test",
+            "--weights",
+            "teacher",
+            "--pictures",
+            "0",
+        ]
+    )
     found = json.loads((tmp_path / "o" / "quality.json").read_text())
-    assert "other patients" in found["title"] and found["levels"]["present"][0]["MAE calibrated"] is not None
+    assert (
+        "other patients" in found["title"]
+        and found["levels"]["present"][0]["MAE calibrated"] is not None
+    )
 
 
 def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient():
     step = metrics.monotone(np.array([3.0, 1.0, 2.0, 4.0]), np.array([0.2, 0.1, 0.4, 0.9]))
-    assert np.allclose(step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9])
-    assert np.allclose(metrics.monotone(np.array([1.0, 1, 1, 2]), np.array([1.0, 1, 1, 0]))(np.array([1.0, 2])), 0.75)
+    assert np.allclose(
+        step(np.array([0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 9.0])), [0.1, 0.1, 0.3, 0.3, 0.3, 0.9, 0.9]
+    )
+    assert np.allclose(
+        metrics.monotone(np.array([1.0, 1, 1, 2]), np.array([1.0, 1, 1, 0]))(np.array([1.0, 2])),
+        0.75,
+    )
     for y in ([0, 0, 1, 1], [1, 1, 0, 0]):  # ties have one answer, their mean
         assert metrics.monotone(np.ones(4), np.array(y, float))(1.0) == 0.5
     rng = np.random.default_rng(0)
     patient, x = np.repeat(np.arange(12), 5).astype(str), rng.random(60)
-    y = (x ** 2).round(2)
+    y = (x**2).round(2)
     a = metrics.calibrated(x, y, patient, None)
     assert np.abs(a - y).mean() < 0.05 < np.abs(x - y).mean()
     other = np.where(patient == "3", rng.random(60), y)
     b = metrics.calibrated(x, other, patient, None)
     assert np.array_equal(a[patient == "3"], b[patient == "3"]) and not np.array_equal(a, b)
-    assert np.array_equal(metrics.calibrated(x, y, patient, (x, x / 2)), metrics.monotone(x, x / 2)(x))
-    assert metrics.calibrated(x, y, np.zeros(60), None) is None and metrics.calibrated(x, y, patient, (x[:0], y[:0])) is None
+    assert np.array_equal(
+        metrics.calibrated(x, y, patient, (x, x / 2)), metrics.monotone(x, x / 2)(x)
+    )
+    assert (
+        metrics.calibrated(x, y, np.zeros(60), None) is None
+        and metrics.calibrated(x, y, patient, (x[:0], y[:0])) is None
+    )
 
 
 def test_levels_by_hand():
     """Two volumes of two slices, two classes: a volume's Dice is that of all its pixels, its estimate is weighted with the area."""
     a = lambda *rows: np.array(rows, float)
-    outputs = evaluate.Outputs(present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0, shared=a((0, 0), (10, 0), (3, 0), (2, 0)),
-                               area=a((0, 0), (20, 4), (10, 0), (5, 0)), total=a((8, 0), (40, 14), (30, 0), (10, 0)),
-                               estimates={"g": a((0.9, 0.8), (0.6, 0.1), (0.3, 0.7), (0.6, 0.9))})
+    outputs = evaluate.Outputs(
+        present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0,
+        shared=a((0, 0), (10, 0), (3, 0), (2, 0)),
+        area=a((0, 0), (20, 4), (10, 0), (5, 0)),
+        total=a((8, 0), (40, 14), (30, 0), (10, 0)),
+        estimates={"g": a((0.9, 0.8), (0.6, 0.1), (0.3, 0.7), (0.6, 0.9))},
+    )
     case = ["v", "v", "w", "w"]
-    for level, name, expected in [("present", None, [0, 0.5, 0, 0.2, 0.4]), ("absent", None, [1, 1, 1]), ("absent", "g", [0.8, 0.7, 0.9]),
-                                  ("image", "g", [0.85, 0.35, 0.5, 0.75]), ("image", None, [0.5, 0.25, 0.6, 0.7]),
-                                  ("volume", None, [20 / 48, 0, 10 / 40, 1]), ("volume", "g", [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8])]:
+    for level, name, expected in [
+        ("present", None, [0, 0.5, 0, 0.2, 0.4]),
+        ("absent", None, [1, 1, 1]),
+        ("absent", "g", [0.8, 0.7, 0.9]),
+        ("image", "g", [0.85, 0.35, 0.5, 0.75]),
+        ("image", None, [0.5, 0.25, 0.6, 0.7]),
+        ("volume", None, [20 / 48, 0, 10 / 40, 1]),
+        ("volume", "g", [0.6, 0.1, (0.3 * 10 + 0.6 * 5) / 15, 0.8]),
+    ]:
         found, owner = metrics.at_level(outputs, level, case, name)
         assert np.allclose(found, expected, atol=1e-5) and len(owner) == len(expected)
     assert metrics.at_level(outputs, "absent", case, "g")[1].tolist() == ["v", "w", "w"]
@@ -375,18 +650,23 @@ def test_levels_by_hand():
 
 def test_share_of_the_worst_that_is_found():
     true = np.arange(20) / 20
-    assert evaluate.agreement(true, true)["worst"] == 1 and evaluate.agreement(-true, true)["worst"] == 0
+    assert (
+        evaluate.agreement(true, true)["worst"] == 1
+        and evaluate.agreement(-true, true)["worst"] == 0
+    )
     half = true.copy()
     half[[2, 3, 10, 11]] = half[[10, 11, 2, 3]]
     assert evaluate.agreement(half, true)["worst"] == 0.5
-    tied = np.where(np.arange(20) < 8, 0.0, true)   # 8 of 20 are worst alike: 4 count, each by half
+    tied = np.where(np.arange(20) < 8, 0.0, true)  # 8 of 20 are worst alike: 4 count, each by half
     for order in (np.arange(20), np.arange(20)[::-1]):
         assert evaluate.agreement(tied[order], tied[order])["worst"] == pytest.approx(8 * 0.25 / 4)
         assert evaluate.agreement(true[order], tied[order])["worst"] == pytest.approx(0.5)
 
 
 def test_cost_of_a_pass():
-    assert evaluate.gigaflops(torch.nn.Conv2d(3, 8, 1), torch.zeros(2, 3, 10, 10)) == pytest.approx(2 * 2 * 3 * 8 * 100 / 1e9)
+    assert evaluate.gigaflops(torch.nn.Conv2d(3, 8, 1), torch.zeros(2, 3, 10, 10)) == pytest.approx(
+        2 * 2 * 3 * 8 * 100 / 1e9
+    )
 
 
 def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, monkeypatch):
@@ -398,52 +678,97 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
     monkeypatch.setattr(figures, "cases", lambda path, rows, *_, **__: shown.update({path: rows}))
     monkeypatch.setattr(figures, "comparison", lambda *_: None)
     evaluate.main([gray, *runs, "--out", str(out), "--pictures", "1"])
-    found = {(c["case"], c["class"]): c for c in csv.DictReader(open(out / "cases.csv")) if c["checkpoint"] == runs[0]}
+    found = {
+        (c["case"], c["class"]): c
+        for c in csv.DictReader(open(out / "cases.csv"))
+        if c["checkpoint"] == runs[0]
+    }
     cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), compute()))
     for entry, label, truth in cases:
         for k in range(1, 4):
             a, b = label == k, truth == k
             row = found[entry.name, info.classes[k]]
             if a.any() and b.any():
-                assert float(row["hd95"]) == pytest.approx(binary.hd95(a, b, voxelspacing=entry.spacing), abs=1e-9)
-                assert float(row["asd"]) == pytest.approx(binary.asd(a, b, voxelspacing=entry.spacing), abs=1e-9)
+                assert float(row["hd95"]) == pytest.approx(
+                    binary.hd95(a, b, voxelspacing=entry.spacing), abs=1e-9
+                )
+                assert float(row["asd"]) == pytest.approx(
+                    binary.asd(a, b, voxelspacing=entry.spacing), abs=1e-9
+                )
                 assert float(row["dice"]) == pytest.approx(binary.dc(a, b))
             else:
                 assert row["one_empty"] == str(a.any() != b.any())
-    mean = {e.name: np.mean([float(found[e.name, c]["dice"]) for c in info.classes[1:]]) for e, _, _ in cases}
+    mean = {
+        e.name: np.mean([float(found[e.name, c]["dice"]) for c in info.classes[1:]])
+        for e, _, _ in cases
+    }
     best, worst = sorted(mean, key=mean.get, reverse=True)
     assert list(shown) == [str(out / "cases" / f"{best}.png"), str(out / "cases.png")]
-    assert [[panel[0].split(":")[0] for panel in row[:1]] for row in shown[str(out / "cases.png")]] == [["best"], ["worst"]]
+    assert [
+        [panel[0].split(":")[0] for panel in row[:1]] for row in shown[str(out / "cases.png")]
+    ] == [["best"], ["worst"]]
     for name, row in zip((best, worst), shown[str(out / "cases.png")]):
-        (entry, label, truth), = [c for c in cases if c[0].name == name]
+        ((entry, label, truth),) = [c for c in cases if c[0].name == name]
         z = (truth > 0).sum((1, 2)).argmax()
         (_, image, none, _), (_, _, drawn, _), (title, _, outline, _) = row
-        assert none is None and (drawn == truth[z]).all() and title.endswith(f"Dice {mean[name]:.3f}")
+        assert (
+            none is None and (drawn == truth[z]).all() and title.endswith(f"Dice {mean[name]:.3f}")
+        )
         assert (outline == label[z]).all() and (label != label[:1]).any()
 
 
 # ---------------------------------------------------------------------------------------------------- processes
 
+
 def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monkeypatch):
     """evaluate.py as a command on a split that is large enough for processes, and without them."""
     rng = np.random.default_rng(0)
+
     def cases():
         for i in range(6):
             label = np.zeros((400, 500 + i), np.uint8)
-            label[100:250 + 20 * i, 150:300], label[300:, :60] = 1, 1
-            yield h5.Case("val", f"c{i}", (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8), label, f"p{i % 4}")
-    info = h5.write(str(tmp_path / "f.h5"), [*cases(), h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t")],
-                    name="f", classes=["background", "a"], dims=2, channels=1)
-    common = [info.path, make_run(tmp_path / "a", info), "--largest-component", "--pictures", "0", "--out"]
+            label[100 : 250 + 20 * i, 150:300], label[300:, :60] = 1, 1
+            yield h5.Case(
+                "val",
+                f"c{i}",
+                (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8),
+                label,
+                f"p{i % 4}",
+            )
+
+    info = h5.write(
+        str(tmp_path / "f.h5"),
+        [
+            *cases(),
+            h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t"),
+        ],
+        name="f",
+        classes=["background", "a"],
+        dims=2,
+        channels=1,
+    )
+    common = [
+        info.path,
+        make_run(tmp_path / "a", info),
+        "--largest-component",
+        "--pictures",
+        "0",
+        "--out",
+    ]
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     done = python("evaluate.py", *common, tmp_path / "pool", "--workers", "2")
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"\| +torch$", done.stderr, re.M)) == 1 and len(re.findall(r"\| +data\.metrics$", done.stderr, re.M)) == 3
+    assert (
+        len(re.findall(r"\| +torch$", done.stderr, re.M)) == 1
+        and len(re.findall(r"\| +data\.metrics$", done.stderr, re.M)) == 3
+    )
     monkeypatch.setattr(evaluate, "ProcessPoolExecutor", None)
     evaluate.main([*common, str(tmp_path / "here"), "--workers", "0"])
     a, b = ((tmp_path / n / "cases.csv").read_text() for n in ("pool", "here"))
-    assert a == b and [r["case"] for r in csv.DictReader(a.splitlines())] == [f"c{i}" for i in range(6)]
-    monkeypatch.setattr(evaluate, "SMALL", 10 ** 9)   # and a small set starts none
+    assert a == b and [r["case"] for r in csv.DictReader(a.splitlines())] == [
+        f"c{i}" for i in range(6)
+    ]
+    monkeypatch.setattr(evaluate, "SMALL", 10**9)  # and a small set starts none
     evaluate.main([*common, str(tmp_path / "small"), "--workers", "2"])
 
 
@@ -451,9 +776,22 @@ def test_a_process_that_dies_is_one_clear_error(gray, tmp_path, monkeypatch, ref
     (tmp_path / "killer.py").write_text("import os\ndef score_case(*_):\n    os._exit(9)\n")
     monkeypatch.syspath_prepend(tmp_path)
     import killer
+
     monkeypatch.setattr(evaluate, "score_case", killer.score_case)
     monkeypatch.setattr(evaluate, "SMALL", 0)
-    refused(evaluate.main, [gray, make_run(tmp_path / "a", h5.read_info(gray)), "--out", tmp_path / "o", "--workers", "1"], "has died", "--workers")
+    refused(
+        evaluate.main,
+        [
+            gray,
+            make_run(tmp_path / "a", h5.read_info(gray)),
+            "--out",
+            tmp_path / "o",
+            "--workers",
+            "1",
+        ],
+        "has died",
+        "--workers",
+    )
     assert not (tmp_path / "o").exists()
 
 
@@ -468,7 +806,7 @@ def test_few_cases_are_under_way():
             return types.SimpleNamespace(result=lambda: under_way.remove(task) or function(*task))
 
     for i, value in enumerate(evaluate.in_order(Pool(), pow, ((i, 2) for i in range(20)), 3)):
-        assert value == i ** 2
+        assert value == i**2
         most.append(len(under_way))
     assert max(most) == 3 and most[-1] == 0
     assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
@@ -476,13 +814,20 @@ def test_few_cases_are_under_way():
 
 # ---------------------------------------------------------------------------------------------------- against a baseline
 
+
 def test_a_paired_comparison_by_hand():
     """Patients, not cases: a has two cases. Differences 2, 1, -4: ranks 2 and 1 against 3; with all of one sign p is 2 / 2^n."""
-    values, base, patient = np.array([2.0, 4.0, 1.0, 0.0]), np.array([1.0, 1.0, 0.0, 4.0]), ["a", "a", "b", "c"]
+    values, base, patient = (
+        np.array([2.0, 4.0, 1.0, 0.0]),
+        np.array([1.0, 1.0, 0.0, 4.0]),
+        ["a", "a", "b", "c"],
+    )
     assert metrics.patient_means(values, patient).tolist() == [3, 1, 0]
     mean, (low, high), p = metrics.paired(values, base, patient)
     assert mean == pytest.approx(-1 / 3) and (low, high) == (-4, 2) and p == 1.0
-    assert metrics.paired(np.arange(1.0, 6), np.zeros(5), list("abcde"))[2] == pytest.approx(2 / 2 ** 5)
+    assert metrics.paired(np.arange(1.0, 6), np.zeros(5), list("abcde"))[2] == pytest.approx(
+        2 / 2**5
+    )
     assert metrics.paired([1.0, 2.0], [0.0, 0.0], ["a", "a"]) == (1.5, None, None)
     assert metrics.paired([1.0, 2.0], [1.0, 2.0], ["a", "b"]) == (0.0, (0.0, 0.0), None)
 
@@ -494,26 +839,45 @@ def test_a_paired_comparison_equals_scipy_and_brackets_a_shift():
     values = base + 0.5 + rng.normal(0, 1, 180)
     mean, (low, high), p = metrics.paired(values, base, patient)
     difference = (values - base)[np.argsort(patient, kind="stable")].reshape(60, 3).mean(1)
-    assert mean == pytest.approx(difference.mean()) and p == pytest.approx(stats.wilcoxon(difference).pvalue, rel=1e-9)
-    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * difference.std() / 60 ** 0.5, rel=0.06)
+    assert mean == pytest.approx(difference.mean()) and p == pytest.approx(
+        stats.wilcoxon(difference).pvalue, rel=1e-9
+    )
+    assert low < 0.5 < high and high - low == pytest.approx(
+        2 * 1.96 * difference.std() / 60**0.5, rel=0.06
+    )
     own = np.percentile([rng.choice(difference, 60).mean() for _ in range(4000)], [2.5, 97.5])
-    assert (low, high) == pytest.approx(own, abs=0.02) and metrics.paired(values, base, patient)[1] == (low, high)   # seeded
+    assert (low, high) == pytest.approx(own, abs=0.02) and metrics.paired(values, base, patient)[
+        1
+    ] == (low, high)  # seeded
     assert metrics.paired(base, values, patient)[2] == pytest.approx(p)
 
 
 def test_rows_are_compared_with_those_of_the_same_labels():
     dices = lambda *cases: [[metrics.Score(d, 0, 0, 0, False) for d in case] for case in cases]
-    scores = [dices((0.2, 0.4), (0.5, 0.5)), dices((0.4, 0.4), (0.7, 0.7)), dices((0.4, 0.6), (0.5, 0.5)), dices((1, 1), (1, 1))]
+    scores = [
+        dices((0.2, 0.4), (0.5, 0.5)),
+        dices((0.4, 0.4), (0.7, 0.7)),
+        dices((0.4, 0.6), (0.5, 0.5)),
+        dices((1, 1), (1, 1)),
+    ]
     groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
     found = evaluate.against({"6": 0}, groups, scores, ["a", "b"])
     assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
-    assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1]["95% interval"] == pytest.approx((-10, 15))
+    assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1][
+        "95% interval"
+    ] == pytest.approx((-10, 15))
     paths = ["a/best.pt", "b/best.pt", "c/best.pt", "d/best.pt"]
-    assert [evaluate.find_baselines(name, groups, paths) for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt", "supervised")] == [
-        {"6": 1}, {"6": 0}, {"all": 2}, {"6": 0, "all": 2}]
-    more = groups + [("mean_teacher", "all", [0])]   # a name serves all numbers of labels
+    assert [
+        evaluate.find_baselines(name, groups, paths)
+        for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt", "supervised")
+    ] == [{"6": 1}, {"6": 0}, {"all": 2}, {"6": 0, "all": 2}]
+    more = groups + [("mean_teacher", "all", [0])]  # a name serves all numbers of labels
     found = evaluate.against({"6": 0, "all": 2}, more, scores, ["a", "b"])
-    assert found[1]["Δ Dice"] == pytest.approx(2.5) and found[3]["Δ Dice"] == pytest.approx(-60) and found[2]["Δ Dice"] is None
+    assert (
+        found[1]["Δ Dice"] == pytest.approx(2.5)
+        and found[3]["Δ Dice"] == pytest.approx(-60)
+        and found[2]["Δ Dice"] is None
+    )
 
 
 def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch):
@@ -521,34 +885,77 @@ def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch
     monkeypatch.setattr(evaluate, "load_run", None)
     info, out = h5.read_info(gray), ["--out", tmp_path / "o"]
     runs = [make_run(tmp_path / n, info, method=m) for n, m in (("a", "supervised"), ("b", "ict"))]
-    refused(evaluate.main, [gray, *runs, *out, "--baseline", "fixmatch"], "--baseline fixmatch", "supervised, ict")
-    refused(evaluate.main, [gray, runs[0], *out, "--baseline", "supervised", "--predict"], "--predict", "--baseline")
+    refused(
+        evaluate.main,
+        [gray, *runs, *out, "--baseline", "fixmatch"],
+        "--baseline fixmatch",
+        "supervised, ict",
+    )
+    refused(
+        evaluate.main,
+        [gray, runs[0], *out, "--baseline", "supervised", "--predict"],
+        "--predict",
+        "--baseline",
+    )
     assert not (tmp_path / "o").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- rows
 
+
 def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     info = h5.read_info(gray)
-    settings = [dict(lam=0.1), dict(lam=0.2), dict(lam=0.2, seed=1), dict(method="pseudo_label", weight="quality", weight_level="class", qar=0.01),
-                dict(method="mean_teacher", qp="a/qp.pt"), dict(method="mean_teacher", qp="b/qp.pt"), dict(method="ict"), dict(method="ict")]
-    states = [evaluate.load_checkpoint(make_run(tmp_path / str(i), info, **(a | dict(method="supervised") if a.get("method") == "ict" else a)), "ssl")
-              for i, a in enumerate(settings)]
+    settings = [
+        dict(lam=0.1),
+        dict(lam=0.2),
+        dict(lam=0.2, seed=1),
+        dict(method="pseudo_label", weight="quality", weight_level="class", qar=0.01),
+        dict(method="mean_teacher", qp="a/qp.pt"),
+        dict(method="mean_teacher", qp="b/qp.pt"),
+        dict(method="ict"),
+        dict(method="ict"),
+    ]
+    states = [
+        evaluate.load_checkpoint(
+            make_run(
+                tmp_path / str(i),
+                info,
+                **(a | dict(method="supervised") if a.get("method") == "ict" else a),
+            ),
+            "ssl",
+        )
+        for i, a in enumerate(settings)
+    ]
     for state, a in zip(states, settings):
         state["args"] |= a
     states[7]["data"]["checksum"] = states[6]["data"]["checksum"]
     groups = evaluate.group_runs(states, [f"{i}/best.pt" for i in range(8)])
     assert [(name, members) for name, _, members in groups] == [
-        ("supervised (lam=0.1)", [0]), ("supervised (lam=0.2)", [1, 2]), ("pseudo_label + QW (class) + QAR", [3]),
-        ("mean_teacher (qp=a/qp.pt)", [4]), ("mean_teacher (qp=b/qp.pt)", [5]),
-        ("ict (checkpoint=best.pt)", [6]), ("ict (checkpoint=7/best.pt)", [7])]  # the same seed twice is no second seed
-    del states[1]["args"]["correct"]                             # a run that is older than this option
-    assert [(name, members) for name, _, members in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])] == [("supervised", [0, 1])]
+        ("supervised (lam=0.1)", [0]),
+        ("supervised (lam=0.2)", [1, 2]),
+        ("pseudo_label + QW (class) + QAR", [3]),
+        ("mean_teacher (qp=a/qp.pt)", [4]),
+        ("mean_teacher (qp=b/qp.pt)", [5]),
+        ("ict (checkpoint=best.pt)", [6]),
+        ("ict (checkpoint=7/best.pt)", [7]),
+    ]  # the same seed twice is no second seed
+    del states[1]["args"]["correct"]  # a run that is older than this option
+    assert [
+        (name, members)
+        for name, _, members in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
+    ] == [("supervised", [0, 1])]
     states[2]["args"]["correct"] = True
-    assert [name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])] == ["supervised", "supervised + correction"]
+    assert [
+        name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
+    ] == ["supervised", "supervised + correction"]
     states[2]["args"]["correct"] = False
-    groups = evaluate.group_runs(states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"])
-    assert [(name, members) for name, _, members in groups] == [("supervised (checkpoint=step1.pt)", [0, 1]), ("supervised (checkpoint=best.pt)", [2, 3])]
+    groups = evaluate.group_runs(
+        states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"]
+    )
+    assert [(name, members) for name, _, members in groups] == [
+        ("supervised (checkpoint=step1.pt)", [0, 1]),
+        ("supervised (checkpoint=best.pt)", [2, 3]),
+    ]
 
 
 def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
@@ -559,7 +966,11 @@ def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
     refused(evaluate.main, [gray, run, *out, "--qp", rgb_quality[1]], "qp.pt", "classes")
     refused(evaluate.main, [gray, gray_quality[1], *out], "stage 'qp'", "'ssl' is needed")
     refused(evaluate.main, [gray, gray, *out], "not a readable checkpoint")
-    refused(evaluate.main, [rgb, make_run(tmp_path / "b", h5.read_info(rgb)), *out, "--split", "test"], "'test' is empty")
+    refused(
+        evaluate.main,
+        [rgb, make_run(tmp_path / "b", h5.read_info(rgb)), *out, "--split", "test"],
+        "'test' is empty",
+    )
     refused(evaluate.main, [gray, run, *out, "--device", "nonsense"], "--device")
     shutil.copy(gray, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
@@ -572,12 +983,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path, gray, refused):
     class Bomb:
         def __reduce__(self):
             return open, (str(tmp_path / "exploded"), "w")
+
     torch.save(dict(format=1, stage="ssl", bomb=Bomb()), tmp_path / "bomb.pt")
     refused(evaluate.main, [gray, tmp_path / "bomb.pt", "--out", tmp_path / "out"], "bomb.pt")
     assert not (tmp_path / "exploded").exists()
 
 
 # ------------------------------------------------------------------------------ the source's grid
+
 
 class Threshold(torch.nn.Module):
     """Says that what is bright is the object."""
@@ -590,6 +1003,7 @@ class Threshold(torch.nn.Module):
 def shells(tmp_path):
     """Thin shells, 1 mm, of which a dataset of 3 mm keeps little. -> (folder, label, dataset)"""
     from test_nifti import ball, stored_along
+
     shape = (20, 24, 26)
     label = ball(shape, (10, 12, 13), 9.2) - ball(shape, (10, 12, 13), 7.7)
     bright = label | ball(shape, (1, 1, 1), 3)  # and a speck, which is no part of the shell
@@ -634,8 +1048,12 @@ def test_a_dataset_without_the_sources_labels_says_so(shells, tmp_path, refused)
     run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16))
     with h5py.File(data, "a") as f:
         del f["val/c2/source_label"]
-    refused(evaluate.main, [data, run, "--grid", "source", "--out", tmp_path / "o"],
-            "/val/c2/source_label", "convert the data again")
+    refused(
+        evaluate.main,
+        [data, run, "--grid", "source", "--out", tmp_path / "o"],
+        "/val/c2/source_label",
+        "convert the data again",
+    )
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -651,9 +1069,11 @@ def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
     evaluate.main([info.path, run, "--out", str(tmp_path / "o"), *options])
     evaluate.main([info.path, run, "--predict", "--split", "val", "--out", str(tmp_path / "p")])
     assert drawn and all(m is None or m.shape == i.shape[:2] for _, i, m, _ in drawn)
-    row, = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
-    mask, truth = (images.read_mask(p / f"{row['case']}.png", info.classes) > 0
-                   for p in (tmp_path / "p" / "masks", tmp_path / "src" / "masks"))
+    (row,) = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
+    mask, truth = (
+        images.read_mask(p / f"{row['case']}.png", info.classes) > 0
+        for p in (tmp_path / "p" / "masks", tmp_path / "src" / "masks")
+    )
     want = evaluate.score(mask, truth, (1, 1))
     assert mask.shape == (40, 56) and row["unit"] == "px"
     assert (float(row["dice"]), float(row["hd95"])) == pytest.approx((want.dice, want.hd95))

@@ -1,4 +1,5 @@
 """Pictures: colors for color-blind readers, outlines where the mask is, curves of runs; the log on the screen, TensorBoard, bars and --help."""
+
 import csv
 import itertools
 import re
@@ -20,12 +21,28 @@ from data import figures, h5, metrics
 from data.files import Log
 
 MACHADO = {  # Machado et al. 2009: linear RGB as seen without one kind of cone
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]}
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
 
 
-@pytest.mark.parametrize("count, columns, lengths", [(8, 8, [8]), (9, 8, [5, 4]), (10, 4, [4, 4, 2]), (1, 5, [1]), (17, 8, [6, 6, 5])])
+@pytest.mark.parametrize(
+    "count, columns, lengths",
+    [(8, 8, [8]), (9, 8, [5, 4]), (10, 4, [4, 4, 2]), (1, 5, [1]), (17, 8, [6, 6, 5])],
+)
 def test_lines_of_panels_are_about_equally_long(count, columns, lengths):
     lines = figures.evenly(list(range(count)), columns)
     assert [len(line) for line in lines] == lengths and sum(lines, []) == list(range(count))
@@ -34,9 +51,13 @@ def test_lines_of_panels_are_about_equally_long(count, columns, lengths):
 @pytest.mark.parametrize("kind", MACHADO)
 def test_colors_differ_for_color_blind_readers(kind):
     """Any two are further apart (in CIELAB, where 2.3 is just noticed) than red and green of the usual palettes are then."""
-    linear = np.where(figures.COLORS <= 0.04045, figures.COLORS / 12.92, ((figures.COLORS + 0.055) / 1.055) ** 2.4)
+    linear = np.where(
+        figures.COLORS <= 0.04045, figures.COLORS / 12.92, ((figures.COLORS + 0.055) / 1.055) ** 2.4
+    )
     seen = (linear @ np.array(MACHADO[kind]).T).clip(0, 1).astype(np.float32)
-    seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055).astype(np.float32)
+    seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055).astype(
+        np.float32
+    )
     lab = cv2.cvtColor(seen[None], cv2.COLOR_RGB2LAB)[0]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 8
 
@@ -55,13 +76,20 @@ def test_an_outline_lies_half_a_pixel_around_its_mask(drawn):
     """Also of one that ends with the image; in image coordinates, x across and y down."""
     label = np.zeros((9, 12), np.uint8)
     label[2:5, 3:8], label[8, 11] = 1, 2
-    figures.cases("f.png", [[("title", np.arange(108.0).reshape(9, 12), label)]], ["background", "a", "b"])
-    (_, figure), = drawn
+    figures.cases(
+        "f.png", [[("title", np.arange(108.0).reshape(9, 12), label)]], ["background", "a", "b"]
+    )
+    ((_, figure),) = drawn
     axis = figure.axes[0]
     outlines = [np.concatenate([path.vertices for path in c.get_paths()]) for c in axis.collections]
-    assert [o.min(0).tolist() for o in outlines] == [[2.5, 1.5], [10.5, 7.5]] and [o.max(0).tolist() for o in outlines] == [[7.5, 4.5], [11.5, 8.5]]
+    assert [o.min(0).tolist() for o in outlines] == [[2.5, 1.5], [10.5, 7.5]] and [
+        o.max(0).tolist() for o in outlines
+    ] == [[7.5, 4.5], [11.5, 8.5]]
     assert axis.get_xlim() == (-0.5, 11.5) and axis.get_ylim() == (8.5, -0.5)
-    assert [np.allclose(c.get_edgecolor()[0][:3], figures.color(k)) for k, c in enumerate(axis.collections)] == [True, True]
+    assert [
+        np.allclose(c.get_edgecolor()[0][:3], figures.color(k))
+        for k, c in enumerate(axis.collections)
+    ] == [True, True]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
 
 
@@ -72,7 +100,11 @@ def test_pictures_of_tensorboard():
     found = figures.overlay(np.full((32, 32), 7.0), (label, 0 * label), side=64)
     assert found.shape == (64, 192, 3) and found.dtype == np.uint8
     first, second, third = np.split(found, 3, 1)
-    assert (first == third).all() and (second[32, 16] == (255 * figures.color(0)).astype(int)).all() and (second[32, 47] == (255 * figures.color(1)).astype(int)).all()
+    assert (
+        (first == third).all()
+        and (second[32, 16] == (255 * figures.color(0)).astype(int)).all()
+        and (second[32, 47] == (255 * figures.color(1)).astype(int)).all()
+    )
     assert (second[:15] == first[:15]).all() and (second[20:44, 20:28] == first[20:44, 20:28]).all()
     assert figures.overlay(np.zeros((8, 9, 3), np.uint8), ()).shape == (192, 192, 3)
     dots = figures.dots(np.array([[0.0], [1.0]]), np.array([[1.0], [1.0]]))
@@ -89,26 +121,62 @@ def log_of(path, rows):
 def test_curves_of_several_runs(tmp_path, drawn, refused):
     """A panel for each column that says something, a curve for each run; a row that was cut short is left out."""
     columns = ["step", "sup", "unsup", "weight", "lam", "val_dice", "g_true", "g_predicted"]
-    a = log_of(tmp_path / "runs" / "sup" / "log.csv", [columns, [10, 0.5, 0, 0, 0.25, 0.4, "", ""], [20, 0.3, 0, 0, 0.25, 0.6, "", ""]])
-    b = log_of(tmp_path / "runs" / "mt" / "log.csv", [columns, [10, 0.5, 0.1, 0.7, 0.1, 0.5, 0.4, 0.5], [20, 0.2, 0.2, 0.8, 0.25, 0.7, 0.6, 0.6], [30, 0.1]])
+    a = log_of(
+        tmp_path / "runs" / "sup" / "log.csv",
+        [columns, [10, 0.5, 0, 0, 0.25, 0.4, "", ""], [20, 0.3, 0, 0, 0.25, 0.6, "", ""]],
+    )
+    b = log_of(
+        tmp_path / "runs" / "mt" / "log.csv",
+        [
+            columns,
+            [10, 0.5, 0.1, 0.7, 0.1, 0.5, 0.4, 0.5],
+            [20, 0.2, 0.2, 0.8, 0.25, 0.7, 0.6, 0.6],
+            [30, 0.1],
+        ],
+    )
     figures.main([a, b, "--out", str(tmp_path / "c.png")])
-    (path, figure), = drawn
+    ((path, figure),) = drawn
     panels = {axis.get_title(): axis for axis in figure.axes if axis.lines}
-    assert [figures.CURVES[k] for k in figures.CURVES if figures.CURVES[k] in panels] == list(panels) and len(panels) == 6
+    assert [figures.CURVES[k] for k in figures.CURVES if figures.CURVES[k] in panels] == list(
+        panels
+    ) and len(panels) == 6
     assert {title: len(axis.lines) for title, axis in panels.items()} == {
-        "supervised loss": 2, "unlabeled loss, unweighted by λ": 1, "mean weight of a pseudo-label": 1, "λ": 1, "Dice on val": 2,
-        "Dice of val images: true, and by g (dashed)": 2}
+        "supervised loss": 2,
+        "unlabeled loss, unweighted by λ": 1,
+        "mean weight of a pseudo-label": 1,
+        "λ": 1,
+        "Dice on val": 2,
+        "Dice of val images: true, and by g (dashed)": 2,
+    }
     assert panels["Dice on val"].lines[1].get_xydata().tolist() == [[10, 0.5], [20, 0.7]]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["sup", "mt"]
-    (tmp_path / "empty.csv").write_text("step,sup\n"), (tmp_path / "other.csv").write_text("a,b\n1,2\n"), (tmp_path / "text.csv").write_text("step,b\n1,x\n")
-    (tmp_path / "nothing.csv").write_text("step,sup,val_dice\n10,,\n20,0,0\n"), (tmp_path / "bom.csv").write_text("\ufeffstep,sup\n10,1\n,2\n")
+    (
+        (tmp_path / "empty.csv").write_text("step,sup\n"),
+        (tmp_path / "other.csv").write_text("a,b\n1,2\n"),
+        (tmp_path / "text.csv").write_text("step,b\n1,x\n"),
+    )
+    (
+        (tmp_path / "nothing.csv").write_text("step,sup,val_dice\n10,,\n20,0,0\n"),
+        (tmp_path / "bom.csv").write_text("\ufeffstep,sup\n10,1\n,2\n"),
+    )
     assert figures.read_log(str(tmp_path / "bom.csv"))["step"].tolist() == [10]
-    refused(figures.main, [tmp_path / "nothing.csv", "--out", tmp_path / "d.png"], "no log has a column to draw")
+    refused(
+        figures.main,
+        [tmp_path / "nothing.csv", "--out", tmp_path / "d.png"],
+        "no log has a column to draw",
+    )
     with pytest.raises(SystemExit):
         figures.main([a, "--out", a])
-    for name, word in (("empty.csv", "no row"), ("other.csv", "no column step"), ("text.csv", "x"), ("none.csv", "no such file")):
+    for name, word in (
+        ("empty.csv", "no row"),
+        ("other.csv", "no column step"),
+        ("text.csv", "x"),
+        ("none.csv", "no such file"),
+    ):
         refused(figures.main, [tmp_path / name, "--out", tmp_path / "d.png"], name, word)
-    assert figures.run_names(["a/x/log.csv", "a/y/log.csv"]) == ["x", "y"] and figures.run_names(["a/log.csv"]) == ["a"]
+    assert figures.run_names(["a/x/log.csv", "a/y/log.csv"]) == ["x", "y"] and figures.run_names(
+        ["a/log.csv"]
+    ) == ["a"]
     assert figures.run_names(["a/x/log.csv", "a/x/old.csv"]) == ["x/log.csv", "x/old.csv"]
 
 
@@ -118,7 +186,10 @@ def test_the_calibration_line_is_the_monotone_map(drawn):
     figures.quality("q.png", {"run": (predicted, true)}, ["background", "a", "b"])
     axis = drawn[0][1].axes[0]
     x, y = axis.lines[1].get_xydata().T
-    assert np.allclose(y, metrics.monotone(predicted.ravel(), true.ravel())(x)) and (np.diff(y) >= 0).all()
+    assert (
+        np.allclose(y, metrics.monotone(predicted.ravel(), true.ravel())(x))
+        and (np.diff(y) >= 0).all()
+    )
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted Dice", "true Dice")
     points = axis.collections[0].get_offsets()
     assert np.allclose(points, np.stack([predicted[:, 0], true[:, 0]], 1))
@@ -126,35 +197,104 @@ def test_the_calibration_line_is_the_monotone_map(drawn):
 
 # ---------------------------------------------------------------------------------------------------- while it trains
 
+
 def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, capfd):
     """Losses, lambda, mean weight, effective share, predicted and true quality of val, sample images; lines of at most 80 characters; nothing on
     standard error, which is no terminal here."""
-    train(gray, tmp_path, "--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1], "--lam-warmup", 0, "--lam-ramp", 0, "--weight-threshold", 0)
+    train(
+        gray,
+        tmp_path,
+        "--method",
+        "mean_teacher",
+        "--weight",
+        "quality",
+        "--qp",
+        gray_quality[1],
+        "--lam-warmup",
+        0,
+        "--lam-ramp",
+        0,
+        "--weight-threshold",
+        0,
+    )
     said = capfd.readouterr()
     assert said.err == ""
     lines = [line for line in said.out.split("\n") if not line.startswith("warning: ")]
-    table = lines[next(i for i, line in enumerate(lines) if line.strip().startswith("step")):][:3]
+    table = lines[next(i for i, line in enumerate(lines) if line.strip().startswith("step")) :][:3]
     assert all(len(line) <= 80 for line in table) and len({len(line) for line in table}) == 1
-    assert table[0].split() == ["step", "loss", "sup", "unsup", "qar", "weight", "ess", "lam", "val_dice"]
+    assert table[0].split() == [
+        "step",
+        "loss",
+        "sup",
+        "unsup",
+        "qar",
+        "weight",
+        "ess",
+        "lam",
+        "val_dice",
+    ]
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [line.split()[0] for line in table[1:]] == [r["step"] for r in rows][:2]
-    assert [float(v) for v in table[1].split()] == pytest.approx([float(rows[0][c]) for c in table[0].split()], rel=0.01, abs=1e-4)
+    assert [float(v) for v in table[1].split()] == pytest.approx(
+        [float(rows[0][c]) for c in table[0].split()], rel=0.01, abs=1e-4
+    )
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert {"loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y", "lam", "lr", "val_dice", "g_true", "g_predicted", "g_mae"} <= set(events.Tags()["scalars"])
+    assert {
+        "loss",
+        "sup",
+        "unsup",
+        "qar",
+        "weight",
+        "ess",
+        "share",
+        "share_y",
+        "lam",
+        "lr",
+        "val_dice",
+        "g_true",
+        "g_predicted",
+        "g_mae",
+    } <= set(events.Tags()["scalars"])
     assert len(events.Tags()["images"]) == 2
     for name in ("ess", "g_predicted"):
-        assert [e.value for e in events.Scalars(name)] == pytest.approx([float(r[name]) for r in rows], rel=1e-4)
-    picture = cv2.imdecode(np.frombuffer(events.Images("val: image, truth, output")[-1].encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
-    assert picture.shape == (2 * 192, 3 * 192, 3) and picture.std() > 5                          # two val cases
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(
+            [float(r[name]) for r in rows], rel=1e-4
+        )
+    picture = cv2.imdecode(
+        np.frombuffer(
+            events.Images("val: image, truth, output")[-1].encoded_image_string, np.uint8
+        ),
+        cv2.IMREAD_COLOR,
+    )
+    assert picture.shape == (2 * 192, 3 * 192, 3) and picture.std() > 5  # two val cases
 
 
 def test_weights_are_averaged_over_steps_that_have_some():
     """Lambda sets in after half of the ten steps; of the supervised method nothing is weighed."""
-    none, some = [1.0, 1, 0, 0, 0, 0, 0, 0.1], [[3.0, 1, 2, 0, 0.5, 0.25, 0.2, 0.1], [3.0, 1, 2, 0, 0.3, 0.75, 0.4, 0.1]]
+    none, some = (
+        [1.0, 1, 0, 0, 0, 0, 0, 0.1],
+        [[3.0, 1, 2, 0, 0.5, 0.25, 0.2, 0.1], [3.0, 1, 2, 0, 0.3, 0.75, 0.4, 0.1]],
+    )
     table = torch.tensor([none, none, *some])
-    args = train_ssl.parse_args(["f.h5", "--out", "runs/x", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.55", "--lam-ramp", "0.05"])
-    assert train_ssl.averaged(table, 8, args) == pytest.approx(dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5, share=0.3, share_y=0.1))
+    args = train_ssl.parse_args(
+        [
+            "f.h5",
+            "--out",
+            "runs/x",
+            "--method",
+            "mean_teacher",
+            "--steps",
+            "10",
+            "--lam-warmup",
+            "0.55",
+            "--lam-ramp",
+            "0.05",
+        ]
+    )
+    assert train_ssl.averaged(table, 8, args) == pytest.approx(
+        dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5, share=0.3, share_y=0.1)
+    )
     assert set(train_ssl.averaged(table, 4, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
     args.method = "supervised"
     assert set(train_ssl.averaged(table, 8, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
@@ -175,13 +315,25 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(train_ssl, "fused", lambda net: net)
         found = train_ssl.look(net, g, samples, on, np.ones(3, bool))
-    mask = torch.nn.functional.one_hot((samples.batch(torch.arange(len(samples)))[0][:, 0] > 0.5).long() * 2, 4).movedim(-1, 1)[:, 1:].float()
+    mask = (
+        torch.nn.functional.one_hot(
+            (samples.batch(torch.arange(len(samples)))[0][:, 0] > 0.5).long() * 2, 4
+        )
+        .movedim(-1, 1)[:, 1:]
+        .float()
+    )
     with torch.no_grad():
         says = g(samples.batch(torch.arange(len(samples)))[0], mask)
-    assert found["g_predicted"] == pytest.approx(says.mean().item(), abs=1e-5) and len(found["pictures"]) == 2
+    assert (
+        found["g_predicted"] == pytest.approx(says.mean().item(), abs=1e-5)
+        and len(found["pictures"]) == 2
+    )
     truth = torch.nn.functional.one_hot(samples.label.long(), 4).movedim(-1, 1)[:, 1:].float()
-    dice = [[evaluate.dice(m.numpy() > 0, t.numpy() > 0) for m, t in zip(*pair)] for pair in zip(mask, truth)]
-    assert found["g_true"] == pytest.approx(np.mean(dice), abs=0.02)                             # smoothed by a ten thousandth
+    dice = [
+        [evaluate.dice(m.numpy() > 0, t.numpy() > 0) for m, t in zip(*pair)]
+        for pair in zip(mask, truth)
+    ]
+    assert found["g_true"] == pytest.approx(np.mean(dice), abs=0.02)  # smoothed by a ten thousandth
 
 
 def test_the_table_repeats_its_header_and_survives_a_bar(tmp_path, capsys):
@@ -189,7 +341,9 @@ def test_the_table_repeats_its_header_and_survives_a_bar(tmp_path, capsys):
     for step in range(1, 28):
         log.write(step, a_long_name=step / 3, b=0.0)
     lines = capsys.readouterr().out.strip("\n").split("\n")
-    assert [i for i, line in enumerate(lines) if "a_long_name" in line] == [0, 26] and {len(line) for line in lines} == {8 + 13}
+    assert [i for i, line in enumerate(lines) if "a_long_name" in line] == [0, 26] and {
+        len(line) for line in lines
+    } == {8 + 13}
 
 
 def test_bars_on_a_terminal(gray, tmp_path, capsys, monkeypatch):
@@ -198,14 +352,32 @@ def test_bars_on_a_terminal(gray, tmp_path, capsys, monkeypatch):
     train(gray, tmp_path)
     bar = capsys.readouterr().err
     assert re.search(r"supervised: +\d+%.*\d+/\d+ \[\d+:\d+<", bar) and "steps/s" in bar
-    evaluate.main([gray, str(tmp_path / "best.pt"), "--out", str(tmp_path / "t"), "--pictures", "0"])
+    evaluate.main(
+        [gray, str(tmp_path / "best.pt"), "--out", str(tmp_path / "t"), "--pictures", "0"]
+    )
     assert " cases/s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, groups", [
-    (corrupt, ["harvest", "running"]), (train_qp, ["network", "training", "running"]),
-    (train_ssl, ["what is labeled", "method", "quality guidance", "network and training", "volumes", "running"]),
-    (evaluate, ["what to do", "quality of the outputs", "pictures", "running", "volumes"])], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "script, groups",
+    [
+        (corrupt, ["harvest", "running"]),
+        (train_qp, ["network", "training", "running"]),
+        (
+            train_ssl,
+            [
+                "what is labeled",
+                "method",
+                "quality guidance",
+                "network and training",
+                "volumes",
+                "running",
+            ],
+        ),
+        (evaluate, ["what to do", "quality of the outputs", "pictures", "running", "volumes"]),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
 def test_help_is_grouped_and_shows_defaults(script, groups, capsys):
     with pytest.raises(SystemExit) as end:
         script.parse_args(["--help"])
@@ -214,12 +386,35 @@ def test_help_is_grouped_and_shows_defaults(script, groups, capsys):
     places = [text.index(f"\n{group}") for group in groups]
     assert places == sorted(places) and text.count("(default: ") > 3
     assert text.rindex("--device") > text.index("\nrunning:")
-    assert script is evaluate or re.search(r"--seed SEED.*\(default: 0\)", " ".join(text.split()))                        # also a default of 0
+    assert script is evaluate or re.search(
+        r"--seed SEED.*\(default: 0\)", " ".join(text.split())
+    )  # also a default of 0
     if script is train_ssl:
-        assert text.index("\nnetwork and training") < text.rindex("--keep") < text.index("\nvolumes:") < text.rindex("--stride") < text.index("\nrunning:")
+        assert (
+            text.index("\nnetwork and training")
+            < text.rindex("--keep")
+            < text.index("\nvolumes:")
+            < text.rindex("--stride")
+            < text.index("\nrunning:")
+        )
         assert "(default: 0.667)" in text and "[]" not in text
 
 
 def test_scripts_are_silent_but_for_their_words_when_piped(tmp_path):
-    done = python("-m", "data.phantom", "--out", tmp_path / "p.h5", "--train", 2, "--val", 1, "--test", 1, "--depth", 4, "--size", 32)
+    done = python(
+        "-m",
+        "data.phantom",
+        "--out",
+        tmp_path / "p.h5",
+        "--train",
+        2,
+        "--val",
+        1,
+        "--test",
+        1,
+        "--depth",
+        4,
+        "--size",
+        32,
+    )
     assert done.stderr == "" and "next: python corrupt.py" in done.stdout

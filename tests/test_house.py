@@ -1,4 +1,5 @@
 """The shape of the project: what lies at the top, who imports whom, and that every option is read."""
+
 import ast
 import re
 import subprocess
@@ -23,37 +24,70 @@ def imported(path):
 def test_dependency_rule(path):
     """models/ and data/ import no script and not each other; evaluate.py those two; the other scripts those three."""
     folder = path.parent.name if path.parent != ROOT else path.stem
-    allowed = {"models": {"models"}, "data": {"data"}, "evaluate": {"models", "data"}}.get(folder, {"models", "data", "evaluate"})
+    allowed = {"models": {"models"}, "data": {"data"}, "evaluate": {"models", "data"}}.get(
+        folder, {"models", "data", "evaluate"}
+    )
     assert set(imported(path)) & ({"models", "data"} | STAGES) <= allowed
 
 
 def test_lines_fit_a_screen():
     for path in SOURCES:
-        assert not [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 160], path.name
+        assert not [
+            n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 160
+        ], path.name
     for path in ROOT.glob("results/*/*.py"):
-        assert not [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100], path
+        assert not [
+            n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100
+        ], path
 
 
 def test_processes_that_score_import_numpy_and_scipy_alone():
-    assert set(imported(ROOT / "data" / "metrics.py")) == {"dataclasses", "math", "numpy", "scipy", "typing"}
+    assert set(imported(ROOT / "data" / "metrics.py")) == {
+        "dataclasses",
+        "math",
+        "numpy",
+        "scipy",
+        "typing",
+    }
 
 
 def test_top_level_holds_what_the_design_lists():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    allowed = {f"{s}.py" for s in STAGES} | {"models", "data", "tests", "results", "Makefile", "requirements.txt", "README.md", "README.zh.md",
-                                             "METHOD.md", "LICENSE", ".ci", ".gitignore"}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split("\n")
+    allowed = {f"{s}.py" for s in STAGES} | {
+        "models",
+        "data",
+        "tests",
+        "results",
+        "Makefile",
+        "requirements.txt",
+        "README.md",
+        "README.zh.md",
+        "METHOD.md",
+        "LICENSE",
+        ".ci",
+        ".gitignore",
+    }
     assert {name.split("/")[0] for name in tracked if name} <= allowed
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "add_argument" in p.read_text()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if "add_argument" in p.read_text()], ids=lambda p: p.name
+)
 def test_every_option_is_read(path):
-    source = path.read_text() + (ROOT / "data" / "files.py").read_text()  # start_run() reads --resume and --overwrite
+    source = (
+        path.read_text() + (ROOT / "data" / "files.py").read_text()
+    )  # start_run() reads --resume and --overwrite
     for option in re.findall(r'add_argument\("(?:--)?([\w-]+)"', source):
-        assert re.search(rf"\bargs\.{option.replace('-', '_')}\b", source), f"{path.name}: --{option} is read nowhere"
+        assert re.search(rf"\bargs\.{option.replace('-', '_')}\b", source), (
+            f"{path.name}: --{option} is read nowhere"
+        )
 
 
 def test_importing_a_script_parses_nothing_and_needs_no_display():
     code = "import sys; sys.argv = ['x', '--nonsense']; import corrupt, train_qp, train_ssl, evaluate; assert 'matplotlib' not in sys.modules"
     from conftest import python
+
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

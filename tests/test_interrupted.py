@@ -1,4 +1,5 @@
 """Runs that are killed, stopped, started twice, changed, or that find no room: nothing is lost, and nothing is silently wrong."""
+
 import json
 import os
 import signal
@@ -26,9 +27,16 @@ print(json.dumps([row for name in names for row in soak.soak(name, *runs[name], 
 """
 
 
-@pytest.mark.parametrize("number, names", [(signal.SIGKILL, ("corrupt.py --workers 2", "train_qp.py")),
-                                           (signal.SIGTERM, ("train_ssl.py --cache off --workers 2",))])
-def test_interrupted_at_a_random_moment_equals_uninterrupted(number, names, gray, volumes, gray_quality, tmp_path):
+@pytest.mark.parametrize(
+    "number, names",
+    [
+        (signal.SIGKILL, ("corrupt.py --workers 2", "train_qp.py")),
+        (signal.SIGTERM, ("train_ssl.py --cache off --workers 2",)),
+    ],
+)
+def test_interrupted_at_a_random_moment_equals_uninterrupted(
+    number, names, gray, volumes, gray_quality, tmp_path
+):
     """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py. The moment lies in
     the second half of the run, when there is something to go on from."""
     done = python("-c", SOAK, int(number), tmp_path, gray, volumes, *gray_quality, *names)
@@ -54,6 +62,7 @@ def interruptible():
 @pytest.fixture
 def stopped(monkeypatch):
     """stopped(script, argv, steps): the script runs, gets a signal during a step, and leaves. -> its exit code"""
+
     def run(script, argv, steps, number=signal.SIGTERM):
         step, count = script.train_step, [0]
 
@@ -62,6 +71,7 @@ def stopped(monkeypatch):
             if count[0] == steps:
                 signal.raise_signal(number)
             return step(*args)
+
         with monkeypatch.context() as patch:
             patch.setattr(script, "train_step", signaled)
             try:
@@ -69,6 +79,7 @@ def stopped(monkeypatch):
             except SystemExit as end:  # not pytest.raises, which would keep the script's frames, and with them the lock on its folder
                 return end.code
         pytest.fail("the run ended before its signal")
+
     return run
 
 
@@ -89,7 +100,9 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     with files.postponed_signals() as stop:
         assert stop() == 0
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # torchrun may hand on what the terminal has sent already
+        signal.raise_signal(
+            signal.SIGINT
+        )  # torchrun may hand on what the terminal has sent already
         assert stop() == 130
         now[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
@@ -106,8 +119,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, stopped):
     argv = [gray, *SSL, "--out", str(tmp_path)]
     stopped(train_ssl, argv, 4)
     before = (tmp_path / "last.pt").read_bytes()
-    done = limited(300_000, "train_ssl.py", *argv, "--resume")  # room for a row of the log, and pictures for TensorBoard
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: cannot be written" in done.stderr, done.stderr
+    done = limited(
+        300_000, "train_ssl.py", *argv, "--resume"
+    )  # room for a row of the log, and pictures for TensorBoard
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "last.pt: cannot be written" in done.stderr
+    ), done.stderr
     assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.part"))
 
 
@@ -116,7 +135,11 @@ def test_a_full_disk_leaves_no_half_of_the_masks(gray, tmp_path):
     corrupt.main(argv)
     (tmp_path / "vqm.h5").unlink()
     done = limited(20_000, "corrupt.py", *argv, "--resume")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "vqm.h5: cannot be written" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "vqm.h5: cannot be written" in done.stderr
+    ), done.stderr
     assert not (tmp_path / "vqm.h5").exists() and not list(tmp_path.rglob(".*.part"))
 
 
@@ -125,7 +148,9 @@ def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, cap
     corrupt.main(argv)
     before = (tmp_path / "vqm.h5").stat().st_mtime_ns
     corrupt.main([*argv, "--workers", "2"])
-    assert "finished" in capsys.readouterr().out and (tmp_path / "vqm.h5").stat().st_mtime_ns == before
+    assert (
+        "finished" in capsys.readouterr().out and (tmp_path / "vqm.h5").stat().st_mtime_ns == before
+    )
     refused(corrupt.main, [*argv, "--seed", "1"], "started with --seed 0, not 1", "--overwrite")
     corrupt.main([*argv, "--overwrite"])
     assert (tmp_path / "vqm.h5").stat().st_mtime_ns > before
@@ -143,17 +168,43 @@ def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, stopped, refused
         torch.save(state, tmp_path / name)
     (tmp_path / "same.pt").write_bytes((tmp_path / "g.pt").read_bytes())
     stopped(train_ssl, [*argv, str(tmp_path / "g.pt")], 3)
-    refused(train_ssl.main, [*argv, str(tmp_path / "other.pt"), "--resume"], "another file as --qp", "other.pt", "--overwrite")
-    refused(train_ssl.main, [*argv, str(tmp_path / "g.pt"), "--resume", "--unlabeled", gray], "another file as --unlabeled")
+    refused(
+        train_ssl.main,
+        [*argv, str(tmp_path / "other.pt"), "--resume"],
+        "another file as --qp",
+        "other.pt",
+        "--overwrite",
+    )
+    refused(
+        train_ssl.main,
+        [*argv, str(tmp_path / "g.pt"), "--resume", "--unlabeled", gray],
+        "another file as --unlabeled",
+    )
     train_ssl.main([*argv, str(tmp_path / "same.pt"), "--resume"])  # the same file at another place
 
 
 def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refused):
-    argv = ["--out", str(tmp_path / "g"), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm"]
+    argv = [
+        "--out",
+        str(tmp_path / "g"),
+        "--width",
+        "4",
+        "--members",
+        "1",
+        "--epochs",
+        "2",
+        "--batch",
+        "16",
+        "--vqm",
+    ]
     code = stopped(train_qp, [gray, *argv, gray_quality[0]], 2, signal.SIGINT)
     assert code == 130
     corrupt.main([gray, *MASKS, "--seed", "5", "--out", str(tmp_path / "vqm")])
-    refused(train_qp.main, [gray, *argv, tmp_path / "vqm" / "vqm.h5", "--resume"], "another file as --vqm")
+    refused(
+        train_qp.main,
+        [gray, *argv, tmp_path / "vqm" / "vqm.h5", "--resume"],
+        "another file as --vqm",
+    )
 
 
 def test_one_folder_one_process(tmp_path, monkeypatch):
@@ -162,7 +213,9 @@ def test_one_folder_one_process(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         (tmp_path / ".x.pt.1.part").touch()
-        monkeypatch.setattr(files, "FileLock", lambda *args, timeout, **more: FileLockNow(*args, timeout=0, **more))
+        monkeypatch.setattr(
+            files, "FileLock", lambda *args, timeout, **more: FileLockNow(*args, timeout=0, **more)
+        )
         with pytest.raises(InputError, match="another process"):
             files.claim(str(tmp_path))
         assert (tmp_path / ".x.pt.1.part").exists()
@@ -181,11 +234,18 @@ def test_a_row_that_was_cut_short_is_written_anew(gray, tmp_path, stopped):
     with open(tmp_path / "log.csv", "a") as f:
         f.write("1")  # of "12,..."
     train_ssl.main([*argv, "--resume"])
-    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()] == ["step", "4", "8", "12"]
+    assert [row.split(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()] == [
+        "step",
+        "4",
+        "8",
+        "12",
+    ]
 
 
 @pytest.mark.parametrize("wrong, words", [("sup", "lower --lr"), ("qar", "g's answers")])
-def test_a_loss_that_is_not_finite_names_step_and_terms(wrong, words, gray, gray_quality, tmp_path, monkeypatch, refused):
+def test_a_loss_that_is_not_finite_names_step_and_terms(
+    wrong, words, gray, gray_quality, tmp_path, monkeypatch, refused
+):
     step = train_ssl.train_step
 
     def broken(run, batch, args, number):
@@ -193,8 +253,15 @@ def test_a_loss_that_is_not_finite_names_step_and_terms(wrong, words, gray, gray
         if number == 7:
             parts[[0, train_ssl.PARTS.index(wrong)]] = float("nan")
         return parts
+
     monkeypatch.setattr(train_ssl, "train_step", broken)
-    refused(train_ssl.main, [gray, *SSL, "--qp", gray_quality[1], "--qar", "0.01", "--out", tmp_path], "step 7: the loss is not finite", f"{wrong} nan", words)
+    refused(
+        train_ssl.main,
+        [gray, *SSL, "--qp", gray_quality[1], "--qar", "0.01", "--out", tmp_path],
+        "step 7: the loss is not finite",
+        f"{wrong} nan",
+        words,
+    )
     assert load_checkpoint(tmp_path / "last.pt", "ssl")["step"] == 4
 
 
@@ -210,12 +277,31 @@ def test_nothing_to_write_to_is_known_before_the_work(gray, tmp_path, refused, m
     (tmp_path / "file").touch()
     monkeypatch.setattr(train_ssl, "train_step", None)
     monkeypatch.setattr(corrupt, "train_weak", None)
-    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "file" / "run"], "cannot be written to", "choose another")
-    refused(corrupt.main, [gray, *MASKS, "--out", tmp_path / "file" / "run"], "cannot be written to", "choose another")
+    refused(
+        train_ssl.main,
+        [gray, *SSL, "--out", tmp_path / "file" / "run"],
+        "cannot be written to",
+        "choose another",
+    )
+    refused(
+        corrupt.main,
+        [gray, *MASKS, "--out", tmp_path / "file" / "run"],
+        "cannot be written to",
+        "choose another",
+    )
 
 
 def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path):
-    argv = [gray, *SSL[:-2], "--method", "unimatch", "--lam-warmup", "0", "--deterministic", "--out"]
+    argv = [
+        gray,
+        *SSL[:-2],
+        "--method",
+        "unimatch",
+        "--lam-warmup",
+        "0",
+        "--deterministic",
+        "--out",
+    ]
     done = python("train_ssl.py", *argv, tmp_path / "a", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     try:
@@ -227,9 +313,25 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(gray, gray_quality, tmp_path, monkeypatch, stopped):
+def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(
+    gray, gray_quality, tmp_path, monkeypatch, stopped
+):
     """Until it has a newer one: a resumed run that cannot write has lost nothing."""
-    argv = [gray, "--out", str(tmp_path), "--width", "4", "--members", "1", "--epochs", "2", "--batch", "16", "--vqm", gray_quality[0]]
+    argv = [
+        gray,
+        "--out",
+        str(tmp_path),
+        "--width",
+        "4",
+        "--members",
+        "1",
+        "--epochs",
+        "2",
+        "--batch",
+        "16",
+        "--vqm",
+        gray_quality[0],
+    ]
     stopped(train_qp, argv, 1)
     before = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(train_qp, "train_step", lambda *args: torch.tensor(float("nan")))

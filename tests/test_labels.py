@@ -396,8 +396,9 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
     info = h5.read_info(tmp_path / "f.h5")
     assert all(e.patient == e.name[:3] for es in info.splits.values() for e in es)
     assert [len({e.patient for e in info.entries(s)}) for s in ("train", "val")] == [2, 2]
-    (src / "train.txt").write_text("\n".join(names[:4])), (src / "val.txt").write_text(
-        "\n".join(names[4:])
+    (
+        (src / "train.txt").write_text("\n".join(names[:4])),
+        (src / "val.txt").write_text("\n".join(names[4:])),
     )
     images.main(argv)
     assert "count as two patients" not in capsys.readouterr().out
@@ -512,8 +513,9 @@ def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(
 
 
 def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, refused):
-    info, values = dataset(tmp_path / "f.h5", (0, 1, 3)), iter(
-        [[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]]
+    info, values = (
+        dataset(tmp_path / "f.h5", (0, 1, 3)),
+        iter([[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]]),
     )
     monkeypatch.setattr(evaluate, "dice_table", lambda *_: [next(values)] * 2)
     argv = [

@@ -1,4 +1,5 @@
 """Networks, losses and the target of g, against closed forms and published sizes."""
+
 import copy
 import math
 
@@ -9,14 +10,32 @@ import torch
 import models
 from models.device import Compute, channels_last
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
-from models.quality import (SMOOTH, certainty, confidence, expected_dice, foreground, overlap, quality_target, region_confidence,
-                            true_dice, with_background)
+from models.quality import (
+    SMOOTH,
+    certainty,
+    confidence,
+    expected_dice,
+    foreground,
+    overlap,
+    quality_target,
+    region_confidence,
+    true_dice,
+    with_background,
+)
 
 torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("name, S", [(name, S) for name in models.segmentation_networks() if name != "smp:*" for S in ((40, 32), (64, 32), (32, 24, 24))
-                                     if name != "swin_unet" or S == (64, 32)])
+@pytest.mark.parametrize(
+    "name, S",
+    [
+        (name, S)
+        for name in models.segmentation_networks()
+        if name != "smp:*"
+        for S in ((40, 32), (64, 32), (32, 24, 24))
+        if name != "swin_unet" or S == (64, 32)
+    ],
+)
 def test_contract_of_segmentation_networks(name, S):
     width = {"unet": 16, "vnet": 16, "swin_unet": 12}.get(name, 8)
     net = models.build(name, channels=3, classes=4, dims=len(S), width=width).eval()
@@ -34,16 +53,34 @@ def test_unet_has_the_size_of_the_acdc_baselines():
     net = models.build("unet", channels=1, classes=4)
     assert models.parameters(net) == pytest.approx(1.81e6, rel=0.01)
     assert [f.shape[1] for f in net.encode(torch.zeros(2, 1, 32, 32))] == [16, 32, 64, 128, 256]
-    assert [m.p for m in net.down.modules() if isinstance(m, torch.nn.Dropout)] == [0.05, 0.1, 0.2, 0.3, 0.5]
+    assert [m.p for m in net.down.modules() if isinstance(m, torch.nn.Dropout)] == [
+        0.05,
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+    ]
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 6, 6), (1, 1, 1), (6, 2, 2), (4, 4, 1), (4, 6, 6)])
+@pytest.mark.parametrize(
+    "grid", [(1, 1), (2, 2), (2, 6, 6), (1, 1, 1), (6, 2, 2), (4, 4, 1), (4, 6, 6)]
+)
 def test_gradients_of_small_grids_in_bfloat16(grid):
     """On CPUs with AVX-512 BF16 (on others this cannot fail) torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's
     rounding, of a copied network, too. The first kernel of a ResNet (7) sees at least 16 pixels a side."""
     on = Compute(torch.device("cpu"), torch.bfloat16)
-    net = copy.deepcopy(on.place(models.build("resnet_unet", channels=2, classes=3, dims=len(grid), width=8, encoder="resnet18")))
-    kinds = {(m.kernel_size[0], m.stride[0]): m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))}
+    net = copy.deepcopy(
+        on.place(
+            models.build(
+                "resnet_unet", channels=2, classes=3, dims=len(grid), width=8, encoder="resnet18"
+            )
+        )
+    )
+    kinds = {
+        (m.kernel_size[0], m.stride[0]): m
+        for m in net.modules()
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))
+    }
     for conv in (kinds[3, 1], kinds[3, 2]):
         x = torch.randn(2, conv.in_channels, *grid, generator=torch.Generator().manual_seed(0))
         found = []
@@ -97,7 +134,11 @@ def test_target_of_g_for_absent_classes():
     a, b = none.clone(), none.clone()
     a[..., :40, :40], b[..., 10:50, :40] = 1, 1
     assert quality_target(a, b).item() == pytest.approx(0.75, abs=0.0002)
-    assert true_dice(a, b) == 0.75 and true_dice(none, none) == 1 and true_dice(a, none) == true_dice(none, a) == pytest.approx(0, abs=1e-8)
+    assert (
+        true_dice(a, b) == 0.75
+        and true_dice(none, none) == 1
+        and true_dice(a, none) == true_dice(none, a) == pytest.approx(0, abs=1e-8)
+    )
 
 
 def random_probabilities(*shape):
@@ -110,20 +151,32 @@ def test_expected_dice_is_what_random_truths_have_on_average():
     p = random_probabilities(1, 2, 32, 32)
     truths = (torch.rand(2000, 1, 32, 32) < p[:, 1:]).float()
     for mask in ((p[:, 1:] > 0.5).float(), (p[:, 1:] > 0.9).float(), (p[:, 1:] < 0.5).float()):
-        assert quality_target(mask, p[:, 1:]).item() == pytest.approx(true_dice(mask.expand_as(truths), truths).mean().item(), abs=2e-3)
+        assert quality_target(mask, p[:, 1:]).item() == pytest.approx(
+            true_dice(mask.expand_as(truths), truths).mean().item(), abs=2e-3
+        )
 
 
 def test_estimates_of_quality_by_hand():
-    p = torch.tensor([[0.9, 0.2, 0.3, 0.5], [0.1, 0.7, 0.1, 0.3], [0.0, 0.1, 0.6, 0.2]])[None, :, None]    # K = 3, 1 x 4 pixels: 0 1 2 0
+    p = torch.tensor([[0.9, 0.2, 0.3, 0.5], [0.1, 0.7, 0.1, 0.3], [0.0, 0.1, 0.6, 0.2]])[
+        None, :, None
+    ]  # K = 3, 1 x 4 pixels: 0 1 2 0
     assert foreground(p).tolist() == [[[[0, 1, 0, 0]], [[0, 0, 1, 0]]]]
     assert torch.allclose(confidence(p), torch.full((1, 2), (0.9 + 0.7 + 0.6 + 0.5) / 4))
     assert torch.allclose(region_confidence(p), torch.tensor([[0.7, 0.6]]))
     s = 4e-4
-    assert torch.allclose(expected_dice(p), torch.tensor([[(1.4 + s) / (1 + 1.2 + s), (1.2 + s) / (1 + 0.9 + s)]]))
+    assert torch.allclose(
+        expected_dice(p), torch.tensor([[(1.4 + s) / (1 + 1.2 + s), (1.2 + s) / (1 + 0.9 + s)]])
+    )
     sure, flat = one_hot(torch.zeros(1, 1, 4), 3), torch.full((1, 3, 1, 4), 1 / 3)
-    assert torch.allclose(certainty(sure), torch.ones(1, 2)) and torch.allclose(certainty(flat), torch.zeros(1, 2), atol=1e-6)
-    assert torch.allclose(region_confidence(sure), torch.ones(1, 2)) and torch.allclose(expected_dice(sure), torch.ones(1, 2))  # agreed: absent
-    assert torch.allclose(overlap(p, sure), torch.zeros(1, 2), atol=1e-3) and torch.allclose(overlap(p, p), torch.ones(1, 2))
+    assert torch.allclose(certainty(sure), torch.ones(1, 2)) and torch.allclose(
+        certainty(flat), torch.zeros(1, 2), atol=1e-6
+    )
+    assert torch.allclose(region_confidence(sure), torch.ones(1, 2)) and torch.allclose(
+        expected_dice(sure), torch.ones(1, 2)
+    )  # agreed: absent
+    assert torch.allclose(overlap(p, sure), torch.zeros(1, 2), atol=1e-3) and torch.allclose(
+        overlap(p, p), torch.ones(1, 2)
+    )
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -138,16 +191,27 @@ def test_dense_head(dims):
     views = [torch.cat([image, v], 1) for v in (with_background(mask), torch.zeros(2, 3, *S))]
     assert g.temperature == 1
     g.temperature.fill_(1.5)
-    p, by_hand = g.truth(image, mask), sum((m(v) / 1.5).softmax(1) for m in g.members for v in views) / 4
-    assert torch.allclose(p, by_hand, atol=1e-5) and torch.allclose(g(image, mask), quality_target(mask, by_hand[:, 1:]), atol=1e-5)
-    assert not torch.allclose(g.members[0](views[1]), g.members[0](torch.cat([image, with_background(0 * mask)], 1)), atol=1e-3)
+    p, by_hand = (
+        g.truth(image, mask),
+        sum((m(v) / 1.5).softmax(1) for m in g.members for v in views) / 4,
+    )
+    assert torch.allclose(p, by_hand, atol=1e-5) and torch.allclose(
+        g(image, mask), quality_target(mask, by_hand[:, 1:]), atol=1e-5
+    )
+    assert not torch.allclose(
+        g.members[0](views[1]),
+        g.members[0](torch.cat([image, with_background(0 * mask)], 1)),
+        atol=1e-3,
+    )
     label = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1, keepdim=True)
     assert torch.allclose(g.error(image, mask), 1 - p.gather(1, label)[:, 0], atol=1e-5)
-    assert torch.allclose(g.belief(image, mask), sum((m(views[0]) / 1.5).softmax(1) for m in g.members) / 2, atol=1e-5)  # having seen the mask
+    assert torch.allclose(
+        g.belief(image, mask), sum((m(views[0]) / 1.5).softmax(1) for m in g.members) / 2, atol=1e-5
+    )  # having seen the mask
     soft = mask.clone().requires_grad_()
     g(image, soft).sum().backward()
     assert soft.grad.abs().sum() > 0
-    g.size = 16                                              # its own grid: the error map comes back to the mask's
+    g.size = 16  # its own grid: the error map comes back to the mask's
     error = g.error(image, mask)
     assert error.shape == (2, *S) and (error > -1e-5).all() and (error < 1 + 1e-5).all()
 
@@ -155,14 +219,21 @@ def test_dense_head(dims):
 @pytest.mark.parametrize("dropout, depends", [(1.0, False), (0.5, True), (0.0, True)])
 def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depends):
     torch.manual_seed(0)
-    g = models.build("quality_dense", channels=3, classes=2, width=4, members=1, mask_dropout=dropout).eval()
+    g = models.build(
+        "quality_dense", channels=3, classes=2, width=4, members=1, mask_dropout=dropout
+    ).eval()
     image, a, b = torch.randn(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32)
-    assert torch.allclose(g.truth(image, a), g.truth(image, b)) != depends and torch.allclose(g.belief(image, a), g.belief(image, b)) != depends
+    assert (
+        torch.allclose(g.truth(image, a), g.truth(image, b)) != depends
+        and torch.allclose(g.belief(image, a), g.belief(image, b)) != depends
+    )
 
 
 def test_the_default_g_is_small():
     for classes, channels in ((2, 3), (4, 1)):
-        assert models.parameters(models.build("quality_dense", channels=channels, classes=classes)) == pytest.approx(5.44e6, rel=0.01)
+        assert models.parameters(
+            models.build("quality_dense", channels=channels, classes=classes)
+        ) == pytest.approx(5.44e6, rel=0.01)
 
 
 def test_seg_loss_equals_an_independent_formula():
@@ -170,10 +241,22 @@ def test_seg_loss_equals_an_independent_formula():
     logits, label, w = torch.randn(3, 4, 8, 9), torch.randint(4, (3, 8, 9)), torch.rand(3, 8, 9)
     p = logits.softmax(1)
     for weight in (torch.ones(3, 8, 9), w):
-        ce = (torch.nn.functional.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
-        dice = [2 * (weight * p[:, k])[label == k].sum() / ((weight * p[:, k] ** 2).sum() + weight[label == k].sum()) for k in range(4)]
-        assert seg_loss(logits, one_hot(label, 4), weight).item() == pytest.approx(((ce + 1 - sum(dice) / 4) / 2).item(), rel=1e-5)
-    assert torch.equal(seg_loss(logits, one_hot(label, 4)), seg_loss(logits, one_hot(label, 4), torch.ones(3, 8, 9)))
+        ce = (
+            torch.nn.functional.cross_entropy(logits, label, reduction="none") * weight
+        ).sum() / weight.sum()
+        dice = [
+            2
+            * (weight * p[:, k])[label == k].sum()
+            / ((weight * p[:, k] ** 2).sum() + weight[label == k].sum())
+            for k in range(4)
+        ]
+        assert seg_loss(logits, one_hot(label, 4), weight).item() == pytest.approx(
+            ((ce + 1 - sum(dice) / 4) / 2).item(), rel=1e-5
+        )
+    assert torch.equal(
+        seg_loss(logits, one_hot(label, 4)),
+        seg_loss(logits, one_hot(label, 4), torch.ones(3, 8, 9)),
+    )
 
 
 @pytest.mark.parametrize("loss", [seg_loss, mse_loss])
@@ -202,7 +285,10 @@ def test_losses_are_float32_whatever_comes_in():
 @pytest.mark.parametrize("S", [(4, 5), (2, 3, 4)])
 def test_pixel_contrast_equals_a_double_loop(S):
     torch.manual_seed(0)
-    anchors, keys = torch.randn(3, 6, *S, requires_grad=True), torch.randn(3, 6, *S, requires_grad=True)
+    anchors, keys = (
+        torch.randn(3, 6, *S, requires_grad=True),
+        torch.randn(3, 6, *S, requires_grad=True),
+    )
     label, clear = torch.randint(3, (3, *S)), torch.rand(3, *S) < 0.7
     got = pixel_contrast(anchors, keys, label, clear, negatives=10_000, temperature=0.1)
     unit = [x.detach().movedim(1, -1).reshape(-1, 6) for x in (anchors, keys)]
@@ -214,7 +300,11 @@ def test_pixel_contrast_equals_a_double_loop(S):
             mine = [k[j] for j in range(len(k)) if sure[j] and flat[j] == flat[i]]
             mean = sum(mine) / len(mine)
             up = math.exp(float(a[i] @ mean / mean.norm()) / 0.1)
-            down = sum(math.exp(float(a[i] @ k[j]) / 0.1) for j in range(len(k)) if sure[j] and flat[j] != flat[i])
+            down = sum(
+                math.exp(float(a[i] @ k[j]) / 0.1)
+                for j in range(len(k))
+                if sure[j] and flat[j] != flat[i]
+            )
             want = -math.log(up / (up + down))
         assert value == pytest.approx(want, abs=1e-4)
     got.sum().backward()
@@ -225,8 +315,13 @@ def test_pixel_contrast_draws_negatives_and_needs_two_classes():
     torch.manual_seed(0)
     anchors, label = torch.randn(2, 4, 9, 9), torch.randint(2, (2, 9, 9))
     clear = torch.ones(2, 9, 9, dtype=torch.bool)
-    some, all_ = (pixel_contrast(anchors, anchors, label, clear, negatives=n, temperature=0.5) for n in (5, 1000))
-    assert (some < all_).all() and (some > 0).all()     # fewer terms in the denominator
-    one = pixel_contrast(anchors, anchors, torch.zeros_like(label), clear, negatives=5, temperature=0.5)
+    some, all_ = (
+        pixel_contrast(anchors, anchors, label, clear, negatives=n, temperature=0.5)
+        for n in (5, 1000)
+    )
+    assert (some < all_).all() and (some > 0).all()  # fewer terms in the denominator
+    one = pixel_contrast(
+        anchors, anchors, torch.zeros_like(label), clear, negatives=5, temperature=0.5
+    )
     none = pixel_contrast(anchors, anchors, label, ~clear, negatives=5, temperature=0.5)
     assert (one == 0).all() and (none == 0).all()

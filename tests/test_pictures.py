@@ -1,4 +1,5 @@
 """Picture files: what is stored of images and masks of every kind, what is refused, and notes."""
+
 import cv2
 import h5py
 import numpy as np
@@ -66,8 +67,8 @@ IMAGES = {
     "opaque_gray.png": (alpha(GRAY, 255), {}, GRAY),
     "palette.png": (QUANTIZED, {}, np.array(QUANTIZED.convert("RGB"))),
     "one_bit.png": (Image.fromarray(GRAY > 99), {}, (GRAY > 99) * np.uint8(255)),
-    "twelve.png": (DEEP, {}, DEEP),                # a handful of levels, if cut to 8 bits
-    "dark.tif": (DEEP // 16, {}, DEEP // 16),      # black, if cut to 8 bits
+    "twelve.png": (DEEP, {}, DEEP),  # a handful of levels, if cut to 8 bits
+    "dark.tif": (DEEP // 16, {}, DEEP // 16),  # black, if cut to 8 bits
     "deep_rgb.png": (DEEP_RGB, {}, DEEP_RGB),
     "deep_rgb.tif": (DEEP_RGB, {}, DEEP_RGB),
     "int32.tif": (DEEP.astype(np.int32) - 70000, {}, DEEP - 70000.0),
@@ -75,9 +76,12 @@ IMAGES = {
     "float.tif": (GRAY / np.float32(255), {}, GRAY / np.float32(255)),
     "double.tif": (GRAY / 8 - 3, {}, GRAY / 8 - 3),
     "float_rgb.tif": (RGB / np.float32(4), {}, RGB / 4),
-    "preview.jpg": (Image.fromarray(np.full((*SIZE, 3), 90, np.uint8)), dict(
-        format="MPO", save_all=True, append_images=[Image.fromarray(RGB)]),
-        np.full((*SIZE, 3), 90))}  # a camera's photograph and its preview
+    "preview.jpg": (
+        Image.fromarray(np.full((*SIZE, 3), 90, np.uint8)),
+        dict(format="MPO", save_all=True, append_images=[Image.fromarray(RGB)]),
+        np.full((*SIZE, 3), 90),
+    ),
+}  # a camera's photograph and its preview
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -105,11 +109,17 @@ def planar(path):
 
 
 FOREIGN = {
-    "pages.tif": (Image.fromarray(GRAY), dict(
-        save_all=True, append_images=[Image.fromarray(GRAY)] * 4), "has 5 pages"),
+    "pages.tif": (
+        Image.fromarray(GRAY),
+        dict(save_all=True, append_images=[Image.fromarray(GRAY)] * 4),
+        "has 5 pages",
+    ),
     "float_pages.tif": (lambda path: cv2.imwritemulti(str(path), [GRAY / 2.0] * 3), {}, "3 pages"),
-    "animated.png": (Image.fromarray(GRAY), dict(
-        save_all=True, append_images=[Image.fromarray(255 - GRAY)]), "2 pages or frames"),
+    "animated.png": (
+        Image.fromarray(GRAY),
+        dict(save_all=True, append_images=[Image.fromarray(255 - GRAY)]),
+        "2 pages or frames",
+    ),
     "veil.png": (alpha(RGB, 254), {}, "transparent.*254 of 255"),
     "hole.png": (alpha(GRAY, 0), {}, "transparent"),
     "hole.tif": (alpha(RGB, 0), {}, "transparent"),
@@ -127,8 +137,12 @@ FOREIGN = {
     "tiny.tif": (GRAY * 1e-12, {}, "float32 cannot"),
     "text.png": (lambda path: path.write_text("text"), {}, "not a readable picture"),
     "empty.png": (lambda path: path.write_bytes(b""), {}, "not a readable picture"),
-    "cut.jpg": (lambda path: path.write_bytes(cv2.imencode(".jpg", RGB)[1].tobytes()[:900]), {},
-                "not a readable picture")}
+    "cut.jpg": (
+        lambda path: path.write_bytes(cv2.imencode(".jpg", RGB)[1].tobytes()[:900]),
+        {},
+        "not a readable picture",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -143,7 +157,7 @@ def test_images_that_would_be_misread_are_refused(name, tmp_path):
 
 # ------------------------------------------------------------------------------------ masks
 
-LABEL = DISC + 2 * HEART                      # 0, 1 and 3
+LABEL = DISC + 2 * HEART  # 0, 1 and 3
 HALVED = cv2.resize(DISC[:, 1:-1] * 255, (27, 20), interpolation=cv2.INTER_AREA)
 BOX = np.pad(np.full((13, 17), 255, np.uint8), 9)
 HALVED_BOX = cv2.resize(BOX[:-1, :-1], (17, 15), interpolation=cv2.INTER_AREA)
@@ -166,26 +180,33 @@ MASKS = {
     "float.tif": (DISC.astype(np.float32), {}, DISC),
     "bit.png": (Image.fromarray(DISC > 0), {}, DISC),
     "red.png": (DISC[..., None] * np.uint8(RED), {}, DISC),
-    "red_blurred.png": (cv2.GaussianBlur(DISC[..., None] * np.uint8(RED), (5, 5), 0), {},
-                        cv2.GaussianBlur(DISC * 255, (5, 5), 0) > 127),
-    "palette.png": (DISC, dict(palette=[WHITE, RED]), DISC),          # the index is the class
-    "bright.png": (DISC, dict(palette=[BLACK, (9, 0, 0)]), DISC),     # also a dark one
+    "red_blurred.png": (
+        cv2.GaussianBlur(DISC[..., None] * np.uint8(RED), (5, 5), 0),
+        {},
+        cv2.GaussianBlur(DISC * 255, (5, 5), 0) > 127,
+    ),
+    "palette.png": (DISC, dict(palette=[WHITE, RED]), DISC),  # the index is the class
+    "bright.png": (DISC, dict(palette=[BLACK, (9, 0, 0)]), DISC),  # also a dark one
     "unused.png": (DISC * 0, dict(palette=[WHITE, (0, 0, 255)]), DISC * 0),
     "dim_palette.png": (DISC, dict(palette=[BLACK, (60, 60, 60)]), DISC),
     "palette_gray.png": (DISC, dict(palette=[BLACK, WHITE]), DISC),
     "palette_levels.png": (DISC * 255, dict(palette=np.repeat(range(256), 3)), DISC),
     "palette_sorted.png": (DISC * 2 + 1, dict(palette=[RED, BLACK, RED, WHITE]), DISC),
     "blurred.png": (cv2.GaussianBlur(DISC * 255, (3, 3), 0), {}, DISC),
-    "blurred_more.png": (cv2.GaussianBlur(DISC * 255, (9, 9), 0), {},
-                         cv2.GaussianBlur(DISC * 255, (9, 9), 0) > 127),
+    "blurred_more.png": (
+        cv2.GaussianBlur(DISC * 255, (9, 9), 0),
+        {},
+        cv2.GaussianBlur(DISC * 255, (9, 9), 0) > 127,
+    ),
     "halved.png": (HALVED, {}, HALVED > 127),
     "box.png": (HALVED_BOX, {}, HALVED_BOX > 127),
     "enlarged.png": (ENLARGED, {}, ENLARGED > 127),
     "worn.jpg": (Image.fromarray(LARGE), dict(quality=20), None),
-    "worn.png": (WORN, {}, WORN > 127),          # once a JPEG: white is 253
+    "worn.png": (WORN, {}, WORN > 127),  # once a JPEG: white is 253
     "soft.png": (SOFT, {}, SOFT > 127),
     "jpeg.jpg": (DISC * 255, {}, DISC),
-    "frame.png": (FRAME, {}, FRAME == 255)}                           # as in CVC-ClinicDB
+    "frame.png": (FRAME, {}, FRAME == 255),
+}  # as in CVC-ClinicDB
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -201,24 +222,31 @@ def test_masks_of_two_classes(name, tmp_path):
 def test_masks_of_several_classes(tmp_path):
     colors = [WHITE, RED, BLACK, (0, 9, 0)]
     for name, mask, options in (
-            ("gray.png", LABEL, {}), ("float.tif", LABEL.astype(np.float64), {}),
-            ("rgb.png", np.dstack([LABEL] * 3), {}), ("palette.png", LABEL, dict(palette=colors)),
-            ("gray_palette.png", 3 - LABEL, dict(palette=[[3 - k] * 3 for k in range(4)]))):
+        ("gray.png", LABEL, {}),
+        ("float.tif", LABEL.astype(np.float64), {}),
+        ("rgb.png", np.dstack([LABEL] * 3), {}),
+        ("palette.png", LABEL, dict(palette=colors)),
+        ("gray_palette.png", 3 - LABEL, dict(palette=[[3 - k] * 3 for k in range(4)])),
+    ):
         notes = {}
         found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR, notes)
         assert found.dtype == np.uint8 and (found == LABEL).all(), name
         assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
 
 
-BORDERED = np.where(RING > 0, 255, DISC)      # a class number with a border of 255: void
+BORDERED = np.where(RING > 0, 255, DISC)  # a class number with a border of 255: void
 UNCLEAR = {
     "void.png": (BORDERED, {}, "1 .*, 255 .*of 1"),
     "void_and_full.png": (np.where(RING > 0, 255, 1), {}, "regions of 1"),
     "thin_void.png": (np.where(RING > 0, 1, HEART * 255), {}, "regions or lines of 1"),
     "gray_void.png": (np.where(RING > 0, 128, DISC * 255), {}, "0 .*, 128 .*, 255 .*of 128"),
     "line.png": (np.where(cv2.dilate(DISC, np.ones((3, 3))) > DISC, 128, DISC * 255), {}, "of 128"),
-    "two_lines.png": (cv2.GaussianBlur(HEART * 255, (3, 3), 0) + np.where(
-        cv2.dilate(DISC, np.ones((5, 5))) > DISC, 128, 0), {}, "of 128"),
+    "two_lines.png": (
+        cv2.GaussianBlur(HEART * 255, (3, 3), 0)
+        + np.where(cv2.dilate(DISC, np.ones((5, 5))) > DISC, 128, 0),
+        {},
+        "of 128",
+    ),
     "third.png": (DISC * 85 + HEART * 170, {}, "0 .*, 85 .*, 255 .*of 85"),
     "third_blurred.png": (cv2.GaussianBlur(DISC * 90 + HEART * 165, (3, 3), 0), {}, "of 90"),
     "third.jpg": (DISC * 128 + HEART * 127, {}, "of 12"),
@@ -230,20 +258,30 @@ UNCLEAR = {
     "jpeg.jpg": (DISC, {}, "1 .*JPEG.*PNG"),
     "jpeg_dim.jpg": (DISC * 160, {}, "160 .*JPEG"),
     "no_black.png": (DISC * 100 + 100, {}, "100 .*, 200 .*none of them near 0"),
-    "hidden.png": (Image.fromarray(np.dstack([DISC * 0 + 255] * 3 + [DISC * 255])), {},
-                   "transparent"),   # white everywhere, also where nothing is to be seen
+    "hidden.png": (
+        Image.fromarray(np.dstack([DISC * 0 + 255] * 3 + [DISC * 255])),
+        {},
+        "transparent",
+    ),  # white everywhere, also where nothing is to be seen
     "on_white.png": (np.where(DISC[..., None], np.uint8(RED), np.uint8(255)), {}, "not black"),
-    "colors.png": (DISC[..., None] * np.uint8(RED) + HEART[..., None] * np.uint8([0, 255, 0]), {},
-                   "several colors"),
-    "rest.png": (np.where(DISC[..., None], np.uint8([253, 231, 36]), np.uint8([68, 1, 84])), {},
-                 "not black"),
+    "colors.png": (
+        DISC[..., None] * np.uint8(RED) + HEART[..., None] * np.uint8([0, 255, 0]),
+        {},
+        "several colors",
+    ),
+    "rest.png": (
+        np.where(DISC[..., None], np.uint8([253, 231, 36]), np.uint8([68, 1, 84])),
+        {},
+        "not black",
+    ),
     "inverse_palette.png": (DISC, dict(palette=[WHITE, BLACK]), "palette.*brighter"),
     "void_palette.png": (BORDERED, dict(palette=[BLACK, *[RED] * 255]), "indices 0 .*, 255"),
     "gray_palette.png": (LABEL, dict(palette=[[60 * k] * 3 for k in range(4)]), "of 60"),
     "key.png": (DISC, dict(palette=[BLACK, RED], transparency=0), "transparent"),
     "share.tif": (DISC * np.float32(0.5), {}, "0.5"),
     "negative.tif": (-DISC.astype(np.int32), {}, "-1"),
-    "turned.png": (DISC * 255, turned(6), "EXIF")}
+    "turned.png": (DISC * 255, turned(6), "EXIF"),
+}
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
@@ -255,20 +293,30 @@ def test_masks_that_are_unclear_are_refused(name, tmp_path):
     assert_refused(lambda: pixels.read_mask(path, TWO), name, words)
 
 
-@pytest.mark.parametrize("name, mask, options, words", [
-    ("m.jpg", LABEL, {}, "JPEG.*PNG"),
-    ("m.png", Image.fromarray(LABEL), dict(format="JPEG"), "JPEG"),      # whatever its ending
-    ("m.tif", Image.fromarray(LABEL), dict(compression="jpeg"), "JPEG"),
-    ("m.png", np.where(RING > 0, 255, LABEL).astype(np.uint8), {}, "values up to 255.*4 classes"),
-    ("m.png", DISC[..., None] * np.uint8(RED), {}, "colored"),
-    ("m.png", LABEL, dict(palette=[BLACK, RED, RED, WHITE], transparency=0), "transparent"),
-    ("m.png", Image.fromarray(DISC > 0), {}, "values up to 255")])
+@pytest.mark.parametrize(
+    "name, mask, options, words",
+    [
+        ("m.jpg", LABEL, {}, "JPEG.*PNG"),
+        ("m.png", Image.fromarray(LABEL), dict(format="JPEG"), "JPEG"),  # whatever its ending
+        ("m.tif", Image.fromarray(LABEL), dict(compression="jpeg"), "JPEG"),
+        (
+            "m.png",
+            np.where(RING > 0, 255, LABEL).astype(np.uint8),
+            {},
+            "values up to 255.*4 classes",
+        ),
+        ("m.png", DISC[..., None] * np.uint8(RED), {}, "colored"),
+        ("m.png", LABEL, dict(palette=[BLACK, RED, RED, WHITE], transparency=0), "transparent"),
+        ("m.png", Image.fromarray(DISC > 0), {}, "values up to 255"),
+    ],
+)
 def test_class_numbers_that_are_unclear_are_refused(name, mask, options, words, tmp_path):
     path = save(tmp_path / name, mask, **options)
     assert_refused(lambda: pixels.read_mask(path, FOUR), name, words)
 
 
 # ------------------------------------------------------------------------------------ folders
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -299,8 +347,10 @@ def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
     assert "masks/e.jpg: JPEG mask without foreground" in said
     assert "note: 2 files" in said and "foreground of value 200, not 255" in said
     with h5py.File(tmp_path / "f.h5") as f:
-        stored = {name: (c["image"][:], c["label"][:] if "label" in c else None)
-                  for name, c in f["train"].items()}
+        stored = {
+            name: (c["image"][:], c["label"][:] if "label" in c else None)
+            for name, c in f["train"].items()
+        }
     assert (stored["a"][1] == (FRAME == 255)).all() and (stored["c"][1] == DISC).all()
     assert stored["d"][0].shape[:2] == SIZE and stored["d"][1] is None
     if not options:

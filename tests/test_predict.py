@@ -1,4 +1,5 @@
 """evaluate.py --predict: new images of every kind to masks on their own grid, and g's list of them, worst first; and who finds the bad cases."""
+
 import csv
 import shutil
 from collections import defaultdict
@@ -17,9 +18,9 @@ from test_nifti import ball, ct, make, nii, same_point, save, stored_along
 from torch import nn
 
 import evaluate
-from models.device import compute
 from data import figures, h5, images, metrics, nifti, pixels, unlabeled
 from data.files import InputError, save_checkpoint
+from models.device import compute
 
 ON = compute("cpu", "off")
 
@@ -36,13 +37,14 @@ class Corner(nn.Module):
 
     def forward(self, x):
         near = torch.zeros_like(x)
-        near[..., :x.shape[-3] // 2, :x.shape[-2] // 2, :x.shape[-1] // 2] = 1
+        near[..., : x.shape[-3] // 2, : x.shape[-2] // 2, : x.shape[-1] // 2] = 1
         found = (near[:, 0] * (x[:, 0] > 0)).long()
         return nn.functional.one_hot(found, 2).movedim(-1, 1) * 50.0
 
 
 class Smaller(nn.Module):
     """A stand-in for g, of two classes: the smaller a mask is, the better."""
+
     config = dict(classes=2)
 
     def forward(self, image, mask):
@@ -53,11 +55,17 @@ class Bands(nn.Module):
     """Four classes by brightness."""
 
     def forward(self, x):
-        return nn.functional.one_hot(sum((x[:, 0] > level).long() for level in (0, 1, 2)), 4).movedim(-1, 1) * 50.0
+        return (
+            nn.functional.one_hot(sum((x[:, 0] > level).long() for level in (0, 1, 2)), 4).movedim(
+                -1, 1
+            )
+            * 50.0
+        )
 
 
 class Uneven(nn.Module):
     """A stand-in for g, of four classes, whose answers differ between slices and with the mask."""
+
     config = dict(classes=4)
 
     def forward(self, image, mask):
@@ -77,7 +85,10 @@ def pictures(tmp_path):
     folder.mkdir()
     for i in range(20):
         masks[f"p{i}"] = disc((60 + i, 90 - i), 35 if i == 18 else 10 + i)
-        cv2.imwrite(str(folder / f"p{i}.{'jpg' if i == 3 else 'png'}"), np.repeat(masks[f"p{i}"][..., None] * np.uint8(150) + 40, 3, 2))
+        cv2.imwrite(
+            str(folder / f"p{i}.{'jpg' if i == 3 else 'png'}"),
+            np.repeat(masks[f"p{i}"][..., None] * np.uint8(150) + 40, 3, 2),
+        )
     return folder, masks
 
 
@@ -99,26 +110,53 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
     folder, masks = pictures
     run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
     evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
-    assert {p.name for p in out.iterdir()} == {".lock", "masks", "worst_first.csv", "worst_first.png"}
+    assert {p.name for p in out.iterdir()} == {
+        ".lock",
+        "masks",
+        "worst_first.csv",
+        "worst_first.png",
+    }
     assert {p.stem for p in (out / "masks").iterdir()} == set(masks)
     for name, mask in masks.items():
         with Image.open(out / "masks" / f"{name}.png") as found:
-            assert found.mode == "P" and found.getpalette()[3:6] == (255 * figures.color(0)).round().astype(int).tolist()
+            assert (
+                found.mode == "P"
+                and found.getpalette()[3:6] == (255 * figures.color(0)).round().astype(int).tolist()
+            )
             found = np.array(found)
-        assert found.shape == mask.shape and set(np.unique(found)) <= {0, 1} and evaluate.dice(found > 0, mask > 0) > 0.9
-        assert (pixels.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found).all()
+        assert (
+            found.shape == mask.shape
+            and set(np.unique(found)) <= {0, 1}
+            and evaluate.dice(found > 0, mask > 0) > 0.9
+        )
+        assert (
+            pixels.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found
+        ).all()
     rows = read_list(out)
-    assert [int(r["rank"]) for r in rows] == list(range(1, 21)) and rows[0]["case"] == "p18" and {r["case"] for r in rows} == set(masks)
+    assert (
+        [int(r["rank"]) for r in rows] == list(range(1, 21))
+        and rows[0]["case"] == "p18"
+        and {r["case"] for r in rows} == set(masks)
+    )
     values = [float(r["predicted Dice"]) for r in rows]
     assert values == sorted(values)
     for r in rows:  # g sees the mask on the network's grid
         seen = h5.resize_label(np.array(Image.open(out / r["mask"])), 32)
-        assert float(r["predicted Dice"]) == pytest.approx(1 - seen.mean(), abs=1e-4) == float(r["predicted Dice, foreground"])
+        assert (
+            float(r["predicted Dice"])
+            == pytest.approx(1 - seen.mean(), abs=1e-4)
+            == float(r["predicted Dice, foreground"])
+        )
     assert [r["source"] for r in rows if r["case"] == "p3"] == ["p3.jpg"]
     sheet = cv2.imread(str(out / "worst_first.png"))
     assert sheet.shape[0] > 1000 and sheet.std() > 5
     said = capsys.readouterr()
-    assert "wrote 20 masks" in said.out and said.out.index("p18") < said.out.index("next:") and "note" not in said.out and said.err == ""
+    assert (
+        "wrote 20 masks" in said.out
+        and said.out.index("p18") < said.out.index("next:")
+        and "note" not in said.out
+        and said.err == ""
+    )
 
 
 @pytest.mark.parametrize("gray", [False, True])
@@ -126,16 +164,31 @@ def test_pictures_are_read_like_the_data(gray, tmp_path):
     """Color by color, what data.images makes of the same files."""
     rng = np.random.default_rng(0)
     (tmp_path / "src" / "images").mkdir(parents=True)
-    for name, shape, type in (("rgb", (12, 16, 3), np.uint8), ("deep", (12, 16, 3), np.uint16),
-                              ("gray", (12, 16), np.uint8), ("float", (12, 16), np.float32)):
-        image, ending = rng.integers(0, 256, shape).astype(type), "tif" if name == "float" else "png"
+    for name, shape, type in (
+        ("rgb", (12, 16, 3), np.uint8),
+        ("deep", (12, 16, 3), np.uint16),
+        ("gray", (12, 16), np.uint8),
+        ("float", (12, 16), np.float32),
+    ):
+        image, ending = (
+            rng.integers(0, 256, shape).astype(type),
+            "tif" if name == "float" else "png",
+        )
         cv2.imwrite(str(tmp_path / "src" / "images" / f"{name}.{ending}"), image)
-    images.main([str(tmp_path / "src"), "--out", str(tmp_path / "a.h5"), *(["--gray"] if gray else [])])
+    images.main(
+        [str(tmp_path / "src"), "--out", str(tmp_path / "a.h5"), *(["--gray"] if gray else [])]
+    )
     info = h5.read_info(str(tmp_path / "a.h5"))
     found = unlabeled.convert(str(tmp_path / "src"), str(tmp_path / "b.h5"), info.describe())
-    theirs = {name: image for split in info.splits for name, image, *_ in h5.read_cases(info, split, labels=False)}
+    theirs = {
+        name: image
+        for split in info.splits
+        for name, image, *_ in h5.read_cases(info, split, labels=False)
+    }
     ours = {name: image for name, image, *_ in h5.read_cases(found, "unlabeled", labels=False)}
-    assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all((ours[name] == theirs[name]).all() for name in ours)
+    assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all(
+        (ours[name] == theirs[name]).all() for name in ours
+    )
 
 
 def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp_path):
@@ -162,7 +215,9 @@ def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures
     images.main([str(src), "--out", str(tmp_path / "f.h5"), "--size", "48"])
     info = h5.read_info(str(tmp_path / "f.h5"))
     run = make_run(tmp_path / "run", info)
-    evaluate.main([info.path, run, "--predict", "--qp", "qp.pt", "--out", str(tmp_path / "out")])   # the split unlabeled comes by itself
+    evaluate.main(
+        [info.path, run, "--predict", "--qp", "qp.pt", "--out", str(tmp_path / "out")]
+    )  # the split unlabeled comes by itself
     assert {p.stem for p in (tmp_path / "out" / "masks").iterdir()} == set(masks)
     for name, mask in masks.items():
         found = np.array(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
@@ -170,12 +225,34 @@ def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures
     assert read_list(tmp_path / "out")[0]["case"] == "p18"
 
 
-@pytest.mark.parametrize("options, suffix", [
-    (["--spacing", "8,1.2,1.2", "--intensity", "ct", "--clip", "50,200"], ""), (["--dims", "2"], ""), (["--channel", "1"], "_0001")])
+@pytest.mark.parametrize(
+    "options, suffix",
+    [
+        (["--spacing", "8,1.2,1.2", "--intensity", "ct", "--clip", "50,200"], ""),
+        (["--dims", "2"], ""),
+        (["--channel", "1"], "_0001"),
+    ],
+)
 def test_a_folder_of_volumes_is_prepared_like_the_data(options, suffix, bright, tmp_path, capsys):
     """imagesTs give the same masks through the dataset that data.nifti makes of them as through their folder: spacing, window, channel."""
-    src = make(tmp_path / "src", ["a", "b", "c"], shape=(9, 40, 44), spacing=(1.4, 1.4, 8.0), origin=(3.0, -5.0, 7.0), suffix=suffix)
-    make(src, ["x", "y"], shape=(9, 36, 44), spacing=(1.3, 1.4, 7.0), origin=(1.0, 2.0, 3.0), tr="Ts", labels=False, suffix=suffix)
+    src = make(
+        tmp_path / "src",
+        ["a", "b", "c"],
+        shape=(9, 40, 44),
+        spacing=(1.4, 1.4, 8.0),
+        origin=(3.0, -5.0, 7.0),
+        suffix=suffix,
+    )
+    make(
+        src,
+        ["x", "y"],
+        shape=(9, 36, 44),
+        spacing=(1.3, 1.4, 7.0),
+        origin=(1.0, 2.0, 3.0),
+        tr="Ts",
+        labels=False,
+        suffix=suffix,
+    )
     if suffix:  # two channels, of which the first one is flat
         for folder in ("imagesTr", "imagesTs"):
             for p in list((src / folder).iterdir()):
@@ -184,15 +261,34 @@ def test_a_folder_of_volumes_is_prepared_like_the_data(options, suffix, bright, 
     nifti.main([str(src), "--out", str(tmp_path / "f.h5"), *options])
     info = h5.read_info(str(tmp_path / "f.h5"))
     run = make_run(tmp_path / "run", info, size=32 if info.dims == 2 else (16, 32, 32))
-    evaluate.main([info.path, run, "--predict", "--split", "test", "--out", str(tmp_path / "through_h5")])
-    evaluate.main([str(src / "imagesTs"), run, "--predict", "--out", str(tmp_path / "through_folder")])
-    found = {p.name: sitk.ReadImage(str(p)) for p in (tmp_path / "through_folder" / "masks").iterdir()}
-    assert set(found) == {"x.nii.gz", "y.nii.gz"} and "note: the checkpoint" not in capsys.readouterr().out
+    evaluate.main(
+        [info.path, run, "--predict", "--split", "test", "--out", str(tmp_path / "through_h5")]
+    )
+    evaluate.main(
+        [str(src / "imagesTs"), run, "--predict", "--out", str(tmp_path / "through_folder")]
+    )
+    found = {
+        p.name: sitk.ReadImage(str(p)) for p in (tmp_path / "through_folder" / "masks").iterdir()
+    }
+    assert (
+        set(found) == {"x.nii.gz", "y.nii.gz"}
+        and "note: the checkpoint" not in capsys.readouterr().out
+    )
     for name, mask in found.items():
-        other, source = (sitk.ReadImage(str(p)) for p in (tmp_path / "through_h5" / "masks" / name, src / "imagesTs" / name.replace(".nii", f"{suffix}.nii")))
-        assert (sitk.GetArrayFromImage(mask) == sitk.GetArrayFromImage(other)).all() and 0 < sitk.GetArrayFromImage(mask).mean() < 1
+        other, source = (
+            sitk.ReadImage(str(p))
+            for p in (
+                tmp_path / "through_h5" / "masks" / name,
+                src / "imagesTs" / name.replace(".nii", f"{suffix}.nii"),
+            )
+        )
+        assert (
+            sitk.GetArrayFromImage(mask) == sitk.GetArrayFromImage(other)
+        ).all() and 0 < sitk.GetArrayFromImage(mask).mean() < 1
         for what in ("Size", "Spacing", "Origin", "Direction"):
-            assert np.allclose(getattr(mask, f"Get{what}")(), getattr(source, f"Get{what}")(), atol=1e-5), what
+            assert np.allclose(
+                getattr(mask, f"Get{what}")(), getattr(source, f"Get{what}")(), atol=1e-5
+            ), what
 
 
 def test_new_volumes_are_turned_to_the_network_and_masks_back(tmp_path, capsys, monkeypatch):
@@ -249,8 +345,15 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
     outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, ON, 8)
     expected = metrics.at_level(outputs, "volume", samples.case, "g")[0]
     if info.dims == 3:  # a mask that agrees with itself where patches overlap
-        label = np.random.default_rng(0).integers(0, 4, info.entries("val")[0].grid).astype(np.uint8)
-        parts = torch.stack([torch.from_numpy(label[tuple(slice(c, c + s) for c, s in zip(at, size))].copy()) for at in samples.at]).long()
+        label = (
+            np.random.default_rng(0).integers(0, 4, info.entries("val")[0].grid).astype(np.uint8)
+        )
+        parts = torch.stack(
+            [
+                torch.from_numpy(label[tuple(slice(c, c + s) for c, s in zip(at, size))].copy())
+                for at in samples.at
+            ]
+        ).long()
         mask = nn.functional.one_hot(parts, 4).movedim(-1, 1)[:, 1:].float()
         with torch.no_grad():
             says = g(samples.batch(torch.arange(len(samples)))[0], mask)
@@ -258,8 +361,21 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
         expected = ((says * area).sum(0) / area.sum(0)).numpy()
     else:
         with torch.no_grad():
-            label = torch.cat([evaluate.probabilities(net, samples.batch(torch.tensor([i]))[0], ON).argmax(1) for i in range(len(samples))]).numpy().astype(np.uint8)
-    assert evaluate.predicted_quality(g, label, samples, size, ON) == pytest.approx(expected, abs=1e-4)
+            label = (
+                torch.cat(
+                    [
+                        evaluate.probabilities(net, samples.batch(torch.tensor([i]))[0], ON).argmax(
+                            1
+                        )
+                        for i in range(len(samples))
+                    ]
+                )
+                .numpy()
+                .astype(np.uint8)
+            )
+    assert evaluate.predicted_quality(g, label, samples, size, ON) == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_masks_of_several_classes_come_back(tmp_path):
@@ -278,10 +394,27 @@ def test_masks_of_several_classes_come_back(tmp_path):
 
 def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
     src = make(tmp_path / "src", ["a", "b", "c"])
-    nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--spacing", "2,1,1", "--intensity", "ct", "--clip", "0,200"])
+    nifti.main(
+        [
+            str(src),
+            "--out",
+            str(tmp_path / "f.h5"),
+            "--spacing",
+            "2,1,1",
+            "--intensity",
+            "ct",
+            "--clip",
+            "0,200",
+        ]
+    )
     assert h5.read_info(str(tmp_path / "f.h5")).describe()["prepared"] == {
-        "from": "nifti", "spacing": [2, 1, 1], "window": [0, 200], "channel": None,
-        "nnunet": False, "axes": "SPL"}
+        "from": "nifti",
+        "spacing": [2, 1, 1],
+        "window": [0, 200],
+        "channel": None,
+        "nnunet": False,
+        "axes": "SPL",
+    }
     assert h5.read_info(rgb).describe()["prepared"] == {"from": "pictures"}
 
 
@@ -290,25 +423,64 @@ def test_a_checkpoint_that_does_not_know_takes_images_as_they_are(gray, tmp_path
     info = h5.read_info(gray)
     run = make_run(tmp_path / "run", info)
     make(tmp_path / "src", ["a"], shape=(3, 40, 44))
-    evaluate.main([str(tmp_path / "src" / "imagesTr"), run, "--predict", "--out", str(tmp_path / "out")])
-    assert "note: the checkpoint does not say how its data were prepared" in capsys.readouterr().out and (tmp_path / "out" / "masks" / "a.nii.gz").exists()
+    evaluate.main(
+        [str(tmp_path / "src" / "imagesTr"), run, "--predict", "--out", str(tmp_path / "out")]
+    )
+    assert (
+        "note: the checkpoint does not say how its data were prepared" in capsys.readouterr().out
+        and (tmp_path / "out" / "masks" / "a.nii.gz").exists()
+    )
     info.standardize = False
-    refused(evaluate.main, [tmp_path / "src" / "imagesTr", make_run(tmp_path / "ct", info), "--predict", "--out", tmp_path / "o"], "window")
+    refused(
+        evaluate.main,
+        [
+            tmp_path / "src" / "imagesTr",
+            make_run(tmp_path / "ct", info),
+            "--predict",
+            "--out",
+            tmp_path / "o",
+        ],
+        "window",
+    )
 
 
 def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     folder, _ = pictures
-    run, in3d = make_run(tmp_path / "run", h5.read_info(rgb)), make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
-    out, scans = ["--predict", "--out", tmp_path / "o"], make(tmp_path / "scans", ["a"]) / "imagesTr"
+    run, in3d = (
+        make_run(tmp_path / "run", h5.read_info(rgb)),
+        make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32)),
+    )
+    out, scans = (
+        ["--predict", "--out", tmp_path / "o"],
+        make(tmp_path / "scans", ["a"]) / "imagesTr",
+    )
     refused(evaluate.main, [scans, run, *out], "NIfTI", "pictures")
     refused(evaluate.main, [folder, in3d, *out], "pictures", "volumes")
-    images.main([str(make_pictures(tmp_path / "g", 4)), "--out", str(tmp_path / "g.h5"), "--gray", "--val", "0.3"])
-    refused(evaluate.main, [scans, make_run(tmp_path / "gray", h5.read_info(str(tmp_path / "g.h5"))), *out], "NIfTI", "learned from pictures")   # gray, too
+    images.main(
+        [
+            str(make_pictures(tmp_path / "g", 4)),
+            "--out",
+            str(tmp_path / "g.h5"),
+            "--gray",
+            "--val",
+            "0.3",
+        ]
+    )
+    refused(
+        evaluate.main,
+        [scans, make_run(tmp_path / "gray", h5.read_info(str(tmp_path / "g.h5"))), *out],
+        "NIfTI",
+        "learned from pictures",
+    )  # gray, too
     (tmp_path / "empty").mkdir()
     refused(evaluate.main, [tmp_path / "empty", run, *out], "empty", "no picture")
     refused(evaluate.main, [tmp_path / "nowhere", run, *out], "no such file")
-    refused(evaluate.main, [folder, run, "--out", tmp_path / "o"], "a folder")                   # scoring needs a dataset
-    refused(evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder))        # new images are of no split
+    refused(
+        evaluate.main, [folder, run, "--out", tmp_path / "o"], "a folder"
+    )  # scoring needs a dataset
+    refused(
+        evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
+    )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
     shutil.copy(scans / "a.nii.gz", folder)
     refused(evaluate.main, [folder, run, *out], "both")
@@ -319,15 +491,36 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     (folder / "p5.png").write_bytes((folder / "p5.png").read_bytes()[:60])
     refused(evaluate.main, [folder, run, *out], "p5.png", "not a readable picture")
     cv2.imwrite(str(folder / "p5.png"), np.zeros((3, 60, 3), np.uint8))
-    refused(evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60")        # not the temporary file, nor what nobody did
-    assert {p.name for p in (tmp_path / "o").glob("*")} | {p.name for p in (tmp_path / "o").glob(".*")} <= {".lock"}       # nor what was read before
-    for wrong in ({"from": "nifti", "spacing": [1, 2]}, {"from": "nifti", "spacing": "1,2,3"}, {"from": "nifti", "eval": 1}, {"from": "nifti", "spacing": [0, 1, 1]},
-                  {"from": "nifti", "spacing": [1e-6] * 3}, {"from": "nifti", "spacing": [float("inf")] * 3}, {"from": "nifti", "window": [1, 1]},
-                  {"from": "nifti", "window": [float("nan"), 1]}, {"from": "nifti", "channel": True}, {"from": "nifti", "nnunet": 1}, {"from": ["nifti"]}, [1], "nifti",
-                  {"from": "nifti", "axes": "SAS"}, {"from": "nifti", "axes": 3}):
+    refused(
+        evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60"
+    )  # not the temporary file, nor what nobody did
+    assert {p.name for p in (tmp_path / "o").glob("*")} | {
+        p.name for p in (tmp_path / "o").glob(".*")
+    } <= {".lock"}  # nor what was read before
+    for wrong in (
+        {"from": "nifti", "spacing": [1, 2]},
+        {"from": "nifti", "spacing": "1,2,3"},
+        {"from": "nifti", "eval": 1},
+        {"from": "nifti", "spacing": [0, 1, 1]},
+        {"from": "nifti", "spacing": [1e-6] * 3},
+        {"from": "nifti", "spacing": [float("inf")] * 3},
+        {"from": "nifti", "window": [1, 1]},
+        {"from": "nifti", "window": [float("nan"), 1]},
+        {"from": "nifti", "channel": True},
+        {"from": "nifti", "nnunet": 1},
+        {"from": ["nifti"]},
+        [1],
+        "nifti",
+        {"from": "nifti", "axes": "SAS"},
+        {"from": "nifti", "axes": 3},
+    ):
         state = torch.load(in3d, weights_only=True)
         state["data"]["prepared"] = wrong
-        save_checkpoint(tmp_path / "w.pt", "ssl", **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")})
+        save_checkpoint(
+            tmp_path / "w.pt",
+            "ssl",
+            **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")},
+        )
         refused(evaluate.main, [scans, tmp_path / "w.pt", *out], "cannot be understood")
     shutil.copy(rgb, tmp_path / "f.h5")
     for wrong in ("[1]", "{"):
@@ -341,17 +534,51 @@ def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused
     folder, _ = pictures
     run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
     evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
-    refused(evaluate.main, [folder / "p3.jpg", run, "--predict", "--out", out], "masks", "--overwrite")
+    refused(
+        evaluate.main, [folder / "p3.jpg", run, "--predict", "--out", out], "masks", "--overwrite"
+    )
     (out / ".images.123.part").touch()
     evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--out", str(out), "--overwrite"])
-    assert [p.name for p in (out / "masks").iterdir()] == ["p3.png"] and {p.name for p in out.iterdir()} <= {"masks", ".lock"}
-    evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--qp", "qp.pt", "--pictures", "0", "--out", str(out), "--overwrite"])
-    assert {p.name for p in out.iterdir()} <= {"masks", ".lock", "worst_first.csv"} and len(read_list(out)) == 1
+    assert [p.name for p in (out / "masks").iterdir()] == ["p3.png"] and {
+        p.name for p in out.iterdir()
+    } <= {"masks", ".lock"}
+    evaluate.main(
+        [
+            str(folder / "p3.jpg"),
+            run,
+            "--predict",
+            "--qp",
+            "qp.pt",
+            "--pictures",
+            "0",
+            "--out",
+            str(out),
+            "--overwrite",
+        ]
+    )
+    assert {p.name for p in out.iterdir()} <= {"masks", ".lock", "worst_first.csv"} and len(
+        read_list(out)
+    ) == 1
 
 
-def test_a_wrong_g_is_refused_before_images_are_read(rgb, gray_quality, pictures, tmp_path, refused, monkeypatch):
+def test_a_wrong_g_is_refused_before_images_are_read(
+    rgb, gray_quality, pictures, tmp_path, refused, monkeypatch
+):
     monkeypatch.setattr(pixels, "read_picture", None)
-    refused(evaluate.main, [pictures[0], make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--qp", gray_quality[1], "--out", tmp_path / "o"], "qp.pt", "classes")
+    refused(
+        evaluate.main,
+        [
+            pictures[0],
+            make_run(tmp_path / "run", h5.read_info(rgb)),
+            "--predict",
+            "--qp",
+            gray_quality[1],
+            "--out",
+            tmp_path / "o",
+        ],
+        "qp.pt",
+        "classes",
+    )
 
 
 def turned(path, array, orientation):
@@ -366,8 +593,20 @@ def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys)
     folder.mkdir()
     mask[10:40, 5:30] = 1
     for orientation in (1, 3, 6):
-        turned(folder / f"p{orientation}.jpg", np.repeat(mask[..., None] * np.uint8(150) + 40, 3, 2), orientation)
-    evaluate.main([str(folder), make_run(tmp_path / "run", h5.read_info(rgb)), "--predict", "--out", str(tmp_path / "out")])
+        turned(
+            folder / f"p{orientation}.jpg",
+            np.repeat(mask[..., None] * np.uint8(150) + 40, 3, 2),
+            orientation,
+        )
+    evaluate.main(
+        [
+            str(folder),
+            make_run(tmp_path / "run", h5.read_info(rgb)),
+            "--predict",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "note: 2 files" in (said := capsys.readouterr().out) and "p3.jpg: stored turned" in said
     for p in (tmp_path / "out" / "masks").iterdir():
         assert evaluate.dice(np.array(Image.open(p)) > 0, mask > 0) > 0.9
@@ -392,44 +631,90 @@ def test_a_case_without_the_channel_is_refused(tmp_path, refused):
     nifti.main([str(src), "--out", str(tmp_path / "f.h5"), "--channel", "1"])
     run = make_run(tmp_path / "run", h5.read_info(str(tmp_path / "f.h5")), size=(16, 16, 16))
     save(tmp_path / "new" / "x_0000.nii.gz", ball((4, 10, 12), (2, 5, 5), 3).astype(np.float32))
-    refused(evaluate.main, [tmp_path / "new", run, "--predict", "--out", tmp_path / "o"], "'x' has no channel 1")
+    refused(
+        evaluate.main,
+        [tmp_path / "new", run, "--predict", "--out", tmp_path / "o"],
+        "'x' has no channel 1",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- triage
 
+
 def outputs_of(dice, **estimates):
     """Outputs of cases that are one slice of one class, of a hundred pixels in all."""
     dice = np.array(dice)[:, None]
-    return metrics.Outputs(dice > 0, 50 * dice, np.full(dice.shape, 50), np.full(dice.shape, 100), {k: np.array(v)[:, None] for k, v in estimates.items()})
+    return metrics.Outputs(
+        dice > 0,
+        50 * dice,
+        np.full(dice.shape, 50),
+        np.full(dice.shape, 100),
+        {k: np.array(v)[:, None] for k, v in estimates.items()},
+    )
 
 
 def test_triage_by_hand():
     """Ten cases, three of them bad: two are shown. A perfect ranking finds two of three, its opposite none, and one that knows nothing 20%."""
-    true, case = np.array([0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]), [f"c{i}" for i in range(10)]
-    rows, curves = metrics.triage([outputs_of(true, g=true, wrong=-true, flat=0 * true, half=[0.5, 0, 1, 0, 1, 1, 1, 1, 1, 1])], case)
+    true, case = (
+        np.array([0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]),
+        [f"c{i}" for i in range(10)],
+    )
+    rows, curves = metrics.triage(
+        [
+            outputs_of(
+                true, g=true, wrong=-true, flat=0 * true, half=[0.5, 0, 1, 0, 1, 1, 1, 1, 1, 1]
+            )
+        ],
+        case,
+    )
     found = {r["estimate"]: r["found"] for r in rows}
-    assert found == pytest.approx({"g": 2 / 3, "wrong": 0, "flat": 0.2, "half": 1 / 3, "at best": 2 / 3})
+    assert found == pytest.approx(
+        {"g": 2 / 3, "wrong": 0, "flat": 0.2, "half": 1 / 3, "at best": 2 / 3}
+    )
     assert rows[0]["bad"] == 3 and rows[0]["cases"] == 10 and rows[0]["runs"] == "1 of 1"
-    assert curves["g"][0] == 0 and curves["g"][10] == pytest.approx(1 / 3) and curves["g"][15] == pytest.approx(0.5) and curves["g"][30] == curves["g"][100] == 1
-    assert curves["wrong"][70] == pytest.approx(0) and np.allclose(curves["flat"], np.linspace(0, 1, 101))                  # at random, whatever the number
+    assert (
+        curves["g"][0] == 0
+        and curves["g"][10] == pytest.approx(1 / 3)
+        and curves["g"][15] == pytest.approx(0.5)
+        and curves["g"][30] == curves["g"][100] == 1
+    )
+    assert curves["wrong"][70] == pytest.approx(0) and np.allclose(
+        curves["flat"], np.linspace(0, 1, 101)
+    )  # at random, whatever the number
     assert {r["estimate"]: r["area under curve"] for r in rows}["flat"] == pytest.approx(0.5)
-    assert {r["estimate"]: r["area under curve"] for r in rows}["at best"] == pytest.approx(1 - 0.3 / 2)
+    assert {r["estimate"]: r["area under curve"] for r in rows}["at best"] == pytest.approx(
+        1 - 0.3 / 2
+    )
 
 
 def test_triage_is_that_of_runs_with_bad_and_good_cases():
     true, case = np.array([0.1, 0.9, 0.9, 0.9, 0.9]), list("abcde")
     good, bad = outputs_of(true + 0.7, g=true), outputs_of(true * 0.1, g=true)
     rows, _ = metrics.triage([good, outputs_of(true, g=true), bad, outputs_of(true, g=-true)], case)
-    assert rows[0] == {"estimate": "g", "found": 0.5, "area under curve": pytest.approx(rows[0]["area under curve"]), "runs": "2 of 4", "cases": 5, "bad": 1.0}
+    assert rows[0] == {
+        "estimate": "g",
+        "found": 0.5,
+        "area under curve": pytest.approx(rows[0]["area under curve"]),
+        "runs": "2 of 4",
+        "cases": 5,
+        "bad": 1.0,
+    }
     assert metrics.triage([good, bad], case) == ([], {})
 
 
 def test_triage_takes_the_mean_over_classes_of_whole_volumes():
     """Two volumes of two slices; class 0 is good, class 1 as bad as one volume's Dice of .5 needs to be below .7 on average."""
-    shared, total = np.array([[10, 1], [10, 1], [10, 10], [10, 9]]), np.array([[20, 10], [20, 10], [20, 20], [20, 20]])
-    o = metrics.Outputs(shared > 0, shared, total / 2, total, {"g": np.array([[1, 0.1], [1, 0.1], [1, 1], [1, 1]])})
+    shared, total = (
+        np.array([[10, 1], [10, 1], [10, 10], [10, 9]]),
+        np.array([[20, 10], [20, 10], [20, 20], [20, 20]]),
+    )
+    o = metrics.Outputs(
+        shared > 0, shared, total / 2, total, {"g": np.array([[1, 0.1], [1, 0.1], [1, 1], [1, 1]])}
+    )
     rows, _ = metrics.triage([o], ["v", "v", "w", "w"])
-    assert rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == pytest.approx(0.4)      # (1 + .2) / 2 = .6; 20% of two cases
+    assert (
+        rows[0]["bad"] == 1 and rows[0]["cases"] == 2 and rows[0]["found"] == pytest.approx(0.4)
+    )  # (1 + .2) / 2 = .6; 20% of two cases
 
 
 def test_files_that_pass_for_channels_and_axes_that_nobody_knows_are_noted(tmp_path, capsys):

@@ -1,19 +1,22 @@
 """How the images of data and of checkpoints were prepared: what contradicts is refused or noted."""
+
 import json
 import shutil
 
 import h5py
 import pytest
 import torch
+from test_evaluate import make_run
 
 import evaluate
 import train_ssl
 from data import h5
 from data.files import InputError
-from test_evaluate import make_run
 
-CT, NARROW, MR = (dict({"from": "nifti", "spacing": [2, 1, 1], "channel": None, "nnunet": False},
-                       window=window) for window in ([-175.0, 250.0], [0, 200], None))
+CT, NARROW, MR = (
+    dict({"from": "nifti", "spacing": [2, 1, 1], "channel": None, "nnunet": False}, window=window)
+    for window in ([-175.0, 250.0], [0, 200], None)
+)
 
 
 def said(prepared=None, standardize=None):
@@ -22,42 +25,82 @@ def said(prepared=None, standardize=None):
     return dict(standardize=not windowed if standardize is None else standardize, prepared=prepared)
 
 
-@pytest.mark.parametrize("theirs, ours, words", [
-    (said(NARROW), said(CT), ["b.pt", "window 0,200", "d.h5", "window -175,250",
-                              "convert d.h5 again with --intensity ct --clip 0,200"]),
-    (said(CT), said(MR), ["window -175,250", "standardized case by case", "--clip -175,250"]),
-    (said(MR), said(CT), ["standardized case by case", "again with --intensity mr"]),
-    (said(), said(CT), ["standardized case by case", "window -175,250", "convert both alike"]),
-    (said(CT), said(), ["window -175,250", "--intensity ct --clip -175,250"]),
-    (said(None, False), said(MR), ["unknown window", "standardized case by case", "both alike"]),
-    (dict(prepared=None), said(CT), ["standardized case by case"]),  # an old checkpoint
-    (said(MR | {"axes": "SPL"}), said(MR | {"axes": "SAR"}), ["axes SPL", "along SAR", "--axes SPL"]),
-    (said(CT | {"window": "wide"}), said(CT), ["window wide", "window -175,250"]),
-    (said(CT | {"window": [10 ** 400, torch.ones(3)]}), said(CT), ["beyond all numbers,?"])])
+@pytest.mark.parametrize(
+    "theirs, ours, words",
+    [
+        (
+            said(NARROW),
+            said(CT),
+            [
+                "b.pt",
+                "window 0,200",
+                "d.h5",
+                "window -175,250",
+                "convert d.h5 again with --intensity ct --clip 0,200",
+            ],
+        ),
+        (said(CT), said(MR), ["window -175,250", "standardized case by case", "--clip -175,250"]),
+        (said(MR), said(CT), ["standardized case by case", "again with --intensity mr"]),
+        (said(), said(CT), ["standardized case by case", "window -175,250", "convert both alike"]),
+        (said(CT), said(), ["window -175,250", "--intensity ct --clip -175,250"]),
+        (
+            said(None, False),
+            said(MR),
+            ["unknown window", "standardized case by case", "both alike"],
+        ),
+        (dict(prepared=None), said(CT), ["standardized case by case"]),  # an old checkpoint
+        (
+            said(MR | {"axes": "SPL"}),
+            said(MR | {"axes": "SAR"}),
+            ["axes SPL", "along SAR", "--axes SPL"],
+        ),
+        (said(CT | {"window": "wide"}), said(CT), ["window wide", "window -175,250"]),
+        (said(CT | {"window": [10**400, torch.ones(3)]}), said(CT), ["beyond all numbers,?"]),
+    ],
+)
 def test_other_intensities_are_refused(theirs, ours, words):
     with pytest.raises(InputError) as found:
         h5.check_prepared({"d.h5": ours}, {"b.pt": theirs})
     assert all(word in str(found.value) for word in words), found.value
 
 
-@pytest.mark.parametrize("theirs, ours, note", [
-    (said(CT), said(CT | {"spacing": [1, 1.0, 1]}), "spacing 2 x 1 x 1, not 1 x 1 x 1"),
-    (said(CT), said(CT | {"spacing": None}), "spacing 2 x 1 x 1, not none"),
-    (said(MR | {"channel": 1}), said(MR), "channel 1, not none"),
-    (said({"from": "pictures"}), said(MR), "from pictures, not nifti"),
-    (said(MR | {"a": {"b": 1}, "c\n": 2}), said(MR | {"a": 1, "c\n": 3}), "a ?, not 1, c? 2, not 3")])
+@pytest.mark.parametrize(
+    "theirs, ours, note",
+    [
+        (said(CT), said(CT | {"spacing": [1, 1.0, 1]}), "spacing 2 x 1 x 1, not 1 x 1 x 1"),
+        (said(CT), said(CT | {"spacing": None}), "spacing 2 x 1 x 1, not none"),
+        (said(MR | {"channel": 1}), said(MR), "channel 1, not none"),
+        (said({"from": "pictures"}), said(MR), "from pictures, not nifti"),
+        (
+            said(MR | {"a": {"b": 1}, "c\n": 2}),
+            said(MR | {"a": 1, "c\n": 3}),
+            "a ?, not 1, c? 2, not 3",
+        ),
+    ],
+)
 def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, note, capsys):
     h5.check_prepared({"d.h5": ours}, {"a.pt": theirs, "b.pt": theirs, "c.pt": ours})
     start = "note: a.pt (and 1 more) and d.h5 were prepared differently: "
     assert capsys.readouterr().out == f"{start}{note}\n"
 
 
-@pytest.mark.parametrize("theirs, ours", [
-    (said(CT), said(json.loads(json.dumps(CT)))), (said(CT), said(None, False)), (said(), said(MR)),
-    (said(None, False), said(CT)), (said(MR | {"channel": 0}), said(MR)), ({}, said(MR)), ({}, said()),
-    (said(MR | {"axes": "SPL"}), said(MR)), (said(MR), said(MR | {"nnunet": True})),
-    (dict(standardize=torch.ones(2), prepared=[1]), said(MR)), (said("ct"), said(MR)),
-    (said(CT | {"window": (-175, 250)}), said(CT))])
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        (said(CT), said(json.loads(json.dumps(CT)))),
+        (said(CT), said(None, False)),
+        (said(), said(MR)),
+        (said(None, False), said(CT)),
+        (said(MR | {"channel": 0}), said(MR)),
+        ({}, said(MR)),
+        ({}, said()),
+        (said(MR | {"axes": "SPL"}), said(MR)),
+        (said(MR), said(MR | {"nnunet": True})),
+        (dict(standardize=torch.ones(2), prepared=[1]), said(MR)),
+        (said("ct"), said(MR)),
+        (said(CT | {"window": (-175, 250)}), said(CT)),
+    ],
+)
 def test_what_fits_or_is_not_known_passes_without_a_word(theirs, ours, capsys):
     h5.check_prepared({"d.h5": ours}, {"a.pt": theirs})
     assert capsys.readouterr().out == ""
@@ -86,7 +129,9 @@ def as_ct(source, path, window):
 
 def test_every_script_compares(gray, gray_quality, tmp_path, refused):
     wide, narrow = (as_ct(gray, tmp_path / f"{w[1]}.h5", w) for w in ([-175, 250], [0, 200]))
-    runs = [make_run(tmp_path / name, h5.read_info(data)) for name, data in (("w", wide), ("n", narrow))]
+    runs = [
+        make_run(tmp_path / name, h5.read_info(data)) for name, data in (("w", wide), ("n", narrow))
+    ]
     out, clip = ["--out", tmp_path / "out"], "--clip 0,200"
     refused(evaluate.main, [wide, *runs, *out], runs[1], "250.h5", clip)
     refused(evaluate.main, [wide, runs[1], "--predict", *out], runs[1], clip)
@@ -109,7 +154,10 @@ def test_a_g_of_other_flips_is_noted(gray, gray_quality, tmp_path, capsys, refus
     load(gray_quality[1], f={"flip": "H"})
     assert "g has seen flips along all axes, but f along H; train" in capsys.readouterr().out
     state = torch.load(gray_quality[1], weights_only=True)
-    for flip, other, words in (("none", None, "no axis, but f along all axes"), ("W", "H", "W, but f along H")):
+    for flip, other, words in (
+        ("none", None, "no axis, but f along all axes"),
+        ("W", "H", "W, but f along H"),
+    ):
         state["args"]["flip"] = flip
         torch.save(state, tmp_path / "qp.pt")
         load(str(tmp_path / "qp.pt"), f={"flip": other})
@@ -119,8 +167,10 @@ def test_a_g_of_other_flips_is_noted(gray, gray_quality, tmp_path, capsys, refus
 
 def test_runs_of_other_flips_are_rows_of_their_own(gray, tmp_path):
     info = h5.read_info(gray)
-    paths = [make_run(tmp_path / str(seed), info, seed=seed, flip=flip)
-             for seed, flip in enumerate((None, None, "H"))]
+    paths = [
+        make_run(tmp_path / str(seed), info, seed=seed, flip=flip)
+        for seed, flip in enumerate((None, None, "H"))
+    ]
     states = [torch.load(path, weights_only=True) for path in paths]
     del states[1]["args"]["flip"]  # older than the option
     names = [(name, members) for name, _, members in evaluate.group_runs(states, paths)]

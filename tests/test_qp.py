@@ -1,4 +1,5 @@
 """The quality predictor: its batches, that it learns, its report, resuming, and refusals."""
+
 import csv
 import json
 import os
@@ -9,11 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import make_pictures, quality, shared
 
 import corrupt
 import evaluate
 import train_qp
-from conftest import make_pictures, quality, shared
 from data import h5, images, phantom
 from data.vqm import load
 from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
@@ -37,10 +38,17 @@ def test_batches_show_what_they_should(kind, request):
     rows = torch.arange(len(masks.mask))
     options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
     x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "0"))
-    assert x.shape[1] == info.channels and mask.shape == truth.shape == (len(rows), len(info.classes) - 1, 32, 32)
+    assert x.shape[1] == info.channels and mask.shape == truth.shape == (
+        len(rows),
+        len(info.classes) - 1,
+        32,
+        32,
+    )
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     identical = (masks.mask == masks.samples.label[masks.index]).flatten(1).all(1)
-    assert identical.any() and (quality_target(mask, truth)[identical] == 1).all()   # moved together, an identity stays perfect
+    assert (
+        identical.any() and (quality_target(mask, truth)[identical] == 1).all()
+    )  # moved together, an identity stays perfect
     _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
@@ -49,22 +57,67 @@ def test_batches_show_what_they_should(kind, request):
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory):
     """30 + 10 bright discs, and masks of them. -> dataset, vqm.h5"""
+
     def make(folder):
-        images.main([str(make_pictures(folder / "src", 40)), "--out", str(folder / "f.h5"), "--val", "0.25"])
-        corrupt.main([str(folder / "f.h5"), "--out", str(folder), "--size", "32", "--masks", "30", "--val-masks", "20", "--harvest-epochs", "1",
-                      "--harvest-steps", "2", "--harvest-batch", "4"])
+        images.main(
+            [str(make_pictures(folder / "src", 40)), "--out", str(folder / "f.h5"), "--val", "0.25"]
+        )
+        corrupt.main(
+            [
+                str(folder / "f.h5"),
+                "--out",
+                str(folder),
+                "--size",
+                "32",
+                "--masks",
+                "30",
+                "--val-masks",
+                "20",
+                "--harvest-epochs",
+                "1",
+                "--harvest-steps",
+                "2",
+                "--harvest-batch",
+                "4",
+            ]
+        )
+
     folder = shared(tmp_path_factory, "discs", make)
     return str(folder / "f.h5"), str(folder / "vqm.h5")
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("head, more", [("dense", ("--width", "4", "--per-image", "15", "--lr", "5e-3")),
-                                        ("scalar", ("--width", "16", "--per-image", "30", "--lr", "3e-3", "--seed", "1"))])
+@pytest.mark.parametrize(
+    "head, more",
+    [
+        ("dense", ("--width", "4", "--per-image", "15", "--lr", "5e-3")),
+        ("scalar", ("--width", "16", "--per-image", "30", "--lr", "3e-3", "--seed", "1")),
+    ],
+)
 def test_it_learns_to_tell_good_from_bad(head, more, discs, tmp_path):
     """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
-    train_qp.main([discs[0], "--vqm", discs[1], "--out", str(tmp_path), "--epochs", "3", "--batch", "16", "--members", "1", "--head", head, *more])
+    train_qp.main(
+        [
+            discs[0],
+            "--vqm",
+            discs[1],
+            "--out",
+            str(tmp_path),
+            "--epochs",
+            "3",
+            "--batch",
+            "16",
+            "--members",
+            "1",
+            "--head",
+            head,
+            *more,
+        ]
+    )
     report = json.loads((tmp_path / "qp.json").read_text())
-    synthetic = next(r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all")
+    synthetic = next(
+        r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all"
+    )
     assert synthetic["pearson"] > 0.8
     assert report["image_dependence"]["blank image"] < 0.7
     log = [float(r["loss"]) for r in csv.DictReader(open(tmp_path / "log.csv"))]
@@ -81,19 +134,52 @@ def test_report(kind, request):
         assert (run, "all") in titles and ((run, "present") in titles) == (K > 2)
         assert K == 2 or {(run, "myocardium"), (run, "absent")} <= titles
     assert set(report["image_dependence"]) == {"blank image", "another case's image"}
-    assert cv2.imread(os.path.join(folder, "qp.png")).std() > 5 and "real outputs" in open(os.path.join(folder, "qp.md")).read()
+    assert (
+        cv2.imread(os.path.join(folder, "qp.png")).std() > 5
+        and "real outputs" in open(os.path.join(folder, "qp.md")).read()
+    )
 
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("select, kept, run", [("last", 5, 5), ("best", 2, 4)])
 def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monkeypatch):
     """With errors on val that are given: the last epoch, or the best and no more than `patience` worse ones."""
-    errors, estimate = iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")]), evaluate.estimate_masks
+    errors, estimate = (
+        iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")]),
+        evaluate.estimate_masks,
+    )
+
     def given(g, masks, on, most=None, **how):
-        return (np.full((4, 1), next(errors)), np.zeros((4, 1)), None) if most == 300 else estimate(g, masks, on, most, **how)
+        return (
+            (np.full((4, 1), next(errors)), np.zeros((4, 1)), None)
+            if most == 300
+            else estimate(g, masks, on, most, **how)
+        )
+
     monkeypatch.setattr(evaluate, "estimate_masks", given)
-    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path), "--size", "32", "--width", "4", "--members", "1", "--epochs", "5",
-                   "--batch", "16", "--select", select, "--patience", "2"])
+    train_qp.main(
+        [
+            rgb,
+            "--vqm",
+            rgb_quality[0],
+            "--out",
+            str(tmp_path),
+            "--size",
+            "32",
+            "--width",
+            "4",
+            "--members",
+            "1",
+            "--epochs",
+            "5",
+            "--batch",
+            "16",
+            "--select",
+            select,
+            "--patience",
+            "2",
+        ]
+    )
     assert torch.load(tmp_path / "qp.pt", weights_only=True)["epoch"] == kept
     assert len(list(csv.DictReader(open(tmp_path / "log.csv")))) == run
 
@@ -103,27 +189,49 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
     info, on = h5.read_info(rgb), evaluate.compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
         g, labeled = evaluate.load_quality(path, info, on)
-        state, x, m = torch.load(path, weights_only=True), torch.randn(2, 3, 32, 32), (torch.rand(2, 1, 32, 32) > 0.5).float()
-        assert torch.allclose(g(x, m), evaluate.models.rebuild(state["model"], state["weights"]).eval()(x, m), atol=1e-5)
-        assert isinstance(g, kind) and not g.training and not any(p.requires_grad for p in g.parameters()) and len(labeled) == 4
+        state, x, m = (
+            torch.load(path, weights_only=True),
+            torch.randn(2, 3, 32, 32),
+            (torch.rand(2, 1, 32, 32) > 0.5).float(),
+        )
+        assert torch.allclose(
+            g(x, m),
+            evaluate.models.rebuild(state["model"], state["weights"]).eval()(x, m),
+            atol=1e-5,
+        )
+        assert (
+            isinstance(g, kind)
+            and not g.training
+            and not any(p.requires_grad for p in g.parameters())
+            and len(labeled) == 4
+        )
         assert g(torch.randn(2, 3, 40, 40), torch.rand(2, 1, 40, 40)).shape == (2, 1)
 
 
 def test_losses_of_the_heads_fall_when_they_are_right():
     """A perfect prediction of the truth has the least dense loss, and the quality loss adds what the read-out Dice is wrong by."""
+
     class Knows(torch.nn.Module):
         def __init__(self, truth, certainty):
             super().__init__()
             self.members = [lambda x: certainty * (2 * train_qp.with_background(truth) - 1)]
+
         show = DenseQualityPredictor.show
+
     truth = torch.zeros(2, 1, 16, 16)
     truth[..., 4:12, 4:12] = 1
     mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
-    options = lambda weight: options_of(["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)])
-    loss = lambda certainty, weight: train_qp.dense_loss(Knows(truth, certainty), [(x, mask, truth)], options(weight)).item()
+    options = lambda weight: options_of(
+        ["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)]
+    )
+    loss = lambda certainty, weight: train_qp.dense_loss(
+        Knows(truth, certainty), [(x, mask, truth)], options(weight)
+    ).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
     p = torch.full((2, 1, 16, 16), 0.5)
-    wrong = torch.nn.functional.smooth_l1_loss(quality_target(mask, p), quality_target(mask, truth), beta=0.1).item()
+    wrong = torch.nn.functional.smooth_l1_loss(
+        quality_target(mask, p), quality_target(mask, truth), beta=0.1
+    ).item()
     assert loss(0, 1) - loss(0, 0) == pytest.approx(wrong, rel=1e-4) and wrong > 0.05
 
 
@@ -134,19 +242,28 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
     g, _ = evaluate.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
     train_qp.fit_temperature(g, masks, on, np.array(held))
+
     def error(t):
         g.temperature.fill_(t)
         predicted, true, _ = evaluate.estimate_masks(g, masks, on)
         return np.abs(predicted - true)[:, held].mean()
+
     best, errors = g.temperature.item(), {t: error(t) for t in train_qp.TEMPERATURES.tolist()}
     assert errors[best] == min(errors.values()) < max(errors.values())
     saved = torch.load(gray_quality[1], weights_only=True)["weights"]["temperature"].item()
     assert saved == best or not all(held)  # what train_qp.py keeps
 
 
-@pytest.mark.parametrize("answer, blind", [
-    (lambda true: true, False), (lambda true: 0.5 + 0.2 * true, False), (lambda true: 1 - true, True),
-    (lambda true: true * 0 + 0.7, True), (lambda true: true[::-1, ::-1] * 0 + [[0.1, 0.9]], True)])
+@pytest.mark.parametrize(
+    "answer, blind",
+    [
+        (lambda true: true, False),
+        (lambda true: 0.5 + 0.2 * true, False),
+        (lambda true: 1 - true, True),
+        (lambda true: true * 0 + 0.7, True),
+        (lambda true: true[::-1, ::-1] * 0 + [[0.1, 0.9]], True),
+    ],
+)
 def test_a_g_that_learned_nothing(answer, blind):
     true = np.linspace(0, 1, 20).repeat(2).reshape(20, 2)
     assert train_qp.is_blind(answer(true), true) == blind
@@ -157,21 +274,41 @@ def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
     case = masks.samples.case
-    assert len(other) == len(masks.index) and all(case[i] != case[j] for i, j in zip(masks.index, other))
+    assert len(other) == len(masks.index) and all(
+        case[i] != case[j] for i, j in zip(masks.index, other)
+    )
 
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("head", ["dense", "scalar"])
 def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
     """Also where it dies in the report, after its last epoch; a finished run says so."""
-    common = [rgb, "--vqm", rgb_quality[0], "--size", "32", "--width", "8", "--batch", "16", "--epochs", "3", "--head", head, "--members", "2"]
+    common = [
+        rgb,
+        "--vqm",
+        rgb_quality[0],
+        "--size",
+        "32",
+        "--width",
+        "8",
+        "--batch",
+        "16",
+        "--epochs",
+        "3",
+        "--head",
+        head,
+        "--members",
+        "2",
+    ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     step, calls = train_qp.train_step, []
+
     def dies(*args):
         calls.append(1)
         if len(calls) > 5:  # in the third epoch
             raise KeyboardInterrupt
         return step(*args)
+
     monkeypatch.setattr(train_qp, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train_qp.main([*common, "--out", str(tmp_path / "parts")])
@@ -184,11 +321,23 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
-    evaluate.load_quality(str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.compute())   # a g like any other
-    whole, parts = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts"))
+    evaluate.load_quality(
+        str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.compute()
+    )  # a g like any other
+    whole, parts = (
+        torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")
+    )
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
-    assert not all(torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"])   # g is the moving average
-    rows = [[(r["step"], r["loss"], r["error_real"]) for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
+    assert not all(
+        torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"]
+    )  # g is the moving average
+    rows = [
+        [
+            (r["step"], r["loss"], r["error_real"])
+            for r in csv.DictReader(open(tmp_path / n / "log.csv"))
+        ]
+        for n in ("whole", "parts")
+    ]
     assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
@@ -199,33 +348,113 @@ def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
     for name, more in (("a", []), ("b", ["--compile"])):
-        train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path / name), "--head", head, "--width", "8", "--members", "1", "--epochs", "1", "--batch", "16", *more])
-    a, b = (torch.load(tmp_path / name / "qp.pt", weights_only=True)["weights"] for name in ("a", "b"))
+        train_qp.main(
+            [
+                rgb,
+                "--vqm",
+                rgb_quality[0],
+                "--out",
+                str(tmp_path / name),
+                "--head",
+                head,
+                "--width",
+                "8",
+                "--members",
+                "1",
+                "--epochs",
+                "1",
+                "--batch",
+                "16",
+                *more,
+            ]
+        )
+    a, b = (
+        torch.load(tmp_path / name / "qp.pt", weights_only=True)["weights"] for name in ("a", "b")
+    )
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-5) for k in a)
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
     """With the dense head, unless --size says otherwise; and its next command is for f at the masks' side."""
-    corrupt.main([rgb, "--out", str(tmp_path), "--labeled", "4", "--size", "72", "--masks", "2", "--val-masks", "1", "--harvest-epochs", "1", "--harvest-steps", "1",
-                  "--harvest-batch", "4"])
+    corrupt.main(
+        [
+            rgb,
+            "--out",
+            str(tmp_path),
+            "--labeled",
+            "4",
+            "--size",
+            "72",
+            "--masks",
+            "2",
+            "--val-masks",
+            "1",
+            "--harvest-epochs",
+            "1",
+            "--harvest-steps",
+            "1",
+            "--harvest-batch",
+            "4",
+        ]
+    )
     for head, side in (("dense", 36), ("scalar", 72)):
-        train_qp.main([rgb, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path / head), "--head", head, "--width", "8", "--epochs", "1"])
+        train_qp.main(
+            [
+                rgb,
+                "--vqm",
+                str(tmp_path / "vqm.h5"),
+                "--out",
+                str(tmp_path / head),
+                "--head",
+                head,
+                "--width",
+                "8",
+                "--epochs",
+                "1",
+            ]
+        )
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
     found = load(str(tmp_path / "vqm.h5"), "val", h5.read_info(rgb), None, shrink=4)
-    assert found.mask.shape[1:] == (32, 32) and found.own == (72, 72)   # but no smaller than networks can take
+    assert found.mask.shape[1:] == (32, 32) and found.own == (
+        72,
+        72,
+    )  # but no smaller than networks can take
 
 
 def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     from models.resnet import ResNet
+
     torch.manual_seed(9)
     source = ResNet(3)
     torch.save(source.state_dict(), tmp_path / "resnet18.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    common = [rgb, "--vqm", rgb_quality[0], "--out", tmp_path / "o", "--size", "32", "--epochs", "1", "--head", "scalar"]
-    refused(train_qp.main, [*common, "--encoder-weights", tmp_path / "other.pt"], "other.pt", "missing: ", "left over: a")
+    common = [
+        rgb,
+        "--vqm",
+        rgb_quality[0],
+        "--out",
+        tmp_path / "o",
+        "--size",
+        "32",
+        "--epochs",
+        "1",
+        "--head",
+        "scalar",
+    ]
+    refused(
+        train_qp.main,
+        [*common, "--encoder-weights", tmp_path / "other.pt"],
+        "other.pt",
+        "missing: ",
+        "left over: a",
+    )
     refused(train_qp.main, [*common, "--pretrained", tmp_path / "none.pt"], "none.pt")
-    refused(train_qp.main, [*common[:-1], "dense", "--encoder-weights", tmp_path / "resnet18.pt"], "--head scalar")
+    refused(
+        train_qp.main,
+        [*common[:-1], "dense", "--encoder-weights", tmp_path / "resnet18.pt"],
+        "--head scalar",
+    )
     g = evaluate.models.build("quality", channels=3, classes=2)
     evaluate.load_encoder(g, str(tmp_path / "resnet18.pt"))
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
@@ -239,9 +468,36 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     refused(train_qp.main, [gray, "--vqm", rgb_quality[0], *out], "classes")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--batch", "0"], "--batch")
     refused(train_qp.main, [gray, "--vqm", gray_quality[0], *out, "--soft", "1.5"], "--soft")
-    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"], "was started with --size", "--overwrite")
-    refused(train_qp.main, [gray, "--vqm", gray_quality[0], "--out", "o", "--head", "scalar", "--width", "4"], "--width 4", "at least 8")
-    phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--test", "1", "--depth", "4", "--size", "48", "--seed", "1"])
+    refused(
+        train_qp.main,
+        [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"],
+        "was started with --size",
+        "--overwrite",
+    )
+    refused(
+        train_qp.main,
+        [gray, "--vqm", gray_quality[0], "--out", "o", "--head", "scalar", "--width", "4"],
+        "--width 4",
+        "at least 8",
+    )
+    phantom.main(
+        [
+            "--out",
+            str(tmp_path / "other.h5"),
+            "--train",
+            "6",
+            "--val",
+            "2",
+            "--test",
+            "1",
+            "--depth",
+            "4",
+            "--size",
+            "48",
+            "--seed",
+            "1",
+        ]
+    )
     refused(train_qp.main, [tmp_path / "other.h5", "--vqm", gray_quality[0], *out], "another file")
     shutil.copy(gray_quality[0], tmp_path / "damaged.h5")
     with h5py.File(tmp_path / "damaged.h5", "a") as f:

@@ -1,4 +1,5 @@
 """Every method with every hook: gradients, invariants, seeds, resuming, schedules, data, refusals."""
+
 import copy
 import csv
 import itertools
@@ -7,27 +8,58 @@ import shutil
 import h5py
 import pytest
 import torch
+from conftest import python
 from torch import nn
 
 import evaluate
 import models
 import train_ssl
-from conftest import python
 from data import h5, phantom
 from models.device import Compute, compute
 from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
-KINDS = {"binary RGB": (3, 2, (32, 32)), "4-class gray": (1, 4, (32, 32)), "3-class volumes": (1, 3, (16, 17, 18))}  # channels, classes, grid
+KINDS = {
+    "binary RGB": (3, 2, (32, 32)),
+    "4-class gray": (1, 4, (32, 32)),
+    "3-class volumes": (1, 3, (16, 17, 18)),
+}  # channels, classes, grid
 CPU = torch.device("cpu")
 LEVELS = ("image", "class", "pixel")
 
 
 def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
     qp = ["--qp", "qp.pt"] if weight == "quality" or qar else []
-    return train_ssl.parse_args(["data.h5", "--out", "out", "--method", method, "--weight", weight, "--weight-level", level, "--qar", str(qar),
-                                 "--lam", "1", "--lam-warmup", "0", "--lam-ramp", "0", "--qar-warmup", "0", "--qar-ramp", "0", "--mc-passes", "2", *qp, *more])
+    return train_ssl.parse_args(
+        [
+            "data.h5",
+            "--out",
+            "out",
+            "--method",
+            method,
+            "--weight",
+            weight,
+            "--weight-level",
+            level,
+            "--qar",
+            str(qar),
+            "--lam",
+            "1",
+            "--lam-warmup",
+            "0",
+            "--lam-ramp",
+            "0",
+            "--qar-warmup",
+            "0",
+            "--qar-ramp",
+            "0",
+            "--mc-passes",
+            "2",
+            *qp,
+            *more,
+        ]
+    )
 
 
 def setting(kind, seed=1, count=3, students=1):
@@ -40,7 +72,9 @@ def setting(kind, seed=1, count=3, students=1):
     with torch.no_grad():  # a teacher of its own mind, on whose answers something depends
         for p in teacher.parameters():
             p.add_(0.05 * torch.randn_like(p))
-        teacher.head.weight.mul_(20 if len(S) == 2 else 200)  # and a decided one: UA-MT asks for entropy below ln 2
+        teacher.head.weight.mul_(
+            20 if len(S) == 2 else 200
+        )  # and a decided one: UA-MT asks for entropy below ln 2
     x, u, s1, s2 = (torch.randn(count, C, *S) for _ in range(4))
     return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, *S)), K), u, s1, s2)
 
@@ -67,17 +101,43 @@ def loss_of(kind, g, args, seed=1):
 
 
 @pytest.mark.parametrize("kind", ["4-class gray", "3-class volumes"])
-@pytest.mark.parametrize("method, weight, level, qar", [
-    c for c in itertools.product(train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)) if (c[1] != "none" or c[2] == "image") and not (c[3] and (c[1] == "confidence" or c[2] != "image"))])
+@pytest.mark.parametrize(
+    "method, weight, level, qar",
+    [
+        c
+        for c in itertools.product(
+            train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)
+        )
+        if (c[1] != "none" or c[2] == "image")
+        and not (c[3] and (c[1] == "confidence" or c[2] != "image"))
+    ],
+)
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     C, K, S = KINDS[kind]
-    g = models.build("quality_dense", channels=C, classes=K, dims=len(S), size=S, width=2, members=1).eval().requires_grad_(False)
-    args = options("--weight-threshold", "0", "--conf-threshold", "0", method=method, weight=weight, level=level, qar=qar)
+    g = (
+        models.build(
+            "quality_dense", channels=C, classes=K, dims=len(S), size=S, width=2, members=1
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+    args = options(
+        "--weight-threshold",
+        "0",
+        "--conf-threshold",
+        "0",
+        method=method,
+        weight=weight,
+        level=level,
+        qar=qar,
+    )
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
     loss.backward()
     assert loss.isfinite() and parts.shape == (7,) and not parts.requires_grad
-    assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters()
+    )
     assert all(p.grad is None for frozen in (teacher, g) for p in frozen.parameters())
 
 
@@ -90,10 +150,14 @@ def test_gradient_under_mixed_precision(kind, method):
     for net in (*nets, teacher):
         on.place(net)
     with on.autocast():
-        loss, parts = train_ssl.total_loss(nets, teacher, None, batch, options("--conf-threshold", "0", method=method), 0.5)
+        loss, parts = train_ssl.total_loss(
+            nets, teacher, None, batch, options("--conf-threshold", "0", method=method), 0.5
+        )
     loss.backward()
     assert loss.dtype == parts.dtype == torch.float32 and loss.isfinite()
-    assert all(p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +175,10 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
     assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)
 
 
-@pytest.mark.parametrize("kind, level", [c for c in itertools.product(KINDS, LEVELS) if c[0] != "3-class volumes" or c[1] == "pixel"])
+@pytest.mark.parametrize(
+    "kind, level",
+    [c for c in itertools.product(KINDS, LEVELS) if c[0] != "3-class volumes" or c[1] == "pixel"],
+)
 @pytest.mark.parametrize("method", UNLABELED)
 def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(kind, method, level):
     K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
@@ -120,7 +187,10 @@ def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(k
         weighted, _ = loss_of(kind, Constant(value, K), options(*keep, weight="quality", **common))
         assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
     zero, zero_parts = loss_of(kind, Constant(0.0, K), options(*keep, weight="quality", **common))
-    assert zero.item() == pytest.approx(parts[0].item(), abs=1e-7) and zero_parts[1] == zero_parts[3] == zero_parts[4] == 0
+    assert (
+        zero.item() == pytest.approx(parts[0].item(), abs=1e-7)
+        and zero_parts[1] == zero_parts[3] == zero_parts[4] == 0
+    )
     nan, _ = loss_of(kind, Constant(float("nan"), K), options(*keep, weight="quality", **common))
     assert nan.item() == zero.item()  # a g that fails weighs nothing
     assert plain.item() != pytest.approx(parts[0].item(), abs=1e-4)
@@ -143,25 +213,51 @@ class Corrects(nn.Module):
 def test_what_g_believes_takes_the_place_of_the_pseudo_label(kind, method, monkeypatch):
     C, K, S = KINDS[kind]
     students = train_ssl.STUDENTS.get(method, 1)
-    args = options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", "--no-largest-component", method=method)
+    args = options(
+        "--conf-threshold",
+        "0",
+        "--correct",
+        "--qp",
+        "qp.pt",
+        "--no-largest-component",
+        method=method,
+    )
     nets, teacher, batch = setting(kind, students=students)
     g, seen = Corrects(torch.rand(3, K, *S).softmax(1)), []
     plain = train_ssl.METHODS[method]
     monkeypatch.setitem(train_ssl.METHODS, method, lambda *a: seen.append(plain(*a)) or seen[-1])
     train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)[0].backward()
-    (_, terms), = seen
-    assert terms and all(torch.equal(term.target, g.own) for term in terms) and len(g.shown) == students
-    assert all(set(mask.unique().tolist()) <= {0, 1} and mask.shape == (3, K - 1, *S) for mask in g.shown)
+    ((_, terms),) = seen
+    assert (
+        terms
+        and all(torch.equal(term.target, g.own) for term in terms)
+        and len(g.shown) == students
+    )
+    assert all(
+        set(mask.unique().tolist()) <= {0, 1} and mask.shape == (3, K - 1, *S) for mask in g.shown
+    )
     if method in ("pseudo_label", "mean_teacher", "ua_mt", "ict", "contrastive", "bcp"):
-        assert torch.equal(g.shown[0], one_hot(train_ssl.probabilities(teacher, batch.u).argmax(1), K)[:, 1:])
+        assert torch.equal(
+            g.shown[0], one_hot(train_ssl.probabilities(teacher, batch.u).argmax(1), K)[:, 1:]
+        )
 
 
 @pytest.mark.parametrize("method", ["pseudo_label", "cps", "fixmatch", "unimatch", "bcp"])
 def test_a_g_that_agrees_changes_no_hard_label(method):
     plain, _ = loss_of("4-class gray", None, options("--conf-threshold", "0", method=method))
-    agreed, _ = loss_of("4-class gray", Corrects(), options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method))
-    other, _ = loss_of("4-class gray", Corrects(torch.rand(3, 4, 32, 32).softmax(1)), options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method))
-    assert agreed.item() == pytest.approx(plain.item(), abs=2e-6) and other.item() != pytest.approx(plain.item(), abs=1e-3)
+    agreed, _ = loss_of(
+        "4-class gray",
+        Corrects(),
+        options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method),
+    )
+    other, _ = loss_of(
+        "4-class gray",
+        Corrects(torch.rand(3, 4, 32, 32).softmax(1)),
+        options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method),
+    )
+    assert agreed.item() == pytest.approx(plain.item(), abs=2e-6) and other.item() != pytest.approx(
+        plain.item(), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -170,32 +266,71 @@ def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level,
     """The expected Dice of its classes, or its largest probability; g is asked for nothing but its belief, which is all that this one knows."""
     own, found, plain = torch.rand(3, 4, 32, 32).mul(6).softmax(1), [], train_ssl.scores
     monkeypatch.setattr(train_ssl, "scores", lambda *a: found.append(plain(*a)) or found[-1])
-    loss, parts = loss_of("4-class gray", Corrects(own), options("--conf-threshold", "0", "--weight-threshold", "0", "--correct", weight="quality", level=level, method=method))
+    loss, parts = loss_of(
+        "4-class gray",
+        Corrects(own),
+        options(
+            "--conf-threshold",
+            "0",
+            "--weight-threshold",
+            "0",
+            "--correct",
+            weight="quality",
+            level=level,
+            method=method,
+        ),
+    )
     label, smooth = one_hot(own.argmax(1), 4), 32 * 32 * 1e-4
     q = (2 * (label * own).sum((2, 3)) + smooth) / (label.sum((2, 3)) + own.sum((2, 3)) + smooth)
     whole = q[:, 1:].mean(1, keepdim=True)
-    expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}[level]
-    assert found and all(torch.allclose(answer, expected, atol=1e-6) for answer in found) and loss.isfinite() and 0 < parts[3] < 1
+    expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}[
+        level
+    ]
+    assert (
+        found
+        and all(torch.allclose(answer, expected, atol=1e-6) for answer in found)
+        and loss.isfinite()
+        and 0 < parts[3] < 1
+    )
 
 
 def test_bcp_tells_what_g_believes_before_the_largest_component():
     nets, teacher, batch = setting("4-class gray")
     batch.corrected = lambda p: own
     own = torch.rand(3, 4, 32, 32).softmax(1)
-    _, (term,) = train_ssl.bcp(nets, teacher, batch, options("--largest-component", "--correct", "--qp", "qp.pt", method="bcp"), 0.5)
-    assert torch.equal(term.belief, own) and torch.equal(term.target, train_ssl.keep_largest(own)) and not torch.equal(term.target, own)
+    _, (term,) = train_ssl.bcp(
+        nets,
+        teacher,
+        batch,
+        options("--largest-component", "--correct", "--qp", "qp.pt", method="bcp"),
+        0.5,
+    )
+    assert (
+        torch.equal(term.belief, own)
+        and torch.equal(term.target, train_ssl.keep_largest(own))
+        and not torch.equal(term.target, own)
+    )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_the_largest_component_removes_weighs_what_g_believes_of_it(level):
     """BCP removes a blob that g believes in at .9: as background it is right with .1, and the label misses a third of the class."""
-    belief, args = torch.full((1, 2, 16, 16), 0.01), options("--weight-threshold", "0", "--correct", weight="quality", level=level, method="bcp")
+    belief, args = (
+        torch.full((1, 2, 16, 16), 0.01),
+        options(
+            "--weight-threshold", "0", "--correct", weight="quality", level=level, method="bcp"
+        ),
+    )
     belief[:, 1, 2:6, 2:6], belief[:, 1, 10:12, 10:14] = 0.99, 0.9
     belief[:, 0] = 1 - belief[:, 1]
     kept = train_ssl.keep_largest(belief)
     q = train_ssl.scores(None, train_ssl.Term(belief, kept, None, belief=belief), args)
     expected = 2 * 16 * 0.99 / (16 + belief[:, 1].sum())
-    assert q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99) if level == "pixel" else q[0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert (
+        q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99)
+        if level == "pixel"
+        else q[0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +343,7 @@ def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
     class LikesForeground(nn.Module):
         def forward(self, image, mask):
             return mask.flatten(2).mean(2)
+
     nets, _, batch = setting(kind)
     background = lambda: nets[0](batch.u).softmax(1)[:, 0].mean().item()
     before = background()
@@ -242,23 +378,44 @@ def test_weights_by_hand():
     image = train_ssl.pixel_weights(Table(q), term, options(weight="quality"))
     assert torch.allclose(image, torch.tensor([0.36, 0.0])[:, None, None].expand(2, 4, 4))
     per_class = train_ssl.pixel_weights(Table(q), term, options(weight="quality", level="class"))
-    assert torch.allclose(per_class[:, 0], torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]]))
+    assert torch.allclose(
+        per_class[:, 0], torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]])
+    )
     right = torch.rand(2, 4, 4)
-    per_pixel = train_ssl.pixel_weights(Table(right), term, options(weight="quality", level="pixel"))
-    assert torch.allclose(per_pixel, right ** 2 * (right >= 0.5), atol=1e-6)
-    sure = train_ssl.pixel_weights(None, term, options("--weight-threshold", "0.5", weight="confidence", level="pixel"))
-    assert torch.allclose(sure, torch.full((2, 4, 4), 0.775 ** 2))
-    confident = train_ssl.pixel_weights(None, term, options("--weight-threshold", "0.5", weight="confidence"))
-    assert torch.allclose(confident, torch.full((2, 4, 4), 0.775 ** 2))
-    assert (train_ssl.pixel_weights(None, term, options(weight="confidence")) == 0).all()   # PL-C cuts at .9
-    mixed = train_ssl.Term(term.image, target, None, torch.tensor([1.0, 2.0]), (torch.tensor([1, 0]), torch.tensor([0.25, 0.5])))
-    w = train_ssl.as_seen(train_ssl.pixel_weights(Table(q), mixed, options(weight="quality")), mixed)
+    per_pixel = train_ssl.pixel_weights(
+        Table(right), term, options(weight="quality", level="pixel")
+    )
+    assert torch.allclose(per_pixel, right**2 * (right >= 0.5), atol=1e-6)
+    sure = train_ssl.pixel_weights(
+        None, term, options("--weight-threshold", "0.5", weight="confidence", level="pixel")
+    )
+    assert torch.allclose(sure, torch.full((2, 4, 4), 0.775**2))
+    confident = train_ssl.pixel_weights(
+        None, term, options("--weight-threshold", "0.5", weight="confidence")
+    )
+    assert torch.allclose(confident, torch.full((2, 4, 4), 0.775**2))
+    assert (
+        train_ssl.pixel_weights(None, term, options(weight="confidence")) == 0
+    ).all()  # PL-C cuts at .9
+    mixed = train_ssl.Term(
+        term.image,
+        target,
+        None,
+        torch.tensor([1.0, 2.0]),
+        (torch.tensor([1, 0]), torch.tensor([0.25, 0.5])),
+    )
+    w = train_ssl.as_seen(
+        train_ssl.pixel_weights(Table(q), mixed, options(weight="quality")), mixed
+    )
     assert torch.allclose(w[:, 0, 0], torch.tensor([0.75 * 0.36, 2 * 0.5 * 0.36]))
     box, own = torch.zeros(2, 4, 4), torch.rand(2, 4, 4)
-    box[0, :2] = 1   # CutMix: the upper half of the first image shows the second, whose weight is 0
+    box[0, :2] = 1  # CutMix: the upper half of the first image shows the second, whose weight is 0
     cut = train_ssl.Term(term.image, target, None, own, (torch.tensor([1, 0]), box))
     w = train_ssl.as_seen(train_ssl.pixel_weights(Table(q), cut, options(weight="quality")), cut)
-    assert torch.allclose(w[0], torch.cat([torch.zeros(2, 4), 0.36 * own[0, 2:]])) and (w[1] == 0).all()
+    assert (
+        torch.allclose(w[0], torch.cat([torch.zeros(2, 4), 0.36 * own[0, 2:]]))
+        and (w[1] == 0).all()
+    )
 
 
 def test_g_is_asked_once_for_each_pseudo_label():
@@ -268,20 +425,37 @@ def test_g_is_asked_once_for_each_pseudo_label():
         def forward(self, image, mask):
             asked.append(len(image))
             return super().forward(image, mask)
+
     for method, times in (("unimatch", 1), ("fixmatch", 1), ("cps", 2), ("bcp", 1)):
         asked.clear()
-        loss_of("binary RGB", Counting(0.8, 2), options("--conf-threshold", "0", weight="quality", method=method))
+        loss_of(
+            "binary RGB",
+            Counting(0.8, 2),
+            options("--conf-threshold", "0", weight="quality", method=method),
+        )
         assert asked == [3] * times, method
 
 
 def test_the_loss_is_the_weighted_mean_over_samples():
     q, values = torch.tensor([[0.6], [0.8], [0.1]]), torch.tensor([1.0, 2.0, 50.0])
-    term = train_ssl.Term(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5), lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w))
-    loss, (weight, share) = train_ssl.unlabeled_loss(Table(q), [term], options(weight="quality"), CPU)
+    term = train_ssl.Term(
+        torch.zeros(3, 1, 4, 4),
+        torch.full((3, 2, 4, 4), 0.5),
+        lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w),
+    )
+    loss, (weight, share) = train_ssl.unlabeled_loss(
+        Table(q), [term], options(weight="quality"), CPU
+    )
     assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
-    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx((0.36 + 0.64) ** 2 / (3 * (0.36 ** 2 + 0.64 ** 2)))
-    alike = train_ssl.unlabeled_loss(Table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU)[1]
-    nothing = train_ssl.unlabeled_loss(Table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU)[1]
+    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx(
+        (0.36 + 0.64) ** 2 / (3 * (0.36**2 + 0.64**2))
+    )
+    alike = train_ssl.unlabeled_loss(
+        Table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU
+    )[1]
+    nothing = train_ssl.unlabeled_loss(
+        Table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU
+    )[1]
     assert alike[1].item() == pytest.approx(1) and nothing.tolist() == [0, 0]
 
 
@@ -289,7 +463,9 @@ def test_the_loss_is_the_weighted_mean_over_samples():
 def test_labeled_images_have_passes_of_their_own(method):
     """Batch norm sees no unlabeled image beside a labeled one, nor a strong view beside a weak one. (BCP pastes them into each other.)"""
     nets, teacher, batch = setting("4-class gray", students=train_ssl.STUDENTS.get(method, 1))
-    batch.x, batch.u, batch.s1, batch.s2 = (torch.full_like(batch.x, kind) for kind in (1.0, 2.0, 3.0, 3.0))   # mixed or cut, a kind stays itself
+    batch.x, batch.u, batch.s1, batch.s2 = (
+        torch.full_like(batch.x, kind) for kind in (1.0, 2.0, 3.0, 3.0)
+    )  # mixed or cut, a kind stays itself
     seen, encode = [], nets[0].encode
     nets[0].encode = lambda x: seen.append(x) or encode(x)
     train_ssl.METHODS[method](nets, teacher, batch, options(method=method), 0.5)
@@ -302,13 +478,19 @@ def test_formulas_of_the_methods():
     target, ones = teacher(batch.u).softmax(1), torch.ones(3, 32, 32)
     sup, [term] = train_ssl.mean_teacher(nets, teacher, batch, options(), 0.5)
     assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y), atol=1e-5)
-    assert torch.allclose(term.loss(ones), (nets[0](batch.s1).softmax(1) - target).square().mean(), atol=1e-6)
+    assert torch.allclose(
+        term.loss(ones), (nets[0](batch.s1).softmax(1) - target).square().mean(), atol=1e-6
+    )
     assert torch.allclose(term.loss(ones), mse_loss(nets[0](batch.s1), target), atol=1e-6)
     limit = target.amax(1).median().item()
-    _, [term] = train_ssl.pseudo_label(nets, teacher, batch, options("--conf-threshold", str(limit)), 0.5)
+    _, [term] = train_ssl.pseudo_label(
+        nets, teacher, batch, options("--conf-threshold", str(limit)), 0.5
+    )
     sure = (target.amax(1) >= limit).float()
     assert 0.3 < sure.mean() < 0.7
-    assert torch.allclose(term.loss(ones), seg_loss(nets[0](batch.u), one_hot(target.argmax(1), 4), sure), atol=1e-5)
+    assert torch.allclose(
+        term.loss(ones), seg_loss(nets[0](batch.u), one_hot(target.argmax(1), 4), sure), atol=1e-5
+    )
 
 
 class Echo(nn.Module):
@@ -337,15 +519,17 @@ def step_of(method, nets, teacher, batch, *more, t=0.5):
 def test_ua_mt_trusts_by_entropy():
     """Columns of p = .78, .8, .5, 1: entropies .527, .500, ln 2, 0 against limits of .521 at t = 0 and ln 2 at t = 1."""
     p = torch.tensor([0.78, 0.8, 0.5, 1 - 1e-7])
-    teacher = Echo(torch.stack([p.log(), (1 - p).log()])[None, :, None])          # [1, 2, 1, 4]
+    teacher = Echo(torch.stack([p.log(), (1 - p).log()])[None, :, None])  # [1, 2, 1, 4]
     image = torch.zeros(2, 1, 4, 4)
     h = train_ssl.uncertainty(teacher, image, 8)
     assert torch.allclose(h[0, 0], torch.tensor([0.5269, 0.5004, 0.6931, 0.0]), atol=1e-4)
-    assert len(teacher.seen) == 8 and all(0 < x.abs().max() <= 0.2 for x in teacher.seen)   # eight times other noise
+    assert len(teacher.seen) == 8 and all(
+        0 < x.abs().max() <= 0.2 for x in teacher.seen
+    )  # eight times other noise
     assert not torch.equal(teacher.seen[0], teacher.seen[1])
     batch = train_ssl.Batch(image, one_hot(torch.zeros(2, 4, 4), 2), image, image, image)
     student = Echo(torch.zeros(1, 2, 1, 4))
-    error = ((p - 0.5) ** 2)
+    error = (p - 0.5) ** 2
     for t, sure in ((0.0, [1, 3]), (1.0, [0, 1, 3])):
         _, [term] = step_of("ua_mt", [student], teacher, batch, t=t)
         assert torch.allclose(term.loss(torch.ones(2, 4, 4)), error[sure].mean(), atol=1e-5), t
@@ -358,7 +542,11 @@ def test_uncertainty_draws_dropout_and_leaves_the_teacher_as_it_was():
     hooks, modes = [], []
     hooks = [m.register_forward_hook(lambda m, *_: modes.append(m.training)) for m in drops]
     train_ssl.uncertainty(teacher, batch.u, 2)
-    assert all(modes) and len(modes) == 2 * len(drops) and not any(m.training for m in teacher.modules())
+    assert (
+        all(modes)
+        and len(modes) == 2 * len(drops)
+        and not any(m.training for m in teacher.modules())
+    )
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     for hook in hooks:
         hook.remove()
@@ -385,11 +573,21 @@ def test_cps_is_symmetric_and_each_learns_from_the_other():
     sup, (a, b) = step_of("cps", nets, teacher, batch)
     swapped, (c, d) = step_of("cps", nets[::-1], teacher, batch)
     ones = torch.ones(3, 32, 32)
-    assert torch.equal(sup, swapped) and torch.equal(a.loss(ones), d.loss(ones)) and torch.equal(b.loss(ones), c.loss(ones))
+    assert (
+        torch.equal(sup, swapped)
+        and torch.equal(a.loss(ones), d.loss(ones))
+        and torch.equal(b.loss(ones), c.loss(ones))
+    )
     logits = [net(batch.u) for net in nets]
-    assert torch.allclose(a.target, logits[1].softmax(1), atol=1e-5) and torch.allclose(b.target, logits[0].softmax(1), atol=1e-5)
-    assert torch.allclose(a.loss(ones), seg_loss(logits[0], one_hot(logits[1].argmax(1), 4)), atol=1e-5)
-    assert torch.allclose(sup, seg_loss(nets[0](batch.x), batch.y) + seg_loss(nets[1](batch.x), batch.y), atol=1e-5)
+    assert torch.allclose(a.target, logits[1].softmax(1), atol=1e-5) and torch.allclose(
+        b.target, logits[0].softmax(1), atol=1e-5
+    )
+    assert torch.allclose(
+        a.loss(ones), seg_loss(logits[0], one_hot(logits[1].argmax(1), 4)), atol=1e-5
+    )
+    assert torch.allclose(
+        sup, seg_loss(nets[0](batch.x), batch.y) + seg_loss(nets[1](batch.x), batch.y), atol=1e-5
+    )
     a.loss(ones).backward()
     assert nets[0].head.weight.grad.abs().sum() > 0 and nets[1].head.weight.grad is None
 
@@ -397,24 +595,36 @@ def test_cps_is_symmetric_and_each_learns_from_the_other():
 def test_contrastive_adds_a_tenth_of_the_contrast():
     nets, teacher, batch = setting("4-class gray")
     nets[0].eval()
-    answer = 5 * one_hot((torch.arange(32) // 8).repeat(3, 32, 1), 4)   # four classes side by side, p = .98
+    answer = 5 * one_hot(
+        (torch.arange(32) // 8).repeat(3, 32, 1), 4
+    )  # four classes side by side, p = .98
     teacher.decode = lambda features: answer
     ones = torch.ones(3, 32, 32)
     _, [plain] = step_of("pseudo_label", nets, teacher, batch, "--conf-threshold", "0.5")
-    _, [without] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0")
+    _, [without] = step_of(
+        "contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0"
+    )
     _, [tenth] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5")
-    _, [whole] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1")
+    _, [whole] = step_of(
+        "contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1"
+    )
     base, contrast = without.loss(ones), whole.loss(ones) - without.loss(ones)
     assert torch.allclose(base, plain.loss(ones), atol=1e-5) and contrast > 0.1
     assert torch.allclose(tenth.loss(ones) - base, 0.1 * contrast, atol=1e-5)
     half = ones.clone()
-    half[:, :, 16:] = 0    # pixels of no weight have no contrast either: two classes remain, and fewer negatives
+    half[:, :, 16:] = (
+        0  # pixels of no weight have no contrast either: two classes remain, and fewer negatives
+    )
     assert whole.loss(half) - without.loss(half) < contrast
-    half[:, :, 8:] = 0     # one class remains: none
+    half[:, :, 8:] = 0  # one class remains: none
     assert torch.allclose(whole.loss(half), without.loss(half), atol=1e-6)
-    answer[..., 8:] *= 0.1   # the other classes are not confident: one class remains again
-    _, [without] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0")
-    _, [whole] = step_of("contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1")
+    answer[..., 8:] *= 0.1  # the other classes are not confident: one class remains again
+    _, [without] = step_of(
+        "contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "0"
+    )
+    _, [whole] = step_of(
+        "contrastive", nets, teacher, batch, "--conf-threshold", "0.5", "--contrast-weight", "1"
+    )
     assert torch.allclose(whole.loss(ones), without.loss(ones), atol=1e-6)
 
 
@@ -423,10 +633,18 @@ def test_cutmix_shows_another_sample_in_the_box_and_nowhere_else():
     u = torch.arange(400.0)[:, None, None, None].expand(400, 2, 20, 20)
     cut, (perm, box) = train_ssl.cutmix(u)
     mixed, target = cut(u), cut(u[:, 0])
-    assert torch.equal(mixed[:, 0], target) and torch.equal(mixed[:, 1], target) and sorted(perm.tolist()) == list(range(400))
+    assert (
+        torch.equal(mixed[:, 0], target)
+        and torch.equal(mixed[:, 1], target)
+        and sorted(perm.tolist()) == list(range(400))
+    )
     assert torch.equal(target, torch.where(box > 0, perm[:, None, None].float(), u[:, 0]))
     area = box.mean((1, 2))
-    assert 0.42 < (area > 0).float().mean() < 0.58 and area[area > 0].min() < 0.1 and 0.3 < area.max() < 0.48
+    assert (
+        0.42 < (area > 0).float().mean() < 0.58
+        and area[area > 0].min() < 0.1
+        and 0.3 < area.max() < 0.48
+    )
     assert set(box.unique().tolist()) == {0.0, 1.0}
 
 
@@ -434,7 +652,7 @@ def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
     nets, teacher, batch = setting("4-class gray")
     with torch.no_grad():
         torch.manual_seed(7)
-        p = copy.deepcopy(nets[0])(batch.u).softmax(1)   # in train mode
+        p = copy.deepcopy(nets[0])(batch.u).softmax(1)  # in train mode
     _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", "0.5")
     assert torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
     echo = Echo(torch.randn(1, 4, 1, 1))
@@ -442,9 +660,17 @@ def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", "0")
     perm, box = term.mix
     weak, labeled, shown = echo.seen
-    assert torch.equal(weak, batch.u) and torch.equal(labeled, batch.x) and torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
-    assert torch.allclose(term.loss(torch.ones(3, 32, 32)), seg_loss(echo.logits.expand(3, 4, 32, 32), hard), atol=1e-5)
-    certain = echo.logits.softmax(1).max().item() + 0.01   # nothing is confident: nothing is learned
+    assert (
+        torch.equal(weak, batch.u)
+        and torch.equal(labeled, batch.x)
+        and torch.equal(shown, torch.where(box[:, None] > 0, batch.s1[perm], batch.s1))
+    )
+    assert torch.allclose(
+        term.loss(torch.ones(3, 32, 32)),
+        seg_loss(echo.logits.expand(3, 4, 32, 32), hard),
+        atol=1e-5,
+    )
+    certain = echo.logits.softmax(1).max().item() + 0.01  # nothing is confident: nothing is learned
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", str(certain))
     assert term.loss(torch.ones(3, 32, 32)) == 0
 
@@ -487,7 +713,9 @@ def test_unimatch_weighs_its_three_streams_a_quarter_twice_and_a_half():
     _, teacher, batch = setting("4-class gray")
     echo = Echo(torch.randn(1, 4, 1, 1))
     _, terms = step_of("unimatch", [echo], teacher, batch, "--conf-threshold", "0")
-    loss = seg_loss(echo.logits.expand(3, 4, 32, 32), one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32))
+    loss = seg_loss(
+        echo.logits.expand(3, 4, 32, 32), one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32)
+    )
     for term, weight in zip(terms, (0.25, 0.25, 0.5), strict=True):
         assert torch.allclose(term.loss(torch.ones(3, 32, 32)), weight * loss, atol=1e-6)
     assert torch.equal(echo.seen[0], batch.u) and torch.equal(echo.seen[1], batch.x)
@@ -504,9 +732,15 @@ def test_unimatch_drops_half_of_the_channels_of_the_weak_view_only():
     decode = nets[0].decode
     nets[0].decode = lambda features: seen.append(features) or decode(features)
     step_of("unimatch", nets, teacher, batch)
-    for weak, labeled, strong in zip(*seen):   # u twice; x; s1, s2
-        dropped, *others = ((f.flatten(2).abs().sum(2) == 0).float() for f in (weak, labeled, strong))
-        assert dropped[:3].mean() < 0.05 and 0.3 < dropped[3:].mean() < 0.75 and all(f.mean() < 0.05 for f in others)
+    for weak, labeled, strong in zip(*seen):  # u twice; x; s1, s2
+        dropped, *others = (
+            (f.flatten(2).abs().sum(2) == 0).float() for f in (weak, labeled, strong)
+        )
+        assert (
+            dropped[:3].mean() < 0.05
+            and 0.3 < dropped[3:].mean() < 0.75
+            and all(f.mean() < 0.05 for f in others)
+        )
 
 
 @pytest.mark.parametrize("B, U", [(4, 4), (2, 5), (5, 2), (3, 1)])
@@ -514,12 +748,19 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
     torch.manual_seed(3)
     x, u = torch.full((B, 1, 30, 30), 1.0), torch.full((U, 1, 30, 30), -1.0)
     y = one_hot(torch.ones(B, 30, 30), 2)
-    echo, teacher = Echo(torch.randn(1, 2, 30, 30)), Echo(torch.tensor([2.0, 0.0])[None, :, None, None])
-    sup, [term] = step_of("bcp", [echo], teacher, train_ssl.Batch(x, y, u, u, u), "--no-largest-component")
+    echo, teacher = (
+        Echo(torch.randn(1, 2, 30, 30)),
+        Echo(torch.tensor([2.0, 0.0])[None, :, None, None]),
+    )
+    sup, [term] = step_of(
+        "bcp", [echo], teacher, train_ssl.Batch(x, y, u, u, u), "--no-largest-component"
+    )
     n = max(B, U)
-    labeled = (echo.seen[0][:, 0] == 1).float()                                   # [n, 30, 30]
+    labeled = (echo.seen[0][:, 0] == 1).float()  # [n, 30, 30]
     assert labeled.shape == (n, 30, 30) and set(echo.seen[0].unique().tolist()) == {-1.0, 1.0}
-    for i, one in enumerate(labeled):   # a box of 20 x 20, of the labeled image or of the unlabeled one
+    for i, one in enumerate(
+        labeled
+    ):  # a box of 20 x 20, of the labeled image or of the unlabeled one
         box = one if i % 2 == 0 else 1 - one
         rows, columns = box.nonzero(as_tuple=True)
         assert box.sum() == 400 and rows.max() - rows.min() == columns.max() - columns.min() == 19
@@ -529,7 +770,11 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
     assert torch.equal(train_ssl.as_seen(torch.ones(n, 30, 30), term), 1 - labeled)
     for weights in (torch.ones(n, 30, 30), torch.rand(n, 30, 30)):
         loss = term.loss(train_ssl.as_seen(weights, term))
-        assert torch.allclose(loss, seg_loss(logits, one_hot(torch.zeros(n, 30, 30), 2), weights * (1 - labeled)), atol=1e-6)
+        assert torch.allclose(
+            loss,
+            seg_loss(logits, one_hot(torch.zeros(n, 30, 30), 2), weights * (1 - labeled)),
+            atol=1e-6,
+        )
 
 
 def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised():
@@ -537,14 +782,20 @@ def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised(
     echo = Echo(torch.randn(1, 4, 32, 32))
     before = ["--lam-warmup", "0.6"]
     torch.manual_seed(0)
-    _, parts = train_ssl.total_loss([echo], teacher, None, batch, options(*before, method="bcp"), 0.5)
+    _, parts = train_ssl.total_loss(
+        [echo], teacher, None, batch, options(*before, method="bcp"), 0.5
+    )
     shown = echo.seen[0]
     pasted = (shown != batch.x).any(1)
-    assert parts[1] == 0 and 0 < pasted.float().mean() < 0.45 and (pasted.flatten(1).sum(1) <= 21 * 21).all()
+    assert (
+        parts[1] == 0
+        and 0 < pasted.float().mean() < 0.45
+        and (pasted.flatten(1).sum(1) <= 21 * 21).all()
+    )
     torch.manual_seed(5)
     loss, _ = train_ssl.copy_paste([echo], teacher, batch, options(method="bcp"), 0.5)
     shown, y = echo.seen[-1], torch.zeros_like(batch.y)
-    for i, image in enumerate(shown):   # every pixel's label comes from the image that it comes from
+    for i, image in enumerate(shown):  # every pixel's label comes from the image that it comes from
         for j in range(5):
             here = (image == batch.x[j]).all(0)
             y[i][:, here] = batch.y[j][:, here]
@@ -552,7 +803,7 @@ def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised(
     nets, teacher, batch = setting("4-class gray", students=2)
     sup, _ = train_ssl.total_loss(nets, teacher, None, batch, options(*before, method="cps"), 0.5)
     sup.backward()
-    assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)   # both students of CPS warm up
+    assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)  # both students of CPS warm up
 
 
 def test_largest_component_of_a_pseudo_label():
@@ -566,7 +817,9 @@ def test_largest_component_of_a_pseudo_label():
     assert torch.equal(kept.argmax(1), want) and torch.allclose(kept.sum(1), torch.ones(2, 12, 12))
     same = want == label
     assert torch.equal(kept.movedim(1, -1)[same], p.movedim(1, -1)[same])
-    assert torch.allclose(kept.amax(1), p.amax(1))   # what was removed is trusted as much as it was before
+    assert torch.allclose(
+        kept.amax(1), p.amax(1)
+    )  # what was removed is trusted as much as it was before
     _, teacher, batch = setting("binary RGB")
     _, [plain] = step_of("bcp", [teacher], teacher, batch, "--no-largest-component")
     _, [largest] = step_of("bcp", [teacher], teacher, batch)
@@ -580,7 +833,9 @@ def test_every_student_is_clipped_by_itself():
     args = options("--clip", "0.01", method="cps")
     optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], 0.0)
     on = compute("cpu", "off")
-    train_ssl.train_step(train_ssl.Run(nets, teacher, None, optimizer, on.scaler(), on), batch, args, 3)
+    train_ssl.train_step(
+        train_ssl.Run(nets, teacher, None, optimizer, on.scaler(), on), batch, args, 3
+    )
     norms = [torch.stack([p.grad.norm() for p in net.parameters()]).norm().item() for net in nets]
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
@@ -589,11 +844,26 @@ def test_schedules():
     ramp = train_ssl.ramp
     assert [ramp(t, 0.25, 0.5) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0, 0.5, 1, 1]
     assert ramp(0.2, 0.25, 0) == 0 and ramp(0.3, 0.25, 0) == 1 and ramp(0, 0, 0) == 1
-    args = train_ssl.parse_args(["d", "--out", "o"])   # the paper's 200 epochs: warm-up 15, ramp 30; QAR 30, 40
-    assert [200 * v for v in (args.lam_warmup, args.lam_ramp, args.qar_warmup, args.qar_ramp)] == [15, 30, 30, 40]
-    before, _ = loss_of("binary RGB", None, train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--lam-warmup", "0.6"]))
+    args = train_ssl.parse_args(
+        ["d", "--out", "o"]
+    )  # the paper's 200 epochs: warm-up 15, ramp 30; QAR 30, 40
+    assert [200 * v for v in (args.lam_warmup, args.lam_ramp, args.qar_warmup, args.qar_ramp)] == [
+        15,
+        30,
+        30,
+        40,
+    ]
+    before, _ = loss_of(
+        "binary RGB",
+        None,
+        train_ssl.parse_args(
+            ["d", "--out", "o", "--method", "mean_teacher", "--lam-warmup", "0.6"]
+        ),
+    )
     plain, _ = loss_of("binary RGB", None, options())
-    assert before.item() == plain.item()  # before its warm-up has passed, every method is the supervised one
+    assert (
+        before.item() == plain.item()
+    )  # before its warm-up has passed, every method is the supervised one
 
 
 def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student():
@@ -601,52 +871,132 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
     nets[0].down[0][1].running_mean.fill_(3.0)
     before, now = ([v.clone() for v in averaged(net)] for net in (teacher, nets[0]))
     update_average(teacher, nets[0], 10_000, 0.99)
-    assert all(torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6) for old, new, p in zip(before, averaged(teacher), now))
+    assert all(
+        torch.allclose(new, 0.99 * old + 0.01 * p, atol=1e-6)
+        for old, new, p in zip(before, averaged(teacher), now)
+    )
     assert torch.allclose(teacher.down[0][1].running_mean, torch.tensor(0.03))
-    update_average(teacher, nets[0], 1, 0.99)   # early on the average is short: 1 - 1 / (count + 1)
+    update_average(teacher, nets[0], 1, 0.99)  # early on the average is short: 1 - 1 / (count + 1)
     again = [0.5 * (0.99 * o + 0.01 * p) + 0.5 * p for o, p in zip(before, now)]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(again, averaged(teacher)))
-    args, on = train_ssl.parse_args(["d", "--out", "o", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.3"]), compute("cpu", "off")
-    run = train_ssl.Run(nets, teacher, None, torch.optim.SGD(nets[0].parameters(), 0.1), on.scaler(), on)
+    args, on = (
+        train_ssl.parse_args(
+            ["d", "--out", "o", "--method", "mean_teacher", "--steps", "10", "--lam-warmup", "0.3"]
+        ),
+        compute("cpu", "off"),
+    )
+    run = train_ssl.Run(
+        nets, teacher, None, torch.optim.SGD(nets[0].parameters(), 0.1), on.scaler(), on
+    )
     equal = lambda: [torch.equal(a, b) for a, b in zip(averaged(teacher), averaged(nets[0]))]
     for step in range(1, 6):
         train_ssl.train_step(run, batch, args, step)
-        assert all(equal()) == (step <= 4), step   # the first step with lambda is the fifth
+        assert all(equal()) == (step <= 4), step  # the first step with lambda is the fifth
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
 
+
 def train(data, out, *more):
-    size = ["--size", "32", "--width", "8"] if h5.read_info(data).dims == 2 else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
-    train_ssl.main([data, "--out", str(out), "--labeled", "2", *size, "--batch", "3", "--batch-unlabeled", "3", "--steps", "5", "--eval-every", "2", "--lr", "1e-3",
-                    "--lam-warmup", "0", "--mc-passes", "2", *map(str, more)])
+    size = (
+        ["--size", "32", "--width", "8"]
+        if h5.read_info(data).dims == 2
+        else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
+    )
+    train_ssl.main(
+        [
+            data,
+            "--out",
+            str(out),
+            "--labeled",
+            "2",
+            *size,
+            "--batch",
+            "3",
+            "--batch-unlabeled",
+            "3",
+            "--steps",
+            "5",
+            "--eval-every",
+            "2",
+            "--lr",
+            "1e-3",
+            "--lam-warmup",
+            "0",
+            "--mc-passes",
+            "2",
+            *map(str, more),
+        ]
+    )
     return torch.load(out / "last.pt", weights_only=True)
 
 
 def same(a, b):
-    return all(torch.equal(x[k], y[k]) for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]]) for k in x)
+    return all(
+        torch.equal(x[k], y[k])
+        for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]])
+        for k in x
+    )
 
 
-HOOKS = [(), ("--weight", "confidence"), ("--weight", "quality", "--correct"), ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
-         ("--weight", "quality", "--weight-level", "image")]
+HOOKS = [
+    (),
+    ("--weight", "confidence"),
+    ("--weight", "quality", "--correct"),
+    ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
+    ("--weight", "quality", "--weight-level", "image"),
+]
 
 
-@pytest.mark.parametrize("kind, method, hooks", [(kind, method, hooks) for kind, some in (("gray", HOOKS), ("volumes", HOOKS[1:4]), ("rgb", HOOKS[3:4]))
-                                                 for method, hooks in itertools.product(train_ssl.METHODS, some) if method != "supervised" or "--correct" not in hooks])
+@pytest.mark.parametrize(
+    "kind, method, hooks",
+    [
+        (kind, method, hooks)
+        for kind, some in (("gray", HOOKS), ("volumes", HOOKS[1:4]), ("rgb", HOOKS[3:4]))
+        for method, hooks in itertools.product(train_ssl.METHODS, some)
+        if method != "supervised" or "--correct" not in hooks
+    ],
+)
 def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
     """Every method, weighting and dimension (of RGB, which g and f see as two more channels, one weighting)."""
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    state = train(data, tmp_path, "--method", method, *hooks, "--qp", qp, "--steps", 2, "--lam-ramp", 0, "--qar-warmup", 0, "--qar-ramp", 0)
+    state = train(
+        data,
+        tmp_path,
+        "--method",
+        method,
+        *hooks,
+        "--qp",
+        qp,
+        "--steps",
+        2,
+        "--lam-ramp",
+        0,
+        "--qar-warmup",
+        0,
+        "--qar-ramp",
+        0,
+    )
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert state["step"] == 2 and [r["step"] for r in rows] == ["2"] and (tmp_path / "best.pt").exists()
-    assert float(rows[0]["lam"]) == state["args"]["lam"] and (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
+    assert (
+        state["step"] == 2
+        and [r["step"] for r in rows] == ["2"]
+        and (tmp_path / "best.pt").exists()
+    )
+    assert float(rows[0]["lam"]) == state["args"]["lam"] and (float(rows[0]["qar"]) > 0) == (
+        "--qar" in hooks
+    )
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
 
 
 def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
     last = train(gray, tmp_path / "a", "--keep", "5,1,3")
-    assert sorted(p.name for p in (tmp_path / "a").glob("step*.pt")) == ["step1.pt", "step3.pt", "step5.pt"]
+    assert sorted(p.name for p in (tmp_path / "a").glob("step*.pt")) == [
+        "step1.pt",
+        "step3.pt",
+        "step5.pt",
+    ]
     assert same(torch.load(tmp_path / "a" / "step5.pt", weights_only=True), last)
     third = torch.load(tmp_path / "a" / "step3.pt", weights_only=True)
     assert third["step"] == 3 and not same(third, last)
@@ -654,50 +1004,116 @@ def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
     assert not list((tmp_path / "a").glob("step*.pt"))
 
 
-def test_the_level_of_a_weight_is_the_finest_that_g_knows_unless_it_is_given(rgb, rgb_quality, rgb_scalar, tmp_path):
-    dense, scalar = ("--weight", "quality", "--qp", rgb_quality[1]), ("--weight", "quality", "--qp", rgb_scalar)
-    for name, hooks, level in (("a", dense, "pixel"), ("b", (*dense, "--weight-level", "image"), "image"), ("c", scalar, "image"), ("d", ("--weight", "confidence"), "image"),
-                               ("e", (*dense, "--correct"), "image")):
+def test_the_level_of_a_weight_is_the_finest_that_g_knows_unless_it_is_given(
+    rgb, rgb_quality, rgb_scalar, tmp_path
+):
+    dense, scalar = (
+        ("--weight", "quality", "--qp", rgb_quality[1]),
+        ("--weight", "quality", "--qp", rgb_scalar),
+    )
+    for name, hooks, level in (
+        ("a", dense, "pixel"),
+        ("b", (*dense, "--weight-level", "image"), "image"),
+        ("c", scalar, "image"),
+        ("d", ("--weight", "confidence"), "image"),
+        ("e", (*dense, "--correct"), "image"),
+    ):
         state = train(rgb, tmp_path / name, "--method", "mean_teacher", "--steps", 2, *hooks)
         assert state["args"]["weight_level"] == level
-        assert same(state, train(rgb, tmp_path / f"{name}_said", "--method", "mean_teacher", "--steps", 2, *hooks, "--weight-level", level))
+        assert same(
+            state,
+            train(
+                rgb,
+                tmp_path / f"{name}_said",
+                "--method",
+                "mean_teacher",
+                "--steps",
+                2,
+                *hooks,
+                "--weight-level",
+                level,
+            ),
+        )
 
 
 def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
     """Its own 2 patients' labels, and through g those of 4."""
     alone = train(gray, tmp_path / "a", "--labeled", 2)["labeled"]
-    guided = train(gray, tmp_path / "b", "--labeled", 2, "--qar", 0.01, "--qp", gray_quality[1])["labeled"]
+    guided = train(gray, tmp_path / "b", "--labeled", 2, "--qar", 0.01, "--qp", gray_quality[1])[
+        "labeled"
+    ]
     assert len(alone) == 2 and len(guided) == 4 and set(alone) < set(guided)
 
 
 @pytest.mark.parametrize("method", UNLABELED)
 def test_same_seed_same_weights_and_another_seed_others(method, gray, gray_quality, tmp_path):
-    more = ("--method", method, "--weight", "quality", "--qp", gray_quality[1], "--qar", 0.01, "--qar-warmup", 0, "--steps", 3, "--eval-every", 3)
-    a, b, c = (train(gray, tmp_path / n, *more, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    more = (
+        "--method",
+        method,
+        "--weight",
+        "quality",
+        "--qp",
+        gray_quality[1],
+        "--qar",
+        0.01,
+        "--qar-warmup",
+        0,
+        "--steps",
+        3,
+        "--eval-every",
+        3,
+    )
+    a, b, c = (
+        train(gray, tmp_path / n, *more, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert same(a, b) and not same(a, c)
 
 
-@pytest.mark.parametrize("optimizer, method", [("adamw", "mean_teacher"), ("sgd", "mean_teacher"), ("adamw", "cps"), ("adamw", "ict")])
+@pytest.mark.parametrize(
+    "optimizer, method",
+    [("adamw", "mean_teacher"), ("sgd", "mean_teacher"), ("adamw", "cps"), ("adamw", "ict")],
+)
 def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp_path, monkeypatch):
-    more = ("--method", method, "--weight", "quality", "--qp", gray_quality[1], "--optimizer", optimizer, "--steps", 6)
+    more = (
+        "--method",
+        method,
+        "--weight",
+        "quality",
+        "--qp",
+        gray_quality[1],
+        "--optimizer",
+        optimizer,
+        "--steps",
+        6,
+    )
     whole = train(gray, tmp_path / "whole", *more)
     step, calls = train_ssl.train_step, []
+
     def dies(*args):
         calls.append(1)
         if len(calls) == 4:  # after the checkpoint of step 2, in the middle of the next interval
             raise KeyboardInterrupt
         return step(*args)
+
     monkeypatch.setattr(train_ssl, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train(gray, tmp_path / "parts", *more)
     monkeypatch.setattr(train_ssl, "train_step", step)
     parts = train(gray, tmp_path / "parts", *more, "--resume")
     assert same(whole, parts) and whole["best"] == parts["best"]
-    rows = [[{k: v for k, v in r.items() if k != "ms"} for r in csv.DictReader(open(tmp_path / n / "log.csv"))] for n in ("whole", "parts")]
+    rows = [
+        [
+            {k: v for k, v in r.items() if k != "ms"}
+            for r in csv.DictReader(open(tmp_path / n / "log.csv"))
+        ]
+        for n in ("whole", "parts")
+    ]
     assert rows[0] == rows[1]
 
 
-def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(gray, gray_quality, tmp_path, refused):
+def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
+    gray, gray_quality, tmp_path, refused
+):
     more = ("--method", "ict", "--qp", gray_quality[1])
     state = train(gray, tmp_path, *more, "--steps", 2)
     del state["args"]["correct"], state["args"]["flip"]
@@ -706,7 +1122,11 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(gr
     train(gray, tmp_path, *more, "--steps", 2, "--resume", "--flip", "H,W")  # the default in words
     flip = lambda argv: train(gray, tmp_path, *more, "--steps", 2, "--flip", "H", *argv)
     refused(flip, ["--resume"], "--flip None, not H")
-    refused(lambda argv: train(gray, tmp_path, *more, "--steps", 2, *argv), ["--resume", "--correct"], "--correct")
+    refused(
+        lambda argv: train(gray, tmp_path, *more, "--steps", 2, *argv),
+        ["--resume", "--correct"],
+        "--correct",
+    )
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monkeypatch, refused):
@@ -718,21 +1138,27 @@ def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monke
         assert "this run is finished (step 5, best val Dice" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     early = tmp_path / "early"
-    train(gray, early, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2)   # stopped before its last step: finished, too
+    train(
+        gray, early, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2
+    )  # stopped before its last step: finished, too
     capsys.readouterr()
     train(gray, early, "--steps", 40, "--lr", 1e-12, "--eval-every", 1, "--patience", 2, "--resume")
     assert "this run is finished" in capsys.readouterr().out
     step, calls = train_ssl.train_step, []
+
     def dies(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return step(*args)
+
     monkeypatch.setattr(train_ssl, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train(gray, tmp_path, "--overwrite")
     refused(lambda argv: train(gray, tmp_path), [], "unfinished run", "--resume", "--overwrite")
-    (tmp_path / "last.pt").rename(tmp_path / "step2.pt")   # killed before its first last.pt: with --resume it begins again
+    (tmp_path / "last.pt").rename(
+        tmp_path / "step2.pt"
+    )  # killed before its first last.pt: with --resume it begins again
     refused(lambda argv: train(gray, tmp_path), [], "no last.pt", "--resume", "--overwrite")
     monkeypatch.setattr(train_ssl, "train_step", step)
     assert train(gray, tmp_path, "--resume")["finished"] and not (tmp_path / "step2.pt").exists()
@@ -740,14 +1166,18 @@ def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monke
 
 def test_qar_is_taken_on_a_share_of_the_images():
     seen = []
+
     class Watching(Constant):
         def forward(self, image, mask):
             seen.append(image)
             return super().forward(image, mask)
+
     nets, teacher, batch = setting("4-class gray", count=5)
     for share, count in ((1, 5), (1 / 2, 3), (0.4, 2), (0.01, 2)):
         seen.clear()
-        train_ssl.total_loss(nets, teacher, Watching(0.3, 4), batch, options("--qar-share", str(share), qar=0.1), 0.5)
+        train_ssl.total_loss(
+            nets, teacher, Watching(0.3, 4), batch, options("--qar-share", str(share), qar=0.1), 0.5
+        )
         assert len(seen) == 1 and torch.equal(seen[0], batch.u[:count])
 
 
@@ -756,19 +1186,29 @@ def test_compiled_networks_train_alike(gray, tmp_path, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
     for method in ("mean_teacher", "unimatch"):
-        a, b = (train(gray, tmp_path / f"{method}{len(more)}", "--method", method, "--steps", 2, *more) for more in ((), ("--compile",)))
-        assert all(torch.allclose(u[k].float(), v[k].float(), atol=1e-5) for u, v in zip(a["nets"], b["nets"]) for k in u)
+        a, b = (
+            train(gray, tmp_path / f"{method}{len(more)}", "--method", method, "--steps", 2, *more)
+            for more in ((), ("--compile",))
+        )
+        assert all(
+            torch.allclose(u[k].float(), v[k].float(), atol=1e-5)
+            for u, v in zip(a["nets"], b["nets"])
+            for k in u
+        )
 
 
 def test_labels_of_unlabeled_cases_have_no_influence(gray, tmp_path):
     shutil.copy(gray, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
-        del f["test"]                          # nor is the test split opened
+        del f["test"]  # nor is the test split opened
         for name in list(f["train"])[2:4]:
             f[f"train/{name}/label"][...] = 1
         for name in list(f["train"])[4:]:
             del f["train"][name]["label"]
-    a, b = (train(data, tmp_path / n, "--method", "pseudo_label", "--conf-threshold", 0) for data, n in ((gray, "a"), (str(tmp_path / "f.h5"), "b")))
+    a, b = (
+        train(data, tmp_path / n, "--method", "pseudo_label", "--conf-threshold", 0)
+        for data, n in ((gray, "a"), (str(tmp_path / "f.h5"), "b"))
+    )
     assert same(a, b)
 
 
@@ -780,11 +1220,16 @@ def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
 
 
 def test_fewer_labeled_slices_than_the_batch(gray, tmp_path):
-    assert train(gray, tmp_path, "--labeled", 1, "--batch", 11, "--method", "pseudo_label")["step"] == 5
+    assert (
+        train(gray, tmp_path, "--labeled", 1, "--batch", 11, "--method", "pseudo_label")["step"]
+        == 5
+    )
 
 
 @pytest.mark.parametrize("dice, warns", [(0.0, True), (0.01, True), (0.02, False)])
-def test_a_run_that_learned_nothing_says_what_to_look_at(dice, warns, gray, tmp_path, capsys, monkeypatch):
+def test_a_run_that_learned_nothing_says_what_to_look_at(
+    dice, warns, gray, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(evaluate, "dice", lambda *_: dice)
     train(gray, tmp_path, "--steps", 1)
     *_, before, last = capsys.readouterr().out.strip().split("\n")
@@ -798,13 +1243,17 @@ def test_patience_stops_early(gray, tmp_path):
     assert state["step"] < 40
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(gray, tmp_path, monkeypatch, refused):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    gray, tmp_path, monkeypatch, refused
+):
     calls, good = [], []
+
     def breaks(*args):
         calls.append(1)
         if len(calls) == 3:
             good.append((tmp_path / "last.pt").read_bytes())
         return seg_loss(*args) * (float("nan") if len(calls) > 2 else 1)
+
     monkeypatch.setattr(train_ssl, "seg_loss", breaks)
     refused(lambda argv: train(gray, tmp_path, *argv), [], "not finite", "--lr")
     assert (tmp_path / "last.pt").read_bytes() == good[0]
@@ -815,12 +1264,28 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     refused(train_ssl.main, ["none.h5", *out], "none.h5")
     refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
     refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
-    refused(train_ssl.main, [gray, *out, "--method", "ict", "--correct"], "--correct needs the qp.pt")
+    refused(
+        train_ssl.main, [gray, *out, "--method", "ict", "--correct"], "--correct needs the qp.pt"
+    )
     refused(train_ssl.main, [gray, *out, "--correct", "--qp", gray_quality[1]], "no pseudo-label")
-    refused(train_ssl.main, [rgb, *out, "--method", "ict", "--correct", "--qp", rgb_scalar], "--correct needs train_qp.py --head dense")
-    refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", rgb_quality[1]], "qp.pt", "classes")
+    refused(
+        train_ssl.main,
+        [rgb, *out, "--method", "ict", "--correct", "--qp", rgb_scalar],
+        "--correct needs train_qp.py --head dense",
+    )
+    refused(
+        train_ssl.main,
+        [gray, *out, "--weight", "quality", "--qp", rgb_quality[1]],
+        "qp.pt",
+        "classes",
+    )
     refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", gray_quality[0]], "vqm.h5")
-    refused(train_ssl.main, [rgb, *out, "--weight", "quality", "--weight-level", "pixel", "--qp", rgb_scalar], "scalar head", "--head dense")
+    refused(
+        train_ssl.main,
+        [rgb, *out, "--weight", "quality", "--weight-level", "pixel", "--qp", rgb_scalar],
+        "scalar head",
+        "--head dense",
+    )
     refused(train_ssl.main, [gray, *out, "--keep", "3,x"], "--keep")
     refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
     refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
@@ -835,16 +1300,43 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     assert not (tmp_path / "o").exists()
     train(gray, tmp_path / "o")
     refused(train_ssl.main, [gray, *out], "was started with --", "--overwrite", "another --out")
-    refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--lr", "0.5"], "--lr 0.001, not 0.5")
-    refused(lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one")
-    phantom.main(["--out", str(tmp_path / "other.h5"), "--train", "6", "--val", "2", "--depth", "4", "--size", "48", "--seed", "1"])
-    refused(lambda argv: train(str(tmp_path / "other.h5"), tmp_path / "o", *argv), ["--resume"], "other data")
+    refused(
+        lambda argv: train(gray, tmp_path / "o", *argv),
+        ["--resume", "--lr", "0.5"],
+        "--lr 0.001, not 0.5",
+    )
+    refused(
+        lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one"
+    )
+    phantom.main(
+        [
+            "--out",
+            str(tmp_path / "other.h5"),
+            "--train",
+            "6",
+            "--val",
+            "2",
+            "--depth",
+            "4",
+            "--size",
+            "48",
+            "--seed",
+            "1",
+        ]
+    )
+    refused(
+        lambda argv: train(str(tmp_path / "other.h5"), tmp_path / "o", *argv),
+        ["--resume"],
+        "other data",
+    )
 
 
 def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch):
     train(gray, tmp_path)
+
     def dies(*args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(train_ssl, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train(gray, tmp_path, "--overwrite")
@@ -852,7 +1344,22 @@ def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch)
 
 
 def test_as_a_command(gray, tmp_path):
-    done = python("train_ssl.py", gray, "--out", tmp_path, "--size", "32", "--steps", "2", "--batch", "2", "--labeled", "1")
-    assert done.returncode == 0 and done.stderr == "" and "next: python evaluate.py" in done.stdout, done.stderr
+    done = python(
+        "train_ssl.py",
+        gray,
+        "--out",
+        tmp_path,
+        "--size",
+        "32",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--labeled",
+        "1",
+    )
+    assert (
+        done.returncode == 0 and done.stderr == "" and "next: python evaluate.py" in done.stdout
+    ), done.stderr
     done = python("train_ssl.py", gray, "--out", tmp_path, "--size", "32")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

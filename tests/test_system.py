@@ -1,4 +1,5 @@
 """What the system refuses is told from damage: permissions, locks, and consoles that lack characters."""
+
 import errno
 import fcntl
 import io
@@ -28,30 +29,42 @@ LOCK = "Unable to synchronously open file (unable to lock file, errno = {}, erro
 OPEN = "Unable to synchronously open file (unable to open file: name = 'd', errno = {}, ...)"
 
 
-@pytest.mark.parametrize("number, text, words", [
-    (errno.EAGAIN, LOCK, "another process is writing to it; wait"),
-    (None, LOCK.format(errno.EAGAIN), "another process is writing to it; wait"),
-    (errno.EACCES, LOCK, "another process is writing to it"),  # some file systems say so
-    (None, "file is already open for write (may use h5clear)", "another process is writing to it"),
-    (errno.EACCES, OPEN, "not permitted to read it; ask"),
-    (errno.EPERM, OPEN, "not permitted to read it; ask"),
-    (None, OPEN.format(errno.EACCES), "not permitted to read it; ask"),
-    (errno.EIO, OPEN, f"cannot be read ({os.strerror(errno.EIO)}); try again"),
-    (errno.ESTALE, OPEN, f"cannot be read ({os.strerror(errno.ESTALE)}); try again"),
-    (errno.EINVAL, "seek failed", "not a readable HDF5 file (truncated?); convert"),
-    (None, "truncated file: eof = 5000", "not a readable HDF5 file (truncated?); convert"),
-    (None, "file signature not found", "not a readable HDF5 file (truncated?); convert")])
+@pytest.mark.parametrize(
+    "number, text, words",
+    [
+        (errno.EAGAIN, LOCK, "another process is writing to it; wait"),
+        (None, LOCK.format(errno.EAGAIN), "another process is writing to it; wait"),
+        (errno.EACCES, LOCK, "another process is writing to it"),  # some file systems say so
+        (
+            None,
+            "file is already open for write (may use h5clear)",
+            "another process is writing to it",
+        ),
+        (errno.EACCES, OPEN, "not permitted to read it; ask"),
+        (errno.EPERM, OPEN, "not permitted to read it; ask"),
+        (None, OPEN.format(errno.EACCES), "not permitted to read it; ask"),
+        (errno.EIO, OPEN, f"cannot be read ({os.strerror(errno.EIO)}); try again"),
+        (errno.ESTALE, OPEN, f"cannot be read ({os.strerror(errno.ESTALE)}); try again"),
+        (errno.EINVAL, "seek failed", "not a readable HDF5 file (truncated?); convert"),
+        (None, "truncated file: eof = 5000", "not a readable HDF5 file (truncated?); convert"),
+        (None, "file signature not found", "not a readable HDF5 file (truncated?); convert"),
+    ],
+)
 def test_why_a_file_is_not_opened(number, text, words, dataset, monkeypatch):
     def fail(*_, **__):
         raise OSError(number, text.format(number)) if number else OSError(text)
+
     monkeypatch.setattr(h5py, "File", fail)
     with pytest.raises(InputError) as found:
         h5.open_file(dataset)
     assert str(found.value).startswith(f"{dataset}: {words}")
 
 
-@pytest.mark.parametrize("number, text", [(n, LOCK) for n in sorted(files.NO_LOCKS)]
-                         + [(None, "(file locking flag values don't match)")])
+@pytest.mark.parametrize(
+    "number, text",
+    [(n, LOCK) for n in sorted(files.NO_LOCKS)]
+    + [(None, "(file locking flag values don't match)")],
+)
 def test_a_file_system_without_locks_is_read_without(number, text, dataset, monkeypatch):
     usual = h5py.File
 
@@ -59,6 +72,7 @@ def test_a_file_system_without_locks_is_read_without(number, text, dataset, monk
         if locking is False:
             return usual(path, mode)
         raise OSError(number, text.format(number)) if number else OSError(text)
+
     monkeypatch.setattr(h5py, "File", without_locks)
     with h5.open_file(dataset) as f:
         assert f["a"][()] == 1
@@ -82,15 +96,20 @@ def stranger():
         def become():
             if user == 0:
                 os.seteuid(65534)
+
         try:
             yield Path(folder), become
         finally:
             os.seteuid(user)
 
 
-@pytest.mark.parametrize("closed, words", [
-    ("file", "not permitted to read it; ask its owner"),
-    ("folder", "not permitted to look into its folder; give")])
+@pytest.mark.parametrize(
+    "closed, words",
+    [
+        ("file", "not permitted to read it; ask its owner"),
+        ("folder", "not permitted to look into its folder; give"),
+    ],
+)
 def test_what_is_not_permitted(closed, words, stranger):
     folder, become = stranger
     inner = folder / "inner"
@@ -132,6 +151,7 @@ def test_a_disk_that_fails_while_a_file_is_read(error):
 def test_a_run_goes_on_where_nothing_can_be_locked(number, tmp_path, monkeypatch, recwarn):
     def fail(*_):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr(fcntl, "flock", fail)
     (tmp_path / ".x.pt.1.part").touch()
     for _ in range(2):  # nor does what the first leaves keep the second one out
@@ -142,6 +162,7 @@ def test_a_run_goes_on_where_nothing_can_be_locked(number, tmp_path, monkeypatch
 def test_a_disk_that_fails_while_a_folder_is_locked(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
+
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match="Input/output error"):
         claim(str(tmp_path))
@@ -149,14 +170,21 @@ def test_a_disk_that_fails_while_a_folder_is_locked(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------- characters
 
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "\\u0394 ± \\udcff"), ("ascii", "\\u0394 \\xb1 \\udcff"),
-                                             ("utf-8", "Δ ± \\udcff")])
+
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [("cp1252", "\\u0394 ± \\udcff"), ("ascii", "\\u0394 \\xb1 \\udcff"), ("utf-8", "Δ ± \\udcff")],
+)
 def test_a_console_that_lacks_characters(encoding, shown, monkeypatch):
     """The last of them is what Python makes of a file name's byte that is no UTF-8."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
     for name, stream in zip(("stdout", "stderr"), streams):
         monkeypatch.setattr(sys, name, stream)
-    cli(lambda: [print("Δ ± \udcff", file=stream, flush=True) for stream in (sys.stdout, sys.stderr)])
+    cli(
+        lambda: [
+            print("Δ ± \udcff", file=stream, flush=True) for stream in (sys.stdout, sys.stderr)
+        ]
+    )
     assert [s.buffer.getvalue().decode(encoding) for s in streams] == [f"{shown}\n"] * 2
 
 
@@ -192,6 +220,7 @@ def test_a_log_is_utf8_wherever_it_is_written(tmp_path, monkeypatch):
     def latin(path, mode="r", *args, **more):
         more = more if "b" in mode else {"encoding": "latin-1"} | more
         return usual(path, mode, *args, **more)
+
     monkeypatch.setattr("builtins.open", latin)
     for after in (0, 1):
         log = Log(str(tmp_path), ["step", "val_Δ", "note"], after, fresh=not after)

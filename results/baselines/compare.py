@@ -15,6 +15,7 @@ whole command, to the last bit. Several processes may share a list of runs.
 Runs of published code are in runs/b/DATA/published-METHOD-SEED. Its training step took the place of
 ours, and all else is the same. That code is not part of the project; its scores are kept.
 """
+
 import csv
 import glob
 import json
@@ -43,8 +44,18 @@ DATA = {
     "cvc": "--labeled 4 --lr 1e-3",
     "acdc": "--labeled 7 --lr 3e-3",
 }
-METHODS = ["supervised", "pseudo_label", "mean_teacher", "ua_mt", "ict",
-           "cps", "contrastive", "fixmatch", "unimatch", "bcp"]
+METHODS = [
+    "supervised",
+    "pseudo_label",
+    "mean_teacher",
+    "ua_mt",
+    "ict",
+    "cps",
+    "contrastive",
+    "fixmatch",
+    "unimatch",
+    "bcp",
+]
 QW = "--weight quality --weight-level image"
 ROWS = {method: f"--method {method}" for method in METHODS}
 for method in ("pseudo_label", "mean_teacher", "bcp"):
@@ -53,6 +64,7 @@ for method in ("pseudo_label", "mean_teacher", "bcp"):
 
 
 # ------------------------------------------------------------------------------ runs
+
 
 def command(data, row, seed, out):
     """What train_ssl.py is called with."""
@@ -111,6 +123,7 @@ def go_on(data, origin, seed, argv, out):
 
 # ------------------------------------------------------------------------------ tables
 
+
 def collect():
     """Scores of scores.csv, or of the same run where it is at hand.
 
@@ -151,8 +164,10 @@ def cell(found):
 
 def table(scores, which):
     """A Markdown table over seeds, a line for each row. which: 0 best.pt, 1 last.pt"""
-    lines = ["| method | " + " | ".join(f"{data}, ours | published" for data in DATA) + " |",
-             "|---" * (1 + 2 * len(DATA)) + "|"]
+    lines = [
+        "| method | " + " | ".join(f"{data}, ours | published" for data in DATA) + " |",
+        "|---" * (1 + 2 * len(DATA)) + "|",
+    ]
     for row in ROWS:
         cells = []
         for data in DATA:

@@ -16,6 +16,7 @@ Until lambda sets in, all runs of a seed are the same supervised training. It is
 the last bit. Validations before that step do not count for `best.pt`.
 The controls are here, not in train_ssl.py: they need labels that training must not see.
 """
+
 import contextlib
 import csv
 import glob
@@ -87,6 +88,7 @@ ROWS = {  # options of train_ssl.py, and the control that stands in for g
 
 
 # ------------------------------------------------------------------------------ controls
+
 
 class Oracle(torch.nn.Module):
     """Stands in for g and answers by labels [U, *S] that training must not see: the true Dice of a
@@ -232,6 +234,7 @@ def show_labels(oracle):
 
 # ------------------------------------------------------------------------------ runs
 
+
 def file_of(data):
     """acdc_3 is a part of acdc."""
     return f"runs/{data.split('_')[0]}.h5"
@@ -334,8 +337,9 @@ def tuned(data, family, row):
         found[lam] = best_on_val(f"{folder}/log.csv", DATA[data]["start"])
     if not found:
         what = f"{data}, {family}, {row}"
-        raise InputError(f"{what}: no run of seed 0 that would say which lambda is best; "
-                         "give --lams")
+        raise InputError(
+            f"{what}: no run of seed 0 that would say which lambda is best; give --lams"
+        )
     return max(sorted(found), key=found.get)
 
 
@@ -351,11 +355,15 @@ def run_all(args):
                     print(f"\n{out}", flush=True)
                     train(args.data, family, row, lam, seed, out)
                 else:
-                    print(f"\n{out}: passed over; another process is at it, or was killed: "
-                          f"then remove {out}/busy", flush=True)
+                    print(
+                        f"\n{out}: passed over; another process is at it, or was killed: "
+                        f"then remove {out}/busy",
+                        flush=True,
+                    )
 
 
 # ------------------------------------------------------------------------------ split, and g itself
+
 
 def split(argv):
     """Copies a dataset file, with its last train patients as the test split."""
@@ -366,7 +374,7 @@ def split(argv):
     args = p.parse_args(argv)
     train = h5.read_info(args.source).entries("train")
     patients = list(dict.fromkeys(e.patient for e in train))
-    last = patients[-args.patients:]
+    last = patients[-args.patients :]
     shutil.copy(args.source, args.out)
     with h5py.File(args.out, "r+") as f:
         if "test" not in f:
@@ -415,8 +423,9 @@ def main():
     p.add_argument("data", choices=DATA)
     p.add_argument("--families", nargs="+", choices=FAMILIES, required=True)
     p.add_argument("--rows", nargs="+", choices=ROWS, required=True)
-    p.add_argument("--lams", nargs="+", type=float,
-                   help="default: the one that was best on val for seed 0")
+    p.add_argument(
+        "--lams", nargs="+", type=float, help="default: the one that was best on val for seed 0"
+    )
     p.add_argument("--like", choices=ROWS, help="take the lambda of this row")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run_all(p.parse_args())

@@ -14,6 +14,7 @@ cases (or patients) are drawn with replacement, the same for both rows. Of three
 rough interval, too narrow where seeds differ more than cases do. Of one seed it is an interval over
 cases alone. The figure has the intervals over patients.
 """
+
 import collections
 import csv
 import glob
@@ -35,20 +36,21 @@ METRICS = ["dice", "hd95"]
 
 @dataclass
 class Run:
-    val: float    # best Dice on val after the common start
+    val: float  # best Dice on val after the common start
     scores: dict  # {checkpoint: {metric: scores of the cases, an array}}
 
 
 @dataclass
 class DataSet:
-    g: int          # CRC-32 of its file
+    g: int  # CRC-32 of its file
     patients: dict  # {case: patient}
-    runs: dict      # {FAMILY-ROW-LAM-SEED: Run}
+    runs: dict  # {FAMILY-ROW-LAM-SEED: Run}
 
 
 @dataclass
 class Gain:
     """A difference of Dice, in points, with its intervals (low, high)."""
+
     mean: float
     by_case: tuple
     by_patient: tuple
@@ -57,6 +59,7 @@ class Gain:
 @dataclass
 class Point:
     """What the figure shows of a row."""
+
     data: str
     family: str
     row: str
@@ -64,6 +67,7 @@ class Point:
 
 
 # ------------------------------------------------------------------------------ scores of runs
+
 
 def read(folder, start):
     """Reads a finished run. -> Run, {case: patient}"""
@@ -84,8 +88,10 @@ def read(folder, start):
 
 def as_arrays(scores):
     """{checkpoint: {metric: list}} -> the same with arrays"""
-    return {checkpoint: {metric: np.array(values) for metric, values in of.items()}
-            for checkpoint, of in scores.items()}
+    return {
+        checkpoint: {metric: np.array(values) for metric, values in of.items()}
+        for checkpoint, of in scores.items()
+    }
 
 
 def kept():
@@ -139,8 +145,10 @@ def add(data):
         mine = sets.setdefault(data, DataSet(checksum(g), patients, {}))
         same_cases = list(mine.patients.items()) == list(patients.items())
         if mine.g != checksum(g) or not same_cases:
-            raise InputError(f"{folder}: has another g or other test cases than the runs of "
-                             f"{data} in {SCORES}; remove those")
+            raise InputError(
+                f"{folder}: has another g or other test cases than the runs of "
+                f"{data} in {SCORES}; remove those"
+            )
         mine.runs[os.path.basename(folder)] = run
     if data not in sets:
         raise InputError(f"runs/v/{data}: no finished run of run.py, and none in {SCORES}")
@@ -172,6 +180,7 @@ def chosen(by_lambda):
 
 
 # ------------------------------------------------------------------------------ differences
+
 
 def interval(difference, groups, count=10_000):
     """95% bootstrap interval of the mean of difference [seeds, cases]; seeds and groups of cases (a
@@ -211,13 +220,16 @@ def between(limits):
 
 # ------------------------------------------------------------------------------ tables
 
+
 def table(data, checkpoint):
     """Prints the Markdown table of one data set. -> a Point for each row with a difference"""
     points = []
     runs, patients = runs_of(data)
     print(f"\n### {data}, {checkpoint}\n")
-    print("| family | guidance | lambda | seeds | Dice % | HD95 px "
-          "| difference to its own baseline | by patient |\n|" + "---|" * 8)
+    print(
+        "| family | guidance | lambda | seeds | Dice % | HD95 px "
+        "| difference to its own baseline | by patient |\n|" + "---|" * 8
+    )
     for family in FAMILIES:
         _, base = chosen(runs.get((family, "none"), {}))
         for row in ROWS:
@@ -247,9 +259,10 @@ def scores_of(seeds, checkpoint):
 @dataclass
 class Pair:
     """A family on a data set, with all three seeds of its baseline, guided row and all labels."""
-    base: float    # Dice of the baseline
+
+    base: float  # Dice of the baseline
     guided: float  # Dice of the guided row
-    full: float    # what all labels give above the baseline
+    full: float  # what all labels give above the baseline
     difference: np.ndarray
     gain: Gain
 
@@ -313,9 +326,11 @@ def count(pairs, guided):
     surely = sum(p.gain.by_patient[0] > 0 for p in pairs)
     half = sum(0 < p.full <= 2 * p.gain.mean for p in pairs)
     below = sum(p.gain.mean < -0.3 for p in pairs)
-    return (f"Of {len(pairs)} pairs of a family and a data set `{guided}` is above its own "
-            f"baseline in {above}, with an interval above zero in {surely}; it reaches half of "
-            f"what all labels would give in {half}; it is more than .3 points below in {below}.")
+    return (
+        f"Of {len(pairs)} pairs of a family and a data set `{guided}` is above its own "
+        f"baseline in {above}, with an interval above zero in {surely}; it reaches half of "
+        f"what all labels would give in {half}; it is more than .3 points below in {below}."
+    )
 
 
 # ------------------------------------------------------------------------------ figure
@@ -349,8 +364,7 @@ def draw(path, points):
     step = 1 / (len(rows) + 1.5)  # a family is 1 high
 
     size = (3.6 * len(sets), 1.2 + 0.16 * len(families) / step)
-    figure, axes = figures.pyplot().subplots(
-        1, len(sets), figsize=size, sharey=True, squeeze=False)
+    figure, axes = figures.pyplot().subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
     handles = {}
     for axis, data in zip(axes[0], sets):
         for point in points:
@@ -395,8 +409,11 @@ def draw_point(axis, point, y, k):
 def main():
     p = Parser(__doc__, prog="python -m results.evidence.table")
     p.add_argument("data", nargs="+", choices=DATA)
-    p.add_argument("--add", action="store_true",
-                   help="first add the finished runs under runs/v to scores.csv.gz")
+    p.add_argument(
+        "--add",
+        action="store_true",
+        help="first add the finished runs under runs/v to scores.csv.gz",
+    )
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args()
     if args.add:

@@ -6,20 +6,33 @@ A line for each method: mean foreground Dice on val (%), without and with QW, at
 validations and at the last step, and the cost of a step once the unlabeled loss has set in,
 relative to the supervised step of the same data set.
 """
+
 import csv
 import os
 from dataclasses import dataclass
 
 from data.files import InputError, Parser, cli
 
-METHODS = ["sup", "pl", "pl_t", "pl_c", "mt", "ua_mt", "ict", "cps", "cl",
-           "fixmatch", "unimatch", "bcp"]
+METHODS = [
+    "sup",
+    "pl",
+    "pl_t",
+    "pl_c",
+    "mt",
+    "ua_mt",
+    "ict",
+    "cps",
+    "cl",
+    "fixmatch",
+    "unimatch",
+    "bcp",
+]
 STEPS = "600"
 
 
 @dataclass
 class Run:
-    best: float          # Dice on val, %
+    best: float  # Dice on val, %
     last: float
     milliseconds: float  # of a step
 
@@ -47,8 +60,10 @@ def table(folder, seed):
     best = lambda run: f"{run.best:.1f}" if run else "-"
     last = lambda run: f"{run.last:.1f}" if run else "-"
     cost = lambda run: f"{run.milliseconds / supervised.milliseconds:.1f}" if run else "-"
-    lines = ["| method | best | with QW | last | with QW | cost of a step | with QW |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | best | with QW | last | with QW | cost of a step | with QW |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method, pair in pairs.items():
         if any(pair):
             cells = [show(run) for show in (best, last, cost) for run in pair]

@@ -6,6 +6,7 @@ table.
 Rounds go through all networks in turn, so that whatever else the machine does meets them all. The
 best round of each counts.
 """
+
 import os
 import time
 
@@ -13,8 +14,8 @@ import torch
 
 import evaluate
 import models
-from models.device import channels_last
 from data.files import Parser, cli
+from models.device import channels_last
 
 DEEPER = dict(encoder="resnet50")
 NETWORKS = {name: {} for name in models.segmentation_networks() if name != "smp:*"}
@@ -69,13 +70,15 @@ def main():
     torch.manual_seed(0)
     rows = []
     for title, (predicts, trains) in speeds().items():
-        rows.append({
-            "network": title,
-            "M parameters": f"{models.parameters(built(title)) / 1e6:.1f}",
-            "GFLOPs": f"{multiply_adds(built(title)):.1f}",
-            "predicts, images/s": f"{predicts:.1f}",
-            "trains, images/s": f"{trains:.1f}",
-        })
+        rows.append(
+            {
+                "network": title,
+                "M parameters": f"{models.parameters(built(title)) / 1e6:.1f}",
+                "GFLOPs": f"{multiply_adds(built(title)):.1f}",
+                "predicts, images/s": f"{predicts:.1f}",
+                "trains, images/s": f"{trains:.1f}",
+            }
+        )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
     print("\n" + evaluate.markdown(rows))
 

@@ -4,12 +4,13 @@ seed of its own.
     python -m results.pilot.table runs/ph2.h5 --reference runs/e/ph2/reference/vqm.h5 \\
         runs/e/ph2/qp_*/qp.pt --out runs/e/ph2/quality.md
 """
+
 import os
 
 import evaluate
-from models.device import compute
 from data import h5, vqm
 from data.files import Parser, cli, load_checkpoint
+from models.device import compute
 
 
 def main():

@@ -8,6 +8,7 @@ Prints Pearson r / MAE after the monotone calibration, of each slice and class t
 all outputs pooled, and once as the mean over early, middle and late f and their seeds. The figure
 shows the mean.
 """
+
 import json
 import os
 

@@ -7,6 +7,7 @@ that nobody has learned from.
 Prints Pearson r and MAE (no calibration) of each slice and class that is present, mean over the
 runs.
 """
+
 import itertools
 
 import numpy as np
@@ -84,13 +85,15 @@ def main():
             found[variant].append(evaluate.agreement(says[present], true))
     table = []
     for (count, view, temperature), runs in found.items():
-        table.append({
-            "members": count,
-            "view": view,
-            "temperature": f"{temperature:.2f}",
-            "Pearson": float(np.mean([run["pearson"] for run in runs])),
-            "MAE": float(np.mean([run["mae"] for run in runs])),
-        })
+        table.append(
+            {
+                "members": count,
+                "view": view,
+                "temperature": f"{temperature:.2f}",
+                "Pearson": float(np.mean([run["pearson"] for run in runs])),
+                "MAE": float(np.mean([run["mae"] for run in runs])),
+            }
+        )
     print(evaluate.markdown(table))
 
 

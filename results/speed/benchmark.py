@@ -10,6 +10,7 @@ back in every step, slices predicted one by one, medpy's metrics called one by o
 turns, round after round, and the shortest time of each counts. DATA.h5 is a file that is segmented
 slice by slice.
 """
+
 import copy
 import csv
 import os
@@ -33,7 +34,7 @@ from data.files import InputError, Parser, cli, number
 from models.device import Compute, channels_last, compiled, compute, device_name, fused
 from models.losses import one_hot
 
-GIGABYTE = 2 ** 30
+GIGABYTE = 2**30
 
 
 def rounds(versions, count, device):
@@ -68,6 +69,7 @@ def lines_of(part, seconds, base):
 
 
 # ------------------------------------------------------------------------------ plain versions
+
 
 class PlainSlices(torch.utils.data.Dataset):
     """Slices in memory, augmented one by one: a quarter turn and a flip, or a rotation by up to 20
@@ -158,9 +160,11 @@ def plain_scores(a, b):
 
 # ------------------------------------------------------------------------------ the parts
 
+
 @dataclass
 class Bench:
     """What all parts share."""
+
     args: object
     run: object  # options of a mean-teacher run at --size, with --batch images, half labeled
     info: h5.Info
@@ -181,15 +185,33 @@ AT_ONCE = "--lam-warmup 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
 
 def prepare(args):
     half = str(args.batch // 2)
-    run = train_ssl.parse_args([
-        args.data, "--out", args.out, "--labeled", args.labeled, "--method", "mean_teacher",
-        "--size", str(args.size), "--batch", half, "--batch-unlabeled", half, *AT_ONCE,
-        "--steps", "1000000"])
+    run = train_ssl.parse_args(
+        [
+            args.data,
+            "--out",
+            args.out,
+            "--labeled",
+            args.labeled,
+            "--method",
+            "mean_teacher",
+            "--size",
+            str(args.size),
+            "--batch",
+            half,
+            "--batch-unlabeled",
+            half,
+            *AT_ONCE,
+            "--steps",
+            "1000000",
+        ]
+    )
     info = h5.read_info(args.data)
     on = compute(args.device, args.amp)
     if info.dims != 2:
-        raise InputError(f"{args.data}: is segmented in 3D; this benchmark takes slices "
-                         "(volumes: results/volumes/benchmark.py)")
+        raise InputError(
+            f"{args.data}: is segmented in 3D; this benchmark takes slices "
+            "(volumes: results/volumes/benchmark.py)"
+        )
     train_ssl.set_defaults(run, info)
     feed = train_ssl.Feed(*train_ssl.load_data(info, run, on), run)
     return Bench(args, run, info, on, feed)
@@ -207,13 +229,13 @@ def step_of(b, side=None, batch=None, g=None, **changes):
     if b.args.compile:
         net = compiled(net)
         teacher = compiled(teacher)
-    optimizer = torch.optim.SGD(
-        net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
     state = train_ssl.Run([net], teacher, g, optimizer, b.on.scaler(), b.on)
 
     def image():
         x = torch.randn(half, b.info.channels, side, side, device=b.on.device)
         return channels_last(x)
+
     label = torch.randint(K, (half, side, side), device=b.on.device)
     batch = train_ssl.Batch(image(), one_hot(label, K), image(), image(), image())
     return lambda: train_ssl.train_step(state, batch, run, 1000)
@@ -232,6 +254,7 @@ def plain_step_of(b):
         x = image.to(b.on.device)
         y = label.to(b.on.device)
         return plain_step(net, teacher, optimizer, x, y, half, 1000)
+
     return step
 
 
@@ -239,7 +262,7 @@ def feeding(b):
     """A batch of half labeled and half unlabeled images, augmented, on the device."""
     labeled = list(dict.fromkeys(b.feed.labeled.case))
     plain = PlainSlices(b.info, labeled, b.args.size)
-    step = iter(range(1, 10 ** 9))
+    step = iter(range(1, 10**9))
     K = len(b.info.classes)
 
     def one_by_one():
@@ -249,6 +272,7 @@ def feeding(b):
 
     def views():
         return train_ssl.views(b.feed[next(step)], K, b.run, b.on.device)
+
     base = "one by one: a turn or rotation of each image"
     ours = "ours: affine, and two views of contrast, gamma, blur and noise"
     seconds = b.timed({base: one_by_one, ours: views})
@@ -270,8 +294,9 @@ def guidance(b):
     versions = {"mean teacher": step_of(b)}
     sides = {"g at f's side": b.args.size, "g at half of it": b.args.size // 2}
     for name, side in sides.items():
-        g = models.build("quality_dense", channels=b.info.channels,
-                         classes=len(b.info.classes), size=side)
+        g = models.build(
+            "quality_dense", channels=b.info.channels, classes=len(b.info.classes), size=side
+        )
         g = fused(b.on.place(g)).requires_grad_(False)
         versions[f"QW, {name}"] = step_of(b, g=g, weight="quality", weight_threshold=0.0)
         versions[f"QAR on all images, {name}"] = step_of(b, g=g, qar=0.01, qar_share=1.0)
@@ -292,12 +317,15 @@ def evaluation(b):
     names = [e.name for e in b.info.entries("val")]
     size = b.args.size
     base = "slice by slice, medpy's metrics"
-    with evaluate.scoring_pool(2, 10 ** 9) as pool:
-        seconds = b.timed({
-            base: lambda: plain_evaluation(plain, b.info, size, names, b.on.device),
-            "ours, in one process": lambda: our_scores(b, net, names, size),
-            "ours, two processes for the scores": lambda: our_scores(b, net, names, size, pool),
-        }, 1)
+    with evaluate.scoring_pool(2, 10**9) as pool:
+        seconds = b.timed(
+            {
+                base: lambda: plain_evaluation(plain, b.info, size, names, b.on.device),
+                "ours, in one process": lambda: our_scores(b, net, names, size),
+                "ours, two processes for the scores": lambda: our_scores(b, net, names, size, pool),
+            },
+            1,
+        )
     return lines_of("evaluation", seconds, base)
 
 
@@ -314,10 +342,32 @@ def processes(b):
     of a core each, and one process."""
     out = os.path.join(b.args.out, "processes")
     command = [
-        "train_ssl.py", b.args.data, "--out", out, "--labeled", b.args.labeled,
-        "--method", "mean_teacher", "--size", str(b.args.size // 2), "--batch", "12",
-        "--batch-unlabeled", "12", "--lam-warmup", "0", "--lam-ramp", "0", "--steps", "12",
-        "--eval-every", "4", "--device", "cpu", "--overwrite"]
+        "train_ssl.py",
+        b.args.data,
+        "--out",
+        out,
+        "--labeled",
+        b.args.labeled,
+        "--method",
+        "mean_teacher",
+        "--size",
+        str(b.args.size // 2),
+        "--batch",
+        "12",
+        "--batch-unlabeled",
+        "12",
+        "--lam-warmup",
+        "0",
+        "--lam-ramp",
+        "0",
+        "--steps",
+        "12",
+        "--eval-every",
+        "4",
+        "--device",
+        "cpu",
+        "--overwrite",
+    ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     base = "one process, one core"
     launches = [
@@ -346,16 +396,21 @@ def growth(b):
     few = numbers_up_to(len(val))
     many = numbers_up_to(len(train))
     found = {
-        "seconds of a step, batch 8, against its side":
-            {s: step(s, 8) for s in (64, 96, 128, 192, 256)},
-        "seconds of a step of side 128, against its batch":
-            {n: step(128, n) for n in (4, 8, 16, 32)},
-        "seconds of scoring volumes at side 96, against their number":
-            {n: once(lambda: our_scores(b, net, val[:n], 96)) for n in few},
-        "seconds of reading volumes at side 128, against their number":
-            {n: once(lambda: read(n)) for n in many},
-        "bytes of volumes in memory at side 128, against their number":
-            {n: read(n).image.nbytes for n in many},
+        "seconds of a step, batch 8, against its side": {
+            s: step(s, 8) for s in (64, 96, 128, 192, 256)
+        },
+        "seconds of a step of side 128, against its batch": {
+            n: step(128, n) for n in (4, 8, 16, 32)
+        },
+        "seconds of scoring volumes at side 96, against their number": {
+            n: once(lambda: our_scores(b, net, val[:n], 96)) for n in few
+        },
+        "seconds of reading volumes at side 128, against their number": {
+            n: once(lambda: read(n)) for n in many
+        },
+        "bytes of volumes in memory at side 128, against their number": {
+            n: read(n).image.nbytes for n in many
+        },
     }
     lines = []
     for name, values in found.items():
@@ -399,17 +454,42 @@ def large(args):
         h5.write(path, cases, name="large", classes=["background", "square"], dims=2, channels=1)
     start = time.perf_counter()
     command = [
-        "train_ssl.py", path, "--out", os.path.join(args.out, "large"), "--labeled", "0.5",
-        "--method", "mean_teacher", "--size", "96", "--batch", "8", "--batch-unlabeled", "8",
-        "--steps", "200", "--eval-every", "100", "--cache", "off", "--overwrite",
-        "--lam-warmup", "0", "--device", args.device]
+        "train_ssl.py",
+        path,
+        "--out",
+        os.path.join(args.out, "large"),
+        "--labeled",
+        "0.5",
+        "--method",
+        "mean_teacher",
+        "--size",
+        "96",
+        "--batch",
+        "8",
+        "--batch-unlabeled",
+        "8",
+        "--steps",
+        "200",
+        "--eval-every",
+        "100",
+        "--cache",
+        "off",
+        "--overwrite",
+        "--lam-warmup",
+        "0",
+        "--device",
+        args.device,
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True)
+        [sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True
+    )
     seconds = time.perf_counter() - start
-    mine, reader = (int(n) / 2 ** 20 for n in done.stdout.split("peak")[-2:])
+    mine, reader = (int(n) / 2**20 for n in done.stdout.split("peak")[-2:])
     size = os.path.getsize(path) / GIGABYTE
-    print(f"\n--cache off, a file of {size:.1f} GB, 200 steps in {seconds:.0f} s: "
-          f"peak resident memory {mine:.2f} GB, of the largest reading process {reader:.2f} GB")
+    print(
+        f"\n--cache off, a file of {size:.1f} GB, 200 steps in {seconds:.0f} s: "
+        f"peak resident memory {mine:.2f} GB, of the largest reading process {reader:.2f} GB"
+    )
 
 
 # ------------------------------------------------------------------------------ command
@@ -429,23 +509,34 @@ def main():
     p.add_argument("data", help="dataset file, segmented slice by slice")
     p.add_argument("--out", required=True, help="folder for what is written on the way")
     p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to time")
-    p.add_argument("--large", type=number(0.1, 1e4, float),
-                   help="also train on a file of so many GB that is made for it")
+    p.add_argument(
+        "--large",
+        type=number(0.1, 1e4, float),
+        help="also train on a file of so many GB that is made for it",
+    )
     p.add_argument("--labeled", default="7", help="labeled patients")
     p.add_argument("--size", type=number(64), default=256, help="side of images")
-    p.add_argument("--batch", type=number(2), default=24,
-                   help="images in a step, half of them labeled")
-    p.add_argument("--rounds", type=number(1), default=3,
-                   help="rounds, of which the shortest time counts")
+    p.add_argument(
+        "--batch", type=number(2), default=24, help="images in a step, half of them labeled"
+    )
+    p.add_argument(
+        "--rounds", type=number(1), default=3, help="rounds, of which the shortest time counts"
+    )
     p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda")
-    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-                   help="of ours; the plain versions are float32")
+    p.add_argument(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="of ours; the plain versions are float32",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile our networks")
     args = p.parse_args()
     bench = prepare(args)
-    print(f"{processor(bench.on.device)}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {bench.on}; "
-          f"{bench.info.name}, side {args.size}, batch {args.batch}")
+    print(
+        f"{processor(bench.on.device)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {bench.on}; "
+        f"{bench.info.name}, side {args.size}, batch {args.batch}"
+    )
     tables = {part: PARTS[part](bench) for part in args.only}
     growing = tables.pop("growth", None)
     timed = [line for lines in tables.values() for line in lines]

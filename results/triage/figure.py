@@ -6,6 +6,7 @@
 Reads FOLDER/quality.json of evaluate.py --qp. Prints, for each estimate, the share of the bad cases
 among the 20% of the lowest estimates, and the area under the curve.
 """
+
 import evaluate
 from data import figures
 from data.files import InputError, Parser, cli, picture

@@ -8,6 +8,7 @@ The loop over patches is written as the public baselines of the left atrium do: 
 same for volumes at half resolution, with patches and stride halved. medpy's metrics are its four
 separate calls.
 """
+
 import itertools
 import time
 
@@ -16,9 +17,9 @@ import torch
 from medpy.metric import binary
 
 import evaluate
-from models.device import compute
 from data import h5
 from data.files import Parser, cli, number
+from models.device import compute
 
 
 def timed(f, repeat=1):
@@ -60,7 +61,7 @@ def row(what, seconds, base, result):
 
 def inference(args, on, cases, size, stride):
     """Lines of the table for the label of a volume, and the label by the plain loop."""
-    (_, (volume, mean, std), truth), = cases
+    ((_, (volume, mean, std), truth),) = cases
     x = ((volume - mean) / std).astype(np.float32)
     plain = evaluate.load_run(args.checkpoint, "student", compute("cpu", "off"))[0]
     plain = plain.to(memory_format=torch.contiguous_format)
@@ -101,8 +102,12 @@ def main():
     p.add_argument("data", help="left atrium, full resolution")
     p.add_argument("checkpoint", help="V-Net run of train_ssl.py")
     p.add_argument("--case", type=number(0), default=1, help="which val volume")
-    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
-                   help="mixed precision of ours; the baseline is float32")
+    p.add_argument(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="auto",
+        help="mixed precision of ours; the baseline is float32",
+    )
     p.add_argument("--half", action="store_true", help="the volumes were made with --shrink 2")
     args = p.parse_args()
     size = (40, 56, 56) if args.half else (80, 112, 112)
@@ -115,7 +120,7 @@ def main():
     print(f"{entry.name}, {grid}; {on}, {torch.get_num_threads()} threads")
 
     rows, loop = inference(args, on, cases, size, stride)
-    (_, _, truth), = cases
+    ((_, _, truth),) = cases
     true = truth > 0
     moved = np.roll(true, (3, 3, 3), (0, 1, 2))
     rows += metrics("the loop's output", loop > 0, true, entry.spacing)
