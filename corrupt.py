@@ -7,7 +7,7 @@ Writes OUT/weak/fold*.pt, partly trained networks f, OUT/weak/last.pt (to --resu
          /train, /val       synthetic masks; train also holds outputs of weak networks ("harvest ..."), which with --folds 2 or more
                             have not seen the patient
          /real              outputs of all weak networks on val, which none has seen
-       Its schema is that of data/vqm.py.
+       Its schema is that of data/quality_masks.py.
 
 The masks depend on --seed alone, not on --workers.
 
@@ -33,27 +33,22 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, processes, shapes, vqm
-from data.files import (
+from data import augment, figures, h5, loading, quality_masks, shapes, workers
+from data.files import InputError, claim, replacing
+from data.options import (
     SEED,
     SHARE,
-    InputError,
     Parser,
-    check_finite,
-    claim,
     cli,
     flip_axes,
     folder,
     grid,
-    load_checkpoint,
     number,
     numbers,
     picture,
-    replacing,
-    save_checkpoint,
     seed_of,
-    start_run,
 )
+from models.checkpoints import check_finite, load_checkpoint, save_checkpoint, start_run
 from models.device import channels_last, compute, device_name, samples_in
 from models.losses import dice_loss, one_hot
 
@@ -593,7 +588,7 @@ def start_work(shared):
 
 
 def start_process(shared):
-    processes.start_worker()
+    workers.start_worker()
     start_work(shared)
 
 
@@ -614,7 +609,7 @@ def masks_of_sample(i):
     if work["balance"]:
         drawn = flatten(drawn, count)
     masks, dice, names, draws = zip(*drawn)
-    return [vqm.chunk(mask) for mask in masks], np.stack(dice), names, draws
+    return [quality_masks.chunk(mask) for mask in masks], np.stack(dice), names, draws
 
 
 def flatten(drawn, count, bins=10):
@@ -862,15 +857,15 @@ def draw_preview(path, vqm_path, info, samples):
 def load_train(info, names, args):
     """The labeled slices, or --patches of each labeled volume, at places fixed by the seed. -> Samples"""
     if info.dims == 2:
-        return h5.load_slices(info, "train", args.size, names)
+        return loading.load_slices(info, "train", args.size, names)
     corners = {
-        e.name: h5.random_corners(
+        e.name: loading.random_corners(
             e.grid, args.size, args.patches, np.random.default_rng([args.seed, 2, i])
         )
         for i, e in enumerate(info.entries("train"))
         if e.name in names
     }
-    return h5.load_patches(info, "train", args.size, corners)
+    return loading.load_patches(info, "train", args.size, corners)
 
 
 def make_masks(train, val, info, args, done, command):
@@ -890,7 +885,7 @@ def make_masks(train, val, info, args, done, command):
 
     path = os.path.join(args.out, "vqm.h5")
     with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as f:
-        vqm.describe(
+        quality_masks.describe(
             f,
             info,
             catalog=CATALOG_VERSION,
@@ -901,11 +896,11 @@ def make_masks(train, val, info, args, done, command):
             command=shlex.join(command).encode(errors="backslashreplace").decode(),
         )
         groups = {
-            "train": vqm.create(
+            "train": quality_masks.create(
                 f, "train", len(train) * args.masks, K, args.size, len(train) * n_harvest
             ),
-            "val": vqm.create(f, "val", len(val) * args.val_masks, K, args.size),
-            "real": vqm.create(f, "real", len(val) * n_weak, K, args.size),
+            "val": quality_masks.create(f, "val", len(val) * args.val_masks, K, args.size),
+            "real": quality_masks.create(f, "real", len(val) * n_weak, K, args.size),
         }
         start = time.perf_counter()
         if n_train:
@@ -916,7 +911,7 @@ def make_masks(train, val, info, args, done, command):
             time.perf_counter() - start,
         )
         print(
-            f"{made} synthetic masks of {' x '.join(map(str, h5.shape_of(args.size)))} in {seconds:.1f} s ({made / seconds:.0f} a second)"
+            f"{made} synthetic masks of {' x '.join(map(str, loading.shape_of(args.size)))} in {seconds:.1f} s ({made / seconds:.0f} a second)"
         )
 
         first = len(train) * n_train
@@ -963,7 +958,7 @@ def best_of_weak(dice, label):
 def main(argv=None):
     args = parse_args(argv)
     info, path = h5.read_info(args.data), os.path.join(args.out, "vqm.h5")
-    args.size, args.flip = h5.network_grid(info, args.size), h5.check_flip(info, args.flip)
+    args.size, args.flip = loading.network_grid(info, args.size), h5.check_flip(info, args.flip)
     args.masks, args.harvest_batch = (
         args.masks or {2: 200, 3: 50}[info.dims],
         args.harvest_batch or {2: 16, 3: 2}[info.dims],
@@ -992,7 +987,10 @@ def main(argv=None):
     if done and done["finished"] and os.path.exists(path) and not args.preview:
         print(f"{path}: these masks are finished; --overwrite makes them again")
         return
-    train, val = load_train(info, labeled, args), h5.load_samples(info, "val", args.size, val_names)
+    train, val = (
+        load_train(info, labeled, args),
+        loading.load_samples(info, "val", args.size, val_names),
+    )
     if not (done and done["finished"] and os.path.exists(path)):
         held = held or claim(args.out, "weak")
         for former in (

@@ -25,7 +25,6 @@ Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W 
 
 import collections
 import contextlib
-import csv
 import glob
 import itertools
 import json
@@ -42,43 +41,31 @@ from dataclasses import asdict, dataclass
 import cv2
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, processes
-from data.files import (
-    InputError,
-    Parser,
-    claim,
-    cli,
-    folder,
-    grid,
-    load_checkpoint,
-    number,
-    replacing,
-)
+from data import augment, figures, h5, loading, workers
+from data.files import InputError, claim
 from data.metrics import (
     BAD,
     LEVELS,
     TRIAGE,
     Outputs,
-    agreement,
     at_level,
     compare_rows,  # noqa: F401
-    dice,
     largest_component,
     of_classes,
     paired,
     plain_dice,
-    quality_rows,
-    score,
     score_case,
     triage,
 )
-from models import distributed, quality
-from models.device import channels_last, compute, device_name, fused, samples_in
+from data.options import Parser, cli, folder, number
+from data.tables import markdown, write_csv, write_text
+from models import checkpoints, inference, quality
+from models.checkpoints import load_checkpoint
+from models.device import compute, device_name, samples_in
 from models.losses import one_hot
 
 
@@ -172,7 +159,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision"
     )
-    add_window_options(p)
+    inference.add_window_options(p)
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
@@ -188,237 +175,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def add_window_options(p):
-    """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
-    p.section("volumes")
-    p.add_argument(
-        "--window",
-        choices=("sliding", "whole"),
-        default="sliding",
-        help="overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)",
-    )
-    p.add_argument(
-        "--stride", type=grid, metavar="D,H,W", help="between windows (default: half of the window)"
-    )
-    p.add_argument(
-        "--blend",
-        choices=("gaussian", "uniform"),
-        default="gaussian",
-        help="weights of a window's voxels where windows overlap",
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- prediction
-
-
-class Cases:
-    """The cases of a split, read one at a time: all of them, or those in `names`, in the file's order.
-
-    Each is its Entry, what a network sees of it, and its truth (D, H, W) uint8 or None. A network sees Samples of all slices, or, where dims
-    is 3, the volume (D, H, W) as it is, with mean and deviation of its intensities. keep: they stay in memory once they are read.
-    """
-
-    def __init__(self, info, split, size, names=None, keep=True):
-        self.info, self.split, self.size, self.keep, self.kept = info, split, size, keep, []
-        names = None if names is None else set(names)
-        self.entries = [e for e in info.entries(split) if names is None or e.name in names]
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __iter__(self):
-        for i, entry in enumerate(self.entries):
-            case = self.kept[i] if i < len(self.kept) else self.read(entry)
-            if self.keep and i == len(self.kept):
-                self.kept.append(case)
-            yield case
-
-    def read(self, entry):
-        ((name, image, truth, mean, std),) = h5.read_cases(
-            self.info, self.split, [entry.name], entry.labeled
-        )
-        if self.info.dims == 3:
-            return entry, (image, mean, std), truth
-        slices, N = (
-            torch.from_numpy(np.stack([h5.as_slice(z, self.size) for z in image])),
-            len(image),
-        )
-        return (
-            entry,
-            h5.Samples(
-                slices,
-                torch.full((N,), mean),
-                torch.full((N,), std),
-                None,
-                [name] * N,
-                [(z,) for z in range(N)],
-            ),
-            truth,
-        )
-
-
-def probabilities(net, x, on):
-    """What a network says of images. [B, C, *S] -> [B, K, *S] float32 on the device"""
-    with on.autocast():
-        return net(channels_last(x)).float().softmax(1)
-
-
-@dataclass
-class Window:
-    """How a network sees a volume."""
-
-    size: tuple  # (D, H, W)
-    stride: tuple  # (D, H, W)
-    gaussian: bool = (
-        True  # weights of a window's voxels: a Gaussian of an eighth of each side, or all alike
-    )
-    whole: bool = False  # one window of the volume's own size instead
-    batch: int = 2  # windows in one pass
-
-    def __str__(self):
-        return (
-            "whole volumes"
-            if self.whole
-            else f"windows of {' x '.join(map(str, self.size))}, stride {' x '.join(map(str, self.stride))}"
-        )
-
-
-def window(size, args, batch=None):
-    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices.
-    batch: windows in a pass"""
-    if isinstance(size, int):
-        if args.stride or args.window != "sliding" or args.blend != "gaussian":
-            raise InputError(
-                "--window, --stride and --blend are for volumes (dims=3); these networks see slices"
-            )
-        return None
-    stride = tuple(args.stride or (max(1, s // 2) for s in size))
-    stride = stride * 3 if len(stride) == 1 else stride
-    if any(step > side for step, side in zip(stride, size)):
-        raise InputError(
-            f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps"
-        )
-    return Window(
-        tuple(size),
-        stride,
-        args.blend == "gaussian",
-        args.window == "whole",
-        batch or samples_in(32, size),
-    )
-
-
-def blending(size, gaussian):
-    """Weights of a window's voxels. -> [D, H, W]"""
-    weight = torch.ones(())
-    for side in size:
-        at = (torch.arange(side) - (side - 1) / 2) / (side / 8)
-        weight = weight[..., None] * (torch.exp(-(at**2) / 2) if gaussian else torch.ones(side))
-    return weight
-
-
-def sliding_window(net, x, cut, on):
-    """Yields the mean probabilities of overlapping windows of a volume x [D, H, W], as slabs [K, d, H, W] from front to back.
-
-    A slab is ready when no window to come reaches it, so that the map of scores is never deeper than one window. cut: Window
-    """
-    depth, weight = cut.size[0], blending(cut.size, cut.gaussian).to(on.device)
-    zs, *others = (h5.starts(n, s, step) for n, s, step in zip(x.shape, cut.size, cut.stride))
-    places = [
-        tuple(slice(c, c + s) for c, s in zip(corner, cut.size[1:]))
-        for corner in itertools.product(*others)
-    ]
-    total = None  # [K + 1, depth, H, W]: weighted probabilities, and weights
-    for z, following in zip(zs, [*zs[1:], None]):
-        for start in range(0, len(places), cut.batch):
-            here = places[start : start + cut.batch]
-            windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[
-                :, None
-            ]  # [B, 1, *S]
-            found = probabilities(net, windows, on)  # [B, K, *S]
-            if total is None:
-                total = torch.zeros(found.shape[1] + 1, depth, *x.shape[1:], device=on.device)
-            for p, place in zip(found, here):
-                total[(slice(-1), slice(None), *place)] += p * weight
-                total[(-1, slice(None), *place)] += weight
-        done = depth if following is None else following - z
-        yield total[:-1, :done] / total[-1, :done]
-        total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
-
-
-def predict_cases(net, cases, on, cut=None, batch=32):
-    """Yields each of `cases` as entry, predicted label (D, H, W) uint8 on its own grid, and truth. cut: Window, for volumes; batch: slices in a pass"""
-    return (
-        labels_of_volumes(net, cases, on, cut) if cut else labels_of_slices(net, cases, on, batch)
-    )
-
-
-@torch.no_grad()
-def labels_of_volumes(net, cases, on, cut):
-    """predict_cases() for volumes, one after the other."""
-    net = fused(net)
-    for entry, (volume, mean, std), truth in cases:
-        shape, this = cut.size, cut
-        if cut.whole:  # networks halve the grid up to four times
-            shape = tuple(-(-n // 16) * 16 for n in entry.grid)
-            this = Window(shape, shape, gaussian=False)
-        x = (torch.from_numpy(h5.at_least(volume, shape)).to(on.device, torch.float32) - mean) / std
-        label = torch.cat(
-            [slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)]
-        )
-        yield entry, h5.cut_back(label.numpy(), entry.grid), truth
-
-
-@torch.no_grad()
-def labels_of_slices(net, cases, on, batch):
-    """predict_cases() for slices, whichever cases they belong to in full batches: many single pictures in one, a long volume in several."""
-    net, label = fused(net), []
-    for parts in full_batches(cases, batch):
-        x = torch.cat(
-            [slices.batch(part, on.device)[0] for (_, slices, _), part in parts]
-        )  # [B, C, S, S]
-        found = probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
-        for p, ((entry, slices, truth), part) in zip(found, parts):
-            back = F.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False)
-            label.append(back.argmax(1).to(torch.uint8).cpu().numpy())
-            if part.stop == len(slices):
-                yield entry, np.concatenate(label), truth
-                label = []
-
-
-def full_batches(cases, batch):
-    """Yields lists of (case, slice of its samples) that hold `batch` samples together, fewer at the end of all cases."""
-    parts, room = [], batch
-    for case in cases:
-        start, end = 0, len(case[1])
-        while start < end:
-            part = slice(start, min(end, start + room))
-            parts.append((case, part))
-            start, room = part.stop, room - (part.stop - part.start)
-            if room == 0:
-                yield parts
-                parts, room = [], batch
-    if parts:
-        yield parts
-
-
-def dice_table(net, cases, on, K, cut=None, batch=32):
-    """Dice of each case and foreground class. -> a list per case; for the rest see predict_cases()"""
-    return [
-        [dice(label == k, truth == k) for k in range(1, K)]
-        for _, label, truth in predict_cases(net, cases, on, cut, batch)
-    ]
-
-
-def mean_dice(table, held):
-    """Mean over cases and then classes, and per class: what the table shows, and what training
-    selects by.
-
-    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out, and
-    their Dice is None.
-    """
-    per_class = np.mean(table, 0)
-    shown = [d if h else None for d, h in zip(per_class.tolist(), held)]
-    return float(per_class[held].mean()), shown
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -427,14 +184,12 @@ KEEP = 2**31  # bytes of images and labels that stay in memory from one checkpoi
 SMALL = 10**6  # voxels of a split that are scored sooner than a process has started
 
 
-def scoring_pool(workers, voxels):
+def scoring_pool(count, voxels):
     """A pool of processes that score cases, for a `with`, which gives None where this process is to do it. voxels: of all cases"""
-    if workers == 0 or voxels <= SMALL:
+    if count == 0 or voxels <= SMALL:
         return contextlib.nullcontext()
-    # Spawned workers start in a second; forked ones at once, but with the locks of torch's threads, held or not.
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), processes.start_worker
-    )
+    # Spawned processes start in a second; forked ones at once, but with the locks of torch's threads, held or not.
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), workers.start_worker)
 
 
 def in_order(pool, function, tasks, ahead):
@@ -464,117 +219,6 @@ def at_source(entries):
 
 
 # ---------------------------------------------------------------------------------------------------- runs
-
-
-def rebuild(path, state, weights, names, on, shape=None):
-    """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint, and
-    takes a grid of `shape`."""
-    config, data = state["model"], state["data"]
-    if not models.one_of(config["name"], names):
-        raise InputError(
-            f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again"
-        )
-    for key, value in dict(
-        channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]
-    ).items():
-        if config[key] != value:
-            raise InputError(
-                f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again"
-            )
-    try:
-        net = models.rebuild(config, weights)
-        if shape:
-            models.check(config, shape)
-        return on.place(net).eval()
-    except Exception as error:  # whatever the file holds, it is the file that is wrong
-        raise InputError(
-            f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again"
-        ) from None
-
-
-def load_run(path, weights, on):
-    """The network of a train_ssl.py checkpoint, ready to predict, and the checkpoint."""
-    state = load_checkpoint(path, "ssl")
-    if not state["nets"]:
-        raise InputError(f"{path}: nets is empty; train it again")
-    weights = state["nets"][0] if weights == "student" else state["teacher"]
-    return rebuild(
-        path, state, weights, models.segmentation_networks(), on, h5.shape_of(state["args"]["size"])
-    ), state
-
-
-def load_encoder(net, source):
-    """Published weights for a network's encoder (models.load_encoder), or an InputError. -> a line that says what was left out"""
-    try:
-        return models.load_encoder(net, source)
-    except Exception as error:  # whatever the file holds, it is the user's file that is wrong
-        text = str(error.args[0] if isinstance(error, KeyError) else error)
-        raise InputError(f"--encoder-weights {source}: {' '.join(text.split())[:600]}") from None
-
-
-def load_quality(path, info, on, size=None, runs=None):
-    """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
-
-    InputError if it was trained for other classes, channels or intensities, or for patches of
-    another size than `size`, those of f: it would see them at another scale.
-    runs: {path: args} of each f; a note says where its --flip is another than that of g.
-    """
-    state = load_checkpoint(path, "qp")
-    theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise InputError(
-                f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data"
-            )
-    if info.dims == 3 and size is not None and tuple(state.get("patch") or ()) != tuple(size):
-        theirs, ours = (",".join(map(str, s)) for s in (state.get("patch") or (), size))
-        raise InputError(
-            f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size"
-        )
-    check_size(path, info, state["model"].get("size"))
-    if not state["weights"].get("temperature", torch.ones(())) > 0:
-        raise InputError(f"{path}: its temperature is not above 0; train it again")
-    h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
-    flip = flip_of(path, info, state["args"])
-    flips = [flip_of(run, info, args) for run, args in (runs or {}).items()]
-    if others := [other for other in flips if other != flip]:
-        words = {None: "all axes", "none": "no axis"}
-        print(
-            f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
-            f"{words.get(others[0], others[0])}; train both with the same --flip"
-        )
-    g = fused(
-        rebuild(
-            path,
-            state,
-            state["weights"],
-            [name for name in models.NETWORKS if name.startswith("quality")],
-            on,
-        )
-    )
-    return g.requires_grad_(False), state["labeled"]
-
-
-def flip_of(path, info, args):
-    """--flip of a checkpoint's args, as h5.check_flip() gives it. InputError if it is none."""
-    try:
-        return h5.check_flip(info, args.get("flip"))
-    except InputError as error:
-        raise InputError(f"{path}: {error}; train it again") from None
-
-
-def check_size(path, info, size):
-    """InputError unless a checkpoint's size is one that --size would take for this data."""
-    sides = (size,) if isinstance(size, int) else size
-    whole = isinstance(sides, tuple) and all(isinstance(s, int) for s in sides)
-    if isinstance(size, int) != (info.dims == 2) or not whole or len(sides) != info.dims * 2 - 3:
-        raise InputError(
-            f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again"
-        )
-    try:
-        h5.check_size(info, sides)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; train it again") from None
 
 
 def run_name(args):
@@ -688,65 +332,7 @@ def against(baselines, groups, scores, patient):
     return rows
 
 
-def show(value):
-    """A table's cell: values over seeds become 'mean ± deviation' (n - 1), an interval 'low to high'."""
-    if isinstance(value, tuple):
-        return " to ".join(f"{v:.3f}" for v in value)
-    if isinstance(value, list):
-        return f"{np.mean(value):.2f}" + (
-            f" ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else ""
-        )
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows):
-    """A list of dicts with the same keys -> a Markdown table."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(map(show, row.values())) + " |" for row in rows])
-
-
 # ---------------------------------------------------------------------------------------------------- predicted against true quality
-
-
-@torch.no_grad()
-def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
-    """g's estimate and the true Dice of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
-
-    index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
-    """
-    predicted, true, present, K, batch = (
-        [],
-        [],
-        [],
-        g.config["classes"],
-        samples_in(64, mask.shape[1:]),
-    )
-    for rows, m in zip(index.split(batch), mask.split(batch)):
-        x, y = samples.batch(rows, on.device)
-        m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
-        with on.autocast():
-            predicted.append(g(change(x), m).cpu())
-        (
-            true.append(quality.true_dice(m, truth).cpu()),
-            present.append(truth.flatten(2).any(2).cpu()),
-        )
-    return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
-
-
-def estimate_masks(g, masks, on, most=None, **how):
-    """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`, by all processes together; how: another index or change
-    for it."""
-    rows, index = (
-        thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()],
-        how.pop("index", masks.index),
-    )
-    found = estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
-    return [np.stack(v) for v in zip(*distributed.gather(list(zip(*found))))]
-
-
-def thinned(n, most=None):
-    """Numbers below n, all or `most` that are evenly spread."""
-    return torch.arange(n) if most is None else torch.linspace(0, n - 1, min(most, n)).long()
 
 
 @dataclass
@@ -766,12 +352,12 @@ def compare_estimates(g, by, samples, on, batch):
     parts = []
     for rows in torch.arange(len(samples)).split(batch):
         x, y = samples.batch(rows, on.device)
-        mine = probabilities(by.net, x, on)  # [B, K, *S]
+        mine = inference.probabilities(by.net, x, on)  # [B, K, *S]
         mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
         turned = augment.strong(augment.mirror(x, by.flip), 0.5)
-        again = augment.mirror(probabilities(by.net, turned, on), by.flip)
+        again = augment.mirror(inference.probabilities(by.net, turned, on), by.flip)
         says |= {
             "mean confidence": quality.confidence(mine),
             "mean certainty (entropy)": quality.certainty(mine),
@@ -779,12 +365,12 @@ def compare_estimates(g, by, samples, on, batch):
             "f's own expected Dice": quality.expected_dice(mine),
             "agreement with an augmented pass": quality.overlap(mine, again),
             "agreement of student and teacher": quality.overlap(
-                mine, probabilities(by.other, x, on)
+                mine, inference.probabilities(by.other, x, on)
             ),
         }
         if by.second is not None:
             says["expected Dice under a second network"] = quality.expected_dice(
-                mine, probabilities(by.second, x, on)
+                mine, inference.probabilities(by.second, x, on)
             )
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
@@ -800,21 +386,6 @@ def gigaflops(net, *inputs):
 
 
 # ---------------------------------------------------------------------------------------------------- files
-
-
-def write_text(path, text):
-    with replacing(path) as temporary:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.write(text)
-
-
-def write_csv(path, rows):
-    """A list of dicts with the same keys -> CSV."""
-    with replacing(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
-            writer = csv.DictWriter(f, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 # ---------------------------------------------------------------------------------------------------- what is compared
@@ -846,8 +417,8 @@ def check_runs(args, info, states):
                     f"{path}: trained for {key} {state['data'][key]}, but {info.path} "
                     f"has {getattr(info, key)}; train on this data"
                 )
-        check_size(path, info, state["args"]["size"])
-        state["args"]["flip"] = flip_of(path, info, state["args"])
+        checkpoints.check_size(path, info, state["args"]["size"])
+        state["args"]["flip"] = checkpoints.flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
     h5.check_prepared({info.path: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
@@ -1030,9 +601,9 @@ def write_quality(args, runs, ours, reference, cost):
 @contextlib.contextmanager
 def dataset(args, data):
     """The Info of a dataset file, or of new images, which lie in a temporary one until the block ends. data: of the checkpoint that is to see them"""
-    from data import unlabeled  # brings SimpleITK, which takes a second and only this needs
+    from data import new_images  # brings SimpleITK, which takes a second and only this needs
 
-    if not unlabeled.are_new(args.data):
+    if not new_images.are_new(args.data):
         yield h5.read_info(args.data)
         return
     if args.split:
@@ -1043,7 +614,7 @@ def dataset(args, data):
         args.out, f".images.{os.getpid()}.part"
     )  # a name that claim() removes should this process be killed
     try:
-        yield unlabeled.convert(args.data, temporary, data)
+        yield new_images.convert(args.data, temporary, data)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
@@ -1056,9 +627,9 @@ def predicted_quality(g, label, samples, size, on):
     label: (D, H, W) uint8 of any grid in the plane; samples: of the case, on the network's grid.
     """
     if isinstance(size, int):
-        masks = np.stack([h5.resize_label(one, size) for one in label])
+        masks = np.stack([loading.resize_label(one, size) for one in label])
     else:
-        label = h5.at_least(label, size)
+        label = loading.at_least(label, size)
         masks = np.stack(
             [label[tuple(slice(c, c + s) for c, s in zip(corner, size))] for corner in samples.at]
         )
@@ -1080,7 +651,7 @@ def predicted_quality(g, label, samples, size, on):
 def predict(args):
     """--predict: a mask of every case of a split, labeled or not, or of every new image; with --qp the Dice that g predicts of it, worst first."""
     on, (path,) = compute(args.device, args.amp), args.checkpoints
-    net, state = load_run(path, args.weights, on)
+    net, state = checkpoints.load_run(path, args.weights, on)
     size, data, folder = state["args"]["size"], state["data"], os.path.join(args.out, "masks")
     needed = h5.Info(
         path,
@@ -1093,9 +664,15 @@ def predict(args):
         data.get("standardize", True),
         data.get("prepared"),
     )
-    check_size(path, needed, size)
-    cut = window(size, args, args.batch)  # fails before images are read, as does the next line
-    g = load_quality(args.qp, needed, on, size, {path: state["args"]})[0] if args.qp else None
+    checkpoints.check_size(path, needed, size)
+    cut = inference.window(
+        size, args, args.batch
+    )  # fails before images are read, as does the next line
+    g = (
+        checkpoints.load_quality(args.qp, needed, on, size, {path: state["args"]})[0]
+        if args.qp
+        else None
+    )
     held = claim(args.out)  # noqa: F841  (until this ends)
     if os.path.isdir(folder) and os.listdir(folder) and not args.overwrite:
         raise InputError(
@@ -1113,9 +690,11 @@ def predict(args):
                     {path: state} | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {}),
                 ),
             )
-        cases, rows = Cases(info, split, size, names, keep=False), []
+        cases, rows = inference.Cases(info, split, size, names, keep=False), []
         at_source(cases.entries)
-        found = predict_cases(net, cases, on, cut, args.batch or samples_in(32, h5.shape_of(size)))
+        found = inference.predict_cases(
+            net, cases, on, cut, args.batch or samples_in(32, loading.shape_of(size))
+        )
         for former in [
             *glob.glob(os.path.join(glob.escape(folder), "*")),
             *(os.path.join(args.out, f"worst_first.{ending}") for ending in ("csv", "png")),
@@ -1129,7 +708,7 @@ def predict(args):
                 q = predicted_quality(
                     g,
                     label,
-                    h5.load_samples(info, split, size, [entry.name], labels=False),
+                    loading.load_samples(info, split, size, [entry.name], labels=False),
                     size,
                     on,
                 )
@@ -1300,7 +879,7 @@ def main(argv=None):
     if args.baseline:
         find_baselines(args.baseline, groups, args.checkpoints)  # fails before the work begins
     fs = {path: state["args"] for path, state in heads.items()}
-    g = load_quality(args.qp, info, on, size, fs)[0] if args.qp else None
+    g = checkpoints.load_quality(args.qp, info, on, size, fs)[0] if args.qp else None
     split, names = args.split, None
     if split == "held_out":
         split, names = (
@@ -1308,21 +887,21 @@ def main(argv=None):
             held_out(info, heads | ({args.qp: load_checkpoint(args.qp, "qp")} if args.qp else {})),
         )
     entries = [e for e in info.entries(split) if names is None or e.name in names]
-    args.batch = args.batch or samples_in(32, h5.shape_of(size))
+    args.batch = args.batch or samples_in(32, loading.shape_of(size))
     if missing := [e.name for e in entries if not e.labeled]:
         raise InputError(
             f"{args.data}: /{split}/{missing[0]} has no label, so it cannot be scored; --predict writes masks without labels"
         )
     held = h5.held_classes(info, split, names)
-    second = load_run(args.second, args.weights, on)[0] if args.second else None
-    samples = h5.load_samples(info, split, size, [e.name for e in entries]) if g else None
+    second = checkpoints.load_run(args.second, args.weights, on)[0] if args.second else None
+    samples = loading.load_samples(info, split, size, [e.name for e in entries]) if g else None
     val = None  # what --qp calibrates on
     if (
         g
         and split != "val"
         and (labeled := [e.name for e in info.splits.get("val", []) if e.labeled])
     ):
-        val = h5.load_samples(info, "val", size, labeled)
+        val = loading.load_samples(info, "val", size, labeled)
 
     if args.grid == "source":
         from data import space  # brings nibabel, which only this needs
@@ -1354,15 +933,21 @@ def main(argv=None):
 
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):
-            net, size = load_run(path, args.weights, on)[0], states[i]["args"]["size"]
+            net, size = checkpoints.load_run(path, args.weights, on)[0], states[i]["args"]["size"]
             if cases is None or size != cases.size:
-                cases = Cases(info, split, size, names, keep=voxels * info.channels * 5 < KEEP)
-            cut = window(size, args, args.batch)
-            found = progress(predict_cases(net, cases, on, cut, args.batch), len(cases), path)
+                cases = inference.Cases(
+                    info, split, size, names, keep=voxels * info.channels * 5 < KEEP
+                )
+            cut = inference.window(size, args, args.batch)
+            found = progress(
+                inference.predict_cases(net, cases, on, cut, args.batch), len(cases), path
+            )
             every = in_order(pool, score_case, predicted(i, found), 2 * args.workers)
             scores.append([list(itertools.compress(case, held)) for case in every])
             if g:
-                other = load_run(path, "student" if args.weights == "teacher" else "teacher", on)[0]
+                other = checkpoints.load_run(
+                    path, "student" if args.weights == "teacher" else "teacher", on
+                )[0]
                 by = Opinions(net, other, second, states[i]["args"]["flip"])
                 judged = compare_estimates(g, by, samples, on, args.batch)
                 outputs.append(of_classes(judged, held))
@@ -1375,10 +960,11 @@ def main(argv=None):
     write_scores(args, runs, cut)
     if g:
         x, mask = (
-            torch.zeros(1, n, *h5.shape_of(size), device=on.device) for n in (info.channels, K - 1)
+            torch.zeros(1, n, *loading.shape_of(size), device=on.device)
+            for n in (info.channels, K - 1)
         )
         cost = (
-            f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, h5.shape_of(size)))}: "
+            f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, loading.shape_of(size)))}: "
             f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
             f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M)."
         )

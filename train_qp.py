@@ -27,28 +27,15 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import evaluate
 import models
-from data import augment, figures, h5, vqm
-from data.files import (
-    SEED,
-    SHARE,
-    InputError,
-    Log,
-    Parser,
-    check_finite,
-    claim,
-    cli,
-    flip_axes,
-    folder,
-    grid,
-    number,
-    postponed_signals,
-    save_checkpoint,
-    seed_of,
-    start_run,
-)
-from models import distributed
+from data import augment, figures, h5, loading, metrics, quality_masks
+from data.files import InputError, claim
+from data.log import Log
+from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, seed_of
+from data.tables import markdown, write_text
+from data.workers import postponed_signals
+from models import checkpoints, distributed, inference
+from models.checkpoints import check_finite, save_checkpoint, start_run
 from models.device import Compute, channels_last, compiled, compute, device_name, samples_in
 from models.ema import update_average
 from models.losses import one_hot, seg_loss
@@ -309,7 +296,7 @@ TEMPERATURES = torch.logspace(
 def fit_temperature(g, masks, on, held, most=300):
     """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
     fit it by likelihood.) held: h5.held_classes() of val; no other class counts"""
-    errors, rows = [], evaluate.thinned(len(masks.mask), most)
+    errors, rows = [], inference.thinned(len(masks.mask), most)
     for rows in rows[distributed.rank() :: distributed.world()].split(
         samples_in(16, masks.mask.shape[1:])
     ):
@@ -349,17 +336,17 @@ def report(g, synthetic, real, classes, held, on):
     classes: the background's name, and those that val's labels hold; held: which of all these are"""
     rows, panels = [], {}
     for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = [v[:, held] for v in evaluate.estimate_masks(g, masks, on, most=2000)]
-        rows += evaluate.quality_rows(title, *seen, classes)
+        seen = [v[:, held] for v in inference.estimate_masks(g, masks, on, most=2000)]
+        rows += metrics.quality_rows(title, *seen, classes)
         panels[title] = seen[:2]
     blind = {
         "blank image": dict(change=torch.zeros_like),
         "another case's image": dict(index=of_another_case(synthetic)),
     }
-    sighted = evaluate.estimate_masks(g, synthetic, on, most=500)[0].ravel()
+    sighted = inference.estimate_masks(g, synthetic, on, most=500)[0].ravel()
     image_dependence = {
-        name: evaluate.agreement(
-            evaluate.estimate_masks(g, synthetic, on, most=500, **how)[0].ravel(), sighted
+        name: metrics.agreement(
+            inference.estimate_masks(g, synthetic, on, most=500, **how)[0].ravel(), sighted
         )["pearson"]
         for name, how in blind.items()
     }
@@ -373,7 +360,7 @@ def is_blind(predicted, true):
     """Whether answers [N, K-1] hardly follow the true Dice of masks of all qualities."""
     if true.std() < 1e-3:  # nothing to follow
         return False
-    r = evaluate.agreement(predicted.ravel(), true.ravel())["pearson"]
+    r = metrics.agreement(predicted.ravel(), true.ravel())["pearson"]
     return r is None or r < BLIND
 
 
@@ -397,11 +384,11 @@ def main(argv=None):
             f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again"
         )
         return
-    size = args.size and h5.network_grid(info, args.size)
+    size = args.size and loading.network_grid(info, args.size)
     shrink = 2 if args.head == "dense" else 1
-    train = vqm.load(args.vqm, "train", info, size, args.soft > 0, shrink)
+    train = quality_masks.load(args.vqm, "train", info, size, args.soft > 0, shrink)
     synthetic, real = (
-        vqm.load(args.vqm, split, info, size, shrink=shrink) for split in ("val", "real")
+        quality_masks.load(args.vqm, split, info, size, shrink=shrink) for split in ("val", "real")
     )
     seen = tuple(train.mask.shape[1:])
     held = h5.held_classes(info, "val", real.samples.case)
@@ -424,7 +411,7 @@ def main(argv=None):
     else:
         net = models.build("quality", **shape, dropout=args.dropout)
         if args.encoder_weights and not resumed:
-            print(evaluate.load_encoder(net, args.encoder_weights))
+            print(checkpoints.load_encoder(net, args.encoder_weights))
     net = distributed.synced(on.place(net)).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
@@ -553,7 +540,7 @@ def main(argv=None):
             errors = [
                 float(np.abs(p - t)[:, held].mean())
                 for p, t, _ in (
-                    evaluate.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real)
+                    inference.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real)
                 )
             ]
             if errors[1] < best["error"] or args.select == "last":
@@ -577,7 +564,7 @@ def main(argv=None):
                 sys.exit(code)
 
     distributed.wait()  # for qp.pt
-    kept, _ = evaluate.load_quality(os.path.join(args.out, "qp.pt"), info, on)
+    kept, _ = checkpoints.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     rows, panels, image_dependence = report(kept, synthetic, real, classes, held, on)
     chosen = (
         " and ".join(
@@ -587,15 +574,15 @@ def main(argv=None):
     )
     text = (
         f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n"
-        f"{evaluate.markdown(rows)}\n\nDependence on the image: correlation of g's answers with those for a "
+        f"{markdown(rows)}\n\nDependence on the image: correlation of g's answers with those for a "
         + ", ".join(
             f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()
         )
         + " (the paper asks for less than .7)\n"
     )
     if distributed.rank() == 0:
-        evaluate.write_text(os.path.join(args.out, "qp.md"), text)
-        evaluate.write_text(
+        write_text(os.path.join(args.out, "qp.md"), text)
+        write_text(
             os.path.join(args.out, "qp.json"),
             json.dumps(
                 dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)),

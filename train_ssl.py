@@ -36,29 +36,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import evaluate
 import models
-from data import augment, figures, h5, processes, stored
-from data.files import (
-    SEED,
-    SHARE,
-    InputError,
-    Log,
-    Parser,
-    check_finite,
-    claim,
-    cli,
-    flip_axes,
-    folder,
-    grid,
-    number,
-    numbers,
-    postponed_signals,
-    save_checkpoint,
-    seed_of,
-    start_run,
-)
-from models import distributed
+from data import augment, figures, h5, loading, metrics, workers
+from data.files import InputError, claim
+from data.log import Log
+from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
+from data.workers import postponed_signals
+from models import checkpoints, distributed, inference
+from models.checkpoints import check_finite, save_checkpoint, start_run
 from models.device import Compute, channels_last, compiled, compute, device_name, fused
 from models.ema import update_average
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
@@ -292,7 +277,7 @@ def parse_args(argv=None):
         default=[],
         help="also keep the checkpoints of these steps, as OUT/stepN.pt",
     )
-    evaluate.add_window_options(p)
+    inference.add_window_options(p)
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
     p.add_argument(
@@ -678,7 +663,7 @@ def keep_largest(p):
     label = p.argmax(1)
     kept = torch.stack(
         [
-            torch.from_numpy(evaluate.largest_component(one, p.shape[1]) == one)
+            torch.from_numpy(metrics.largest_component(one, p.shape[1]) == one)
             for one in label.cpu().numpy()
         ]
     ).to(p.device)
@@ -907,11 +892,11 @@ def views(fetched, K, args, device):
     if isinstance(fetched, InputError):
         raise fetched
     labeled, unlabeled = fetched
-    x, y = augment.weak(*h5.standardized(labeled, device), args.flip)
+    x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
     x = channels_last(augment.strong(x, args.strength))
     if unlabeled is None:
         return Batch(x, one_hot(y, K), u=x[:0], s1=x[:0], s2=x[:0])
-    u, _ = h5.standardized(unlabeled, device)
+    u, _ = loading.standardized(unlabeled, device)
     u = channels_last(augment.weak(u, flip=args.flip))
     return Batch(x, one_hot(y, K), u, *(channels_last(augment.strong(u)) for _ in range(2)))
 
@@ -937,16 +922,17 @@ def load_data(info, args, on):
         everything = [(info, "train", labeled), (info, "val", None), *parts]
         args.cache = where_it_fits(
             sum(
-                stored.bytes_in_memory(i, split, args.size, names) for i, split, names in everything
+                loading.bytes_in_memory(i, split, args.size, names)
+                for i, split, names in everything
             ),
             on.device,
         )
     load = (
-        stored.Stored
+        loading.Stored
         if args.cache == "off"
-        else h5.load_slices
+        else loading.load_slices
         if info.dims == 2
-        else h5.load_volumes
+        else loading.load_volumes
     )
     train = load(info, "train", args.size, labeled)
     if not parts and args.method != "supervised":
@@ -973,7 +959,7 @@ def where_it_fits(size, device):
         return "device"
     return (
         "ram"
-        if size < stored.free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
+        if size < loading.free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
         else "off"
     )
 
@@ -984,7 +970,7 @@ def where_it_fits(size, device):
 def set_defaults(args, info):
     """Fills in what depends on the data: published settings for slices (the paper's) and for volumes (the left-atrium baselines').
     -> what models.build() takes for f"""
-    args.size, args.flip = h5.network_grid(info, args.size), h5.check_flip(info, args.flip)
+    args.size, args.flip = loading.network_grid(info, args.size), h5.check_flip(info, args.flip)
     for name, value in (
         dict(model="unet", batch=32, batch_unlabeled=64)
         if info.dims == 2
@@ -1019,7 +1005,7 @@ def set_defaults(args, info):
     try:
         models.check(
             network,
-            h5.shape_of(args.size),
+            loading.shape_of(args.size),
             args.batch if args.method == "supervised" else min(args.batch, args.batch_unlabeled),
         )
     except Exception as error:  # a network's own words
@@ -1083,7 +1069,7 @@ def look(net, g, samples, on, held):
     with torch.no_grad():
         mask = torch.cat(
             [
-                evaluate.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu()
+                inference.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu()
                 for part in rows.split(8)
             ]
         )  # [N, *S]
@@ -1099,7 +1085,7 @@ def look(net, g, samples, on, held):
     pictures = [("val: image, truth, output", np.concatenate(shown))]
     if g is None:
         return dict(pictures=pictures)
-    predicted, true, _ = evaluate.estimate_quality(g, samples, rows, mask, on)
+    predicted, true, _ = inference.estimate_quality(g, samples, rows, mask, on)
     pictures.append(("val: predicted (across) and true (up) Dice", figures.dots(predicted, true)))
     predicted, true = predicted[:, held], true[:, held]
     return dict(
@@ -1115,11 +1101,11 @@ def main(argv=None):
     on, info = compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     network = set_defaults(args, info)
-    K, cut = len(info.classes), evaluate.window(args.size, args)
+    K, cut = len(info.classes), inference.window(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     g, seen = None, []
     if args.qp:
-        g, seen = evaluate.load_quality(args.qp, info, on, args.size, {args.out: vars(args)})
+        g, seen = checkpoints.load_quality(args.qp, info, on, args.size, {args.out: vars(args)})
     asks = (
         "--correct"
         if args.correct
@@ -1154,10 +1140,10 @@ def main(argv=None):
         print(f"note: {h5.without(absent, 'val')}: left out of the Dice that selects best.pt")
     labeled, unlabeled = load_data(info, args, on)
     mine = [e.name for e in info.entries("val")][distributed.rank() :: distributed.world()]
-    val = evaluate.Cases(info, "val", args.size, mine, keep=args.cache != "off")
+    val = inference.Cases(info, "val", args.size, mine, keep=args.cache != "off")
     for _ in val:  # read now: a damaged case should not end the run at its first validation
         pass
-    watched = h5.showcase(info, "val", args.size) if distributed.rank() == 0 else None
+    watched = loading.showcase(info, "val", args.size) if distributed.rank() == 0 else None
     if more := set(seen) - set(labeled.case):
         print(
             f"note: g has learned from the labels of {len(more)} train cases that are unlabeled here, among them {min(more)}"
@@ -1167,7 +1153,7 @@ def main(argv=None):
     nets = [models.build(**network) for _ in range(STUDENTS.get(args.method, 1))]
     if args.encoder_weights and not resumed:
         for net in nets:
-            said = evaluate.load_encoder(net, args.encoder_weights)
+            said = checkpoints.load_encoder(net, args.encoder_weights)
         print(said)
     nets = [distributed.synced(on.place(net)).train() for net in nets]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
@@ -1261,7 +1247,7 @@ def main(argv=None):
         Feed(labeled, unlabeled, args),
         batch_size=None,
         sampler=steps,
-        worker_init_fn=processes.start_reader,
+        worker_init_fn=workers.start_reader,
         num_workers=args.workers if args.cache == "off" else 0,
         pin_memory=args.cache != "device" and on.device.type == "cuda",
     )
@@ -1288,8 +1274,8 @@ def main(argv=None):
                     averaged(means(step), step, args),
                     (time.perf_counter() - start) / len(parts) * 1000,
                 )
-                dice, per_class = evaluate.mean_dice(
-                    distributed.gather(evaluate.dice_table(nets[0], val, on, K, cut)), held
+                dice, per_class = inference.mean_dice(
+                    distributed.gather(inference.dice_table(nets[0], val, on, K, cut)), held
                 )
                 note, peak = alarm(averages, dice, peak, args), max(dice, peak)
                 if best["step"] <= onset(args) < step:  # the supervised part does not count

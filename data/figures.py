@@ -16,8 +16,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data.files import InputError, Parser, cli, picture, replacing
+from data.files import InputError, replacing
 from data.metrics import SHOWN, agreement, monotone
+from data.options import Parser, cli, picture
 
 # the palette of Okabe and Ito: distinguishable for color-blind readers
 # fmt: off

@@ -26,8 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import h5, labels
-from data.files import SEED, SHARE, InputError, Parser, cli, number, read_lists, read_table
+from data import h5, labels, loading
+from data.files import InputError, read_lists, read_table
+from data.options import SEED, SHARE, Parser, cli, number
 from data.pixels import PICTURES, read_mask, read_picture, say
 
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
@@ -351,8 +352,8 @@ def main(argv=None):
             case = h5.Case(split, name, image, label, patient, source=source)
             if args.size:
                 case.source_grid, case.source_label = image.shape[:2], label
-                case.image = h5.resize_image(image, args.size)
-                case.label = None if label is None else h5.resize_label(label, args.size)
+                case.image = loading.resize_image(image, args.size)
+                case.label = None if label is None else loading.resize_label(label, args.size)
             yield case
 
     info = h5.write(

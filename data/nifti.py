@@ -36,8 +36,9 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
 from data import h5, labels, space
-from data.files import SEED, SHARE, InputError, Parser, cli, number, read_text, replacing
+from data.files import InputError, read_text, replacing
 from data.images import assign_splits, lists_of, name_patients, note_patients
+from data.options import SEED, SHARE, Parser, cli, number
 
 NAME = re.compile(
     r"([^.].*)\.nii(\.gz)?"

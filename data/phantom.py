@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from data import h5
-from data.files import SEED, Parser, cli, number
+from data.options import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
 DEPTH = 64.0  # mm: of a volume, however many slices it has

@@ -23,8 +23,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data import h5, labels
-from data.files import InputError, Parser, cli, number, read_lists
+from data import h5, labels, loading
+from data.files import InputError, read_lists
+from data.options import Parser, cli, number
 
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
@@ -162,8 +163,8 @@ def la_cases(src, spacing, values, shrink, val):
             )
             size = tuple(max(1, n // shrink) for n in image.shape)
             wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
-            image = h5.resize_image(image, size)
-            label = None if label is None else h5.resize_label(label, size)
+            image = loading.resize_image(image, size)
+            label = None if label is None else loading.resize_label(label, size)
             yield h5.Case(split, name, image, label, name, wide, str(path.relative_to(src)))
 
 

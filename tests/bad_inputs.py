@@ -38,7 +38,7 @@ import evaluate  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
 from data import figures, h5, images, nifti, phantom, ssl4mis  # noqa: E402
-from data.files import cli  # noqa: E402
+from data.options import cli
 
 SECONDS = 20  # then a child is killed
 MAINS = {

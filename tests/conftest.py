@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
 from data import figures, h5, images, phantom  # noqa: E402
-from data.files import cli  # noqa: E402
+from data.options import cli
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
 os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure

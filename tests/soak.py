@@ -31,7 +31,7 @@ import corrupt  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
 from data import phantom  # noqa: E402
-from data.files import cli  # noqa: E402
+from data.options import cli
 
 CORRUPT = "--labeled 4 --size 32 --masks 60 --val-masks 10 --harvest-share .25 --harvest-epochs 1,2,3 --harvest-steps 3 --harvest-batch 4".split()
 QP = "--width 4 --members 1 --epochs 3 --batch 16 --size 32 --per-image 20".split()

@@ -9,7 +9,7 @@ import corrupt
 import evaluate
 import train_qp
 import train_ssl
-from data import augment, h5, vqm
+from data import augment, h5, loading, quality_masks
 from data.files import InputError
 from models.device import compute
 
@@ -168,11 +168,11 @@ class Reached(Exception):
 
 
 def sides(axis):
-    """The pair as images and labels, as h5.Samples. One sample is a case."""
+    """The pair as images and labels, as loading.Samples. One sample is a case."""
     label = pair(axis)
     N = len(label)
     images = label[:, None].float()
-    return h5.Samples(
+    return loading.Samples(
         images, torch.zeros(N), torch.ones(N), label, [f"c{i}" for i in range(N)], [(0,)] * N
     )
 
@@ -194,7 +194,7 @@ def test_what_g_learns_from_obeys(flip, swaps):
     args = train_qp.parse_args(["d.h5", "--vqm", "v", "--out", "o", "--soft", "0"])
     args.flip = flip
     samples, every = sides("W"), torch.arange(40)
-    masks = vqm.Masks(
+    masks = quality_masks.Masks(
         samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24)
     )
     _, mask, truth = train_qp.draw(masks, every, 3, torch.device("cpu"), args)

@@ -166,7 +166,7 @@ def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monk
     values, told = iter([0.9, 0.8, 0.7, 0.3, 0.4, 0.35]), []
     monkeypatch.setattr(train_ssl, "alarm", lambda parts, dice, peak, args: told.append(peak) or "")
     monkeypatch.setattr(
-        train_ssl.evaluate, "mean_dice", lambda table, held: (next(values), [0.0] * 3)
+        train_ssl.inference, "mean_dice", lambda table, held: (next(values), [0.0] * 3)
     )
     train_ssl.main(
         [

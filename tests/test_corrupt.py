@@ -10,7 +10,7 @@ import torch
 from conftest import python
 
 import corrupt
-from data import h5, shapes
+from data import h5, loading, shapes
 
 EVERY_LINE = corrupt.SINGLE + corrupt.HEAVY + corrupt.BLOB + corrupt.CATASTROPHIC
 
@@ -223,7 +223,7 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
     for split, source in (("train", "train"), ("val", "val"), ("real", "val")):
         names = {c.decode() for c in found[f"{split}/case"]}
         assert names == set(labeled if source == "train" else [e.name for e in info.entries("val")])
-        slices = h5.load_slices(info, source, 40, sorted(names))
+        slices = loading.load_slices(info, source, 40, sorted(names))
         where = {key: slices.label[i].numpy() for i, key in enumerate(zip(slices.case, slices.at))}
         assert len(found[f"{split}/mask"]) == len(slices) * dict(train=10, val=3, real=3)[split]
         for mask, dice, name, z in zip(
@@ -259,10 +259,10 @@ def test_harvest_predicts_the_fold_that_was_left_out():
 def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     info, seen = h5.read_info(gray), {}
     labeled, _ = h5.choose_labeled(info, "4")
-    slices = h5.load_slices(info, "train", 32, labeled)
-    original = h5.Samples.batch
+    slices = loading.load_slices(info, "train", 32, labeled)
+    original = loading.Samples.batch
     monkeypatch.setattr(
-        h5.Samples,
+        loading.Samples,
         "batch",
         lambda self, index, *a: (
             seen.setdefault("all", set()).update(index.tolist()) or original(self, index, *a)

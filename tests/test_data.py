@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make_pictures
 
-from data import h5, images, phantom, ssl4mis
+from data import h5, images, loading, phantom, ssl4mis
 from data.files import InputError
 
 REAL = ROOT.parent / "shared" / "data"
@@ -135,15 +135,15 @@ def test_labels_of_unlabeled_cases_are_never_read_and_need_not_exist(tmp_path, g
             del f["train"][name]["label"]
     info = h5.read_info(tmp_path / "f.h5")
     labeled, others = h5.choose_labeled(info, "2")
-    assert len(h5.load_slices(info, "train", 32, others, labels=False)) == 16
+    assert len(loading.load_slices(info, "train", 32, others, labels=False)) == 16
     assert h5.choose_labeled(info, "all")[0] == labeled
     with pytest.raises(InputError, match="no label"):
-        h5.load_slices(info, "train", 32, others)
+        loading.load_slices(info, "train", 32, others)
 
 
 def test_slices_are_standardized_per_case(gray):
     info = h5.read_info(gray)
-    slices = h5.load_slices(info, "val", 48)
+    slices = loading.load_slices(info, "val", 48)
     x, y = slices.batch(torch.arange(4))
     with h5.open_file(gray) as f:
         image, label = h5.read_case(f, info, "val", "phantom006")
@@ -152,7 +152,7 @@ def test_slices_are_standardized_per_case(gray):
 
 
 def test_rgb_keeps_channels(rgb):
-    slices = h5.load_slices(h5.read_info(rgb), "train", 32)
+    slices = loading.load_slices(h5.read_info(rgb), "train", 32)
     assert slices.image.shape[1:] == (3, 32, 32) and slices.label.max() == 1
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from models import checkpoints, inference
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import evaluate  # noqa: E402
 import models  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
@@ -267,10 +268,10 @@ def test_lists_come_together_in_order(two):
 def test_validation_is_that_of_a_single_process(two, gray):
     """The Dice in the log, of cases shared by two processes, is what one process finds for the checkpoint."""
     row = list(csv.DictReader(open(two / "whole" / "log.csv")))[-1]
-    net, _ = evaluate.load_run(str(two / "whole" / "last.pt"), "student", ON)
+    net, _ = checkpoints.load_run(str(two / "whole" / "last.pt"), "student", ON)
     info = h5.read_info(gray)
-    mean, per_class = evaluate.mean_dice(
-        evaluate.dice_table(net, evaluate.Cases(info, "val", 32), ON, 4),
+    mean, per_class = inference.mean_dice(
+        inference.dice_table(net, inference.Cases(info, "val", 32), ON, 4),
         h5.held_classes(info, "val"),
     )
     assert float(row["val_dice"]) == pytest.approx(mean, abs=1e-5)
@@ -307,7 +308,7 @@ def test_one_process_writes_and_speaks(two):
 
 def test_g_trained_by_two_is_a_g(two, gray):
     info = h5.read_info(gray)
-    g, labeled = evaluate.load_quality(str(two / "qp" / "qp.pt"), info, ON)
+    g, labeled = checkpoints.load_quality(str(two / "qp" / "qp.pt"), info, ON)
     assert len(labeled) and g(torch.randn(2, 1, 32, 32), torch.rand(2, 3, 32, 32)).shape == (2, 3)
     one, other, saved = (
         torch.load(two / name, weights_only=True) for name in ("qp_0.pt", "qp_1.pt", "qp/last.pt")

@@ -19,8 +19,9 @@ from scipy import stats
 import evaluate
 import models
 import train_ssl
-from data import figures, h5, images, metrics, nifti, phantom
-from data.files import save_checkpoint
+from data import figures, h5, images, loading, metrics, nifti, phantom
+from models import checkpoints, inference
+from models.checkpoints import save_checkpoint
 from models.device import compute
 
 
@@ -46,7 +47,7 @@ def test_scores_equal_medpy_on_200_random_pairs(dims):
         shape = tuple(rng.integers(5, 40 if dims == 2 else 18, dims))
         spacing = tuple(rng.uniform(0.3, 8, dims))
         a, b = blobs(rng, shape)
-        ours = evaluate.score(a, b, spacing)
+        ours = metrics.score(a, b, spacing)
         assert ours.hd95 == pytest.approx(binary.hd95(a, b, voxelspacing=spacing), abs=1e-9)
         assert ours.asd == pytest.approx(binary.asd(a, b, voxelspacing=spacing), abs=1e-9)
         assert ours.dice == pytest.approx(
@@ -58,16 +59,16 @@ def test_scores_equal_medpy_on_200_random_pairs(dims):
 def test_masks_that_touch_the_border_equal_medpy():
     a, b = np.zeros((2, 9, 7), bool)
     a[:5, :], b[3:, :6] = True, True
-    assert evaluate.score(a, b, (2.0, 1.0)).hd95 == pytest.approx(
+    assert metrics.score(a, b, (2.0, 1.0)).hd95 == pytest.approx(
         binary.hd95(a, b, voxelspacing=(2.0, 1.0)), abs=1e-12
     )
 
 
 def test_empty_masks():
     none, some = np.zeros((3, 4), bool), np.eye(3, 4, dtype=bool)
-    assert evaluate.score(none, none, (1, 1)) == metrics.Score(1.0, 1.0, 0.0, 0.0, False)
+    assert metrics.score(none, none, (1, 1)) == metrics.Score(1.0, 1.0, 0.0, 0.0, False)
     for a, b in ((none, some), (some, none)):
-        assert evaluate.score(a, b, (2.0, 3.0)) == metrics.Score(
+        assert metrics.score(a, b, (2.0, 3.0)) == metrics.Score(
             0.0, 0.0, (6**2 + 12**2) ** 0.5, (6**2 + 12**2) ** 0.5, True
         )
 
@@ -75,7 +76,7 @@ def test_empty_masks():
 def test_agreement_equals_scipy_and_survives_constants():
     rng = np.random.default_rng(0)
     p, t = rng.random(50), rng.random(50)
-    found = evaluate.agreement(p, t)
+    found = metrics.agreement(p, t)
     assert found["pearson"] == pytest.approx(stats.pearsonr(p, t)[0]) and found[
         "spearman"
     ] == pytest.approx(stats.spearmanr(p, t)[0])
@@ -83,15 +84,15 @@ def test_agreement_equals_scipy_and_survives_constants():
         ((p - t) ** 2).mean() ** 0.5
     )
     assert (
-        evaluate.agreement(np.ones(4), t[:4])["pearson"] is None
-        and evaluate.agreement([], [])["mae"] is None
+        metrics.agreement(np.ones(4), t[:4])["pearson"] is None
+        and metrics.agreement([], [])["mae"] is None
     )
 
 
 def test_largest_component():
     label = np.zeros((1, 8, 8), np.uint8)
     label[0, :3, :3], label[0, 6, 6], label[0, 5:, 0], label[0, 4, 7] = 1, 1, 2, 2
-    out = evaluate.largest_component(label, 3)
+    out = metrics.largest_component(label, 3)
     assert (out == 1).sum() == 9 and (out == 2).sum() == 3
     for spacing in ((2.0, 1.0), (5.0, 2.0, 1.0)):  # a picture, and a volume of one slice
         kept, all_of_it = (
@@ -121,11 +122,11 @@ class Copycat(torch.nn.Module):
 @pytest.mark.parametrize("batch", [3, 32])
 def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request):
     info = h5.read_info(request.getfixturevalue(kind))
-    net = Copycat(h5.load_slices(info, "val", 48).label, len(info.classes))
-    table = evaluate.dice_table(
-        net, evaluate.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch
+    net = Copycat(loading.load_slices(info, "val", 48).label, len(info.classes))
+    table = inference.dice_table(
+        net, inference.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch
     )
-    mean, per_class = evaluate.mean_dice(table, h5.held_classes(info, "val"))
+    mean, per_class = inference.mean_dice(table, h5.held_classes(info, "val"))
     assert (
         len(table) == len(info.entries("val"))
         and mean == pytest.approx(np.mean(table))
@@ -181,14 +182,14 @@ def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
     """Two volumes of 4 slices, and three pictures."""
     info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     net = Passes(info.channels, len(info.classes)).train()
-    found = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 40), on, batch=batch))
+    found = list(inference.predict_cases(net, inference.Cases(info, "val", 40), on, batch=batch))
     assert (
         net.counts == passes
         and net.training
         and [e.name for e, _, _ in found] == [e.name for e in info.entries("val")]
     )
     for entry, label, truth in found:
-        slices = h5.load_slices(info, "val", 40, [entry.name])
+        slices = loading.load_slices(info, "val", 40, [entry.name])
         with torch.no_grad():
             p = torch.stack(
                 [net(slices.batch(slice(z, z + 1))[0])[0].softmax(0) for z in range(len(slices))]
@@ -212,7 +213,7 @@ def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(
     "kind, cut",
-    [("gray", None), ("rgb", None), ("volumes", evaluate.Window((16, 16, 32), (16, 16, 32)))],
+    [("gray", None), ("rgb", None), ("volumes", inference.Window((16, 16, 32), (16, 16, 32)))],
 )
 def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
     """The next one only when it is asked for; in a second pass again, unless they are kept. Whoever stops early loses nothing."""
@@ -222,26 +223,26 @@ def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
         "unet", channels=info.channels, classes=len(info.classes), dims=info.dims, width=2
     ).eval()
     reads.clear()
-    cases, first = evaluate.Cases(info, "val", size, keep=keep), []
+    cases, first = inference.Cases(info, "val", size, keep=keep), []
     assert len(cases) == len(names) and reads == []
     for i, (entry, label, _) in enumerate(
-        evaluate.predict_cases(net, cases, on, cut, batch=4 if kind == "gray" else 1)
+        inference.predict_cases(net, cases, on, cut, batch=4 if kind == "gray" else 1)
     ):
         assert reads == names[: i + 1] and entry.name == names[i]
         first.append(label)
-    again = [label for _, label, _ in evaluate.predict_cases(net, cases, on, cut, batch=2)]
+    again = [label for _, label, _ in inference.predict_cases(net, cases, on, cut, batch=2)]
     assert reads == names * (1 if keep else 2) and len(cases.kept) == (len(names) if keep else 0)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    half = evaluate.Cases(info, "val", size, names[1:], keep)
+    half = inference.Cases(info, "val", size, names[1:], keep)
     next(iter(half))
     assert [entry.name for entry, _, _ in half] == names[1:]
 
 
 def test_no_case_has_an_empty_table(gray):
-    cases = evaluate.Cases(h5.read_info(gray), "val", 32, [])
+    cases = inference.Cases(h5.read_info(gray), "val", 32, [])
     assert (
         len(cases) == 0
-        and evaluate.dice_table(torch.nn.Conv2d(1, 4, 1), cases, compute("cpu", "off"), 4) == []
+        and inference.dice_table(torch.nn.Conv2d(1, 4, 1), cases, compute("cpu", "off"), 4) == []
     )
 
 
@@ -380,7 +381,7 @@ def test_each_estimate_asks_whom_it_names():
     """On two images whose left half is the object: networks that say left, right, all, each estimate by hand."""
     half = torch.zeros(2, 8, 8, dtype=torch.uint8)
     half[:, :, :4] = 1
-    slices = h5.Samples(
+    slices = loading.Samples(
         torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.ones(2), half, ["a", "b"], [(0,), (0,)]
     )
     at = lambda columns, p=1.0: (
@@ -449,9 +450,9 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     assert "fitted on val" in table["title"] and "other patients" not in table["title"]
     g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
     on = compute()  # the calibrated error once more, by its parts
-    net, val = evaluate.load_run(run, "student", on)[0], h5.load_slices(info, "val", 32)
+    net, val = checkpoints.load_run(run, "student", on)[0], loading.load_slices(info, "val", 32)
     on_val = evaluate.compare_estimates(
-        evaluate.load_quality(gray_quality[1], info, on)[0],
+        checkpoints.load_quality(gray_quality[1], info, on)[0],
         evaluate.Opinions(net, net),
         val,
         on,
@@ -626,7 +627,7 @@ def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient(
 def test_levels_by_hand():
     """Two volumes of two slices, two classes: a volume's Dice is that of all its pixels, its estimate is weighted with the area."""
     a = lambda *rows: np.array(rows, float)
-    outputs = evaluate.Outputs(
+    outputs = metrics.Outputs(
         present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0,
         shared=a((0, 0), (10, 0), (3, 0), (2, 0)),
         area=a((0, 0), (20, 4), (10, 0), (5, 0)),
@@ -651,16 +652,15 @@ def test_levels_by_hand():
 def test_share_of_the_worst_that_is_found():
     true = np.arange(20) / 20
     assert (
-        evaluate.agreement(true, true)["worst"] == 1
-        and evaluate.agreement(-true, true)["worst"] == 0
+        metrics.agreement(true, true)["worst"] == 1 and metrics.agreement(-true, true)["worst"] == 0
     )
     half = true.copy()
     half[[2, 3, 10, 11]] = half[[10, 11, 2, 3]]
-    assert evaluate.agreement(half, true)["worst"] == 0.5
+    assert metrics.agreement(half, true)["worst"] == 0.5
     tied = np.where(np.arange(20) < 8, 0.0, true)  # 8 of 20 are worst alike: 4 count, each by half
     for order in (np.arange(20), np.arange(20)[::-1]):
-        assert evaluate.agreement(tied[order], tied[order])["worst"] == pytest.approx(8 * 0.25 / 4)
-        assert evaluate.agreement(true[order], tied[order])["worst"] == pytest.approx(0.5)
+        assert metrics.agreement(tied[order], tied[order])["worst"] == pytest.approx(8 * 0.25 / 4)
+        assert metrics.agreement(true[order], tied[order])["worst"] == pytest.approx(0.5)
 
 
 def test_cost_of_a_pass():
@@ -673,8 +673,8 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
     """One number per volume, in mm: not a mean over slices. And a picture shows the slice of most foreground."""
     info, out, shown = h5.read_info(gray), tmp_path / "out", {}
     runs = [make_run(tmp_path / str(s), info, seed=s) for s in (0, 1)]
-    net, load_run = Passes(1, 4).eval(), evaluate.load_run
-    monkeypatch.setattr(evaluate, "load_run", lambda *args: (net, load_run(*args)[1]))
+    net, load_run = Passes(1, 4).eval(), checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (net, load_run(*args)[1]))
     monkeypatch.setattr(figures, "cases", lambda path, rows, *_, **__: shown.update({path: rows}))
     monkeypatch.setattr(figures, "comparison", lambda *_: None)
     evaluate.main([gray, *runs, "--out", str(out), "--pictures", "1"])
@@ -683,7 +683,7 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
         for c in csv.DictReader(open(out / "cases.csv"))
         if c["checkpoint"] == runs[0]
     }
-    cases = list(evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), compute()))
+    cases = list(inference.predict_cases(net, inference.Cases(info, "val", 32), compute()))
     for entry, label, truth in cases:
         for k in range(1, 4):
             a, b = label == k, truth == k
@@ -882,7 +882,7 @@ def test_rows_are_compared_with_those_of_the_same_labels():
 
 def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch):
     """Before any work."""
-    monkeypatch.setattr(evaluate, "load_run", None)
+    monkeypatch.setattr(checkpoints, "load_run", None)
     info, out = h5.read_info(gray), ["--out", tmp_path / "o"]
     runs = [make_run(tmp_path / n, info, method=m) for n, m in (("a", "supervised"), ("b", "ict"))]
     refused(
@@ -1020,8 +1020,8 @@ def test_scores_on_the_sources_grid_are_those_of_masks(shells, tmp_path, capsys,
     """Dice and HD95 in mm of the files that --predict writes, against the labels' own files."""
     src, label, data = shells
     run = make_run(tmp_path / "run", h5.read_info(data), size=(16, 16, 16))
-    load_run = evaluate.load_run
-    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
+    load_run = checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
     found, options = {}, ["--pictures", "0", "--largest-component", "--workers", "0"]
     for where in ("stored", "source"):
         out = tmp_path / where
@@ -1036,7 +1036,7 @@ def test_scores_on_the_sources_grid_are_those_of_masks(shells, tmp_path, capsys,
     for name in ("c0", "c2"):
         mask = nibabel.load(tmp_path / "masks" / "masks" / f"{name}.nii.gz")
         truth = np.asarray(nibabel.load(src / "labelsTr" / f"{name}.nii").dataobj)
-        want = evaluate.score(np.asarray(mask.dataobj) > 0, truth > 0, (1, 1, 1))
+        want = metrics.score(np.asarray(mask.dataobj) > 0, truth > 0, (1, 1, 1))
         row = found["source"][name]
         assert float(row["dice"]) == pytest.approx(want.dice) and row["unit"] == "mm"
         assert float(row["hd95"]) == pytest.approx(want.hd95, abs=1e-5)
@@ -1062,8 +1062,8 @@ def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
     src = make_pictures(tmp_path / "src", 6)
     images.main([str(src), "--out", str(tmp_path / "f.h5"), "--size", "32"])
     info = h5.read_info(str(tmp_path / "f.h5"))
-    run, load_run = make_run(tmp_path / "run", info), evaluate.load_run
-    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
+    run, load_run = make_run(tmp_path / "run", info), checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (Threshold(), load_run(*args)[1]))
     drawn, options = [], ["--grid", "source", "--pictures", "1"]
     monkeypatch.setattr(figures, "cases", lambda path, rows, *_, **__: drawn.extend(sum(rows, [])))
     evaluate.main([info.path, run, "--out", str(tmp_path / "o"), *options])
@@ -1074,6 +1074,6 @@ def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
         images.read_mask(p / f"{row['case']}.png", info.classes) > 0
         for p in (tmp_path / "p" / "masks", tmp_path / "src" / "masks")
     )
-    want = evaluate.score(mask, truth, (1, 1))
+    want = metrics.score(mask, truth, (1, 1))
     assert mask.shape == (40, 56) and row["unit"] == "px"
     assert (float(row["dice"]), float(row["hd95"])) == pytest.approx((want.dice, want.hd95))

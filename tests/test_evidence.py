@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_ssl
-from data import h5
+from data import h5, loading
 from data.files import InputError
 from models.losses import one_hot
 from results.evidence import run, table
@@ -58,7 +58,7 @@ def test_a_run_from_the_common_start_is_the_whole_run(family, row, small):
 
 def test_controls(small):
     """The oracle learns from hidden labels, the shuffled g from other answers; afterwards train_ssl.py is what it was."""
-    kept, found = (train_ssl.views, train_ssl.train_step, h5.load_slices), {}
+    kept, found = (train_ssl.views, train_ssl.train_step, loading.load_slices), {}
     for row in ("none", "oracle_pixel", "blind", "blind_qw", "shuffled_pixel", "qar_hard"):
         out = f"runs/v/tiny/{row}"
         os.makedirs(out)
@@ -72,7 +72,7 @@ def test_controls(small):
         ("none", "qar_hard"),
     ):
         assert not all(torch.equal(x, y) for x, y in zip(found[a], found[b]))
-    assert kept == (train_ssl.views, train_ssl.train_step, h5.load_slices)
+    assert kept == (train_ssl.views, train_ssl.train_step, loading.load_slices)
 
 
 def test_the_oracle_knows_the_truth():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ssl
-from data import h5, stored
+from data import h5, loading
 from models.device import compute
 
 SIZES = {
@@ -25,7 +25,9 @@ PICK = (
 
 
 def in_memory(info, split, size, *more, **how):
-    return (h5.load_slices if info.dims == 2 else h5.load_volumes)(info, split, size, *more, **how)
+    return (loading.load_slices if info.dims == 2 else loading.load_volumes)(
+        info, split, size, *more, **how
+    )
 
 
 def same(a, b):
@@ -40,7 +42,7 @@ def same(a, b):
 def test_from_the_file_as_from_memory(kind, labels, request):
     info = h5.read_info(request.getfixturevalue(kind))
     memory, disk = (
-        load(info, "train", SIZES[kind], labels=labels) for load in (in_memory, stored.Stored)
+        load(info, "train", SIZES[kind], labels=labels) for load in (in_memory, loading.Stored)
     )
     assert len(disk) == len(memory) and disk.case == memory.case
     assert (
@@ -48,7 +50,7 @@ def test_from_the_file_as_from_memory(kind, labels, request):
         and (disk.fetch(*PICK)[1] is not None) == labels
     )
     names = [info.entries("train")[2].name, info.entries("train")[0].name]
-    few = stored.Stored(info, "train", SIZES[kind], names[:1], labels=labels)
+    few = loading.Stored(info, "train", SIZES[kind], names[:1], labels=labels)
     assert set(few.case) == set(names[:1])
     both, want = (
         a + b
@@ -61,23 +63,25 @@ def test_from_the_file_as_from_memory(kind, labels, request):
     assert len(both) == len(want) and same(both.fetch(*last), want.fetch(*last))
     held = memory.image if kind != "volumes" else torch.cat([v.flatten() for v in memory.image])
     assert (
-        stored.bytes_in_memory(info, "train", SIZES[kind])
+        loading.bytes_in_memory(info, "train", SIZES[kind])
         == held.numel() * held.element_size() + held.numel() // info.channels
     )
 
 
 def test_a_place_says_where_a_patch_is():
-    assert h5.part_at((10, 20, 5), (4, 20, 5), torch.tensor([0.0, 0.5, 0.999])) == (
+    assert loading.part_at((10, 20, 5), (4, 20, 5), torch.tensor([0.0, 0.5, 0.999])) == (
         slice(0, 4),
         slice(0, 20),
         slice(0, 5),
     )
-    assert h5.part_at((10, 20, 6), (4, 15, 5), torch.tensor([0.999, 0.5, 0.5])) == (
+    assert loading.part_at((10, 20, 6), (4, 15, 5), torch.tensor([0.999, 0.5, 0.5])) == (
         slice(6, 10),
         slice(3, 18),
         slice(1, 6),
     )
-    firsts = [h5.part_at((6, 4, 4), (4, 4, 4), place)[0].start for place in torch.rand(3000, 3)]
+    firsts = [
+        loading.part_at((6, 4, 4), (4, 4, 4), place)[0].start for place in torch.rand(3000, 3)
+    ]
     assert np.allclose(
         np.bincount(firsts) / 3000, 1 / 3, atol=0.05
     )  # every place is equally likely
@@ -90,7 +94,7 @@ def fetch_there(disk, connection):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_each_process_opens_the_file_for_itself(start, gray):
-    disk = stored.Stored(h5.read_info(gray), "train", 32)
+    disk = loading.Stored(h5.read_info(gray), "train", 32)
     mine = disk.fetch(*PICK)
     assert len(disk.files) == 1 and pickle.loads(pickle.dumps(disk)).files == {}
     context = multiprocessing.get_context(start)
@@ -112,12 +116,12 @@ def test_only_the_crop_is_read(volumes, gray, monkeypatch):
         "__getitem__",
         lambda self, part, **how: read.append(v := getitem(self, part, **how)) or v,
     )
-    stored.Stored(h5.read_info(volumes), "train", (8, 16, 16)).fetch(*PICK)
+    loading.Stored(h5.read_info(volumes), "train", (8, 16, 16)).fetch(*PICK)
     assert {v.shape for v in read} == {(8, 16, 16)} and len(
         read
     ) == 8  # an image and a label for each of four patches
     read.clear()
-    stored.Stored(h5.read_info(gray), "train", 32, labels=False).fetch(*PICK)
+    loading.Stored(h5.read_info(gray), "train", 32, labels=False).fetch(*PICK)
     assert {v.shape for v in read} == {(1, 48, 48)} and len(read) == 4
 
 
@@ -128,7 +132,7 @@ def test_what_the_file_does_not_say_is_measured(gray, tmp_path):
         for case in f["train"].values():
             del case.attrs["mean"], case.attrs["std"]
     new, old = (
-        stored.Stored(h5.read_info(str(path)), "train", 32).fetch(*PICK)
+        loading.Stored(h5.read_info(str(path)), "train", 32).fetch(*PICK)
         for path in (gray, tmp_path / "old.h5")
     )
     assert same(new, old)
@@ -158,12 +162,12 @@ def test_bad_pixels_are_found_when_they_are_read(gray, tmp_path, refused):
     for workers in ("0", "1"):
         refused(train_ssl.main, [tmp_path / "bad.h5", *out, "--workers", workers], "NaN", name)
     with pytest.raises(h5.InputError, match="no case to read"):
-        stored.Stored(h5.read_info(gray), "train", 32, [])
+        loading.Stored(h5.read_info(gray), "train", 32, [])
     shutil.copy(gray, tmp_path / "less.h5")
     with h5py.File(tmp_path / "less.h5", "a") as f:
         del f[f"train/{name}/label"]
     with pytest.raises(h5.InputError, match=f"{name} has no label"):
-        stored.Stored(h5.read_info(str(tmp_path / "less.h5")), "train", 32)
+        loading.Stored(h5.read_info(str(tmp_path / "less.h5")), "train", 32)
 
 
 def feed_of(data, args):
@@ -265,7 +269,7 @@ def test_steps_draw_without_repetition_and_each_another(gray):
 
 def test_auto_keeps_what_fits(gray, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(stored, "free_memory", lambda: 1000)
+    monkeypatch.setattr(loading, "free_memory", lambda: 1000)
     assert train_ssl.where_it_fits(499, cpu) == "ram" and train_ssl.where_it_fits(500, cpu) == "off"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on one machine
     assert train_ssl.where_it_fits(249, cpu) == "ram" and train_ssl.where_it_fits(250, cpu) == "off"
@@ -276,30 +280,4 @@ def test_auto_keeps_what_fits(gray, monkeypatch):
         and train_ssl.where_it_fits(250, cuda) == "off"
     )
     args = train_ssl.parse_args([gray, "--out", "o", "--labeled", "2", "--size", "32"])
-    assert isinstance(feed_of(gray, args).labeled, stored.Stored) and args.cache == "off"
-
-
-@pytest.mark.parametrize(
-    "version, file, line",
-    [
-        (2, "memory.max", "0::/batch/job"),
-        (1, "memory/memory.limit_in_bytes", "7:cpu,memory:/batch/job"),
-    ],
-)
-def test_memory_that_is_free(version, file, line, monkeypatch, tmp_path):
-    assert 0 < stored.free_memory() <= stored.psutil.virtual_memory().total
-    top, name = (tmp_path / file).parent, (tmp_path / file).name
-    (top / "batch" / "job").mkdir(parents=True)
-    (tmp_path / "mine").write_text(f"3:pids:/else\n{line}\n")
-    for group, limit in (
-        ("batch/job", "max" if version == 2 else str(2**62)),
-        ("batch", str(3 * 2**30)),
-    ):
-        (top / group / name).write_text(limit + "\n")
-    limits = stored.group_limits
-    assert sorted(limits(tmp_path, tmp_path / "mine"))[0] == 3 * 2**30
-    assert list(limits(tmp_path, tmp_path / "none")) == []
-    monkeypatch.setattr(stored, "group_limits", lambda: limits(tmp_path, tmp_path / "mine"))
-    assert stored.free_memory() <= 3 * 2**30 - stored.psutil.Process().memory_info().rss + 2**20
-    (top / "batch" / name).write_text("1000\n")
-    assert stored.free_memory() == 0
+    assert isinstance(feed_of(gray, args).labeled, loading.Stored) and args.cache == "off"

@@ -17,8 +17,9 @@ import corrupt
 import evaluate
 import train_qp
 import train_ssl
-from data import figures, h5, metrics
-from data.files import Log
+from data import figures, h5, loading, metrics
+from data.log import Log
+from models import checkpoints
 
 MACHADO = {  # Machado et al. 2009: linear RGB as seen without one kind of cone
     "protanopia": [
@@ -305,11 +306,11 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
     """The columns g_true and g_predicted, once more by hand; of each case the slice, or patch, with the most foreground."""
     size = {"gray": 32, "volumes": (16, 16, 32)}[kind]
     info, on = h5.read_info(request.getfixturevalue(kind)), evaluate.compute("cpu", "off")
-    g, _ = evaluate.load_quality(request.getfixturevalue(f"{kind}_quality")[1], info, on, size)
-    samples = h5.showcase(info, "val", size)
+    g, _ = checkpoints.load_quality(request.getfixturevalue(f"{kind}_quality")[1], info, on, size)
+    samples = loading.showcase(info, "val", size)
     assert samples.case == [e.name for e in info.entries("val")]
     for i, name in enumerate(samples.case):
-        every = h5.load_samples(info, "val", size, [name])
+        every = loading.load_samples(info, "val", size, [name])
         assert (samples.label[i] > 0).sum() == max((y > 0).sum() for y in every.label)
     net = lambda x: torch.nn.functional.one_hot((x[:, 0] > 0.5).long() * 2, 4).movedim(-1, 1) * 50.0
     with pytest.MonkeyPatch.context() as monkey:
@@ -330,7 +331,7 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
     )
     truth = torch.nn.functional.one_hot(samples.label.long(), 4).movedim(-1, 1)[:, 1:].float()
     dice = [
-        [evaluate.dice(m.numpy() > 0, t.numpy() > 0) for m, t in zip(*pair)]
+        [metrics.dice(m.numpy() > 0, t.numpy() > 0) for m, t in zip(*pair)]
         for pair in zip(mask, truth)
     ]
     assert found["g_true"] == pytest.approx(np.mean(dice), abs=0.02)  # smoothed by a ten thousandth

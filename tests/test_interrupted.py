@@ -14,8 +14,9 @@ import corrupt
 import models
 import train_qp
 import train_ssl
-from data import files
-from data.files import InputError, check_finite, load_checkpoint
+from data import files, workers
+from data.files import InputError
+from models.checkpoints import check_finite, load_checkpoint
 
 SOAK = """
 import json, sys
@@ -97,7 +98,7 @@ def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, stopped):
 def test_a_second_signal_does_not_wait(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    with files.postponed_signals() as stop:
+    with workers.postponed_signals() as stop:
         assert stop() == 0
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(

@@ -15,6 +15,7 @@ import evaluate
 import train_ssl
 from data import h5, images, labels, nifti, ssl4mis
 from data.files import InputError, read_lists, read_table
+from models import inference
 
 SHAPE = (3, 16, 20)
 K = 4
@@ -461,7 +462,7 @@ def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
         info, "val", ["val0"]
     ).tolist() == [True, False, False]
     assert h5.held_classes(info, "train").all()
-    mean, per_class = evaluate.mean_dice([[0.5, 1.0, 1.0], [0.3, 1.0, 0.2]], held)
+    mean, per_class = inference.mean_dice([[0.5, 1.0, 1.0], [0.3, 1.0, 0.2]], held)
     assert mean == pytest.approx((0.4 + 0.6) / 2) and per_class == pytest.approx([0.4, None, 0.6])
     h5.report(info)
     assert "note: no label of val holds 'b'" in capsys.readouterr().out
@@ -517,7 +518,7 @@ def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, r
         dataset(tmp_path / "f.h5", (0, 1, 3)),
         iter([[0.2, 1, 0.4], [0.5, 0, 0.5], [0.1, 1, 0.1]]),
     )
-    monkeypatch.setattr(evaluate, "dice_table", lambda *_: [next(values)] * 2)
+    monkeypatch.setattr(inference, "dice_table", lambda *_: [next(values)] * 2)
     argv = [
         "--out",
         str(tmp_path / "run"),

@@ -13,7 +13,7 @@ from conftest import python
 from medpy.metric.binary import hd95
 
 from data import h5, nifti, space
-from evaluate import score
+from data.metrics import score
 
 OBLIQUE = dict(spacing=(1.4, 1.4, 8.0), origin=(-123.25, 41.7, 17.9))
 
@@ -274,7 +274,7 @@ def test_affine_is_that_of_itk_in_nifti_axes(oblique):
 def test_masks_return_to_the_source(oblique, tmp_path, spacing):
     src, source = oblique
     info = convert(src, *(("--spacing", spacing) if spacing else ()))
-    entry, (image, label) = info.entries("train")[0], load(info, "train", "p")
+    entry, (_, label) = info.entries("train")[0], load(info, "train", "p")
     nifti.write_mask(tmp_path / "out" / "p.nii.gz", label, entry)
     back = sitk.ReadImage(str(tmp_path / "out" / "p.nii.gz"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.nii.gz"]

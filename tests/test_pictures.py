@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import h5, images, pixels, unlabeled
+from data import images, loading, new_images, pixels
 from data.files import InputError
 
 SIZE = (40, 56)
@@ -362,16 +362,16 @@ def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
 def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
     """As evaluate.py --predict reads them: the same values, notes and refusals."""
     data = dict(classes=TWO, dims=2, channels=3, prepared={"from": "pictures"})
-    info = unlabeled.convert(str(folder / "images"), str(tmp_path / "f.h5"), data)
+    info = new_images.convert(str(folder / "images"), str(tmp_path / "f.h5"), data)
     said = capsys.readouterr().out
     assert "images/d.jpg: stored turned" in said and "note: 2 of 8 files and folders" in said
-    cases = {name: image for name, image, *_ in h5.read_cases(info, "unlabeled", labels=False)}
+    cases = {name: image for name, image, *_ in loading.read_cases(info, "unlabeled", labels=False)}
     assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
     for name in ("pages.tif", "hole.png", "nan.tif"):
         picture, options, words = FOREIGN[name]
         save(folder / "images" / name, picture, **options)
         with pytest.raises(InputError, match=f"images/{name}.*{words}"):
-            unlabeled.convert(str(folder / "images"), str(tmp_path / "g.h5"), data)
+            new_images.convert(str(folder / "images"), str(tmp_path / "g.h5"), data)
         (folder / "images" / name).unlink()
     assert not (tmp_path / "g.h5").exists()
 

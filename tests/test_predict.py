@@ -18,8 +18,10 @@ from test_nifti import ball, ct, make, nii, same_point, save, stored_along
 from torch import nn
 
 import evaluate
-from data import figures, h5, images, metrics, nifti, pixels, unlabeled
-from data.files import InputError, save_checkpoint
+from data import figures, h5, images, loading, metrics, new_images, nifti, pixels
+from data.files import InputError
+from models import checkpoints, inference
+from models.checkpoints import save_checkpoint
 from models.device import compute
 
 ON = compute("cpu", "off")
@@ -95,9 +97,9 @@ def pictures(tmp_path):
 @pytest.fixture
 def bright(monkeypatch):
     """Networks are replaced by Bright, g by Smaller; everything else of the checkpoints counts."""
-    load_run = evaluate.load_run
-    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Bright(), load_run(*args)[1]))
-    monkeypatch.setattr(evaluate, "load_quality", lambda *_: (Smaller(), []))
+    load_run = checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (Bright(), load_run(*args)[1]))
+    monkeypatch.setattr(checkpoints, "load_quality", lambda *_: (Smaller(), []))
 
 
 def read_list(folder):
@@ -127,7 +129,7 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
         assert (
             found.shape == mask.shape
             and set(np.unique(found)) <= {0, 1}
-            and evaluate.dice(found > 0, mask > 0) > 0.9
+            and metrics.dice(found > 0, mask > 0) > 0.9
         )
         assert (
             pixels.read_mask(out / "masks" / f"{name}.png", ["background", "disc"]) == found
@@ -141,7 +143,7 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
     values = [float(r["predicted Dice"]) for r in rows]
     assert values == sorted(values)
     for r in rows:  # g sees the mask on the network's grid
-        seen = h5.resize_label(np.array(Image.open(out / r["mask"])), 32)
+        seen = loading.resize_label(np.array(Image.open(out / r["mask"])), 32)
         assert (
             float(r["predicted Dice"])
             == pytest.approx(1 - seen.mean(), abs=1e-4)
@@ -179,13 +181,13 @@ def test_pictures_are_read_like_the_data(gray, tmp_path):
         [str(tmp_path / "src"), "--out", str(tmp_path / "a.h5"), *(["--gray"] if gray else [])]
     )
     info = h5.read_info(str(tmp_path / "a.h5"))
-    found = unlabeled.convert(str(tmp_path / "src"), str(tmp_path / "b.h5"), info.describe())
+    found = new_images.convert(str(tmp_path / "src"), str(tmp_path / "b.h5"), info.describe())
     theirs = {
         name: image
         for split in info.splits
-        for name, image, *_ in h5.read_cases(info, split, labels=False)
+        for name, image, *_ in loading.read_cases(info, split, labels=False)
     }
-    ours = {name: image for name, image, *_ in h5.read_cases(found, "unlabeled", labels=False)}
+    ours = {name: image for name, image, *_ in loading.read_cases(found, "unlabeled", labels=False)}
     assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all(
         (ours[name] == theirs[name]).all() for name in ours
     )
@@ -221,7 +223,7 @@ def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures
     assert {p.stem for p in (tmp_path / "out" / "masks").iterdir()} == set(masks)
     for name, mask in masks.items():
         found = np.array(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
-        assert found.shape == mask.shape and evaluate.dice(found > 0, mask > 0) > 0.85
+        assert found.shape == mask.shape and metrics.dice(found > 0, mask > 0) > 0.85
     assert read_list(tmp_path / "out")[0]["case"] == "p18"
 
 
@@ -302,8 +304,8 @@ def test_new_volumes_are_turned_to_the_network_and_masks_back(tmp_path, capsys, 
             stored_along(tmp_path / "src" / f"{part}Tr" / f"{name}.nii", "SAR", values)
     nifti.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
     info = h5.read_info(str(tmp_path / "f.h5"))
-    run, load_run = make_run(tmp_path / "run", info, size=(16, 16, 16)), evaluate.load_run
-    monkeypatch.setattr(evaluate, "load_run", lambda *args: (Corner(), load_run(*args)[1]))
+    run, load_run = make_run(tmp_path / "run", info, size=(16, 16, 16)), checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (Corner(), load_run(*args)[1]))
     axes = {"same": "SAR", "flipped": "IPR", "swapped": "RSA", "both": "PIL"}
     for name, letters in axes.items():
         stored_along(new / f"{name}.nii.gz", letters, image)
@@ -341,7 +343,7 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
     info = h5.read_info(request.getfixturevalue(kind))
     g, net = Uneven(), Bands()
     name = info.entries("val")[0].name
-    samples = h5.load_samples(info, "val", size, [name])
+    samples = loading.load_samples(info, "val", size, [name])
     outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, ON, 8)
     expected = metrics.at_level(outputs, "volume", samples.case, "g")[0]
     if info.dims == 3:  # a mask that agrees with itself where patches overlap
@@ -364,9 +366,9 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
             label = (
                 torch.cat(
                     [
-                        evaluate.probabilities(net, samples.batch(torch.tensor([i]))[0], ON).argmax(
-                            1
-                        )
+                        inference.probabilities(
+                            net, samples.batch(torch.tensor([i]))[0], ON
+                        ).argmax(1)
                         for i in range(len(samples))
                     ]
                 )
@@ -609,7 +611,7 @@ def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys)
     )
     assert "note: 2 files" in (said := capsys.readouterr().out) and "p3.jpg: stored turned" in said
     for p in (tmp_path / "out" / "masks").iterdir():
-        assert evaluate.dice(np.array(Image.open(p)) > 0, mask > 0) > 0.9
+        assert metrics.dice(np.array(Image.open(p)) > 0, mask > 0) > 0.9
     (tmp_path / "src").mkdir()
     folder.rename(tmp_path / "src" / "images"), (tmp_path / "src" / "masks").mkdir()
     for orientation in (1, 3, 6):
@@ -723,7 +725,7 @@ def test_files_that_pass_for_channels_and_axes_that_nobody_knows_are_noted(tmp_p
         sitk.WriteImage(sitk.GetImageFromArray(np.zeros((8, 9, 10), np.float32)), str(path))
     for axes, noted in (("SPL", False), (None, True)):
         how = nifti.Preparation(nnunet=True, axes=axes)
-        found = list(unlabeled.volumes(paths, how, defaultdict(list)))
+        found = list(new_images.volumes(paths, how, defaultdict(list)))
         said = capsys.readouterr().out
         assert [case.name for case in found] == ["case"]
         assert "2 of 3 files are further channels" in said

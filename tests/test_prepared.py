@@ -12,6 +12,7 @@ import evaluate
 import train_ssl
 from data import h5
 from data.files import InputError
+from models import checkpoints
 
 CT, NARROW, MR = (
     dict({"from": "nifti", "spacing": [2, 1, 1], "channel": None, "nnunet": False}, window=window)
@@ -148,7 +149,7 @@ def test_every_script_compares(gray, gray_quality, tmp_path, refused):
 
 def test_a_g_of_other_flips_is_noted(gray, gray_quality, tmp_path, capsys, refused):
     info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
-    load = lambda path, **fs: evaluate.load_quality(path, info, on, 32, fs)
+    load = lambda path, **fs: checkpoints.load_quality(path, info, on, 32, fs)
     load(gray_quality[1], f={"flip": None}, old={}, same={"flip": "H,W"})
     assert capsys.readouterr().out == ""
     load(gray_quality[1], f={"flip": "H"})

@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 import corrupt
-from data import augment, h5, metrics, shapes, stored
+from data import augment, h5, loading, metrics, shapes
 
 HOME = (
     tempfile.TemporaryDirectory()
@@ -822,8 +822,10 @@ def test_from_the_file_as_from_memory(path, dims, data, labels, seed):
             lambda some: [c.name for c in mine if c.name in some]
         )
     )
-    memory = (h5.load_slices if dims == 2 else h5.load_volumes)(info, split, size, names, labels)
-    disk = stored.Stored(info, split, size, names, labels)
+    memory = (loading.load_slices if dims == 2 else loading.load_volumes)(
+        info, split, size, names, labels
+    )
+    disk = loading.Stored(info, split, size, names, labels)
     assert len(disk) == len(memory) and disk.case == memory.case
     rng = np.random.default_rng(seed)
     index, place = (
@@ -834,7 +836,7 @@ def test_from_the_file_as_from_memory(path, dims, data, labels, seed):
     assert (found[1] is not None) == labels and found[0].shape == (
         5,
         info.channels,
-        *h5.shape_of(size),
+        *loading.shape_of(size),
     )
     same(found, memory.fetch(index, place))
     by_name = {c.name: c for c in mine}
@@ -857,14 +859,14 @@ def test_from_the_file_as_from_memory(path, dims, data, labels, seed):
 @examples(30)
 @given(grid=grids(3, 1, 20), size=grids(3, 1, 20), seed=SEEDS)
 def test_tiles_cover_a_volume_and_none_is_too_many(grid, size, seed):
-    covered, corners = np.zeros(tuple(map(max, grid, size)), int), h5.tiles(grid, size)
+    covered, corners = np.zeros(tuple(map(max, grid, size)), int), loading.tiles(grid, size)
     for corner in corners:
         assert covered[tuple(slice(c, c + s) for c, s in zip(corner, size))].shape == size
         covered[tuple(slice(c, c + s) for c, s in zip(corner, size))] += 1
     assert covered.min() >= 1 and len(set(corners)) == len(corners) == math.prod(
         -(-n // s) for n, s in zip(grid, size)
     )
-    drawn = h5.random_corners(grid, size, 5, np.random.default_rng(seed))
+    drawn = loading.random_corners(grid, size, 5, np.random.default_rng(seed))
     assert 1 <= len(set(drawn)) == len(drawn) <= 5 and all(
         0 <= c <= max(0, n - s) for corner in drawn for c, n, s in zip(corner, grid, size)
     )
@@ -874,10 +876,10 @@ def test_tiles_cover_a_volume_and_none_is_too_many(grid, size, seed):
 @given(grid=grids(3, 1, 12), size=grids(3, 1, 30), seed=SEEDS)
 def test_cut_back_undoes_at_least(grid, size, seed):
     volume = np.random.default_rng(seed).integers(0, 256, grid, np.uint8)
-    larger = h5.at_least(volume, size)
+    larger = loading.at_least(volume, size)
     assert larger.shape == tuple(map(max, grid, size)) and larger.dtype == volume.dtype
-    assert (h5.cut_back(larger, grid) == volume).all() and (
-        h5.cut_back(np.stack([larger, larger]), grid) == volume
+    assert (loading.cut_back(larger, grid) == volume).all() and (
+        loading.cut_back(np.stack([larger, larger]), grid) == volume
     ).all()
     for axis, (n, s) in enumerate(zip(grid, size)):  # mirrored, by as much on both sides
         before = max(0, s - n) // 2
@@ -888,7 +890,7 @@ def test_cut_back_undoes_at_least(grid, size, seed):
             mode="reflect",
         ).astype(int)
         assert (
-            h5.at_least(volume, [m if a == axis else 1 for a, m in enumerate(size)])
+            loading.at_least(volume, [m if a == axis else 1 for a, m in enumerate(size)])
             == volume.take(want, axis)
         ).all()
 
@@ -900,13 +902,15 @@ def test_resizing_keeps_constants_range_and_classes(dims, data, kind, seed):
     grid, rng = data.draw(grids(dims, 1, 14)), np.random.default_rng(seed)
     size = data.draw(st.integers(1, 14)) if dims == 2 else data.draw(grids(3, 1, 14))
     image, label = (rng.random(grid) * 255).astype(kind), data.draw(label_maps(grid, 4))
-    out, y = h5.resize_image(image, size), h5.resize_label(label, size)
-    assert out.shape == y.shape == h5.shape_of(size) and out.dtype == kind and y.dtype == np.uint8
+    out, y = loading.resize_image(image, size), loading.resize_label(label, size)
+    assert (
+        out.shape == y.shape == loading.shape_of(size) and out.dtype == kind and y.dtype == np.uint8
+    )
     assert (
         image.min() - 1e-3 <= out.min()
         and out.max() <= image.max() + 1e-3
         and set(np.unique(y)) <= set(np.unique(label))
     )
-    assert np.allclose(h5.resize_image(np.full(grid, 77, kind), size), 77)
-    if grid == h5.shape_of(size):
+    assert np.allclose(loading.resize_image(np.full(grid, 77, kind), size), 77)
+    if grid == loading.shape_of(size):
         assert (out == image).all() and (y == label).all()

@@ -16,7 +16,8 @@ import corrupt
 import evaluate
 import train_qp
 from data import h5, images, phantom
-from data.vqm import load
+from data.quality_masks import load
+from models import checkpoints, inference
 from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
 
 
@@ -146,7 +147,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
     """With errors on val that are given: the last epoch, or the best and no more than `patience` worse ones."""
     errors, estimate = (
         iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")]),
-        evaluate.estimate_masks,
+        inference.estimate_masks,
     )
 
     def given(g, masks, on, most=None, **how):
@@ -156,7 +157,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
             else estimate(g, masks, on, most, **how)
         )
 
-    monkeypatch.setattr(evaluate, "estimate_masks", given)
+    monkeypatch.setattr(inference, "estimate_masks", given)
     train_qp.main(
         [
             rgb,
@@ -188,7 +189,7 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
     """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
     info, on = h5.read_info(rgb), evaluate.compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
-        g, labeled = evaluate.load_quality(path, info, on)
+        g, labeled = checkpoints.load_quality(path, info, on)
         state, x, m = (
             torch.load(path, weights_only=True),
             torch.randn(2, 3, 32, 32),
@@ -239,13 +240,13 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
     """Over the classes alone that val holds."""
     info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
-    g, _ = evaluate.load_quality(gray_quality[1], info, on)
+    g, _ = checkpoints.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
     train_qp.fit_temperature(g, masks, on, np.array(held))
 
     def error(t):
         g.temperature.fill_(t)
-        predicted, true, _ = evaluate.estimate_masks(g, masks, on)
+        predicted, true, _ = inference.estimate_masks(g, masks, on)
         return np.abs(predicted - true)[:, held].mean()
 
     best, errors = g.temperature.item(), {t: error(t) for t in train_qp.TEMPERATURES.tolist()}
@@ -321,7 +322,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
-    evaluate.load_quality(
+    checkpoints.load_quality(
         str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.compute()
     )  # a g like any other
     whole, parts = (
@@ -456,7 +457,7 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
         "--head scalar",
     )
     g = evaluate.models.build("quality", channels=3, classes=2)
-    evaluate.load_encoder(g, str(tmp_path / "resnet18.pt"))
+    checkpoints.load_encoder(g, str(tmp_path / "resnet18.pt"))
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
 
 

@@ -11,10 +11,10 @@ import torch
 from conftest import python
 from torch import nn
 
-import evaluate
 import models
 import train_ssl
 from data import h5, phantom
+from models import inference
 from models.device import Compute, compute
 from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
@@ -1230,7 +1230,7 @@ def test_fewer_labeled_slices_than_the_batch(gray, tmp_path):
 def test_a_run_that_learned_nothing_says_what_to_look_at(
     dice, warns, gray, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "dice", lambda *_: dice)
+    monkeypatch.setattr(inference, "dice", lambda *_: dice)
     train(gray, tmp_path, "--steps", 1)
     *_, before, last = capsys.readouterr().out.strip().split("\n")
     assert last.startswith("next: ")

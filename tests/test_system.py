@@ -15,7 +15,10 @@ from conftest import python
 
 import corrupt
 from data import files, h5
-from data.files import InputError, Log, claim, cli, load_checkpoint, save_checkpoint
+from data.files import InputError, claim
+from data.log import Log
+from data.options import cli
+from models.checkpoints import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -189,7 +192,7 @@ def test_a_console_that_lacks_characters(encoding, shown, monkeypatch):
 
 
 SHOW = """
-from data.files import Parser, cli
+from data.options import Parser, cli
 from tqdm import tqdm
 def main():
     for _ in tqdm(range(2), desc="Δ"):

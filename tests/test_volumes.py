@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import quality
 from medpy.metric import binary
 from scipy import ndimage
 from test_evaluate import make_run
@@ -24,8 +23,8 @@ import evaluate
 import models
 import train_qp
 import train_ssl
-from data import augment, h5, images, metrics, nifti, phantom, ssl4mis, vqm
-from models import device
+from data import augment, h5, images, loading, metrics, nifti, phantom, quality_masks, ssl4mis
+from models import checkpoints, device, inference
 from models.quality import quality_target, resample
 
 ON = device.compute("cpu", "off")
@@ -38,7 +37,7 @@ SIZE = (16, 16, 32)
 def test_patches_are_cut_from_image_and_label_alike(volumes):
     info = h5.read_info(volumes)
     names = [e.name for e in info.entries("train")]
-    found = h5.load_volumes(info, "train", SIZE, names[:2])
+    found = loading.load_volumes(info, "train", SIZE, names[:2])
     torch.manual_seed(0)
     corners = set()
     for _ in range(40):
@@ -65,44 +64,44 @@ def test_patches_are_cut_from_image_and_label_alike(volumes):
     torch.manual_seed(3)
     assert not torch.equal(a, b) and torch.equal(found.batch(torch.tensor([0]))[0], a)
     assert (
-        h5.load_volumes(info, "train", SIZE, names, labels=False).batch(torch.tensor([0]))[1]
+        loading.load_volumes(info, "train", SIZE, names, labels=False).batch(torch.tensor([0]))[1]
         is None
     )
 
 
 def test_a_volume_smaller_than_the_patch_is_mirrored_and_cut_back():
     volume = np.arange(2 * 3 * 5).reshape(2, 3, 5)
-    larger = h5.at_least(volume, (7, 3, 4))
-    assert larger.shape == (7, 3, 5) and (h5.cut_back(larger, volume.shape) == volume).all()
+    larger = loading.at_least(volume, (7, 3, 4))
+    assert larger.shape == (7, 3, 5) and (loading.cut_back(larger, volume.shape) == volume).all()
     assert (
         (larger[1] == volume[0]).all()
         and (larger[4] == volume[1]).all()
         and (larger[2:4] == volume).all()
     )
-    same_size = h5.at_least(volume, (2, 2, 2))
+    same_size = loading.at_least(volume, (2, 2, 2))
     assert same_size is volume
 
 
 @pytest.mark.parametrize("grid", [(16, 16, 32), (17, 40, 50), (33, 15, 100)])
 def test_tiles_cover_a_volume(grid):
     seen = np.zeros(np.maximum(grid, SIZE), int)
-    for corner in h5.tiles(grid, SIZE):
+    for corner in loading.tiles(grid, SIZE):
         seen[tuple(slice(c, c + s) for c, s in zip(corner, SIZE))] += 1
-    assert (seen > 0).all() and len(h5.tiles(grid, SIZE)) == np.prod(
+    assert (seen > 0).all() and len(loading.tiles(grid, SIZE)) == np.prod(
         [-(-n // s) for n, s in zip(grid, SIZE)]
     )
-    corners = h5.random_corners(grid, SIZE, 12, np.random.default_rng(0))
+    corners = loading.random_corners(grid, SIZE, 12, np.random.default_rng(0))
     assert len(corners) == len(set(corners)) and all(
         0 <= c <= max(0, n - s) for corner in corners for c, n, s in zip(corner, grid, SIZE)
     )
-    assert h5.random_corners(SIZE, SIZE, 5, np.random.default_rng(0)) == [(0, 0, 0)]
+    assert loading.random_corners(SIZE, SIZE, 5, np.random.default_rng(0)) == [(0, 0, 0)]
 
 
 def test_patches_resized_to_another_grid_average_images_and_keep_classes(volumes):
     info = h5.read_info(volumes)
     name = info.entries("train")[0].name
     whole, half = (
-        h5.load_patches(info, "train", SIZE, {name: [(2, 5, 1), (0, 0, 0)]}, grid=g)
+        loading.load_patches(info, "train", SIZE, {name: [(2, 5, 1), (0, 0, 0)]}, grid=g)
         for g in (None, (8, 8, 16))
     )
     assert whole.at == half.at == [(2, 5, 1), (0, 0, 0)]
@@ -117,7 +116,7 @@ def test_patches_resized_to_another_grid_average_images_and_keep_classes(volumes
         votes.gather(1, half.label[:, None].long())[:, 0] == votes.amax(1)
     ).all()  # the class of most voxels
     assert (
-        h5.resize_label(whole.label[0].numpy(), (32, 16, 32))[::2] == whole.label[0].numpy()
+        loading.resize_label(whole.label[0].numpy(), (32, 16, 32))[::2] == whole.label[0].numpy()
     ).all()
     with h5.open_file(volumes) as f:
         image, label = h5.read_case(f, info, "train", name)
@@ -142,7 +141,10 @@ def test_intensities_that_are_ready_stay_as_they_are(tmp_path):
         channels=1,
         standardize=False,
     )
-    for found in (h5.load_volumes(info, "train", SIZE), h5.load_samples(info, "train", SIZE)):
+    for found in (
+        loading.load_volumes(info, "train", SIZE),
+        loading.load_samples(info, "train", SIZE),
+    ):
         assert torch.equal(found.batch(torch.tensor([0]))[0][0, 0], torch.from_numpy(image))
 
 
@@ -182,7 +184,9 @@ def test_sizes_that_slices_refuse(size, words, gray, tmp_path, refused):
 
 def test_sizes_of_volumes(volumes, tmp_path, refused):
     info = h5.read_info(volumes)
-    assert h5.network_grid(info, None) == (80, 112, 112) and h5.network_grid(info, (16,)) == (
+    assert loading.network_grid(info, None) == (80, 112, 112) and loading.network_grid(
+        info, (16,)
+    ) == (
         16,
         16,
         16,
@@ -308,13 +312,13 @@ def plain_loop(net, x, size, stride, weight):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_sliding_window_equals_a_plain_loop(shape, size, stride, gaussian, batch):
     net, x = Near().eval(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    cut = evaluate.Window(size, stride, gaussian, batch=batch)
+    cut = inference.Window(size, stride, gaussian, batch=batch)
     axes = [
         np.exp(-((np.arange(s) - (s - 1) / 2) ** 2) / 2 / (s / 8) ** 2) if gaussian else np.ones(s)
         for s in size
     ]
     with torch.no_grad():
-        slabs = list(evaluate.sliding_window(net, x, cut, ON))
+        slabs = list(inference.sliding_window(net, x, cut, ON))
     calls = len(net.seen)
     want = plain_loop(net, x, size, stride, axes[0][:, None, None] * axes[1][:, None] * axes[2])
     assert np.abs(torch.cat(slabs, 1).numpy() - want).max() < 1e-5
@@ -351,12 +355,12 @@ def test_labels_come_back_on_the_grid_of_the_case(shape, whole, tmp_path):
         standardize=False,
     )
     found, cut, net = (
-        evaluate.Cases(info, "val", SIZE),
-        evaluate.Window(SIZE, (8, 8, 16), whole=whole),
+        inference.Cases(info, "val", SIZE),
+        inference.Window(SIZE, (8, 8, 16), whole=whole),
         Voxelwise().train(),
     )
     for case, (entry, label, truth) in zip(
-        cases, evaluate.predict_cases(net, found, ON, cut), strict=True
+        cases, inference.predict_cases(net, found, ON, cut), strict=True
     ):
         assert (
             label.dtype == np.uint8
@@ -364,17 +368,17 @@ def test_labels_come_back_on_the_grid_of_the_case(shape, whole, tmp_path):
             and (truth == case.label).all()
             and entry.name == case.name
         )
-    assert net.training and evaluate.mean_dice(
-        evaluate.dice_table(net, found, ON, 2, cut), [True]
+    assert net.training and inference.mean_dice(
+        inference.dice_table(net, found, ON, 2, cut), [True]
     ) == (1.0, [1.0])
 
 
 def test_labels_of_cases_are_those_of_a_plain_loop(volumes):
     info, stride = h5.read_info(volumes), (8, 16, 16)
-    net, cut = Near().eval(), evaluate.Window(SIZE, stride, gaussian=False)
+    net, cut = Near().eval(), inference.Window(SIZE, stride, gaussian=False)
     with h5.open_file(volumes) as f:
-        for entry, label, truth in evaluate.predict_cases(
-            net, evaluate.Cases(info, "val", SIZE), ON, cut
+        for entry, label, truth in inference.predict_cases(
+            net, inference.Cases(info, "val", SIZE), ON, cut
         ):
             image, want = h5.read_case(f, info, "val", entry.name)
             p = plain_loop(
@@ -392,8 +396,8 @@ def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
     net = Near(4).eval()
     labels = [
         label
-        for _, label, _ in evaluate.predict_cases(
-            net, evaluate.Cases(info, "val", SIZE), ON, evaluate.Window(SIZE, SIZE, whole=True)
+        for _, label, _ in inference.predict_cases(
+            net, inference.Cases(info, "val", SIZE), ON, inference.Window(SIZE, SIZE, whole=True)
         )
     ]
     assert net.seen == [(1, 1, 32, 48, 48)] * 2 and all(
@@ -404,13 +408,13 @@ def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
 def test_options_of_windows(volumes):
     args = evaluate.parse_args(["d", "c", "--out", "o"])
     assert (
-        evaluate.window(SIZE, args, 2) == evaluate.Window(SIZE, (8, 8, 16))
-        and evaluate.window(96, args) is None
+        inference.window(SIZE, args, 2) == inference.Window(SIZE, (8, 8, 16))
+        and inference.window(96, args) is None
     )
     args = evaluate.parse_args(
         ["d", "c", "--out", "o", "--stride", "4,5,6", "--blend", "uniform", "--window", "whole"]
     )
-    assert evaluate.window(SIZE, args, 7) == evaluate.Window(SIZE, (4, 5, 6), False, True, 7)
+    assert inference.window(SIZE, args, 7) == inference.Window(SIZE, (4, 5, 6), False, True, 7)
 
 
 def test_strides_that_leave_gaps_and_windows_of_slices_are_refused(
@@ -448,7 +452,7 @@ def test_scores_of_an_organ_equal_medpy(spacing, monkeypatch):
     monkeypatch.setattr(metrics.spatial, "cKDTree", lambda *a: trees.append(1) or original(*a))
     for mask, searched in ((near, True), (far, True), (noisy, False)):
         trees.clear()
-        ours = evaluate.score(mask, truth, spacing)
+        ours = metrics.score(mask, truth, spacing)
         assert bool(trees) == searched
         assert ours.hd95 == pytest.approx(binary.hd95(mask, truth, voxelspacing=spacing), abs=1e-9)
         assert ours.asd == pytest.approx(binary.asd(mask, truth, voxelspacing=spacing), abs=1e-9)
@@ -460,7 +464,7 @@ def test_scores_of_an_organ_equal_medpy(spacing, monkeypatch):
 def test_largest_component_of_a_volume():
     label = np.zeros((12, 12, 12), np.uint8)
     label[1:5, 1:5, 1:5], label[8:10, 8:10, 8:10], label[5, 5, 5], label[7, 1:4, 7] = 1, 1, 1, 2
-    kept = evaluate.largest_component(label, 3)
+    kept = metrics.largest_component(label, 3)
     assert (kept == 1).sum() == 64 and (
         kept == 2
     ).sum() == 3  # a corner is no face: (5, 5, 5) is alone
@@ -513,7 +517,7 @@ def test_masks_of_patches(volumes, tmp_path):
     ).std() > 5
     info, K = h5.read_info(volumes), 4
     assert tuple(attrs["size"]) == SIZE and found["train/mask"].shape == (3 * 2 * 10, *SIZE)
-    n_tiles = len(h5.tiles(info.entries("val")[0].grid, SIZE))
+    n_tiles = len(loading.tiles(info.entries("val")[0].grid, SIZE))
     assert len(found["val/mask"]) == 2 * n_tiles and len(found["real/mask"]) == 2 * n_tiles * 2
     with h5.open_file(volumes) as f:
         for split, source in (("train", "train"), ("val", "val"), ("real", "val")):
@@ -524,7 +528,7 @@ def test_masks_of_patches(volumes, tmp_path):
                     tuple(slice(a, a + s) for a, s in zip(at, SIZE))
                 ]
                 assert dice == pytest.approx(
-                    [evaluate.dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6
+                    [metrics.dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6
                 )
     assert set(found["train/case"]) == {e.name.encode() for e in info.entries("train")[:3]}
     harvested = found["train/prob_index"] >= 0
@@ -535,7 +539,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
     """Also on another grid: an identity stays perfect, before and after augmentation."""
     info = h5.read_info(volumes)
     for size in (None, (16, 16, 24)):
-        masks = vqm.load(volumes_quality[0], "train", info, size, probabilities=True)
+        masks = quality_masks.load(volumes_quality[0], "train", info, size, probabilities=True)
         assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE)
         masks.mask[::2] = masks.samples.label[masks.index[::2]]
         rows = torch.arange(len(masks.mask))
@@ -824,12 +828,13 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
     info = h5.read_info(volumes)
     rows = list(csv.DictReader(open(tmp_path / "held_out" / "quality.csv")))
     assert (
-        len(rows) == 3 * 2 * len(h5.tiles((20, 40, 36), SIZE)) * 3 and rows[0]["patch"] == "0 0 0"
+        len(rows) == 3 * 2 * len(loading.tiles((20, 40, 36), SIZE)) * 3
+        and rows[0]["patch"] == "0 0 0"
     )  # g has seen 4 of 6 patients
-    net, _ = evaluate.load_run(runs[0], "student", ON)
+    net, _ = checkpoints.load_run(runs[0], "student", ON)
     _, label, truth = next(
-        evaluate.predict_cases(
-            net, evaluate.Cases(info, "val", SIZE), ON, evaluate.Window(SIZE, (8, 8, 16))
+        inference.predict_cases(
+            net, inference.Cases(info, "val", SIZE), ON, inference.Window(SIZE, (8, 8, 16))
         )
     )
     with h5.open_file(volumes) as f:
@@ -843,7 +848,7 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
         for c in cases
         if (c["checkpoint"], c["case"], c["class"]) == (runs[0], "phantom006", "right ventricle")
     )
-    ours = evaluate.score(label == 1, truth == 1, info.entries("val")[0].spacing)
+    ours = metrics.score(label == 1, truth == 1, info.entries("val")[0].spacing)
     assert float(row["dice"]) == pytest.approx(ours.dice) and float(row["hd95"]) == pytest.approx(
         ours.hd95
     )
@@ -929,15 +934,15 @@ def test_predicted_masks_lie_on_the_grid_of_their_source(tmp_path):
     )
     run = make_run(tmp_path / "run", h5.read_info(data), size=SIZE)
     network = Voxelwise()
-    evaluate_run = evaluate.load_run
+    evaluate_run = checkpoints.load_run
     try:
-        evaluate.load_run = lambda path, weights, on: (
+        checkpoints.load_run = lambda path, weights, on: (
             Scaled(network),
             evaluate_run(path, weights, on)[1],
         )
         evaluate.main([data, run, "--predict", "--split", "test", "--out", str(tmp_path / "out")])
     finally:
-        evaluate.load_run = evaluate_run
+        checkpoints.load_run = evaluate_run
     mask = sitk.ReadImage(str(tmp_path / "out" / "masks" / "cTs0.nii.gz"))
     source = sitk.ReadImage(str(tmp_path / "src" / "imagesTs" / "cTs0.nii.gz"))
     assert mask.GetSize() == source.GetSize()
@@ -946,7 +951,7 @@ def test_predicted_masks_lie_on_the_grid_of_their_source(tmp_path):
             getattr(mask, f"Get{what}")(), getattr(source, f"Get{what}")(), atol=1e-5
         ), what
     assert (
-        evaluate.dice(sitk.GetArrayFromImage(mask) > 0, sitk.GetArrayFromImage(source) > 0.5) > 0.9
+        metrics.dice(sitk.GetArrayFromImage(mask) > 0, sitk.GetArrayFromImage(source) > 0.5) > 0.9
     )
 
 
@@ -971,8 +976,8 @@ def test_predicted_masks_of_slices_and_pictures(kind, request, tmp_path):
     info = h5.read_info(str(tmp_path / "f.h5"))
     run = make_run(tmp_path / "run", info)
     evaluate.main([info.path, run, "--predict", "--out", str(tmp_path / "out")])
-    net, _ = evaluate.load_run(run, "student", ON)
-    for entry, label, truth in evaluate.predict_cases(net, evaluate.Cases(info, "val", 32), ON):
+    net, _ = checkpoints.load_run(run, "student", ON)
+    for entry, label, truth in inference.predict_cases(net, inference.Cases(info, "val", 32), ON):
         path = tmp_path / "out" / "masks" / f"{entry.name}.{'nii.gz' if kind == 'gray' else 'png'}"
         mask = (
             sitk.GetArrayFromImage(sitk.ReadImage(str(path)))

@@ -28,7 +28,8 @@ import torch
 import evaluate
 import train_ssl
 from data import h5
-from data.files import Parser, checksum, cli
+from data.files import checksum
+from data.options import Parser, cli
 from results.evidence.run import alone
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores.csv")

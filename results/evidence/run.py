@@ -32,8 +32,10 @@ from torch.nn import functional as F
 
 import evaluate
 import train_ssl
-from data import augment, h5
-from data.files import InputError, Parser, checksum, cli
+from data import augment, h5, loading
+from data.files import InputError, checksum
+from data.options import Parser, cli
+from models import checkpoints, inference
 from models.device import channels_last, compute
 from models.losses import one_hot
 from models.quality import quality_target, true_dice
@@ -202,25 +204,25 @@ def controlled(control):
 
 def replace_quality(control):
     """Has evaluate.py load g in the shape of a control."""
-    load_quality = evaluate.load_quality
-    evaluate.load_quality = lambda *a: (control(load_quality(*a)[0]), [])
+    load_quality = checkpoints.load_quality
+    checkpoints.load_quality = lambda *a: (control(load_quality(*a)[0]), [])
 
 
 def show_labels(oracle):
     """Puts an oracle in the place of g; each batch tells it the labels of the unlabeled images."""
-    load_slices = h5.load_slices
+    load_slices = loading.load_slices
 
     def with_labels(info, split, size, names=None, labels=True):
         return load_slices(info, split, size, names)
 
     def views(fetched, K, args, device):
         labeled, unlabeled = fetched
-        x, y = augment.weak(*h5.standardized(labeled, device), args.flip)
+        x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
         x = channels_last(augment.strong(x, args.strength))
         y = one_hot(y, K)
         if unlabeled is None:
             return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
-        u, oracle.label = augment.weak(*h5.standardized(unlabeled, device), args.flip)
+        u, oracle.label = augment.weak(*loading.standardized(unlabeled, device), args.flip)
         oracle.classes = K
         u = channels_last(u)
         s1 = channels_last(augment.strong(u))
@@ -228,8 +230,8 @@ def show_labels(oracle):
         return train_ssl.Batch(x, y, u, s1, s2)
 
     train_ssl.views = views
-    evaluate.load_quality = lambda *_: (oracle, [])
-    h5.load_slices = with_labels
+    checkpoints.load_quality = lambda *_: (oracle, [])
+    loading.load_slices = with_labels
 
 
 # ------------------------------------------------------------------------------ runs
@@ -405,12 +407,12 @@ def g_itself(argv):
     for data in p.parse_args(argv).data:
         info = h5.read_info(file_of(data))
         on = compute("cpu", "off", False)
-        g, _ = evaluate.load_quality(f"runs/v/{data}/g/qp.pt", info, on, 64)
+        g, _ = checkpoints.load_quality(f"runs/v/{data}/g/qp.pt", info, on, 64)
         K = len(info.classes)
         names = [e.name for e in info.entries("test")]
-        cases = evaluate.Cases(info, "test", 64, names, keep=False)
-        dice = evaluate.dice_table(Segments(g, K), cases, on, K)
-        mean, _ = evaluate.mean_dice(dice, h5.held_classes(info, "test"))
+        cases = inference.Cases(info, "test", 64, names, keep=False)
+        dice = inference.dice_table(Segments(g, K), cases, on, K)
+        mean, _ = inference.mean_dice(dice, h5.held_classes(info, "test"))
         print(f"{data}: {100 * mean:.1f}")
 
 

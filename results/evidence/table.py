@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import figures
-from data.files import InputError, Parser, checksum, cli, picture, replacing
+from data.files import InputError, checksum, replacing
+from data.options import Parser, cli, picture
 from results.evidence.run import DATA, FAMILIES, ROWS, best_on_val
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores.csv.gz")

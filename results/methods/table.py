@@ -11,7 +11,8 @@ import csv
 import os
 from dataclasses import dataclass
 
-from data.files import InputError, Parser, cli
+from data.files import InputError
+from data.options import Parser, cli
 
 METHODS = [
     "sup",

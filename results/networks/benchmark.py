@@ -14,7 +14,8 @@ import torch
 
 import evaluate
 import models
-from data.files import Parser, cli
+from data import tables
+from data.options import Parser, cli
 from models.device import channels_last
 
 DEEPER = dict(encoder="resnet50")
@@ -80,7 +81,7 @@ def main():
             }
         )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
-    print("\n" + evaluate.markdown(rows))
+    print("\n" + tables.markdown(rows))
 
 
 if __name__ == "__main__":

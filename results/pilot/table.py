@@ -7,9 +7,10 @@ seed of its own.
 
 import os
 
-import evaluate
-from data import h5, vqm
-from data.files import Parser, cli, load_checkpoint
+from data import h5, loading, metrics, quality_masks, tables
+from data.options import Parser, cli
+from models import checkpoints, inference
+from models.checkpoints import load_checkpoint
 from models.device import compute
 
 
@@ -24,18 +25,18 @@ def main():
     on = compute()
     rows = []
     for path in args.qp:
-        g, _ = evaluate.load_quality(path, info, on)
+        g, _ = checkpoints.load_quality(path, info, on)
         size = load_checkpoint(path, "qp")["args"]["size"]
-        side = size and h5.network_grid(info, size)
+        side = size and loading.network_grid(info, size)
         name = os.path.basename(os.path.dirname(path))
         for split, title in (("val", "synthetic"), ("real", "real outputs")):
-            masks = vqm.load(args.reference, split, info, side)
-            found = evaluate.estimate_masks(g, masks, on)
-            rows += evaluate.quality_rows(f"{name}, {title}", *found, info.classes)
-    text = evaluate.markdown(rows)
+            masks = quality_masks.load(args.reference, split, info, side)
+            found = inference.estimate_masks(g, masks, on)
+            rows += metrics.quality_rows(f"{name}, {title}", *found, info.classes)
+    text = tables.markdown(rows)
     print(text)
     if args.out:
-        evaluate.write_text(args.out, text + "\n")
+        tables.write_text(args.out, text + "\n")
 
 
 if __name__ == "__main__":

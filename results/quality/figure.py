@@ -13,7 +13,7 @@ import json
 import os
 
 from data import figures
-from data.files import Parser, cli, picture
+from data.options import Parser, cli, picture
 
 
 def titled(texts):

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 import evaluate
-from data import h5
-from data.files import Parser, cli, load_checkpoint
+from data import h5, loading, metrics, tables
+from data.options import Parser, cli
+from models import checkpoints, inference
+from models.checkpoints import load_checkpoint
 from models.device import compute
 from models.losses import one_hot
 from models.quality import foreground, quality_target, resample, true_dice
@@ -32,11 +34,11 @@ def views_of(g):
 
 def outputs(path, slices, rows, on):
     """Foreground probabilities of a run for all slices."""
-    net = evaluate.load_run(path, "student", on)[0]
+    net = checkpoints.load_run(path, "student", on)[0]
     found = []
     for part in rows:
         image = slices.batch(part, on.device)[0]
-        found.append(foreground(evaluate.probabilities(net, image, on)).cpu())
+        found.append(foreground(inference.probabilities(net, image, on)).cpu())
     return torch.cat(found)
 
 
@@ -65,11 +67,11 @@ def main():
     args = p.parse_args()
     on = compute()
     info = h5.read_info(args.data)
-    g, _ = evaluate.load_quality(args.qp, info, on)
+    g, _ = checkpoints.load_quality(args.qp, info, on)
     states = {path: load_checkpoint(path, "ssl") for path in args.checkpoints}
     size = states[args.checkpoints[0]]["args"]["size"]
     states[args.qp] = load_checkpoint(args.qp, "qp")
-    slices = h5.load_slices(info, "train", size, evaluate.held_out(info, states))
+    slices = loading.load_slices(info, "train", size, evaluate.held_out(info, states))
     rows = torch.arange(len(slices)).split(32)
     truth = one_hot(slices.label, len(info.classes))[:, 1:]
     present = truth.flatten(2).any(2).numpy()
@@ -82,7 +84,7 @@ def main():
         mask = outputs(path, slices, rows, on)
         true = true_dice(mask, truth).numpy()[present]
         for variant, says in answers(g, slices, mask, rows, on, variants).items():
-            found[variant].append(evaluate.agreement(says[present], true))
+            found[variant].append(metrics.agreement(says[present], true))
     table = []
     for (count, view, temperature), runs in found.items():
         table.append(
@@ -94,7 +96,7 @@ def main():
                 "MAE": float(np.mean([run["mae"] for run in runs])),
             }
         )
-    print(evaluate.markdown(table))
+    print(tables.markdown(table))
 
 
 if __name__ == "__main__":

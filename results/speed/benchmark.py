@@ -29,8 +29,10 @@ from torch.nn import functional as F
 import evaluate
 import models
 import train_ssl
-from data import h5
-from data.files import InputError, Parser, cli, number
+from data import h5, loading, metrics
+from data.files import InputError
+from data.options import Parser, cli, number
+from models import inference
 from models.device import Compute, channels_last, compiled, compute, device_name, fused
 from models.losses import one_hot
 
@@ -330,11 +332,11 @@ def evaluation(b):
 
 
 def our_scores(b, net, names, size, pool=None):
-    cases = evaluate.Cases(b.info, "val", size, names)
+    cases = inference.Cases(b.info, "val", size, names)
     K = len(b.info.classes)
-    predicted = evaluate.predict_cases(net, cases, b.on)
+    predicted = inference.predict_cases(net, cases, b.on)
     tasks = ((label, truth, entry.spacing, K) for entry, label, truth in predicted)
-    return list(evaluate.in_order(pool, evaluate.score_case, tasks, 4))
+    return list(evaluate.in_order(pool, metrics.score_case, tasks, 4))
 
 
 def processes(b):
@@ -392,7 +394,7 @@ def growth(b):
     val = [e.name for e in b.info.entries("val")]
     once = lambda f, count=1: b.timed({0: f}, count)[0]
     step = lambda side, batch: once(step_of(b, side, batch), b.args.rounds)
-    read = lambda n: h5.load_slices(b.info, "train", 128, train[:n])
+    read = lambda n: loading.load_slices(b.info, "train", 128, train[:n])
     few = numbers_up_to(len(val))
     many = numbers_up_to(len(train))
     found = {
@@ -542,7 +544,7 @@ def main():
     timed = [line for lines in tables.values() for line in lines]
     for lines in (timed, growing):
         if lines:
-            print("\n" + evaluate.markdown(lines))
+            print("\n" + tables.markdown(lines))
     if args.large:
         large(args)
 

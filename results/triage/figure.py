@@ -7,9 +7,9 @@ Reads FOLDER/quality.json of evaluate.py --qp. Prints, for each estimate, the sh
 among the 20% of the lowest estimates, and the area under the curve.
 """
 
-import evaluate
-from data import figures
-from data.files import InputError, Parser, cli, picture
+from data import figures, tables
+from data.files import InputError
+from data.options import Parser, cli, picture
 from results.quality.figure import read, titled
 
 
@@ -25,7 +25,7 @@ def table(found):
             row[title] = f"{mine['found']:.2f} / {mine['area under curve']:.2f}"
         first = triage["rows"][0]
         counts[title] = f"{first['cases']}, {first['bad']:.1f}, {first['runs']}"
-    return evaluate.markdown([*rows, counts])
+    return tables.markdown([*rows, counts])
 
 
 def main():

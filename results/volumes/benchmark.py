@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from medpy.metric import binary
 
-import evaluate
-from data import h5
-from data.files import Parser, cli, number
+from data import h5, tables
+from data.options import Parser, cli, number
+from models import checkpoints
 from models.device import compute
 
 
@@ -63,23 +63,23 @@ def inference(args, on, cases, size, stride):
     """Lines of the table for the label of a volume, and the label by the plain loop."""
     ((_, (volume, mean, std), truth),) = cases
     x = ((volume - mean) / std).astype(np.float32)
-    plain = evaluate.load_run(args.checkpoint, "student", compute("cpu", "off"))[0]
+    plain = checkpoints.load_run(args.checkpoint, "student", compute("cpu", "off"))[0]
     plain = plain.to(memory_format=torch.contiguous_format)
     base, loop = timed(lambda: plain_loop(plain, x, size, stride))
     patches = len(windows(x.shape, size, stride))
-    dice = lambda label, other: f"{100 * evaluate.dice(label > 0, other > 0):.2f}"
+    dice = lambda label, other: f"{100 * metrics.dice(label > 0, other > 0):.2f}"
     title = f"one patch at a time, {patches} patches"
     rows = [row(title, base, base, f"Dice {dice(loop, truth)}")]
 
-    net = evaluate.load_run(args.checkpoint, "student", on)[0]
+    net = checkpoints.load_run(args.checkpoint, "student", on)[0]
     steps = ",".join(map(str, stride))
     cuts = {
-        f"--stride {steps} --blend uniform": evaluate.Window(size, stride, False),
-        "--window sliding (default)": evaluate.Window(size, tuple(n // 2 for n in size)),
-        "--window whole": evaluate.Window(size, size, whole=True),
+        f"--stride {steps} --blend uniform": inference.Window(size, stride, False),
+        "--window sliding (default)": inference.Window(size, tuple(n // 2 for n in size)),
+        "--window whole": inference.Window(size, size, whole=True),
     }
     for name, cut in cuts.items():
-        predict = lambda: next(evaluate.predict_cases(net, cases, on, cut))[1]
+        predict = lambda: next(inference.predict_cases(net, cases, on, cut))[1]
         seconds, label = timed(predict, 1 if cut.stride == stride else 3)
         result = f"Dice {dice(label, truth)}, Dice with the loop {dice(label, loop)}"
         rows.append(row(name, seconds, base, result))
@@ -92,9 +92,9 @@ def metrics(name, mask, true, spacing):
     text = lambda values: " ".join(f"{v:.6f}" for v in values)
     base, found = timed(lambda: [metric(mask, true) for metric in theirs], 5)
     first = row(f"medpy's dc, jc, hd95, asd of {name}", base, base, text(found))
-    seconds, ours = timed(lambda: evaluate.score(mask, true, spacing), 5)
+    seconds, ours = timed(lambda: metrics.score(mask, true, spacing), 5)
     values = (ours.dice, ours.jaccard, ours.hd95, ours.asd)
-    return [first, row("evaluate.score", seconds, base, text(values))]
+    return [first, row("metrics.score", seconds, base, text(values))]
 
 
 def main():
@@ -115,7 +115,7 @@ def main():
     info = h5.read_info(args.data)
     on = compute("cpu", args.amp)
     entry = info.entries("val")[args.case]
-    cases = evaluate.Cases(info, "val", size, [entry.name])
+    cases = inference.Cases(info, "val", size, [entry.name])
     grid = " x ".join(map(str, entry.grid))
     print(f"{entry.name}, {grid}; {on}, {torch.get_num_threads()} threads")
 
@@ -125,7 +125,7 @@ def main():
     moved = np.roll(true, (3, 3, 3), (0, 1, 2))
     rows += metrics("the loop's output", loop > 0, true, entry.spacing)
     rows += metrics("the truth moved by 3 voxels", moved, true, entry.spacing)
-    print(evaluate.markdown(rows))
+    print(tables.markdown(rows))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 import torch
 
-from data import h5
+from data import h5, loading
 from data.files import FORMAT, InputError
 
 REMEDY = "run corrupt.py again"
@@ -45,7 +45,7 @@ def create(f, split, n, K, size, probabilities=0):
 
     size: the side of slices, or (D, H, W) of patches.
     """
-    shape = h5.shape_of(size)
+    shape = loading.shape_of(size)
     one = (K - 1, *shape)  # probabilities of a mask
     text = h5py.string_dtype()
     group = f.create_group(split)
@@ -77,7 +77,7 @@ class Masks:
 
     mask: torch.Tensor  # [N, *S] uint8
     index: torch.Tensor  # [N] each mask's slice or patch in samples
-    samples: h5.Samples  # with labels
+    samples: loading.Samples  # with labels
     prob: list  # M of [K-1, *S] uint8
     prob_index: torch.Tensor  # [N] into prob, -1: none
     spec: str  # --labeled of corrupt.py
@@ -187,7 +187,7 @@ def check_places(where, places, info, source, patch):
 
 
 def find_samples(places, info, source, patch, size):
-    """The slices or patches at the places of masks, on a grid `size`. -> h5.Samples, index [N]
+    """The slices or patches at the places of masks, on a grid `size`. -> loading.Samples, index [N]
 
     places: (case, at) of each mask; source: a split of the data; patch: see Masks.
     index: of each mask's slice or patch among them.
@@ -197,9 +197,9 @@ def find_samples(places, info, source, patch, size):
         wanted[case].append(at)
     wanted = {case: found for case, found in wanted.items() if found}
     if patch:
-        samples = h5.load_patches(info, source, patch, wanted, grid=size)
+        samples = loading.load_patches(info, source, patch, wanted, grid=size)
     else:
-        samples = h5.load_slices(info, source, size, wanted)
+        samples = loading.load_slices(info, source, size, wanted)
     number = {place: i for i, place in enumerate(zip(samples.case, samples.at))}
     return samples, torch.tensor([number[place] for place in places])
 
@@ -224,11 +224,11 @@ def load(path, split, info, size, probabilities=False, shrink=1):
         at = map(tuple, held["at"][:].tolist())
         places = list(zip(cases, at))  # [N] of (case, (z,)) or (case, (z, y, x))
         prob_index, dice = held["prob_index"][:], held["dice"][:]
-        mask = np.stack([h5.resize_label(m, size) for m in held["mask"]])  # [N, *S]
+        mask = np.stack([loading.resize_label(m, size) for m in held["mask"]])  # [N, *S]
         prob = []
         if probabilities:
             for p in held["prob"]:  # [K-1, *own]
-                resized = np.stack([h5.resize_image(channel, size) for channel in p])
+                resized = np.stack([loading.resize_image(channel, size) for channel in p])
                 prob.append(torch.from_numpy(resized))
         rows = len(held["prob"])
     check_values(where, mask, dice, prob_index, classes=len(info.classes), rows=rows)

@@ -1,0 +1,181 @@
+"""The command line: argparse types, the parser of all scripts, and how a script ends.
+
+A script ends with exit code 2 and one line where its input is wrong; see cli().
+"""
+
+import argparse
+import functools
+import io
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+
+from data.files import DiskFull, InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviations, and errors of one line."""
+
+    def __init__(self, doc, **kwargs):
+        self.group = None
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def section(self, title):
+        """The options that are added from here on stand under a title of their own in --help."""
+        self.group = self.add_argument_group(title)
+
+    def add_argument(self, *args, **kwargs):
+        return (super() if self.group is None else self.group).add_argument(*args, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help shows the options\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(
+        self, action
+    ):  # "(default: None)" and "(default: False)" tell a reader nothing
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return (
+            f"{action.help} (default: {action.default:.3g})"
+            if isinstance(action.default, float)
+            else super()._get_help_string(action)
+        )
+
+
+def number(low, high=math.inf, kind=int):
+    """argparse type: a number of a kind in [low, high]."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses NaN
+            raise argparse.ArgumentTypeError(
+                f"{text} is not in {low} to {high}"
+                if high < math.inf
+                else f"{text} is not at least {low}"
+            )
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def numbers(text):
+    """argparse type: whole numbers of at least 1, joined by commas, in order."""
+    return sorted({number(1)(part) for part in text.split(",")})
+
+
+def grid(text):
+    """argparse type: one whole number of at least 1, or three joined by commas. -> a tuple"""
+    sizes = tuple(number(1)(part) for part in text.split(","))
+    if len(sizes) not in (1, 3):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither one number nor three, as in 80,112,112"
+        )
+    return sizes
+
+
+grid.__name__ = "size"  # argparse names it in its errors
+
+
+def folder(text):
+    """argparse type: a folder that can be written to, or made."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a folder")
+    if any("\udc80" <= c <= "\udcff" for c in text):  # what Python makes of other bytes
+        raise argparse.ArgumentTypeError(f"{ascii(text)}: is not UTF-8; choose another")
+    there = os.path.abspath(text)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: cannot be written to ({error.strerror or error}: {there}); choose another"
+        ) from None
+    return text
+
+
+def picture(text):
+    """argparse type: a file in a folder that can be written to, or made."""
+    folder(os.path.dirname(text) or ".")
+    if not text or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a picture in it")
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: pictures are PNG files; name it .png")
+    return text
+
+
+def flip_axes(text):
+    """argparse type: letters of the axes D, H, W, joined by commas, or none. -> them, in order"""
+    names = text.replace(" ", "").upper().split(",")
+    if text.strip().lower() == "none":
+        return "none"
+    if len(set(names)) < len(names) or not set(names) <= set("DHW"):
+        raise argparse.ArgumentTypeError(f"{text}: neither none nor axes of D, H, W, as in H,W")
+    return ",".join(sorted(names))
+
+
+SHARE = number(0, 1, float)
+
+
+SEED = number(0, 2**40)
+
+
+def seed_of(seed, step, stream):
+    """The seed of one step's random numbers of one kind (stream), from the seed of everything: a resumed run draws what it would have drawn."""
+    return seed * 1_000_003 + step + stream * 2**41
+
+
+def cli(main):
+    """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # unwinds, so that temporary files are removed
+    threading.excepthook = lambda failed: (
+        None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)
+    )  # TensorBoard's tells us too
+    for hook in (
+        "excepthook",
+        "unraisablehook",
+    ):  # h5py's words of each part of a file that it cannot write; DiskFull tells
+        setattr(sys, hook, functools.partial(_unless_h5py, getattr(sys, f"__{hook}__")))
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters of tables and names
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except DiskFull as error:
+        _complain(error, 2)
+        sys.stdout.flush()
+        os._exit(2)  # at an ordinary exit, HDF5 tries once more to write, and crashes
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as error:
+        sys.exit(_complain(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+
+
+def _unless_h5py(usual, *failed):
+    if "decrement id ref count" not in str(failed[1] if len(failed) == 3 else failed[0].exc_value):
+        usual(*failed)
+
+
+def _complain(error, code):
+    text = (
+        f"{error.filename}: {error.strerror}"
+        if isinstance(error, OSError) and error.filename
+        else str(error)
+    )
+    line = "".join(
+        c if c.isprintable() else "?" for c in " ".join(text.split())
+    )  # file names may hold anything
+    print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
+    return code
