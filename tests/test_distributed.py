@@ -11,15 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from models import checkpoints, inference
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
 from data import h5  # noqa: E402
-from models import distributed  # noqa: E402
+from models import checkpoints, distributed, inference  # noqa: E402
 from models.device import compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
 

@@ -97,7 +97,7 @@ def test_a_signal_ends_after_the_step_and_saves_it(gray, tmp_path, stopped):
 
 def test_a_second_signal_does_not_wait(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
     with workers.postponed_signals() as stop:
         assert stop() == 0
         signal.raise_signal(signal.SIGINT)

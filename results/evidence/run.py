@@ -174,8 +174,8 @@ PATCHED = [
     (train_ssl, "look"),
     (train_ssl, "quality_loss"),
     (train_ssl, "train_step"),
-    (evaluate, "load_quality"),
-    (h5, "load_slices"),
+    (checkpoints, "load_quality"),
+    (loading, "load_slices"),
 ]
 
 
@@ -203,7 +203,7 @@ def controlled(control):
 
 
 def replace_quality(control):
-    """Has evaluate.py load g in the shape of a control."""
+    """Loads g in the shape of a control."""
     load_quality = checkpoints.load_quality
     checkpoints.load_quality = lambda *a: (control(load_quality(*a)[0]), [])
 
