@@ -1,5 +1,6 @@
-"""README's commands and examples work as printed."""
+"""The commands and examples of every README work as printed."""
 
+import ast
 import glob
 import importlib
 import os
@@ -15,14 +16,33 @@ from torch import nn
 
 import corrupt
 import models
+import train_qp
 import train_ssl
 from data import h5
+from models import quality
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "models" / "README.md", ROOT / "data" / "README.md"]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = [  # words that tell the blocks of commands apart; a test below runs each
+    "make demo",
+    "corrupt.py runs/phantom.h5",
+    "evaluate.py NEW ",
+    "held_out",
+    "--model unetpp",
+    "corrupt.py mine.h5",
+    "corrupt.py spleen.h5",
+    "corrupt.py acdc.h5",
+    "corrupt.py runs/volumes.h5",
+    "data.figures",
+    "xargs",
+    "torchrun",
+]
 SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
     "data.phantom": "--train 8 --val 2 --test 1 --size 32 --depth 4",
     "data.ssl4mis": "--val 1",
-    "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 --harvest-batch 4",
+    "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 "
+    "--harvest-batch 4",
     "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1",
     "train_ssl.py": "--size 32 --width 4 --steps 2 --batch 3 --batch-unlabeled 3 --keep 1,2",
     "evaluate.py": "--pictures 1",
@@ -30,10 +50,17 @@ SMALL = {  # appended to a command, so that it ends in seconds; argparse takes t
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.S)
+
+
+def block(word):
+    """The one block of commands that holds a word."""
+    (found,) = [b for b in blocks("bash") if word in b]
+    return found
 
 
 def commands(text):
+    """The lines that call Python, without comments; lines that end in a backslash are joined."""
     return [
         line.split("#")[0].strip()
         for line in text.replace("\\\n", " ").split("\n")
@@ -42,7 +69,10 @@ def commands(text):
 
 
 def execute(command, folder, monkeypatch):
-    """Runs a command's main() with its own arguments in a folder (each script is also started as a process, in its own tests)."""
+    """Runs a command's main() with its own arguments in a folder.
+
+    Each script is also started as a process, in its own tests.
+    """
     monkeypatch.chdir(folder)
     words = [
         w
@@ -58,49 +88,54 @@ def execute(command, folder, monkeypatch):
     importlib.import_module(name.removesuffix(".py")).main(words + small.split())
 
 
+def test_every_block_of_commands_is_run():
+    assert len(blocks("bash")) == len(BLOCKS)
+    for text in blocks("bash"):
+        assert len([word for word in BLOCKS if word in text]) == 1, text
+
+
 @pytest.mark.usefixtures("unrendered")
 def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
-    for block in (
-        next(b for b in blocks("bash") if word in b)
-        for word in ("corrupt.py", "data.figures", "held_out")
-    ):
-        for command in commands(block):
+    for word in ("corrupt.py runs/phantom.h5", "data.figures", "held_out"):
+        for command in commands(block(word)):
             execute(command, tmp_path, monkeypatch)
     out = capsys.readouterr().out
-    for line in [
-        line for line in out.split("\n") if line.startswith("next: python ")
-    ]:  # what each script calls the next command is one
+    following = [line for line in out.split("\n") if line.startswith("next: python ")]
+    for line in following:  # what each script calls the next command is one
         words = shlex.split(line.split("    (")[0])[2:]
         importlib.import_module(words[0].removesuffix(".py")).parse_args(words[1:])
-    assert {line.split()[2] for line in out.split("\n") if line.startswith("next: ")} == {
-        "corrupt.py",
-        "train_qp.py",
-        "train_ssl.py",
-        "evaluate.py",
-    }
+    scripts = {line.split()[2] for line in following}
+    assert scripts == {"corrupt.py", "train_qp.py", "train_ssl.py", "evaluate.py"}
     assert (tmp_path / "runs" / "curves.png").exists()
-    assert (
-        "expected Dice under a second network" in out
-        and (tmp_path / "runs" / "estimates" / "estimates.png").exists()
-    )
-    assert (
-        "| mean_teacher + QW (pixel) |" in out
-        and "| supervised |" in out
-        and (tmp_path / "runs" / "masks.png").exists()
-    )
+    assert (tmp_path / "runs" / "estimates" / "estimates.png").exists()
+    assert "expected Dice under a second network" in out
+    assert "| mean_teacher + QW (pixel) |" in out and "| supervised |" in out
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
-    for command in commands(next(b for b in blocks("bash") if "--dims 3" in b)):
+    for command in commands(block("corrupt.py runs/volumes.h5")):
         execute(command, tmp_path, monkeypatch)
-    assert (
-        "| mean_teacher + QW (pixel) |" in capsys.readouterr().out
-        and (tmp_path / "runs" / "masks3d.png").exists()
-    )
-    assert [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()] == [
-        "phantom010.nii.gz"
-    ]
+    assert "| mean_teacher + QW (pixel) |" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "masks3d.png").exists()
+    masks = [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()]
+    assert masks == ["phantom010.nii.gz"]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_converters(tmp_path, monkeypatch):
+    """The commands of the first page that make datasets, each from the files that it names."""
+    from test_data import make_ssl4mis
+    from test_nifti import make
+
+    make_pictures(tmp_path / "MINE", 8)
+    make(tmp_path / "Task09_Spleen", list("abcd"))
+    make_ssl4mis(tmp_path / "ACDC", range(10, 17))
+    *lines, _ = commands(block("evaluate.py NEW "))
+    assert len(lines) == 4
+    for line in lines:
+        execute(line, tmp_path, monkeypatch)
+    assert (tmp_path / "mine.png").exists()
 
 
 def test_new_images(gray, gray_quality, tmp_path, monkeypatch):
@@ -112,7 +147,7 @@ def test_new_images(gray, gray_quality, tmp_path, monkeypatch):
     (tmp_path / "src" / "imagesTr").rename(tmp_path / "NEW")
     make_run(tmp_path / "runs" / "mt_qw", h5.read_info(gray)), (tmp_path / "runs" / "qp").mkdir()
     shutil.copy(gray_quality[1], tmp_path / "runs" / "qp" / "qp.pt")
-    (command,) = commands(next(b for b in blocks("bash") if "evaluate.py NEW " in b))
+    *_, command = commands(block("evaluate.py NEW "))
     execute(command, tmp_path, monkeypatch)
     assert sorted(p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()) == [
         "a.nii.gz",
@@ -121,10 +156,29 @@ def test_new_images(gray, gray_quality, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "new" / "worst_first.csv").exists()
 
 
-def test_chinese_readme_has_the_same_commands():
-    """And every block of them that it should have: the first screen, the stages, new images, the three recipes."""
-    theirs = re.findall(r"```bash\n(.*?)```", (ROOT / "README.zh.md").read_text(), re.S)
-    assert len(theirs) == 6 and all(block in blocks("bash") for block in theirs)
+def test_chinese_readme_has_the_same_commands_and_tables():
+    page = (ROOT / "README.zh.md").read_text()
+    fenced = r"```(?:bash|python)\n.*?```"
+    assert re.findall(fenced, page, re.S) == re.findall(fenced, README, re.S)
+    numbers = r"^\| [a-z_]+ \| \d.*$"  # the rows of the measured table
+    assert re.findall(numbers, page, re.M) == re.findall(numbers, README, re.M)
+    options = r"`(--[^`]+)` \|$"
+    assert re.findall(options, page, re.M) == re.findall(options, README, re.M)
+
+
+def test_the_measured_rows_are_those_of_their_page():
+    rows = re.findall(r"^\| [a-z_]+ \| \d.*$", README, re.M)
+    page = (ROOT / "results" / "baselines" / "README.md").read_text()
+    assert len(rows) == 5
+    assert all(row in page.split("at the last step\n")[1].split("\n") for row in rows)
+
+
+def test_pages_fit_a_screen():
+    """README has 200 lines at most, and prose has 100 columns. Tables may be wider."""
+    assert len(README.splitlines()) <= 200
+    for page in [*PAGES, ROOT / "README.zh.md", ROOT / "METHOD.md"]:
+        for n, line in enumerate(page.read_text().splitlines(), 1):
+            assert len(line) <= 100 or line.startswith(("|", "$$")), (page.name, n)
 
 
 def test_the_method_quotes_the_code():
@@ -132,23 +186,36 @@ def test_the_method_quotes_the_code():
     quoted = re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "METHOD.md").read_text(), re.S)
     assert len(quoted) == 13
     for path, text in quoted:
-        assert text in (ROOT / path).read_text(), (path, text)
+        code = " ".join((ROOT / path).read_text().split())
+        assert " ".join(text.split()) in code, (path, text)
+
+
+def test_one_step_names_what_is_there():
+    """The excerpt's functions, and those of the map below it, are those of the scripts."""
+    text = next(b for b in blocks("python") if "METHODS[args.method]" in b)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    called = {node.func.id for node in nodes if isinstance(node.func, ast.Name)}
+    table = README.split("| what | where |")[1].split("\n\n")[0]
+    named = {name for name in re.findall(r"`(\w+)`", table)}
+    assert len(called) > 5 and len(named) > 5
+    assert called <= vars(train_ssl).keys()
+    assert named <= vars(train_ssl).keys() | vars(models).keys() | vars(quality).keys()
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_networks(tmp_path, monkeypatch, capsys):
-    """The commands, with the file that the second one names; and the table has every network, with its size."""
+    """The commands, with the file that the second one names; the table has each network's size."""
     from test_networks import swin_t
 
     torch.save({"model": swin_t()}, tmp_path / "swin_tiny_patch4_window7_224.pth")
     monkeypatch.setitem(SMALL, "train_ssl.py", "--width 12 --steps 2 --batch 3 --size 32")
     execute("python -m data.phantom --out runs/phantom.h5", tmp_path, monkeypatch)
-    lines = commands(next(b for b in blocks("bash") if "--model unetpp" in b))
+    lines = commands(block("--model unetpp"))
     for line in lines:
         execute(line, tmp_path, monkeypatch)
     assert capsys.readouterr().out.count("best.pt, last.pt") == len(lines) == 2
     rows = {
-        row[1]: row[3] for row in (line.split("|") for line in README.split("\n")) if len(row) == 8
+        row[1]: row[3] for row in (line.split("|") for line in TEXT.split("\n")) if len(row) == 8
     }
     for name in models.segmentation_networks():
         with torch.device("meta"):
@@ -161,7 +228,10 @@ def test_networks(tmp_path, monkeypatch, capsys):
 
 
 def stubs(folder, *names):
-    """Programs that only note how they were called, in folder/calls.txt. -> the environment that finds them first"""
+    """Programs that only note how they were called, in folder/calls.txt.
+
+    -> the environment that finds them first
+    """
     (folder / "bin").mkdir()
     for name in names:
         (folder / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $@" >> {folder}/calls.txt\n')
@@ -170,37 +240,31 @@ def stubs(folder, *names):
 
 
 def test_sweeps(tmp_path, monkeypatch, capsys):
-    """The shell hands every line's options to a run, through xargs and, where it is installed, GNU parallel; the runs are one table, and stay as they are."""
+    """The shell hands each line's options to a run, by xargs and by GNU parallel, if it is there.
+
+    The runs are one table, and stay as they are.
+    """
     monkeypatch.chdir(tmp_path)
-    env, block = stubs(tmp_path, "python"), next(b for b in blocks("bash") if "xargs" in b)
+    env, script = stubs(tmp_path, "python"), block("xargs")
     (tmp_path / "runs" / "sweep").mkdir(parents=True)
-    subprocess.run(["bash", "-eu"], input=block, text=True, env=env, check=True)
+    subprocess.run(["bash", "-eu"], input=script, text=True, env=env, check=True)
     *runs, table = (tmp_path / "calls.txt").read_text().split("\n")[:-1]
     assert len(runs) == 4 and all(
         run.startswith("python train_ssl.py runs/phantom.h5 --resume --method ") for run in runs
     )
     if shutil.which("parallel"):
         (tmp_path / "calls.txt").unlink()
-        subprocess.run(
-            ["bash", "-eu"],
-            input=next(
-                line for b in blocks("sh") for line in b.split("\n") if line.startswith("parallel")
-            ),
-            text=True,
-            env=env,
-            check=True,
-        )
+        (lines,) = blocks("sh")
+        script = lines[: lines.index("sbatch")]
+        assert script.startswith("parallel")
+        subprocess.run(["bash", "-eu"], input=script, text=True, env=env, check=True)
         assert sorted((tmp_path / "calls.txt").read_text().split("\n")[:-1]) == sorted(runs)
     execute("python data.phantom --out runs/phantom.h5", tmp_path, monkeypatch)
     for _ in range(2):
         for run in runs:
             execute(run, tmp_path, monkeypatch)
     assert capsys.readouterr().out.count("this run is finished") == 4
-    execute(
-        "python evaluate.py runs/phantom.h5 runs/sweep/*/best.pt --baseline supervised --out runs/sweep_table",
-        tmp_path,
-        monkeypatch,
-    )
+    execute(commands(block("xargs"))[-1], tmp_path, monkeypatch)
     out = capsys.readouterr().out
     assert (
         table.startswith("python evaluate.py runs/phantom.h5 runs/sweep/")
@@ -210,29 +274,31 @@ def test_sweeps(tmp_path, monkeypatch, capsys):
 
 
 def test_torchrun(tmp_path):
-    """Its command is one that torchrun and train_ssl.py take (tests/test_distributed.py runs it)."""
-    command = shlex.split(
-        next(line for b in blocks("bash") for line in b.split("\n") if line.startswith("torchrun"))
-    )
-    assert (
-        command[:4] == ["torchrun", "--standalone", "--nproc_per_node=2", "train_ssl.py"]
-        and train_ssl.parse_args(command[4:]).batch == 16
-    )
+    """torchrun and train_ssl.py take its options (tests/test_distributed.py runs it)."""
+    words = shlex.split(block("torchrun").replace("\\\n", " "))
+    assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node=2", "train_ssl.py"]
+    assert train_ssl.parse_args(words[4:]).batch == 16
 
 
 def test_links_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("results/**/*.md")]
-    assert len(pages) > 10
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("results/*/*.md")]
+    assert len(pages) > 15
     for page in pages:
-        links = [
-            link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link
-        ]
-        assert all((page.parent / link).stat().st_size > 0 for link in links), page
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if "://" in link:
+                continue
+            path, _, section = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.stat().st_size > 0, (page, link)
+            if section:
+                titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+                anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+                assert section in anchors, (page, link)
 
 
 @pytest.mark.usefixtures("unrendered")
 def test_own_data(tmp_path, monkeypatch):
-    """The three recipes, each as a user has the data on disk, from the folder to the table and to masks of new images."""
+    """The three recipes, from data as a user has them to the table and to masks of new images."""
     from test_data import make_ssl4mis
     from test_nifti import make as make_nifti
     from test_volumes import make_la
@@ -252,14 +318,11 @@ def test_own_data(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (src / kind / "p0.png").rename(folder / f"{name}.png")
     for word, command in (
-        ("data.images MINE", "python -m data.images --preset ph2 PH2Dataset --out ph2.h5"),
-        ("data.nifti Task09", None),
-        ("data.ssl4mis", None),
+        ("corrupt.py mine.h5", "python -m data.images --preset ph2 PH2Dataset --out ph2.h5"),
+        ("corrupt.py spleen.h5", None),
+        ("corrupt.py acdc.h5", None),
     ):
-        for line in [
-            *commands(next(b for b in blocks("bash") if word in b)),
-            *([command] if command else []),
-        ]:
+        for line in [*commands(block(word)), *([command] if command else [])]:
             execute(line, tmp_path, monkeypatch)
     for name, n in (("mine", 26), ("ph2", 3), ("acdc", 8), ("la", 3), ("spleen", 8)):
         info = h5.read_info(tmp_path / f"{name}.h5")
@@ -313,10 +376,8 @@ def test_rows_of_the_paper_parse(tmp_path):
                 2.0,
                 0.0,
             )
-    left_atrium = re.search(r"`(--optimizer sgd [^`]+6000)`", README).group(1)
+    left_atrium = re.search(r"`(--optimizer sgd [^`]+6000)`", TEXT).group(1)
     assert train_ssl.parse_args(["DATA.h5", "--out", "RUN", *left_atrium.split()]).lr == 0.01
-    usual = re.search(r"`(--optimizer sgd [^`]+30000)`", README.replace("\n", " ")).group(1)
-    assert train_ssl.parse_args(["DATA.h5", "--out", "RUN", *usual.split()]).steps == 30000
 
 
 def example(word):
@@ -400,27 +461,33 @@ def test_example_corruption(gray, tmp_path, monkeypatch):
     del corrupt.mirror
 
 
-def test_example_network(gray, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "word, name, weights", [("WideUNet", "wide_unet", 7_000_000), ("Tiny", "tiny", 100)]
+)
+def test_example_network(word, name, weights, gray, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
-    exec(example("NETWORKS["), {"nn": nn, "NETWORKS": models.NETWORKS})
-    train_ssl.main(
-        [
-            gray,
-            "--out",
-            str(tmp_path),
-            "--model",
-            "tiny",
-            "--labeled",
-            "2",
-            "--size",
-            "32",
-            "--steps",
-            "2",
-            "--batch",
-            "2",
-        ]
-    )
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["model"]["name"] == "tiny"
+    exec(example(f"class {word}"), vars(models) | {"nn": nn})
+    options = "--labeled 2 --size 32 --steps 2 --batch 2".split()
+    train_ssl.main([gray, "--out", str(tmp_path), "--model", name, *options])
+    model = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    assert model["name"] == name
+    assert models.parameters(models.build(**model)) > weights
+
+
+def test_example_input_of_g(gray, gray_quality, tmp_path, monkeypatch):
+    """Stage 2 trains a g that sees edges; stage 3 loads it, and asks it."""
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+    exec(example("class WithEdges"), vars(models) | {"torch": torch})
+    options = "--size 32 --width 4 --members 1 --epochs 1".split()
+    train_qp.main([gray, "--vqm", gray_quality[0], "--out", str(tmp_path / "qp"), *options])
+    g = torch.load(tmp_path / "qp" / "qp.pt", weights_only=True)
+    assert g["model"]["channels"] == 1
+    first = next(iter(g["weights"].values()))
+    assert first.shape[1] == 1 + 1 + 4  # image, edges, the mask's classes
+    options = "--labeled 2 --size 32 --steps 2 --batch 2 --batch-unlabeled 2 --lam-warmup 0".split()
+    guided = ["--method", "mean_teacher", "--weight", "quality", "--qar", "0.01"]
+    qp = ["--qp", str(tmp_path / "qp" / "qp.pt")]
+    train_ssl.main([gray, "--out", str(tmp_path / "ssl"), *guided, *qp, *options])
 
 
 @pytest.mark.usefixtures("unrendered")
