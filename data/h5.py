@@ -294,7 +294,7 @@ def _check_header(where, header, affine, grid):
     from data import space
 
     where = f"{where}: nifti_header"
-    space.way_back(space.parse(header.tobytes(), where), affine, grid, where)
+    space.turn_to_source(space.parse(header.tobytes(), where), affine, grid, where)
 
 
 def _write_case(group, case, channels, dims):

@@ -7,55 +7,67 @@
     python -m data.images EYES --out eyes.h5 --patient '(\\d+)_'
 
 What each preset reads under SRC:
-    ph2     **/IMDxxx_Dermoscopic_Image/*.bmp, **/IMDxxx_lesion/*.bmp; train.txt and val.txt (a case a line) if they are there
-    cvc     Original/N.*, "Ground Truth"/N.*; sequences.csv (frame,sequence): a video sequence is one patient
+    ph2     **/IMDxxx_Dermoscopic_Image/*.bmp, **/IMDxxx_lesion/*.bmp;
+            train.txt and val.txt (a case a line) if they are there
+    cvc     Original/N.*, "Ground Truth"/N.*;
+            sequences.csv (frame,sequence): a video sequence is one patient
     isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
-    folder  images/NAME.*, masks/NAME.*; also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
+    folder  images/NAME.*, masks/NAME.*;
+            also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
 otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
-otherwise. Masks of two classes are 0 and 1, or black and white with edges that may be gray. With
-more than two --classes, mask pixels are class numbers. --labels lists the values of other masks:
-0,128,255 become the classes 0, 1, 2. All else is refused, and so are pictures that a decoder would
-cut short; data/pixels.py has the rules. Notes tell which files are not read.
+otherwise; a note tells where names of different splits look like those of one patient. A list that
+contradicts the folders of splits is refused.
+
+Masks of two classes are 0 and 1, or black and white with edges that may be gray. With more than two
+--classes, mask pixels are class numbers. --labels lists the values of other masks: 0,128,255 become
+the classes 0, 1, 2. All else is refused, and so are pictures that a decoder would cut short;
+data/pixels.py has the rules. Notes tell which files are not read.
 """
 
 import re
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from data import h5, labels, loading
-from data.files import InputError, read_lists, read_table
+from data.files import InputError, read_table
 from data.options import SEED, SHARE, Parser, cli, number
-from data.pixels import PICTURES, read_mask, read_picture, say
+from data.pixels import PICTURES, TURNED, note, read_mask, read_picture, say
+from data.splits import Row, assign_splits, lists_of, name_patients, note_patients, plain_name
 
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
 
 
 def pictures(folder):
-    """Name without ending -> path, for the pictures directly in a folder, in natural order (2 before 10)."""
-    found = (
-        [
-            p
-            for p in Path(folder).iterdir()
-            if p.suffix.lower() in PICTURES and not p.name.startswith(".")
-        ]
-        if Path(folder).is_dir()
-        else []
-    )
-    by_number = sorted(
-        found, key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem)
-    )
-    by_name = {
-        p.stem.lower(): p for p in by_number
-    }  # their masks must not be one file where endings or capitals are all that differs
-    if twice := [p for p in by_number if by_name[p.stem.lower()] != p]:
-        raise InputError(
-            f"{twice[0]}: {by_name[twice[0].stem.lower()].name} is there too; remove or rename one of the two"
-        )
-    return {p.stem: p for p in by_number}
+    """Name without ending -> path, for the pictures directly in a folder.
+
+    They come in natural order (2 before 10).
+    """
+    if not Path(folder).is_dir():
+        return {}
+    found = [p for p in Path(folder).iterdir() if is_picture(p)]
+    found.sort(key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    return by_name((plain_name(p.stem), p) for p in found)
+
+
+def is_picture(path):
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+
+
+def by_name(pairs):
+    """{name: path} of (name, path), .... InputError if names differ by capitals alone, or not at all.
+
+    Such files would share a mask, or one would hide the other.
+    """
+    found, seen = {}, {}
+    for name, path in pairs:
+        if other := seen.get(name.lower()):
+            raise InputError(
+                f"{path}: {other.name if other.parent == path.parent else other} is there too; "
+                "remove or rename one of the two"
+            )
+        found[name] = seen[name.lower()] = path
+    return found
 
 
 def say_unread(folders):
@@ -69,22 +81,18 @@ def say_unread(folders):
         )
 
 
-# Each preset: folder -> [(name, image path, mask path or None, patient, split or None)]
+# Each preset: folder -> [Row, ...]
 
 
 def find_ph2(src):
     """A lesion is a patient: PH2 does not say whose it is."""
-    masks = {
-        p.parent.name.removesuffix("_lesion"): p
-        for p in src.rglob("*_lesion/*")
-        if p.suffix.lower() in PICTURES
-    }
-    images = {
-        p.parent.name.removesuffix("_Dermoscopic_Image"): p
-        for p in sorted(src.rglob("*_Dermoscopic_Image/*"))
-        if p.suffix.lower() in PICTURES
-    }
-    return [(name, path, masks.get(name), name, None) for name, path in images.items()]
+
+    def of_folders(ending):
+        found = [p for p in sorted(src.rglob(f"*{ending}/*")) if is_picture(p)]
+        return by_name((plain_name(p.parent.name).removesuffix(ending), p) for p in found)
+
+    images, masks = of_folders("_Dermoscopic_Image"), of_folders("_lesion")
+    return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
 
 
 def find_cvc(src):
@@ -100,7 +108,7 @@ def find_cvc(src):
         )
     sequence = {}
     for row in read_table(table, ("frame", "sequence")):
-        frame, text = row["frame"], row["sequence"]
+        frame, text = plain_name(row["frame"]), row["sequence"]
         if not re.fullmatch(r"[0-9]{1,9}", text):
             raise InputError(
                 f"{table}: frame {frame} is of sequence '{text}'; write a whole number"
@@ -113,18 +121,18 @@ def find_cvc(src):
             f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames); add "
             "it, called as its picture without ending"
         )
-    return [(name, path, masks.get(name), sequence[name], None) for name, path in images.items()]
+    return [Row(name, path, masks.get(name), sequence[name], None) for name, path in images.items()]
 
 
 def find_isic(src):
     """An image is a patient."""
-    images = {n: p for folder in sorted(src.rglob("*Input*")) for n, p in pictures(folder).items()}
-    masks = {
-        n.removesuffix("_segmentation"): p
-        for folder in sorted(src.rglob("*GroundTruth*"))
-        for n, p in pictures(folder).items()
-    }
-    return [(name, path, masks.get(name), name, None) for name, path in images.items()]
+
+    def of_folders(pattern, ending=""):
+        found = [pair for folder in sorted(src.rglob(pattern)) for pair in pictures(folder).items()]
+        return by_name((name.removesuffix(ending), path) for name, path in found)
+
+    images, masks = of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation")
+    return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
 
 
 def find_folder(src):
@@ -135,10 +143,11 @@ def find_folder(src):
         images, masks = pictures(base / "images"), pictures(base / "masks")
         if lost := sorted(set(masks) - set(images)):
             raise InputError(
-                f"{masks[lost[0]]}: no picture of that name in {base / 'images'} ({len(lost)} such masks)"
+                f"{masks[lost[0]]}: no picture of that name in {base / 'images'} "
+                f"({len(lost)} such masks); add it, or take the mask out"
             )
         rows += [
-            (name, path, masks.get(name), f"{split}/{name}" if split else name, split)
+            Row(name, path, masks.get(name), f"{split}/{name}" if split else name, split)
             for name, path in images.items()
         ]
     if other := [p.parent for p in sorted(src.glob("*/images")) if p.parent.name not in h5.SPLITS]:
@@ -158,115 +167,28 @@ PRESETS = {
 }
 
 
-def assign_splits(rows, lists, args):
-    """Gives every row its split: from list files, from its folder, or by patient with a seed. -> rows in their final order"""
-    if lists:
-        by_name, out = {r[0]: r for r in rows}, []
-        twice = [name for name, count in Counter(r[0] for r in rows).items() if count > 1]
-        for split, names in lists.items():
-            for name in names:
-                if name in twice:
-                    raise InputError(
-                        f"{split}.txt: {args.src} has several cases called '{name}'; "
-                        "rename them, or remove the lists"
-                    )
-                if name not in by_name:
-                    raise InputError(
-                        f"{split}.txt: case '{name}' is not among the pictures of "
-                        f"{args.src}; write names such as '{rows[0][0]}', one a line"
-                    )
-                out.append((*by_name[name][:4], split))
-        return out
-    if any(r[4] for r in rows):
-        return [(*r[:4], r[4] or "train") for r in rows]
-    patients = sorted({r[3] for r in rows})
-    order = np.random.default_rng(args.seed).permutation(len(patients))
-    n_val, n_test = (
-        max(round(share * len(patients)), int(share > 0 and len(patients) > 2))
-        for share in (args.val, args.test)
-    )
-    split = {
-        patients[i]: "val" if j < n_val else "test" if j < n_val + n_test else "train"
-        for j, i in enumerate(order)
-    }
-    rank = {
-        patients[i]: j for j, i in enumerate(order)
-    }  # train order is random too: --labeled takes the first patients
-    return [(*r[:4], split[r[3]]) for r in sorted(rows, key=lambda r: rank[r[3]])]
-
-
-def lists_of(folder):
-    """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
-    return read_lists({s: folder / f"{s}.txt" for s in h5.SPLITS})
-
-
-def name_patients(rows, regex):
-    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
-    try:
-        pattern = re.compile(regex)
-    except re.error as error:
-        raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
-    if pattern.groups != 1:
-        raise InputError(
-            f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'"
-        )
-    found = [pattern.search(r[0]) for r in rows]
-    if lost := [r[0] for r, match in zip(rows, found) if not match or not match[1]]:
-        raise InputError(
-            f"--patient {regex}: finds nothing in the name of case '{lost[0]}' "
-            f"({len(lost)} such cases); give one that fits every name"
-        )
-    return [(*r[:3], match[1], r[4]) for r, match in zip(rows, found)]
-
-
-OF_ONE = (
-    r"(.*\d.*)[ _.-]+[^ _.-]+",  # p01_2, patient001_frame01: what comes before the last mark
-    r"(.*\d)[A-Za-z]+\d*",
-)  # p01b, P1S3: what comes before the last letters
-
-
-def stem_of(name):
-    """The part of a name that may be a patient's, which holds a number, or None."""
-    for pattern in OF_ONE:
-        if match := re.fullmatch(pattern, name):
-            return match[1]
-    return None
-
-
-def note_patients(rows):
-    """A note where each case counts as a patient, but many names begin like another one's."""
-    groups = {}
-    for name, _, _, patient, _ in rows:
-        if patient == name:
-            groups.setdefault(stem_of(name) or name, []).append(name)
-    several = [names for names in groups.values() if len(names) > 1]
-    if len(groups) > 1 and sum(map(len, several)) >= max(2, len(rows) / 10):
-        print(
-            f"note: {several[0][0]} and {several[0][1]} count as two patients and may be split "
-            f"apart; if they are of one, give --patient ({len(several)} such groups)"
-        )
-
-
-def read_pair(image_path, mask_path, classes, gray, notes=None, listed=None):
+def read_pair(image_path, mask_path, classes, gray, notes=None, values=None):
     """One picture and its mask, on the picture's grid.
 
     -> image (H, W, 3) or (H, W), uint8 or float32; label (H, W) uint8 or None.
-    notes: pixels.note(); listed: the mask's values, of --labels
+    notes: pixels.note(); values: those of the mask that --labels names
     """
-    turned = {}
-    image = read_picture(image_path, gray, turned if mask_path else notes)
-    if mask_path is None:
-        return image, None
-    if turned:  # many programs would have shown it turned when its mask was drawn
+    found = {}
+    image = read_picture(image_path, gray, found)
+    if mask_path and TURNED in found:  # many programs show it turned when a mask is drawn
         raise InputError(
             f"{image_path}: is stored turned (EXIF orientation), so nobody knows "
             "whether its mask is, too; save both upright"
         )
-    mask = read_mask(mask_path, classes, notes, listed)
+    for text in found:
+        note(notes, text, image_path)
+    if mask_path is None:
+        return image, None
+    mask = read_mask(mask_path, classes, notes, values)
     if mask.shape != image.shape[:2]:
         raise InputError(
-            f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} "
-            f"has {image.shape[1]} x {image.shape[0]}; make them equal"
+            f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image "
+            f"{image_path} has {image.shape[1]} x {image.shape[0]}; make them equal"
         )
     return image, mask
 
@@ -280,7 +202,8 @@ def main(argv=None):
         "--size",
         type=number(0),
         default=0,
-        help="resize to a square of this side; 0 keeps the pictures' own sizes",
+        help=f"resize to a square of this side, at least {h5.SMALLEST}; "
+        "0 keeps the pictures' own sizes",
     )
     p.add_argument(
         "--classes",
@@ -322,11 +245,14 @@ def main(argv=None):
         raise InputError(f"{src}: no such folder; give the one that holds the pictures")
     if args.val + args.test >= 1:
         raise InputError("--val and --test are shares that must leave something to train on")
+    if 0 < args.size < h5.SMALLEST:
+        raise InputError(f"--size {args.size}: networks need {h5.SMALLEST} pixels or more")
     rows, notes = PRESETS[args.preset](src), {}
     say_unread(p for name in FOLDERS[args.preset] for p in sorted(src.glob(name)) if p.is_dir())
     if not rows:
         raise InputError(
-            f"{src}: no picture in the layout of preset '{args.preset}'; see python -m data.images --help"
+            f"{src}: no picture in the layout of preset '{args.preset}'; "
+            "see python -m data.images --help"
         )
     rows = name_patients(rows, args.patient) if args.patient else rows
     lists = lists_of(Path(args.lists) if args.lists else src)
@@ -334,22 +260,21 @@ def main(argv=None):
         raise InputError(
             f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there"
         )
-    if not lists and not any(split for *_, split in rows):
+    drawn = not lists and not any(r.split for r in rows)
+    if drawn:
         print(f"no list of splits: by patient, with seed {args.seed}")
-        note_patients(rows)
     found, rows = len(rows), assign_splits(rows, lists, args)
+    note_patients(rows, drawn)
     if len(rows) < found:
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
-    if bare := sum(
-        mask is None and split in ("train", "val", "test") for _, _, mask, _, split in rows
-    ):
+    if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
 
     def cases():
-        for name, image_path, mask_path, patient, split in rows:
-            image, label = read_pair(image_path, mask_path, classes, args.gray, notes, args.labels)
-            source = str(image_path.relative_to(src))
-            case = h5.Case(split, name, image, label, patient, source=source)
+        for row in rows:
+            image, label = read_pair(row.image, row.mask, classes, args.gray, notes, args.labels)
+            source = plain_name(str(row.image.relative_to(src)))
+            case = h5.Case(row.split, row.name, image, label, row.patient, source=source)
             if args.size:
                 case.source_grid, case.source_label = image.shape[:2], label
                 case.image = loading.resize_image(image, args.size)

@@ -6,68 +6,87 @@ import numpy as np
 
 from data.files import InputError
 
-NEARLY = 1e-3  # how far from a whole number a value may lie: formats with a slope store .9999 for 1
+ROUNDING = 1e-3  # of a value that is meant as whole: formats with a slope store .9999 for 1
 MOST = 256  # classes that a label of uint8 can tell apart
 
 
-def class_numbers(values, where, listed=range(MOST)):
-    """Values of a label, of any numeric type and shape -> class numbers as uint8.
+def class_numbers(label, where, values=range(MOST)):
+    """A label of any numeric type and shape -> class numbers as uint8.
 
-    listed: the values that stand for the classes 0, 1, 2, ...; where: the file, for errors.
-    InputError for a value that is not whole, or not listed.
+    values: those that stand for the classes 0, 1, 2, ...; where: the file, for errors.
+    InputError for a number that is not whole, or not one of these.
     """
-    values = np.asarray(values)
-    if values.dtype.kind not in "biuf":
-        raise InputError(f"{where}: a label of type {values.dtype}; numbers are needed")
-    whole = np.round(values) if values.dtype.kind == "f" else values
-    if list(listed) == list(range(len(listed))):
-        numbers, right = whole, (whole >= 0) & (whole < len(listed))
+    label = np.asarray(label)
+    if label.dtype.kind not in "biuf":
+        raise InputError(f"{where}: a label of type {label.dtype}; numbers are needed")
+    whole = np.round(label) if label.dtype.kind == "f" else label
+    if list(values) == list(range(len(values))):
+        numbers, right = whole, (whole >= 0) & (whole < len(values))
     else:
         numbers, right = np.zeros(whole.shape, np.uint8), np.zeros(whole.shape, bool)
-        for k, value in enumerate(listed):
+        for k, value in enumerate(values):
             numbers[whole == value] = k
             right |= whole == value
-    if values.dtype.kind == "f":
-        with np.errstate(invalid="ignore"):  # infinity less infinity
-            right &= np.abs(values - whole) <= NEARLY  # False also for NaN
+    right &= are_whole(label)
     if not right.all():
         raise InputError(
-            f"{where}: label value {values[~right][0]:.9g} stands for no class; "
-            f"{said(listed)} do; mend the label, or say with --labels and --classes "
+            f"{where}: label value {label[~right][0]:.9g} stands for no class; "
+            f"{in_words(values)} do; mend the label, or say with --labels and --classes "
             "which values there are and what they mean"
         )
     return numbers.astype(np.uint8)
 
 
-def said(values):
+def are_whole(label):
+    """Where an array holds whole numbers, but for rounding. NaN and infinity are none."""
+    if label.dtype.kind != "f":
+        return np.ones(label.shape, bool)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        return np.abs(label - np.round(label)) <= ROUNDING
+
+
+def in_words(values):
     """Some whole numbers in words: "0 to 3", or each of them, or, of many, some of them."""
     values = [int(v) for v in values]
     if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
         return f"{values[0]} to {values[-1]}"
     if len(values) > 12:
-        return f"{said(values[:6])}, ... {values[-1]} ({len(values)} values)"
+        return f"{in_words(values[:6])}, ... {values[-1]} ({len(values)} values)"
     return ", ".join(map(str, values))
 
 
-def count_classes(found, where):
-    """How many classes there are, if values that were found in labels are their numbers.
+def count_classes(files, where):
+    """How many classes there are, if the values in labels are their numbers.
 
-    InputError if these have a gap: a class that no label holds is none.
+    files: {label's path: the values that it holds}. InputError if all values together have a gap
+    (a class that no label holds is none), or if none is above 0.
     """
-    found = sorted({0, *found})
-    if found == [0]:
+    found = sorted({0}.union(*files.values()))
+    check_not_empty(found, where)
+    if found == list(range(len(found))):
+        return len(found)
+    text = f"{where}: the labels hold {in_words(found)}, not each number from 0 on; "
+    others = {max(held): path for path, held in files.items() if set(held) != {0}}
+    if len(others) > 1 and all(set(held) <= {0, max(held)} for held in files.values()):
+        (a, first), (b, second) = sorted(others.items())[:2]
+        text += (
+            f"{first.name} holds {a} and {second.name} {b}: if both mean one class, write it alike "
+            "in all files; if not, "
+        )
+    values = ",".join(map(str, found)) if len(found) < 13 else "and their values"
+    raise InputError(
+        f"{text}give --labels {values} if these are all classes, background first, or name "
+        "every class with --classes"
+    )
+
+
+def check_not_empty(found, where):
+    """InputError if the values found in all labels are those of the background alone."""
+    if set(found) == {0}:
         raise InputError(
             f"{where}: all labels are 0, the background, so there is nothing to "
             "learn; replace them by labels of something"
         )
-    if found != list(range(len(found))):
-        listed = ",".join(map(str, found)) if len(found) < 13 else "and their values"
-        remedy = f"give --labels {listed} if these are all classes, background first, or "
-        raise InputError(
-            f"{where}: the labels hold {said(found)}, not each number from 0 on; "
-            f"{remedy}name every class with --classes"
-        )
-    return len(found)
 
 
 # ------------------------------------------------------------------------------------ options
@@ -88,15 +107,37 @@ def label_values(text):
 
 
 def class_names(text):
-    """argparse type: names of classes, background first. -> a list"""
-    return [name.strip() for name in text.split(",")]
+    """argparse type: two names of classes or more, background first. -> a list"""
+    names = [name.strip() for name in text.split(",")]
+    if wrong := not_background_first(names):
+        others = ",".join(name for name in names if not is_background(name))
+        raise argparse.ArgumentTypeError(f"{text}: {wrong}; write background,{others or 'thing'}")
+    if not 2 <= len(names) == len(set(names)) or not all(names):
+        raise argparse.ArgumentTypeError(
+            f"{text}: two different names or more, joined by commas, are needed, as in "
+            "background,polyp"
+        )
+    return names
 
 
-def check_options(labels, classes):
+def is_background(name):
+    return name.lower() == "background"
+
+
+def not_background_first(names):
+    """What is wrong with the order of classes whose first must be the background, or None."""
+    if not is_background(names[0]):
+        return f"the first class is {names[0] or 'not named'}, but class 0 must be the background"
+    if any(map(is_background, names[1:])):
+        return "the background comes twice"
+    return None
+
+
+def check_options(values, classes):
     """InputError unless there is one name for each label value, where both are given."""
-    if labels and classes and len(labels) != len(classes):
+    if values and classes and len(values) != len(classes):
         raise InputError(
-            f"--labels names {len(labels)} values, --classes {len(classes)} classes; "
+            f"--labels names {len(values)} values, --classes {len(classes)} classes; "
             "give one name for each value"
         )
 
@@ -106,8 +147,8 @@ def numbered(count):
     return ["background", *(f"class {k}" for k in range(1, count))]
 
 
-def tell_mapping(labels):
+def tell_mapping(values):
     """Says which class each label value becomes, unless it is its own number."""
-    if labels and list(labels) != list(range(len(labels))):
-        pairs = ", ".join(f"{value} becomes {k}" for k, value in enumerate(labels))
+    if values and list(values) != list(range(len(values))):
+        pairs = ", ".join(f"{value} becomes {k}" for k, value in enumerate(values))
         print(f"label values: {pairs}; predicted masks hold the numbers of classes")

@@ -1,16 +1,18 @@
-"""Folders of NIfTI volumes, as of the Medical Segmentation Decathlon and of nnU-Net -> one HDF5 file; and masks back to NIfTI.
+"""Folders of NIfTI volumes -> one HDF5 file; and masks back to NIfTI.
 
     python -m data.nifti Task02_Heart --out heart.h5
     python -m data.nifti Task09_Spleen --out spleen.h5 --intensity ct --spacing 2,1,1
     python -m data.nifti ACDC --out acdc.h5 --patient '(patient\\d+)_'
 
-What is read under SRC (.nii or .nii.gz):
+What is read under SRC (.nii or .nii.gz), as the Medical Segmentation Decathlon and nnU-Net have it:
     imagesTr, labelsTr   train and val; a case without a label stays unlabeled in train
     imagesTs             test, with labels where labelsTs has them
     dataset.json         its "labels" name the classes and their values; else they are numbered
-    Decathlon: NAME.nii.gz for image and label; nnU-Net: NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
+    Decathlon            NAME.nii.gz for image and label
+    nnU-Net              NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
 
-Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with --seed.
+Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with
+--seed. A note tells where names of different splits look like those of one patient.
 Labels are class numbers, 0, 1, 2 and so on. Those with other values, 0 and 255, say, or 0, 1, 2, 4,
 need a dataset.json that names these, or --labels, which lists them in the order of the classes.
 
@@ -37,32 +39,34 @@ from nibabel.volumeutils import apply_read_scaling
 
 from data import h5, labels, space
 from data.files import InputError, read_text, replacing
-from data.images import assign_splits, lists_of, name_patients, note_patients
 from data.options import SEED, SHARE, Parser, cli, number
+from data.splits import Row, assign_splits, lists_of, name_patients, note_patients, plain_name
 
 NAME = re.compile(
     r"([^.].*)\.nii(\.gz)?"
 )  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 
 
-# ---------------------------------------------------------------------------------------------------- finding cases
+# ------------------------------------------------------------------------------------ finding cases
 
 
 def volumes(folder):
-    """Name without ending -> path, for the NIfTI files directly in a folder, in order of their names."""
+    """Name without ending -> path, for the NIfTI files directly in a folder, sorted by name."""
     found = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := NAME.fullmatch(path.name):
-            if match[1] in found:
-                raise InputError(
-                    f"{path}: {found[match[1]].name} is there too; remove one of the two"
-                )
-            found[match[1]] = path
+            name = plain_name(match[1])
+            if name in found:
+                raise InputError(f"{path}: {found[name].name} is there too; remove one of the two")
+            found[name] = path
     return found
 
 
 def find(src, channel):
-    """The cases of SRC, and whether their files are named as nnU-Net does. -> [(name, image path, label path or None, patient = name, "test" or None)], bool"""
+    """The cases of SRC, and whether their files are named as nnU-Net does. -> [Row, ...], bool
+
+    A case is its own patient; its split is "test" in imagesTs, else None.
+    """
     rows, channels = [], set()
     layout = {s: (volumes(src / f"images{s}"), volumes(src / f"labels{s}")) for s in ("Tr", "Ts")}
     images, labels = layout["Tr"]
@@ -75,29 +79,36 @@ def find(src, channel):
         cases, found = one_channel(images, channel, nnunet)
         channels |= found
         rows += [
-            (name, path, labels.get(name), name, "test" if part == "Ts" else None)
+            Row(name, path, labels.get(name), name, "test" if part == "Ts" else None)
             for name, path in cases.items()
         ]
         if lost := sorted(set(labels) - set(cases)):
             raise InputError(
-                f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} ({len(lost)} such labels)"
+                f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} "
+                f"({len(lost)} such labels); add it, or take the label out"
             )
-    if both := {r[0] for r in rows if r[4]} & {r[0] for r in rows if not r[4]}:
+    if both := {r.name for r in rows if r.split} & {r.name for r in rows if not r.split}:
         raise InputError(
-            f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of the two"
+            f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of "
+            "the two"
         )
     if channel is None and len(channels) > 1:
         print(
-            f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose with --channel)"
+            f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose "
+            "with --channel)"
         )
     return rows, nnunet
 
 
 def one_channel(images, channel, nnunet):
-    """The files of one channel (default: 0), and the numbers of all there are. images: {name: path}; nnunet: as in Preparation -> {case: path}, set"""
+    """The files of one channel (default: 0), and the numbers of all there are.
+
+    images: {name: path}; nnunet: as in Preparation -> {case: path}, set
+    """
     if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
         raise InputError(
-            f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no channel; rename it"
+            f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no "
+            "channel; rename it"
         )
     cases = {}  # name -> {channel: path}
     for name, path in images.items():
@@ -107,7 +118,8 @@ def one_channel(images, channel, nnunet):
     for name, paths in cases.items():
         if (channel or 0) not in paths:
             raise InputError(
-                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} (it has: {', '.join(map(str, paths))})"
+                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} "
+                f"(it has: {', '.join(map(str, paths))}); add it, or choose another --channel"
             )
     return {name: paths[channel or 0] for name, paths in cases.items()}, {
         c for paths in cases.values() for c in paths
@@ -115,41 +127,42 @@ def one_channel(images, channel, nnunet):
 
 
 def split_cases(rows, lists, args):
-    """Gives every case its split. -> rows in their final order; says what has no label and what is left out"""
-    bare = [r[0] for r in rows if not (r[2] or r[4])]
-    if not any(r[2] for r in rows):
+    """Gives every case its split. -> rows in their final order
+
+    Says what has no label, what is left out, and whose names look like those of one patient.
+    """
+    bare = [r.name for r in rows if not (r.mask or r.split)]
+    if not any(r.mask for r in rows):
         raise InputError(
-            f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such as {rows[0][0]}.nii.gz"
+            f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such "
+            f"as {rows[0].name}.nii.gz"
         )
     if bare:
         print(
-            f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: {bare[0]})"
+            f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: "
+            f"{bare[0]})"
         )
     if lists:
         out = assign_splits(rows, lists, args)
-        if lost := [r[0] for r in out if r[4] == "val" and not r[2]]:
+        if lost := [r.name for r in out if r.split == "val" and not r.mask]:
             raise InputError(
-                f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in train.txt or unlabeled.txt"
+                f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in "
+                "train.txt or unlabeled.txt"
             )
-        named = {r[0] for r in out}
-        out += [r for r in rows if r[4] and r[0] not in named]
+        named = {r.name for r in out}
+        out += [r for r in rows if r.split and r.name not in named]
     else:
         print(f"no list of splits: by patient, with seed {args.seed}")
-        note_patients([r for r in rows if not r[4]])
-        out = assign_splits([r for r in rows if r[2] and not r[4]], None, args)
-        held_out = {r[3] for r in out if r[4] != "train"}
-        out += [(*r[:4], "train") for r in rows if not (r[2] or r[4] or r[3] in held_out)] + [
-            r for r in rows if r[4]
-        ]
+        out = assign_splits([r for r in rows if r.mask and not r.split], None, args)
+        held_out = {r.patient for r in out if r.split != "train"}
+        bare = [r for r in rows if not (r.mask or r.split)]
+        out += [r._replace(split="train") for r in bare if r.patient not in held_out]
+        out += [r for r in rows if r.split]
+    note_patients(out, drawn=not lists)
     if len(out) < len(rows):
-        print(
-            f"{len(rows) - len(out)} of {len(rows)} cases are left out: "
-            + (
-                "they are in no list"
-                if lists
-                else "they have no label, and their patients are in val or test"
-            )
-        )
+        why = "they have no label, and their patients are in val or test"
+        why = "they are in no list" if lists else why
+        print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: {why}")
     return out
 
 
@@ -173,9 +186,7 @@ def name_classes(src, names, values, paths):
         return [table[v] for v in values], values
     if values:
         return labels.numbered(len(values)), values
-    found = set().union(
-        *(np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths)
-    )
+    found = {p: np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths}
     count = labels.count_classes(found, paths[0].parent)
     return labels.numbered(count), range(count)
 
@@ -209,24 +220,24 @@ def named_values(path):
         ) from None
     if "ignore" in by_value.values():
         raise InputError(
-            f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or give --classes"
+            f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or "
+            "give --classes"
         )
     if len(by_value) < len(table):
         values = ", ".join(str(value) for value, _ in pairs)
         raise InputError(
             f"{path}: label values {values}; each class needs its own; mend it, or give --classes"
         )
-    zero = by_value.get(0)
-    if zero is None or zero != "background" and "background" in by_value.values():
+    others = [name for value, name in sorted(by_value.items()) if value != 0]
+    if wrong := labels.not_background_first([by_value.get(0, ""), *others]):
         raise InputError(
-            f"{path}: label value 0, which must be the background, is "
-            f"{'not named' if zero is None else zero}; mend it, or give --labels and "
+            f"{path}: {wrong}; mend it (label value 0 is the background), or give --labels and "
             "--classes"
         )
     return by_value
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------ reading
 
 
 @dataclass
@@ -343,7 +354,7 @@ def check_grids(image, label, image_path, label_path):
         extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
         for what, reach in (("spacing", a["size"]), ("origin", 1.0), ("direction", extent)):
             apart = np.abs((b[what] - a[what]) * reach).max()
-            if apart > space.SHIFT * a["spacing"].min():
+            if apart > space.SAME_PLACE * a["spacing"].min():
                 found, remedy = what, same_size_remedy(image, label)
                 break
     if found:
@@ -380,17 +391,23 @@ def same_size_remedy(image, label):
 
 
 def is_lost(volume):
-    """Whether a header is one that programs write who know of no place: no code, or identity."""
-    plain = np.abs(volume.affine - np.diag(np.diag(volume.affine))).max() == 0
-    ones = np.abs(np.diag(volume.affine)).tolist() == [1, 1, 1, 1]
-    return not space.is_placed(volume.header) or plain and ones
+    """Whether a header is one that programs write which know of no place: no code, or identity."""
+    return not space.has_axes(volume.header) or is_identity(volume.affine)
 
 
-# ---------------------------------------------------------------------------------------------------- space and intensity
+def is_identity(affine):
+    """Whether an affine is that of voxels of 1 mm which begin at 0, along the body's axes."""
+    return (np.abs(affine) == np.eye(4)).all()
+
+
+# ------------------------------------------------------------------------------------ space and intensity
 
 
 def scale(image, window):
-    """MR (no window): clipped to its .5 and 99.5 percentile, then mean 0 and standard deviation 1. CT: the window becomes [-1, 1]."""
+    """Intensities as networks see them. CT: the window becomes [-1, 1].
+
+    MR (no window): clipped to the .5 and 99.5 percentile, then mean 0 and standard deviation 1.
+    """
     low, high = window or np.percentile(image, (0.5, 99.5))
     image = image.clip(low, high).astype(np.float64)
     scaled = (
@@ -405,9 +422,7 @@ def scale(image, window):
 class Preparation:
     """What is done to volumes; a dataset keeps it, so that it is done to new ones too."""
 
-    spacing: tuple | None = (
-        None  # (D, H, W) mm that they are resampled to; None: each keeps its own
-    )
+    spacing: tuple | None = None  # (D, H, W) in mm after resampling; None: each keeps its own
     window: tuple | None = None  # of CT: intensities that become -1 and 1; None: MR
     channel: int | None = None  # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
     nnunet: bool = False  # whether the channel is part of a file's name
@@ -417,7 +432,7 @@ class Preparation:
 def common_axes(paths):
     """The body axes of most of some files, so that few have to be turned; None: no file knows."""
     headers = [(space.parse(bytes_of(p, space.BYTES), p), p) for p in paths]
-    found = [space.axes_of(space.affine_of(h, p)) for h, p in headers if space.is_placed(h)]
+    found = [space.axes_of(space.affine_of(h, p)) for h, p in headers if space.has_axes(h)]
     return Counter(found).most_common(1)[0][0] if found else None
 
 
@@ -428,9 +443,17 @@ NOTES = {  # of cases, in the order in which they are said
     "two places": "have a qform and an sform that differ; the sform is taken, and masks keep both",
     "unplaced": "have no orientation (the codes of qform and sform are 0); their D, H and W are "
     "taken for {axes}, as they are",
+    "identity": "have a header that knows no place: voxels of 1 x 1 x 1 mm from 0 on, as programs "
+    "write it that have lost the true ones; if so, no distance in mm and no --spacing is right",
+    "tiny": "are less than {smallest} mm long; if that is a wrong unit, mend the spacing or its unit "
+    "(xyzt_units)",
+    "one slice": "have one slice alone, and a network for volumes learns and predicts little of it",
     "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
     "(often 1024), or set the header's slope and intercept",
 }
+
+
+SMALLEST = 2  # mm: a volume of a body that is shorter along each axis has a wrong unit
 
 
 def say(notes, axes, total):
@@ -438,8 +461,8 @@ def say(notes, axes, total):
     for kind, text in NOTES.items():
         if names := notes.get(kind):
             print(
-                f"note: {len(names)} of {total} volumes {text.format(axes=axes)} "
-                f"(the first: {names[0]})"
+                f"note: {len(names)} of {total} volumes "
+                f"{text.format(axes=axes, smallest=SMALLEST)} (the first: {names[0]})"
             )
 
 
@@ -451,17 +474,18 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
     """
     name, image_path, label_path, patient, split = row
     volume, label = load(image_path, how.channel), None
+    note_header(volume, name, notes)
     if label_path:
         other = load(label_path)
         check_grids(volume, other, image_path, label_path)
         label = labels.class_numbers(other.values, label_path, values)
     image, affine, swapped = volume.values.astype(np.float32), volume.affine, False
-    if space.has_two_places(volume.header, image_path):
+    if space.forms_differ(volume.header, image_path):
         notes["two places"].append(name)
-    if how.axes and space.is_placed(volume.header):
+    if how.axes and space.has_axes(volume.header):
         turn = space.turn_to(how.axes, affine)
-        affine = space.turned_affine(affine, image.shape, turn)
-        image, label = (None if v is None else space.turned(v, turn) for v in (image, label))
+        affine = space.reoriented_affine(affine, image.shape, turn)
+        image, label = (None if v is None else space.reoriented(v, turn) for v in (image, label))
         swapped = turn[:, 0].tolist() != [0, 1, 2]
         if swapped or (turn[:, 1] < 0).any():
             notes["turned"].append(name)
@@ -475,10 +499,10 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
     spacing, source_grid, source_label = space.spacing_of(affine), None, None
     if how.spacing:
         source_grid, source_label = image.shape, label
-        step = np.divide(how.spacing, spacing)
-        size = resampled_size(source_grid, step, image_path)
-        image = space.resample(image, size, step)
-        label = None if label is None else space.resample(label, size, step, nearest=True)
+        ratio = np.divide(how.spacing, spacing)
+        size = resampled_size(source_grid, ratio, image_path)
+        image = space.resample(image, size, ratio)
+        label = None if label is None else space.resample(label, size, ratio, nearest=True)
         spacing = how.spacing
     if swapped and min(image.shape[1:]) < h5.SMALLEST:
         raise InputError(
@@ -494,7 +518,7 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         label,
         patient,
         spacing,
-        str(image_path.relative_to(src)),
+        plain_name(str(image_path.relative_to(src))),
         affine,
         source_grid,
         header,
@@ -502,25 +526,44 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
     )
 
 
+def note_header(volume, name, notes):
+    """Notes what is doubtful of a header that contradicts nothing. notes: see read_case()"""
+    size = volume.values.shape
+    if is_identity(volume.affine):
+        notes["identity"].append(name)
+    if max(np.multiply(size, volume.spacing)) < SMALLEST:
+        notes["tiny"].append(name)
+    if min(size) == 1:
+        notes["one slice"].append(name)
+
+
+PADDINGS = 3  # values around a field of view, or beyond a scanner's range, that mean no intensity
+
+
 def not_hounsfield(image, window):
     """Why the intensities (D, H, W) of a CT can hardly be Hounsfield units; None: they can."""
     low, high = window
-    padding = np.count_nonzero(image == image.min())  # around a round field of view, any number
-    if np.count_nonzero(image < 0) <= padding * (image.min() < 0):
-        return "whose voxels, but for padding, are all 0 or more"
     if np.ptp(image) < (high - low) / 20:
         return f"whose voxels are all between {image.min():g} and {image.max():g}"
+    negative = np.bincount(np.minimum(-image[image < 0], 2**16).astype(int))
+    if np.sort(negative)[:-PADDINGS].sum() < 1e-3 * image.size:
+        return "whose voxels, but for padding, are all 0 or more"
     if np.count_nonzero((image > low) & (image < high)) < 0.02 * image.size:
         return "nearly all of which lies outside of the window"
     return None
 
 
-def resampled_size(grid, step, path):
-    """The grid (D, H, W) of the same extent at a spacing of `step` voxels.
+def resampled_size(grid, ratio, path):
+    """The grid (D, H, W) of the same extent at another spacing. ratio: of that to the volume's
 
-    InputError if it is too large for any memory.
+    InputError if it is too large for any memory, or too small for networks.
     """
-    size = tuple(max(1, round(n / s)) for n, s in zip(grid, step))
+    size = tuple(max(1, round(n / s)) for n, s in zip(grid, ratio))
+    if min(size[1:]) < h5.SMALLEST <= min(grid[1:]):
+        raise InputError(
+            f"{path}: {' x '.join(map(str, grid))} voxels would become "
+            f"{' x '.join(map(str, size))}, too few in a slice; choose a smaller --spacing"
+        )
     if math.prod(size) > 2**31:
         raise InputError(
             f"{path}: {' x '.join(map(str, grid))} voxels would become "
@@ -529,7 +572,7 @@ def resampled_size(grid, step, path):
     return size
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------ writing
 
 
 def write_mask(path, label, entry):
@@ -552,14 +595,14 @@ def write_mask(path, label, entry):
         header = space.new_header(affine, label.shape, where)
     else:
         header = space.parse(entry.nifti_header.tobytes(), where)
-        label = space.turned(label, space.way_back(header, affine, label.shape, where))
+        label = space.reoriented(label, space.turn_to_source(header, affine, label.shape, where))
     raw = space.mask_header(header).binaryblock.ljust(space.VOXELS, b"\0")
     raw += np.ascontiguousarray(label, np.uint8).tobytes()
     with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(gzip.compress(raw, mtime=0) if str(path).endswith(".gz") else raw)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------ main
 
 
 def decimals(option, text, count, low=-math.inf):
@@ -570,16 +613,16 @@ def decimals(option, text, count, low=-math.inf):
         values = ()
     if len(values) != count or not all(low < v < math.inf for v in values):
         raise InputError(
-            f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined by commas, are needed"
+            f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined "
+            "by commas, are needed"
         )
     return values
 
 
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.nifti")
-    p._negative_number_matcher = re.compile(
-        r"-[\d.]+,"
-    )  # else argparse takes the value of --clip -175,250 for an option
+    # else argparse takes the value of --clip -175,250 for an option
+    p._negative_number_matcher = re.compile(r"-[\d.]+,")
     p.add_argument("src", help="folder that holds imagesTr and labelsTr")
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument(
@@ -680,6 +723,8 @@ def main(argv=None):
         standardize=window is None,
         prepared={"from": "nifti", **asdict(how)},
     )
+    if args.dims == 2:
+        notes.pop("one slice", None)
     labels.tell_mapping(values)
     h5.report(info)
     say(notes, axes, len(rows))

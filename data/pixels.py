@@ -2,7 +2,8 @@
 
 Images keep their depth: 8 bits as uint8, all else (10 to 16 bits, int32, float) as float32. A file
 is refused where a decoder would drop or change something without a word: several pages,
-transparency, channels beyond gray or RGB, CMYK and Lab colors. NaN is refused, too.
+transparency, channels beyond gray or RGB, CMYK and Lab colors. NaN is refused, too, and so is
+damage, as far as a format shows it: PNG and deflate have checksums, JPEG and LZW have none.
 
 Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 and 1. Gray levels
 between black and white are cut at half of the range where they lie on edges, as in masks that were
@@ -13,7 +14,12 @@ of a colored palette.
 
 import contextlib
 import io
+import os
+import re
+import sys
+import tempfile
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +30,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from data import figures
 from data.files import InputError, replacing
-from data.labels import MOST, class_numbers
+from data.labels import MOST, are_whole, class_numbers
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # our own line is enough
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -34,17 +40,21 @@ ORIENTATION, TURNED_AS = 0x112, range(2, 9)  # tag of EXIF and TIFF; 1 is uprigh
 Image.MAX_IMAGE_PIXELS = 2**30  # OpenCV's own limit
 
 # Gray levels of a mask of two classes
-NEAR = 32  # so near to black or white, a level counts as black or white
-NUMBERS = 8  # levels below this are class numbers where they form regions: 0, 1, and 255 for void
-SMOOTH = 8  # neighbors in a region differ by no more; across a blurred edge they differ by more
-REGION = 9  # pixels from which on a region counts, each amid equal neighbors
-LINE = 16  # pixels from which on a line counts
-FEW = 16  # values in a mask that was not compressed as JPEG: there, white may be a region of 253
+BLACK = 32  # a level up to this counts as black, and one as near to the brightest as white
+CLASS_NUMBERS = 8  # regions of levels below this are class numbers: 0, 1, and 255 for void
+REGION_RANGE = 8  # neighbors in a region differ by no more; across a blurred edge they do
+REGION_PIXELS = 9  # from which on a region counts, each amid equal neighbors
+LINE_PIXELS = 16  # from which on a line counts
+FEW_LEVELS = 16  # a mask with more of them was once a JPEG, where white may be a region of 253
 
 TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
+PADDED = (
+    "JPEG with bytes after its pixels; some programs write them, but a damaged file looks alike, so "
+    "look at it"
+)
 PALETTE = "colored palette; its indices are taken as class numbers"
 EMPTY = "JPEG mask without foreground; JPEG may have erased it, if it was 0 and 1"
-DARK = f"nearly black regions (values up to {NEAR}); they are taken as background"
+DARK = f"nearly black regions (values up to {BLACK}); they are taken as background"
 
 
 @dataclass
@@ -116,6 +126,8 @@ def check_file(path, content):
                 f"{path}: has transparent pixels (opacity down to {lowest} of 255), "
                 "and nobody knows what was seen there; save it without transparency"
             )
+    if tags:
+        check_strips(path, tags, content)
     turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
     return File(path, content, opened, turned, lossy)
@@ -157,6 +169,22 @@ def check_tags(path, tags, mode):
         )
 
 
+STRIPS = (273, 279), (324, 325)  # TIFF tags: where strips, or tiles, begin, and their bytes
+DEFLATE = 8, 32946  # TIFF compressions
+
+
+def check_strips(path, tags, content):
+    """InputError if the checksum of a deflated TIFF is wrong, at which libtiff does not look."""
+    if tags.get(259) not in DEFLATE:
+        return
+    for starts, sizes in STRIPS:
+        for start, size in zip(np.atleast_1d(tags.get(starts, ())), tags.get(sizes, ())):
+            try:
+                zlib.decompress(content[int(start) : int(start + size)])
+            except zlib.error:
+                raise unreadable(path) from None
+
+
 def lowest_opacity(opened):
     """The opacity of a picture's most transparent pixel, 0 to 255."""
     if opened.mode.startswith("I"):  # 16 bits, of which one value is transparent
@@ -164,19 +192,55 @@ def lowest_opacity(opened):
     return opened.convert("RGBA").getchannel("A").getextrema()[0]
 
 
-def decode(file, flag):
-    """Pixels through OpenCV, on the grid on which they are stored. InputError if there are none."""
+DAMAGE = "Corrupt JPEG|Premature end of JPEG|Inconsistent|Invalid SOS|TIFF_Error|Discarding"
+PADDING = "extraneous bytes before marker 0xd9"  # the end of a picture
+
+
+def decode(file, flag, notes=None):
+    """Pixels through OpenCV, on the grid on which they are stored. notes: see note().
+
+    InputError if there are none, or if libjpeg or libtiff say that they are damaged.
+    """
     found, content = None, np.frombuffer(file.content, np.uint8)
-    with contextlib.suppress(cv2.error):
+    with words_of_libraries() as words, contextlib.suppress(cv2.error):
         found = cv2.imdecode(content, flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    if found is None:
+    padded = PADDING in words[0]
+    if found is None or not padded and re.search(DAMAGE, words[0]):
         raise unreadable(file.path)
+    if padded:
+        note(notes, PADDED, file.path)
     return found
 
 
-def decode_all(file):
+@contextlib.contextmanager
+def words_of_libraries():
+    """Yields a list of one text: what OpenCV, libjpeg and libtiff complain of in this block.
+
+    They write it to standard error, and decode on.
+    """
+    words = [""]
+    try:
+        usual = os.dup(2)
+    except OSError:  # there is no standard error, and nothing to be learned
+        yield words
+        return
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 2)
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_WARNING)
+        try:
+            yield words
+        finally:
+            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+            os.dup2(usual, 2)
+            os.close(usual)
+            file.seek(0)
+            words[0] = file.read().decode(errors="replace")
+
+
+def decode_all(file, notes=None):
     """Pixels of any depth: (H, W) gray, or (H, W, 3) RGB, as they are in the file."""
-    found = decode(file, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    found = decode(file, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, notes)
     return found if found.ndim == 2 else found[..., ::-1]
 
 
@@ -191,7 +255,7 @@ def read_picture(path, gray, notes=None):
     file = examine(path)
     if file.turned:
         note(notes, TURNED, path)
-    image = decode_all(file)
+    image = decode_all(file, notes)
     if image.dtype == np.uint8:
         if gray and image.ndim == 3:
             return decode(file, cv2.IMREAD_GRAYSCALE)
@@ -223,12 +287,12 @@ def to_float32(image, path):
 # ------------------------------------------------------------------------------------ masks
 
 
-def read_mask(path, classes, notes=None, listed=None):
+def read_mask(path, classes, notes=None, values=None):
     """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
 
-    notes: see note(). listed: the values that stand for the classes, of --labels.
+    notes: see note(). values: those that stand for the classes, of --labels.
     """
-    file, K = examine(path), MOST if listed else len(classes)
+    file, K = examine(path), MOST if values else len(classes)
     if file.turned:
         raise InputError(
             f"{path}: is stored turned (EXIF orientation), so nobody knows whether "
@@ -242,9 +306,9 @@ def read_mask(path, classes, notes=None, listed=None):
     if file.opened and file.opened.mode == "P":
         mask = read_palette(file, K, notes)
     else:
-        mask = to_gray(decode_all(file), file, K, listed)
-    if listed:
-        return class_numbers(mask, path, listed)
+        mask = to_gray(decode_all(file, notes), file, K, values)
+    if values:
+        return class_numbers(mask, path, values)
     if K == 2:
         return binary(mask, file, notes)
     if mask.max() >= K:
@@ -276,19 +340,27 @@ def read_palette(file, K, notes):
             f"{file.path}: indices {shares(indices)} of a colored palette, but two "
             "classes are 0 and 1; name all with --classes, or save it as 0 and 255"
         )
-    note(notes, PALETTE, file.path)
+    used = indices.max() + 1
+    if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
+        note(notes, PALETTE, file.path)
     return indices
 
 
-def to_gray(mask, file, K, listed=None):
+def to_gray(mask, file, K, values=None):
     """Pixels of any depth, (H, W) or (H, W, 3) -> gray levels (H, W) uint8.
 
     The color of a mask of two classes becomes its brightest channel, if it is one color on black.
-    With `listed` values, which class_numbers() is to map, the levels keep their depth.
+    With `values`, which class_numbers() is to map, the levels keep their depth.
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
         mask = np.round(mask / 257)
-    mask = mask if listed else class_numbers(mask, file.path)
+    usable = are_whole(mask) & (mask >= 0) & (mask <= 255)
+    if K == 2 and not usable.all():
+        raise InputError(
+            f"{file.path}: label value {mask[~usable][0]:.9g} is neither background nor "
+            "foreground; save the mask as 0 and 1, or as 0 and 255"
+        )
+    mask = mask if values else class_numbers(mask, file.path)
     if mask.ndim == 2:
         return mask
     red, green, blue = np.moveaxis(mask, 2, 0)
@@ -301,10 +373,10 @@ def to_gray(mask, file, K, listed=None):
             "values, or as the indices of a palette"
         )
     brightest = mask[level == level.max()]
-    values, counts = np.unique(brightest, axis=0, return_counts=True)
-    color = values[counts.argmax()]
+    colors, counts = np.unique(brightest, axis=0, return_counts=True)
+    color = colors[counts.argmax()]
     faded = level[..., None] * (color / level.max())  # on the way from black to the color
-    if (np.abs(mask - faded).max(2) > NEAR).sum() >= REGION:
+    if (np.abs(mask - faded).max(2) > BLACK).sum() >= REGION_PIXELS:
         raise InputError(
             f"{file.path}: a mask of several colors, or of one on a background that "
             "is not black; save the foreground as 255 and all else as 0"
@@ -322,7 +394,7 @@ def binary(mask, file, notes=None):
         note(notes, EMPTY, file.path)
     if top == 0 or top == 1 and not file.lossy:
         return mask
-    if top < 128 or file.lossy and top < 255 - NEAR:
+    if top < 128 or file.lossy and top < 255 - BLACK:
         raise InputError(
             f"{file.path}: values {shares(mask)} look like class numbers"
             + (
@@ -332,7 +404,7 @@ def binary(mask, file, notes=None):
                 "them, or save the foreground as 255"
             )
         )
-    if NEAR < low < 255 - NEAR:
+    if BLACK < low < 255 - BLACK:
         raise InputError(
             f"{file.path}: values {shares(mask)}, none of them near 0; save the "
             "background as 0 and the foreground as 255"
@@ -343,7 +415,7 @@ def binary(mask, file, notes=None):
             f"({levels}); save the foreground as 255 and all else as 0, or name all "
             "classes with --classes (and their values with --labels)"
         )
-    if top < 255 - NEAR:
+    if top < 255 - BLACK:
         note(notes, f"foreground of value {top}, not 255", file.path)
     return (mask > top // 2).astype(np.uint8)
 
@@ -352,24 +424,27 @@ def other_levels(mask, top, notes, path):
     """What else a mask (H, W) uint8 shows between black and `top`, beside edges -> text, or ""."""
     square, block = np.ones((3, 3), np.uint8), np.ones((2, 2), np.uint8)
     darkest, brightest = cv2.erode(mask, square), cv2.dilate(mask, square)
-    between = (mask > NEAR) & (mask < top - NEAR)
-    region = (brightest - darkest <= SMOOTH) & (darkest > NEAR) & (brightest < top - NEAR)
-    if region.sum() >= max(REGION, between.sum() / 100):
+    between = (mask > BLACK) & (mask < top - BLACK)
+    region = (brightest - darkest <= REGION_RANGE) & (darkest > BLACK) & (brightest < top - BLACK)
+    if region.sum() >= max(REGION_PIXELS, between.sum() / 100):
         return f"regions of {levels_of(mask[region]).argmax()}"
     if between.mean() > 0.5:
         return "most of it neither black nor white"
     every, flat = levels_of(mask), levels_of(mask[brightest == darkest])
-    if (every > 0).sum() == 3 and max(between.sum(), every[1:NUMBERS].sum()) >= LINE:
+    if (every > 0).sum() == 3 and max(between.sum(), every[1:CLASS_NUMBERS].sum()) >= LINE_PIXELS:
         return f"regions or lines of {np.flatnonzero(every)[1]}"
     equal = cv2.erode(mask, block, anchor=(0, 0)) == cv2.dilate(mask, block, anchor=(0, 0))
     thick = cv2.dilate((equal & between).astype(np.uint8), block, anchor=(1, 1)) > 0
-    if LINE <= between.sum() < 3 * (thick & between).sum():
+    if LINE_PIXELS <= between.sum() < 3 * (thick & between).sum():
         return f"lines of {levels_of(mask[between]).argmax()}"
-    regions = [v for v in range(1, top) if flat[v] >= max(REGION, every[v] / 4)]
-    wrong = [v for v in regions if not NUMBERS <= v <= NEAR]
-    if wrong and (every > 0).sum() <= FEW:
+    regions = [v for v in range(1, top) if flat[v] >= max(REGION_PIXELS, every[v] / 4)]
+    wrong = [v for v in regions if not CLASS_NUMBERS <= v <= BLACK]
+    if wrong and (every > 0).sum() <= FEW_LEVELS:
         return f"regions of {wrong[0]}"
-    if any(v <= NEAR for v in regions):
+    gray = flat[BLACK + 1 : max(BLACK + 1, top - BLACK)]  # edges that were resized have none
+    if gray.max(initial=0) >= max(REGION_PIXELS, 0.8 * gray.sum()):
+        return f"regions of {BLACK + 1 + gray.argmax()}"
+    if any(v <= BLACK for v in regions):
         note(notes, DARK, path)
     return ""
 
@@ -389,14 +464,19 @@ def shares(mask):
     )
 
 
+def palette():
+    """The colors of class numbers in our masks, [256, 3] uint8: black, and those of our figures."""
+    colors = [[round(255 * v) for v in figures.color(k)] for k in range(255)]
+    return np.uint8([[0, 0, 0], *colors])
+
+
 def write_mask(path, label):
     """Writes a mask (H, W) uint8 as PNG, whole or not at all.
 
     Pixels are class numbers, shown through a palette in the colors of our figures.
     """
-    colors = [round(255 * v) for k in range(255) for v in figures.color(k)]
     picture = Image.fromarray(label)
-    picture.putpalette([0, 0, 0, *colors])
+    picture.putpalette(palette().ravel().tolist())
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
 

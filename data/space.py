@@ -19,8 +19,8 @@ BYTES = 348  # of a header
 VOXELS = 352  # where the voxels of a mask begin
 MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # of xyzt_units: unknown (then mm), m, mm, µm
 LARGEST = 100  # mm of a voxel's side: more is a wrong unit
-NEAR = 1e-3  # relative error of a side, cosine of a right angle
-SHIFT = 0.05  # voxels by which places that are the same may differ
+TOLERANCE = 1e-3  # relative error of a side, cosine of a right angle
+SAME_PLACE = 0.05  # voxels by which places that are the same may differ
 
 
 # ------------------------------------------------------------------------------------- headers
@@ -69,7 +69,7 @@ def size_of(header, where):
     return tuple(sizes[:n])
 
 
-def is_placed(header):
+def has_axes(header):
     """Whether a header knows along which axes of the body its voxels lie."""
     return header["sform_code"] > 0 or header["qform_code"] > 0
 
@@ -94,7 +94,7 @@ def affine_of(header, where):
     sides = header["pixdim"][1:4].astype(np.float64)
     if not all(0 < s < math.inf for s in sides):
         raise InputError(
-            f"{where}: the header has a spacing (pixdim) of {product(sides)}; mend the header"
+            f"{where}: the header has a spacing (pixdim) of {sides_of(sides)}; mend the header"
         )
     if header["sform_code"] > 0:
         name, affine = "sform", header.get_sform()
@@ -107,10 +107,10 @@ def affine_of(header, where):
     check_affine(affine, f"{where}: the header's {name}")
     found = np.linalg.norm(affine[:3, :3], axis=0)
     said = sides * MM[unit]
-    if np.abs(found / said - 1).max() > NEAR:
+    if np.abs(found / said - 1).max() > TOLERANCE:
         raise InputError(
-            f"{where}: the header contradicts itself: voxels of {product(said)} mm "
-            f"(pixdim), but {product(found)} mm ({name}); set both to the true size"
+            f"{where}: the header contradicts itself: voxels of {sides_of(said)} mm "
+            f"(pixdim), but {sides_of(found)} mm ({name}); set both to the true size"
         )
     return affine
 
@@ -129,12 +129,12 @@ def qform_of(header, where):
         ) from None
 
 
-def has_two_places(header, where):
-    """Whether qform and sform both count and put the voxels elsewhere; readers take one of them."""
+def forms_differ(header, where):
+    """Whether qform and sform both count, but put the voxels elsewhere: readers take one of them."""
     if header["sform_code"] <= 0 or header["qform_code"] <= 0:
         return False
-    places = header.get_sform(), qform_of(header, where)
-    return not shift(*places, size_of(header, where)[:3]) <= SHIFT  # also NaN
+    forms = header.get_sform(), qform_of(header, where)
+    return not largest_distance(*forms, size_of(header, where)[:3]) <= SAME_PLACE  # also NaN
 
 
 def check_affine(affine, where):
@@ -144,21 +144,22 @@ def check_affine(affine, where):
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     if not sides.all():
         raise InputError(
-            f"{where}: voxels of {product(sides)} mm, which is no volume; set the orientation anew"
+            f"{where}: voxels of {sides_of(sides)} mm, which is no volume; set the orientation anew"
         )
     if sides.max() > LARGEST:
         raise InputError(
-            f"{where}: voxels of {product(sides)} mm; mend the spacing, or its unit (xyzt_units)"
+            f"{where}: voxels of {sides_of(sides)} mm; mend the spacing, or its unit (xyzt_units)"
         )
     cosines = affine[:3, :3] / sides
-    if np.abs(cosines.T @ cosines - np.eye(3)).max() > NEAR:
+    if np.abs(cosines.T @ cosines - np.eye(3)).max() > TOLERANCE:
         raise InputError(
             f"{where}: axes that are not at right angles (a tilted gantry?), so no "
             "distance would be right; resample the volume to a grid without shear"
         )
 
 
-def product(values):
+def sides_of(values):
+    """Lengths in words, as in 0.8 x 0.8 x 2.5."""
     return " x ".join(f"{v:g}" for v in values)
 
 
@@ -233,17 +234,17 @@ def turn_to(axes, affine):
     return orientations.ornt_transform(orientations.io_orientation(affine), wanted)
 
 
-def turned(values, turn):
+def reoriented(values, turn):
     """An array (D, H, W) after a turn [3, 2]."""
     return np.ascontiguousarray(orientations.apply_orientation(values.T, turn).T)
 
 
-def turned_affine(affine, grid, turn):
+def reoriented_affine(affine, grid, turn):
     """The affine of a volume of a grid (D, H, W) after a turn [3, 2]."""
     return affine @ orientations.inv_ornt_aff(turn, grid[::-1])
 
 
-def way_back(header, affine, grid, where):
+def turn_to_source(header, affine, grid, where):
     """The turn [3, 2] from the axes of a stored volume to those of its source.
 
     header: of the source; affine and grid (D, H, W): of the source on the stored axes. InputError
@@ -254,14 +255,14 @@ def way_back(header, affine, grid, where):
     turn = orientations.io_orientation(np.linalg.inv(source) @ affine)
     size = size_of(header, where)[:3]
     same = not np.isnan(turn).any() and tuple(np.array(grid[::-1])[np.argsort(turn[:, 0])]) == size
-    if not same or shift(source, turned_affine(affine, grid, turn), size) > SHIFT:
+    if not same or largest_distance(source, reoriented_affine(affine, grid, turn), size) > SAME_PLACE:
         raise InputError(
             f"{where}: header and affine are of different grids; convert the data again"
         )
     return turn
 
 
-def shift(a, b, size):
+def largest_distance(a, b, size):
     """How far apart two affines put the corners of a grid (x, y, z), in voxels of the first."""
     corners = np.stack(np.meshgrid(*([0, n - 1] for n in size), [1]), -1).reshape(-1, 4)
     apart = (np.linalg.inv(a) @ b - np.eye(4)) @ corners.T
@@ -276,15 +277,15 @@ def spacing_of(affine):
     return tuple(np.linalg.norm(affine[:3, :3], axis=0)[::-1].tolist())
 
 
-def resample(values, grid, step, nearest=False):
+def resample(values, grid, ratio, nearest=False):
     """An array (D, H, W) on another grid that begins at the same voxel; linear, or nearest.
 
-    grid: (D, H, W) of the other; step: of the other, in voxels, along each axis. What lies beyond
-    the last voxel has its value.
+    grid: (D, H, W) of the other; ratio: of its spacing to that of the array, along each axis. What
+    lies beyond the last voxel has its value.
     """
-    for axis, (n, s) in enumerate(zip(grid, step)):
+    for axis, (n, r) in enumerate(zip(grid, ratio)):
         last = values.shape[axis] - 1
-        at = (np.arange(n) * s).clip(0, last)
+        at = (np.arange(n) * r).clip(0, last)
         if nearest:
             values = values.take(np.floor(at + 0.5).astype(int), axis)
             continue
@@ -303,7 +304,7 @@ def to_source(label, entry):
     if entry.source_grid is None or len(entry.source_grid) == 2:  # pictures are predicted there
         return label
     if entry.spacing_known:
-        step = np.divide(entry.source_spacing, entry.spacing)
+        ratio = np.divide(entry.source_spacing, entry.spacing)
     else:
-        step = np.divide(entry.grid, entry.source_grid)
-    return resample(label, entry.source_grid, step, nearest=True)
+        ratio = np.divide(entry.grid, entry.source_grid)
+    return resample(label, entry.source_grid, ratio, nearest=True)

@@ -1,0 +1,192 @@
+"""Which cases of a source are of one patient, and which split each of them belongs to."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.files import InputError, read_lists
+from data.h5 import SPLITS
+
+
+class Row(NamedTuple):
+    """One case of a source, before its files are read."""
+
+    name: str
+    image: Path
+    mask: Path | None
+    patient: str
+    split: str | None  # None: the source does not say
+
+
+# ------------------------------------------------------------------------------------ names
+
+
+def plain_name(text):
+    """A name as all names are compared: UTF-8 in any locale, accents composed (NFC).
+
+    A Mac writes an accent as a character of its own (NFD), and lists may come from elsewhere.
+    InputError for a file's name that is not UTF-8.
+    """
+    if not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text):
+        try:  # Python has put these in place of bytes that it could not decode
+            text = os.fsencode(text).decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{ascii(text)}: a file's name is not UTF-8; rename it") from None
+    return unicodedata.normalize("NFC", text)
+
+
+def lists_of(folder):
+    """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
+    return read_lists({s: folder / f"{s}.txt" for s in SPLITS}, plain_name)
+
+
+# ------------------------------------------------------------------------------------ splits
+
+
+def assign_splits(rows, lists, args):
+    """Gives every row its split: from list files, from its folder, or by patient with a seed.
+
+    -> rows in their final order
+    """
+    if lists:
+        return assign_lists(rows, lists, args.src)
+    if any(r.split for r in rows):
+        return [r._replace(split=r.split or "train") for r in rows]
+    patients = sorted({r.patient for r in rows})
+    order = np.random.default_rng(args.seed).permutation(len(patients))
+    n_val, n_test = (
+        max(round(share * len(patients)), int(share > 0 and len(patients) > 2))
+        for share in (args.val, args.test)
+    )
+    split = {
+        patients[i]: "val" if j < n_val else "test" if j < n_val + n_test else "train"
+        for j, i in enumerate(order)
+    }
+    # train order is random too: --labeled takes the first patients
+    rank = {patients[i]: j for j, i in enumerate(order)}
+    return [r._replace(split=split[r.patient]) for r in sorted(rows, key=lambda r: rank[r.patient])]
+
+
+def assign_lists(rows, lists, src):
+    """The rows that lists name, in their order. InputError where a list contradicts a folder.
+
+    A case of any folder may be listed as unlabeled: its label is not used.
+    """
+    by_name, found = {r.name: r for r in rows}, []
+    twice = [name for name, count in Counter(r.name for r in rows).items() if count > 1]
+    for split, names in lists.items():
+        for name in names:
+            if name in twice:
+                raise InputError(
+                    f"{split}.txt: {src} has several cases called '{name}'; "
+                    "rename them, or remove the lists"
+                )
+            if name not in by_name:
+                raise InputError(
+                    f"{split}.txt: case '{name}' is not among the pictures of "
+                    f"{src}; write names such as '{rows[0].name}', one a line"
+                )
+            row = by_name[name]
+            if row.split and split not in (row.split, "unlabeled"):
+                raise InputError(
+                    f"{split}.txt: case '{name}' is {row.image}, which is of split "
+                    f"'{row.split}'; move the file, or remove the name from the list"
+                )
+            found.append(row._replace(split=split))
+    return found
+
+
+# ------------------------------------------------------------------------------------ patients
+
+
+def name_patients(rows, regex):
+    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise InputError(f"--patient {regex}: not a regular expression ({error})") from None
+    if pattern.groups != 1:
+        raise InputError(
+            f"--patient {regex}: {pattern.groups} groups; one is needed, as in '(patient\\d+)_'"
+        )
+    found = [pattern.search(r.name) for r in rows]
+    if lost := [r.name for r, match in zip(rows, found) if not match or not match[1]]:
+        raise InputError(
+            f"--patient {regex}: finds nothing in the name of case '{lost[0]}' "
+            f"({len(lost)} such cases); give one that fits every name"
+        )
+    return [r._replace(patient=match[1]) for r, match in zip(rows, found)]
+
+
+MARKS = " _.-"  # characters that part a name
+DATE = re.compile(
+    r"(?<!\d)(19|20)\d\d([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)"
+    r"([T_ -]*([01]\d|2[0-3])[-_.]?[0-5]\d([-_.]?[0-5]\d)?(?!\d))?"
+)  # 2019-03-04, also with a time of day
+SIDES = {"l", "r", "left", "right", "od", "os"}  # of a body; od and os are eyes
+OF_ONE = (
+    rf"(.+)[{MARKS}]+[^{MARKS}]+",  # p01_2, patient001_frame01: what comes before the last mark
+    r"(.*\d)[A-Za-z]+\d*",  # p01b, P1S3: what comes before the last letters
+    r"([^\W\d_]+)\d+",  # anna2: what comes before the number
+)
+FEW = 10  # images of a patient: names without a number that begin more are kinds, as in benign_100
+
+
+def stem_of(name):
+    """The part of a name that may be a patient's, or None."""
+    if date := DATE.search(name):
+        before, after = name[: date.start()].strip(MARKS), name[date.end() :].strip(MARKS)
+        return before or stem_of(after) or after or None
+    parts = re.split(rf"[{MARKS}]+", name)
+    if len(parts) > 1 and parts[-1].lower() in SIDES:
+        return "_".join(parts[:-1])
+    if len(parts) > 1 and parts[0].lower() in SIDES:
+        return "_".join(parts[1:])
+    for pattern in OF_ONE:
+        if match := re.fullmatch(pattern, name):
+            return match[1]
+    return None
+
+
+def alike(rows):
+    """Groups of rows that count as patients of their own, but whose names begin alike.
+
+    None where hardly any names do, or where all of them do, as in case_1, case_2.
+    """
+    rows = [r for r in rows if r.patient in (r.name, f"{r.split}/{r.name}")]
+    groups = {}
+    for row in rows:
+        groups.setdefault(stem_of(row.name) or row.name, []).append(row)
+    words = [stem for stem in groups if not re.search(r"\d", stem)]
+    if len(words) < 2 or sum(len(groups[w]) for w in words) > FEW * len(words):
+        groups = {stem: group for stem, group in groups.items() if stem not in words}
+        if words:
+            groups[""] = []  # the others are not all names
+    several = [group for group in groups.values() if len(group) > 1]
+    if len(groups) < 2 or sum(map(len, several)) < max(2, len(rows) / 10):
+        return []
+    return several
+
+
+def note_patients(rows, drawn=False):
+    """A note where cases of different splits have names that begin alike.
+
+    drawn: whether the splits are by patient, so that all such names matter
+    """
+    groups = alike(rows)
+    apart = [group for group in groups if len({r.split for r in group}) > 1]
+    if not (apart or drawn and groups):
+        return
+    first = (apart or groups)[0]
+    second = next((r for r in first if r.split != first[0].split), first[1])
+    where = f" in {first[0].split}", f" in {second.split}"
+    where = where if apart else ("", "")
+    print(
+        f"note: {first[0].name}{where[0]} and {second.name}{where[1]} count as two patients; if "
+        f"they are of one, say so with --patient ({len(apart or groups)} such groups of names)"
+    )
