@@ -25,6 +25,7 @@ a patch.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -653,13 +654,23 @@ def read_source_label(info, split, entry):
 
 
 def check_foreground(info, names):
-    """InputError if the labels of some train cases are background and nothing else. Reads them up to the first that is not."""
-    with open_file(info.path) as f:
-        if not any(read_label(f, info, "train", name).any() for name in names):
-            raise InputError(
-                f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty (background alone), and nothing can be learned from "
-                "them; give other or more patients (--labeled, --labeled-seed), or convert the data again"
-            )
+    """InputError if the labels of some train cases are background and nothing else.
+
+    A note names the classes that these lack, though val holds them.
+    """
+    learned = _found_classes(info, "train", names)
+    if not learned.any():
+        raise InputError(
+            f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty "
+            "(background alone), and nothing can be learned from them; give other or more patients "
+            "(--labeled, --labeled-seed), or convert the data again"
+        )
+    if not learned.all() and (lost := ~learned & _found_classes(info, "val")).any():
+        lost = [name for name, is_lost in zip(info.classes[1:], lost) if is_lost]
+        print(
+            f"note: {without(lost, 'the labeled cases')}, but val does: nothing can learn it, and "
+            "scores count it"
+        )
 
 
 def held_classes(info, split, names=None):
@@ -668,21 +679,28 @@ def held_classes(info, split, names=None):
 
     Reads labels up to the first by which all are found. InputError if there is no class at all.
     """
+    info.entries(split)  # which refuses an empty split
+    held = _found_classes(info, split, names)
+    if not held.any():
+        raise InputError(
+            f"{info.path}: /{split}: its labels hold no class but the background, so "
+            "nothing can be scored; take another split, or convert the data again"
+        )
+    return held
+
+
+def _found_classes(info, split, names=None):
+    """The work of held_classes(), for any split."""
     held = np.zeros(len(info.classes) - 1, bool)
     names = None if names is None else set(names)
     with open_file(info.path) as f:
-        for entry in info.entries(split):
+        for entry in info.splits.get(split, ()):
             if held.all():
                 break
             if entry.labeled and (names is None or entry.name in names):
                 label = read_label(f, info, split, entry.name)
                 for k in np.flatnonzero(~held):
                     held[k] = (label == k + 1).any()
-    if not held.any():
-        raise InputError(
-            f"{info.path}: /{split}: its labels hold no class but the background, so "
-            "nothing can be scored; take another split, or convert the data again"
-        )
     return held
 
 
@@ -761,11 +779,15 @@ def check_prepared(known, others):
                 f"{theirs}, but those of {path} along {ours}; convert {first} again "
                 f"with --axes {theirs}"
             )
-        if differences := _differences(_prepared(data), _prepared(known[path])):
+        differences = _differences(_prepared(data), _prepared(known[path]))
+        if any(differences):
             notes.setdefault(differences, []).append(other)
-    for differences, paths in notes.items():
+    for (theirs, ours), paths in notes.items():
         more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        print(f"note: {paths[0]}{more} and {path} were prepared differently: {differences}")
+        print(
+            f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
+            f"for {path}"
+        )
 
 
 def _prepared(data):
@@ -798,15 +820,18 @@ def _words_of(data):
 
 
 def _differences(theirs, ours):
-    """What two preparations both say, and say otherwise, in words. "" if there is nothing."""
+    """What two preparations both say, and say otherwise, in words: those of theirs, those of ours.
+
+    Both are "" if there is nothing.
+    """
     free = {"window", "nnunet"}  # compared already; how files are named
     said = lambda value: _text(0 if value is None else value)  # channel: none is the first
-    return ", ".join(
-        f"{_text(key)} {_text(theirs[key])}, not {_text(ours[key])}"
+    keys = [
+        key
         for key in theirs
-        if key in ours and key not in free
-        if said(theirs[key]) != said(ours[key])
-    )
+        if key in ours and key not in free and said(theirs[key]) != said(ours[key])
+    ]
+    return tuple(", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours))
 
 
 def _text(value, joined=" x "):
@@ -873,7 +898,8 @@ def preview(info, path):
 
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
-    total, absent = np.zeros(len(info.classes)), {}
+    counts, images = {}, {}  # pixels of each class; (split, case) of each different image
+    constant = []
     lines = [
         f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
         f"classes {', '.join(f'{k} {c}' for k, c in enumerate(info.classes))}"
@@ -882,7 +908,12 @@ def summary(info):
         for split, entries in info.splits.items():
             count, sizes, spacings = np.zeros(len(info.classes)), {e.grid for e in entries}, set()
             for e in entries:
-                _, label = read_case(f, info, split, e.name)
+                image, label = read_case(f, info, split, e.name)
+                images.setdefault(hashlib.sha1(np.ascontiguousarray(image)).digest(), []).append(
+                    (split, e.name)
+                )
+                if image.min() == image.max():
+                    constant.append(f"{split}/{e.name}")
                 if e.source_labeled:
                     read_source_label(info, split, e)
                 spacings.add(
@@ -909,17 +940,61 @@ def summary(info):
                 f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}"
             )
             lines.append(f"  {'':10s} share of pixels: {shares}")
-            total += count
             if count.any():
-                absent[split] = count == 0
-    nowhere = (total == 0) & bool(absent)
-    for split, missing in {"this file": nowhere, **absent}.items():
-        missing = missing if missing is nowhere else missing & ~nowhere
-        if missing.any():
-            names = [info.classes[k] for k in np.flatnonzero(missing)]
-            why = "is a mask inverted?" if missing[0] else "left out of its scores"
-            lines.append(f"note: {without(names, split)}: {why}")
+                counts[split] = count
+    lines += _notes_on_labels(info, counts) + _notes_on_images(images, constant)
     return "\n".join(lines)
+
+
+SCORES = "left out of its scores"
+ABSENT = {  # what follows where no label of a split holds a class that others hold
+    "train": "nothing can learn it, and scores count it",
+    "val": SCORES,
+    "test": SCORES,
+}
+
+
+def _notes_on_labels(info, counts):
+    """Lines on classes that are missing, or suspiciously frequent. counts: {split: pixels [K]}"""
+    total, lines = sum(counts.values(), np.zeros(len(info.classes))), []
+    missing = {"this file": (total == 0) & (total.sum() > 0)}
+    missing |= {s: (count == 0) & (total > 0) for s, count in counts.items() if s in ABSENT}
+    for split, lost in missing.items():
+        names = [info.classes[k] for k in np.flatnonzero(lost[1:]) + 1]
+        why = ABSENT.get(split, "nothing can learn it, and no score counts it")
+        if lost[0]:
+            lines.append(f"note: {without(info.classes[:1], split)}: is a mask inverted?")
+        if names:
+            lines.append(f"note: {without(names, split)}: {why}")
+    if 0 < total[0] < 0.2 * total.sum():
+        share = total[0] / total.sum()
+        lines.append(f"note: {info.classes[0]} is {share:.0%} of all pixels: are masks inverted?")
+    return lines
+
+
+def _notes_on_images(images, constant):
+    """Lines on images that are scored and stand in another split, too, or that show nothing.
+
+    images: {digest: [(split, case), ...]}; constant: names of those of one value
+    """
+    shown = [cases for cases in images.values() if f"{cases[0][0]}/{cases[0][1]}" not in constant]
+    splits = [{split for split, _ in cases} for cases in shown]
+    twice = [c for c, held in zip(shown, splits) if len(held) > 1 and held & {"val", "test"}]
+    lines = []
+    if twice:
+        first = twice[0][0]
+        second = next(case for case in twice[0] if case[0] != first[0])
+        lines.append(
+            f"note: {len(twice)} {'image is' if len(twice) == 1 else 'images are'} in two splits, "
+            f"such as {'/'.join(first)}, which is {'/'.join(second)}, too: scores would be too "
+            "good; take one of the two out"
+        )
+    if constant:
+        lines.append(
+            f"note: {len(constant)} {'image has' if len(constant) == 1 else 'images have'} one "
+            f"value everywhere, such as {constant[0]}"
+        )
+    return lines
 
 
 def report(info):

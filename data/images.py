@@ -55,9 +55,10 @@ def is_picture(path):
 
 
 def by_name(pairs):
-    """{name: path} of (name, path), .... InputError if names differ by capitals alone, or not at all.
+    """{name: path} of (name, path), ....
 
-    Such files would share a mask, or one would hide the other.
+    InputError if names differ by capitals alone, or not at all: such files would share a mask, or
+    one would hide the other.
     """
     found, seen = {}, {}
     for name, path in pairs:

@@ -1,21 +1,27 @@
-"""New images without labels, a folder of pictures or of NIfTI volumes or one of these files -> a dataset file that a trained network takes.
+"""New images without labels -> a dataset file that a trained network takes.
 
-They are prepared as the data that the network has learned from were, which its checkpoint knows (`prepared`, see data/h5.py): gray or RGB, and of
-volumes the spacing that they are resampled to, the window of CT, the channel and the body axes.
-evaluate.py --predict writes masks for them.
+They are a folder of pictures or of NIfTI volumes, or one of these files, and are prepared as the
+data that the network has learned from were. Its checkpoint knows how (`prepared`, see data/h5.py):
+gray or RGB, and of volumes the spacing that they are resampled to, the window of CT, the channel
+and the body axes. evaluate.py --predict writes masks for them.
 """
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
 from data.files import InputError
+from data.splits import Row, plain_name
 
 KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
 
 
 def are_new(source):
-    """Whether a path is a folder or file of images, and not a dataset. InputError if nothing is there."""
+    """Whether a path is a folder or file of images, and not a dataset.
+
+    InputError if nothing is there.
+    """
     path = Path(source)
     if not source or not path.exists():
         raise InputError(f"{source}: no such file or folder; give new images, or a dataset file")
@@ -26,64 +32,85 @@ def are_new(source):
     )
 
 
+FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images may be
+OF_MASKS = re.compile(r"(?i).+[_-](seg|segmentation|mask|label|labels|gt)")  # names
+
+
 def find(path):
-    """What a folder holds, directly or in a usual subfolder (images, imagesTs, imagesTr), or one file. -> "pictures" or "nifti", {name: path}"""
+    """The images directly in a folder or in a usual subfolder, or one file.
+
+    -> "pictures" or "nifti", {name: path}. Notes tell what is not read, or looks like a mask.
+    """
     if not path.is_dir():
         match = nifti.NAME.fullmatch(path.name)
-        return ("nifti", {match[1]: path}) if match else ("pictures", {path.stem: path})
-    for folder in (path, path / "images", path / "imagesTs", path / "imagesTr"):
-        found = {
-            kind: names
-            for kind, names in (
-                ("pictures", images.pictures(folder)),
-                ("nifti", nifti.volumes(folder)),
-            )
-            if names
-        }
-        if len(found) > 1:
-            raise InputError(
-                f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind"
-            )
-        if found:
-            if "pictures" in found:
-                images.say_unread([folder])
-            return (*found.popitem(),)
-    raise InputError(
-        f"{path}: no picture ({', '.join(sorted(pixels.PICTURES))}) and no .nii or .nii.gz is in it, nor in its images, imagesTs or imagesTr"
-    )
+        kind, name = ("nifti", match[1]) if match else ("pictures", path.stem)
+        paths = {plain_name(name): path}
+    else:
+        kind, paths = find_in(path)
+    if masks := [name for name in paths if OF_MASKS.fullmatch(name)]:
+        print(
+            f"note: {len(masks)} of {len(paths)} files have names of masks, such as "
+            f"{paths[masks[0]]}; they are taken for images, so move them elsewhere if they are none"
+        )
+    return kind, paths
+
+
+def find_in(path):
+    """The work of find() for a folder."""
+    found = []
+    for folder in dict.fromkeys(path / name for name in FOLDERS):
+        kinds = {"pictures": images.pictures(folder), "nifti": nifti.volumes(folder)}
+        found += [(folder, kind, names) for kind, names in kinds.items() if names]
+    if not found:
+        raise InputError(
+            f"{path}: no picture ({', '.join(sorted(pixels.PICTURES))}) and no .nii or .nii.gz is "
+            "in it, nor in its images, imagesTs or imagesTr; give a folder of images"
+        )
+    (folder, kind, names), *others = found
+    if others and others[0][0] == folder:
+        raise InputError(
+            f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind"
+        )
+    if kind == "pictures":
+        images.say_unread([folder])
+    if others:
+        print(
+            f"note: images of {folder} alone are taken; those of {others[0][0]} need a run of "
+            "their own"
+        )
+    return kind, names
 
 
 def convert(source, out, data):
-    """Writes the images of a folder, or one, to a dataset file `out`, all in split `unlabeled`. data: what a checkpoint says of its data -> Info
+    """Writes the images of a folder, or one, to a dataset file `out`, all in split `unlabeled`.
 
-    InputError if they cannot be what the network has learned from, or if one of them cannot be read.
+    data: what a checkpoint says of its data -> Info. InputError if they cannot be what the network
+    has learned from, or if one of them cannot be read.
     """
     (kind, paths), prepared = find(Path(source)), data.get("prepared")
     if prepared is None:
         if not data.get("standardize", True):
             raise InputError(
-                f"{source}: the network has learned from data that were brought to a window of intensities, and its checkpoint does not "
-                "say which; convert the data again, and train on them"
+                f"{source}: the network has learned from data that were brought to a window of "
+                "intensities, and its checkpoint does not say which; convert the data again, and "
+                "train on them"
             )
+        color = "gray" if data["channels"] == 1 else "RGB"
         print(
-            f"note: the checkpoint does not say how its data were prepared; {KINDS[kind]} are taken as they are, "
-            + (
-                "as MR, each at its own spacing"
-                if kind == "nifti"
-                else "gray"
-                if data["channels"] == 1
-                else "RGB"
-            )
+            "note: the checkpoint does not say how its data were prepared; "
+            f"{KINDS[kind]} are taken as they are, {'as MR, each at its own spacing' if kind == 'nifti' else color}"
         )
         prepared = {"from": kind}
     how = preparation(prepared, source)
     if prepared["from"] != kind:
         raise InputError(
-            f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[prepared['from']]}"
+            f"{source}: holds {KINDS[kind]}, but the network has learned from "
+            f"{KINDS[prepared['from']]}; give images of that kind"
         )
     if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
         raise InputError(
-            f"{source}: holds {KINDS[kind]}, but the network has learned from {'volumes' if data['dims'] == 3 else 'RGB pictures'}"
+            f"{source}: holds {KINDS[kind]}, but the network has learned from "
+            f"{'volumes' if data['dims'] == 3 else 'RGB pictures'}; give images of that kind"
         )
     notes = defaultdict(list)
     gray = data["channels"] == 1
@@ -91,7 +118,7 @@ def convert(source, out, data):
     try:
         info = h5.write(
             out,
-            cases,
+            noted(cases, constant := []),
             name=Path(source).resolve().name,
             classes=data["classes"],
             dims=data["dims"],
@@ -106,11 +133,23 @@ def convert(source, out, data):
             .replace(" and convert the data again", "")
             .replace("; convert the data again", "")
         ) from None
+    if data["dims"] == 2:
+        notes.pop("one slice", None)
     if kind == "pictures":
         pixels.say(notes)
     else:
         nifti.say(notes, how.axes, len(info.entries("unlabeled")))
+    if constant:
+        print(f"note: {len(constant)} images have one value everywhere, such as {constant[0]}")
     return info
+
+
+def noted(cases, constant):
+    """Yields cases, and appends the names of those of one value to `constant`."""
+    for case in cases:
+        if case.image.min() == case.image.max():
+            constant.append(case.name)
+        yield case
 
 
 def pictures(paths, gray, notes):
@@ -122,7 +161,10 @@ def pictures(paths, gray, notes):
 
 
 def preparation(prepared, source):
-    """nifti.Preparation of what a checkpoint, which may come from anybody, says of it. InputError if that is none."""
+    """nifti.Preparation of what a checkpoint, which may come from anybody, says of it.
+
+    InputError if that is none.
+    """
 
     def numbers(value, n, low, high):
         return (
@@ -150,8 +192,8 @@ def preparation(prepared, source):
         and type(how.get("nnunet", False)) is bool
     ):
         raise InputError(
-            f"{source}: the checkpoint says of its data what cannot be understood ({ascii(prepared)[:100]}); convert the data again, "
-            "and train on them"
+            f"{source}: the checkpoint says of its data what cannot be understood "
+            f"({ascii(prepared)[:100]}); convert the data again, and train on them"
         )
     return nifti.Preparation(**how)
 
@@ -173,4 +215,4 @@ def volumes(paths, how, notes):
             "taken as they are, so they should be stored alike"
         )
     for name, path in cases.items():
-        yield nifti.read_case((name, path, None, name, "unlabeled"), how, path.parent, notes)
+        yield nifti.read_case(Row(name, path, None, name, "unlabeled"), how, path.parent, notes)

@@ -400,7 +400,7 @@ def is_identity(affine):
     return (np.abs(affine) == np.eye(4)).all()
 
 
-# ------------------------------------------------------------------------------------ space and intensity
+# ------------------------------------------------------------------------------------ intensity
 
 
 def scale(image, window):
@@ -445,8 +445,8 @@ NOTES = {  # of cases, in the order in which they are said
     "taken for {axes}, as they are",
     "identity": "have a header that knows no place: voxels of 1 x 1 x 1 mm from 0 on, as programs "
     "write it that have lost the true ones; if so, no distance in mm and no --spacing is right",
-    "tiny": "are less than {smallest} mm long; if that is a wrong unit, mend the spacing or its unit "
-    "(xyzt_units)",
+    "tiny": "are less than {smallest} mm long; if that is a wrong unit, mend the spacing or its "
+    "unit (xyzt_units)",
     "one slice": "have one slice alone, and a network for volumes learns and predicts little of it",
     "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
     "(often 1024), or set the header's slope and intercept",

@@ -49,8 +49,8 @@ FEW_LEVELS = 16  # a mask with more of them was once a JPEG, where white may be 
 
 TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
 PADDED = (
-    "JPEG with bytes after its pixels; some programs write them, but a damaged file looks alike, so "
-    "look at it"
+    "JPEG with bytes after its pixels; some programs write them, but a damaged file looks alike, "
+    "so look at it"
 )
 PALETTE = "colored palette; its indices are taken as class numbers"
 EMPTY = "JPEG mask without foreground; JPEG may have erased it, if it was 0 and 1"

@@ -130,7 +130,7 @@ def qform_of(header, where):
 
 
 def forms_differ(header, where):
-    """Whether qform and sform both count, but put the voxels elsewhere: readers take one of them."""
+    """Whether qform and sform both count and differ in place: readers take one of them."""
     if header["sform_code"] <= 0 or header["qform_code"] <= 0:
         return False
     forms = header.get_sform(), qform_of(header, where)
@@ -255,7 +255,10 @@ def turn_to_source(header, affine, grid, where):
     turn = orientations.io_orientation(np.linalg.inv(source) @ affine)
     size = size_of(header, where)[:3]
     same = not np.isnan(turn).any() and tuple(np.array(grid[::-1])[np.argsort(turn[:, 0])]) == size
-    if not same or largest_distance(source, reoriented_affine(affine, grid, turn), size) > SAME_PLACE:
+    if (
+        not same
+        or largest_distance(source, reoriented_affine(affine, grid, turn), size) > SAME_PLACE
+    ):
         raise InputError(
             f"{where}: header and affine are of different grids; convert the data again"
         )

@@ -1,20 +1,26 @@
-"""The widely used .h5 + .list layout of semi-supervised baselines (ACDC slices and volumes, LA volumes) -> one HDF5 file.
+"""The .h5 + .list layout of many semi-supervised baselines (ACDC and LA) -> one HDF5 file.
 
     python -m data.ssl4mis ACDC --out acdc.h5
     python -m data.ssl4mis LA --out la.h5
     python -m data.ssl4mis PROSTATE --out prostate.h5 --classes background,prostate
 
-    ACDC  train_slices.list, val.list[, test.list]; data/slices/patientNNN_frameNN_slice_N.h5, data/patientNNN_frameNN.h5 (D, H, W)
-    LA    train.list, val.list and/or test.list; */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
+    ACDC  train_slices.list, val.list[, test.list];
+          data/slices/patientNNN_frameNN_slice_N.h5 (H, W), data/patientNNN_frameNN.h5 (D, H, W)
+    LA    train.list, val.list and/or test.list;
+          */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
 
-The slices of a frame become one volume again; the order of patients in the list is kept, because `--labeled 7` means the first 7. Where there is
-no val.list (LA comes without), the last --val volumes of train.list validate, so that nothing is chosen on test.
-Neither layout holds the voxel spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
+The slices of a frame become one volume again; the order of patients in the list is kept, because
+`--labeled 7` means the first 7. Where there is no val.list (LA comes without), the last --val
+volumes of train.list validate, so that nothing is chosen on test. Neither layout holds the voxel
+spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
 
-A list names a file on each line, with or without its ending and its folder. Labels are class
-numbers: 0 to 3 in ACDC, 0 and 1 (or 255) in LA. Only labels that hold all of these take the names
-of the classes of ACDC or LA. Other data need --classes, and --labels if their values are not 0, 1,
-2 and so on.
+A list names a file on each line, with or without its ending and its folder. The frames of
+patientNNN are one patient; any other case is a patient of its own, unless --patient says
+otherwise. A note tells where names of different splits look like those of one patient.
+
+Labels are class numbers: 0 to 3 in ACDC, 0 and 1 (or 255) in LA. Only labels that hold all of these
+take the names of the classes of ACDC or LA. Other data need --classes, and --labels if their values
+are not 0, 1, 2 and so on.
 """
 
 import re
@@ -26,6 +32,7 @@ import numpy as np
 from data import h5, labels, loading
 from data.files import InputError, read_lists
 from data.options import Parser, cli, number
+from data.splits import Row, name_patients, note_patients, plain_name
 
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
@@ -76,96 +83,154 @@ def read_label(label, path, values):
 
 def name_of(line):
     """The case in a line of a list: the file's name without ending, in LA that of its folder."""
-    parts = [part for part in re.split(r"[/\\]", line.removesuffix(".h5")) if part] or [line]
+    line = plain_name(line).removesuffix(".h5")
+    parts = [part for part in re.split(r"[/\\]", line) if part] or [line]
     return parts[-2] if parts[-1] == VOLUME and len(parts) > 1 else parts[-1]
 
 
-def acdc_cases(src, spacing, values):
-    """Frames of the ACDC layout as cases; the patient is the name's first part."""
+def files_in(folder):
+    """{name without ending: path} of a folder's .h5 files."""
+    return {plain_name(p.stem): p for p in sorted(folder.glob("*.h5"))}
+
+
+def patient_of(frame):
+    """The patient of ACDC's patientNNN_frameNN; a frame of any other name is its own."""
+    match = re.fullmatch(r"(patient\d+)_frame\d+", frame)
+    return match[1] if match else frame
+
+
+def acdc_rows(src):
+    """What the lists of the ACDC layout name. -> [Row, ...], {frame of train: its slices' names}"""
     paths = {"train": src / "train_slices.list"} | {s: src / f"{s}.list" for s in ("val", "test")}
     lists = read_lists(paths, name_of)
-    frames = {}  # frame -> its slices' names; dicts keep the list's order
-    for name in lists.pop("train"):
-        frames.setdefault(name.split("_slice_")[0], []).append(name)
-    for frame, names in frames.items():
+    slices = {}  # dicts keep the list's order
+    for name in lists["train"]:
+        slices.setdefault(name.split("_slice_")[0], []).append(name)
+    for names in slices.values():
         if not all(re.fullmatch(r".*_slice_\d+", n) for n in names):
             raise InputError(
                 f"{src}: train_slices.list names '{names[0]}', which is not of the "
                 "form FRAME_slice_N; mend the list"
             )
-        names.sort(key=lambda n: int(n.rsplit("_", 1)[1]))
-        first, last = (int(names[i].rsplit("_", 1)[1]) for i in (0, -1))
-        if last - first + 1 != len(names):
+        names.sort(key=number_of)
+    lists["train"] = list(slices)
+    files = files_in(src / "data")
+    rows = []
+    for split, names in lists.items():
+        for name in names:
+            path = files.get(name, src / "data" / f"{name}.h5")
+            rows.append(Row(name, path, None, patient_of(name), split))
+    return rows, slices
+
+
+def number_of(slice_name):
+    return int(slice_name.rsplit("_", 1)[1])
+
+
+def note_slices(slices, files):
+    """Notes which slices of the frames in train_slices.list are missing in their volumes.
+
+    slices: {frame: names in the list}; files: {name: path} of all slices
+    """
+    listed = {name for names in slices.values() for name in names}
+    others = [n for n in files if n.split("_slice_")[0] in slices and n not in listed]
+    if others:
+        print(
+            f"note: {len(others)} slices of frames in train_slices.list are not in it, such as "
+            f"{others[0]}; the volumes are made without them"
+        )
+    for frame, names in slices.items():
+        first, last = number_of(names[0]), number_of(names[-1])
+        if last - first + 1 != len(names) and not any(
+            n.startswith(f"{frame}_slice_") for n in others
+        ):
             print(
                 f"note: {frame} has {len(names)} slices between {first} and {last}; its volume "
                 "is made of these alone"
             )
-        found = [read(src / "data" / "slices" / f"{n}.h5", 2, values) for n in names]
-        slices, truth = zip(*found)
-        if len({i.shape for i in slices}) > 1:
-            raise InputError(f"{src}: the slices of {frame} differ in size; make them equal")
-        bare = [n for n, y in zip(names, truth) if y is None]
-        if 0 < len(bare) < len(names):
-            print(
-                f"note: {frame} stays unlabeled, since {bare[0]} has no label "
-                f"({len(bare)} of its {len(names)} slices)"
-            )
-        label = None if bare else np.stack(truth)
-        source = f"data/slices/{frame}_slice_*.h5"
-        patient = frame.split("_")[0]
-        yield h5.Case("train", frame, np.stack(slices), label, patient, spacing, source)
-    for split, names in lists.items():
-        for frame in names:
-            image, label = read(src / "data" / f"{frame}.h5", 3, values)
-            yield h5.Case(
-                split, frame, image, label, frame.split("_")[0], spacing, f"data/{frame}.h5"
-            )
 
 
-def la_splits(src, val):
-    """{split: names} of the LA layout's lists; the last `val` of train validate where no list says who does."""
-    splits = {s: [] for s in ("train", "val", "test")}
-    splits |= read_lists({s: src / f"{s}.list" for s in splits}, name_of)
-    if not splits["val"]:
-        if val >= len(splits["train"]):
-            raise InputError(
-                f"--val {val}: train.list of {src} has only {len(splits['train'])} volumes; give fewer"
-            )
-        splits["train"], splits["val"] = (
-            splits["train"][: len(splits["train"]) - val],
-            splits["train"][len(splits["train"]) - val :],
+def acdc_cases(rows, slices, src, spacing, values):
+    """Frames of the ACDC layout as cases. rows, slices: of acdc_rows()"""
+    files = files_in(src / "data" / "slices")
+    note_slices(slices, files)
+    for row in rows:
+        source = f"data/{row.name}.h5"
+        if row.split == "train":
+            source = f"data/slices/{row.name}_slice_*.h5"
+            names = slices[row.name]
+            paths = [files.get(n, src / "data" / "slices" / f"{n}.h5") for n in names]
+            image, label = stack(row.name, names, [read(p, 2, values) for p in paths], src)
+        else:
+            image, label = read(row.image, 3, values)
+        yield h5.Case(row.split, row.name, image, label, row.patient, spacing, source)
+
+
+def stack(frame, names, found, src):
+    """The slices of a frame as one volume. found: [(image, label or None), ...] -> image, label"""
+    slices, truth = zip(*found)
+    if len({i.shape for i in slices}) > 1:
+        raise InputError(f"{src}: the slices of {frame} differ in size; make them equal")
+    bare = [n for n, y in zip(names, truth) if y is None]
+    if 0 < len(bare) < len(names):
+        print(
+            f"note: {frame} stays unlabeled, since {bare[0]} has no label "
+            f"({len(bare)} of its {len(names)} slices)"
         )
+    return np.stack(slices), None if bare else np.stack(truth)
+
+
+def la_rows(src, val):
+    """What the lists of the LA layout name. -> [Row, ...]
+
+    val: how many of train validate, the last ones, where no list says who does.
+    """
+    lists = {s: [] for s in ("train", "val", "test")}
+    lists |= read_lists({s: src / f"{s}.list" for s in lists}, name_of)
+    if not lists["val"]:
+        train = lists["train"]
+        if val >= len(train):
+            raise InputError(
+                f"--val {val}: train.list of {src} has only {len(train)} volumes; give fewer"
+            )
+        lists["train"], lists["val"] = train[: len(train) - val], train[len(train) - val :]
         print(f"no val.list: the last {val} of train.list validate (--val)")
-    return splits
-
-
-def la_cases(src, spacing, values, shrink, val):
-    """Volumes of the LA layout as cases, each axis shrunk to a part."""
     files = {}
     for path in sorted(src.rglob(f"{VOLUME}.h5")):
-        files.setdefault(path.parent.name, []).append(path)
-    for split, names in la_splits(src, val).items():
+        files.setdefault(plain_name(path.parent.name), []).append(path)
+    rows = []
+    for split, names in lists.items():
         for name in names:
             if name not in files:
                 raise InputError(
                     f"{src}: {split}.list names '{name}', but there is no "
                     f"{name}/{VOLUME}.h5; mend the list"
                 )
-            path = files[name][0]
-            if len(files[name]) > 1:
-                raise InputError(
-                    f"{path}: {files[name][1]} has the same name; remove one of the two"
-                )
-            image, label = read(path, 3, values)
-            image, label = (
-                v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1))
-                for v in (image, label)
+            path, *others = files[name]
+            if others:
+                raise InputError(f"{path}: {others[0]} has the same name; remove one of the two")
+            rows.append(Row(name, path, None, name, split))
+    return rows
+
+
+def la_cases(rows, src, spacing, values, shrink):
+    """Volumes of the LA layout as cases, each axis shrunk to a part."""
+    for row in rows:
+        image, label = read(row.image, 3, values)
+        image, label = (
+            v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label)
+        )
+        size = tuple(max(1, n // shrink) for n in image.shape)
+        if min(size[1:]) < h5.SMALLEST <= min(image.shape[1:]):
+            raise InputError(
+                f"--shrink {shrink}: {row.image} would have {' x '.join(map(str, size))} voxels, "
+                "too few in a slice; choose a smaller one"
             )
-            size = tuple(max(1, n // shrink) for n in image.shape)
-            wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
-            image = loading.resize_image(image, size)
-            label = None if label is None else loading.resize_label(label, size)
-            yield h5.Case(split, name, image, label, name, wide, str(path.relative_to(src)))
+        wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
+        image = loading.resize_image(image, size)
+        label = None if label is None else loading.resize_label(label, size)
+        source = plain_name(str(row.image.relative_to(src)))
+        yield h5.Case(row.split, row.name, image, label, row.patient, wide, source)
 
 
 def of_layout(cases, src, layout):
@@ -175,9 +240,10 @@ def of_layout(cases, src, layout):
     for case in cases:
         found |= set() if case.label is None else set(np.unique(case.label).tolist())
         yield case
+    labels.check_not_empty(found, src)
     if found and len(found) != len(LAYOUTS[layout]):
         raise InputError(
-            f"{src}: the labels hold {labels.said(sorted(found))}, and {layout} has "
+            f"{src}: the labels hold {labels.in_words(sorted(found))}, and {layout} has "
             f"{len(LAYOUTS[layout])} classes; name those of these data with "
             "--classes, background first"
         )
@@ -205,6 +271,12 @@ def main(argv=None):
         type=int,
         choices=(2, 3),
         help="segmented as slices or volumes (default: ACDC 2, LA 3)",
+    )
+    p.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help="its one group gives the patient from a case's name; default: the patientNNN of "
+        "ACDC's names, else a case is a patient",
     )
     p.add_argument("--spacing", metavar="D,H,W", help="voxel spacing in mm, if it is known")
     p.add_argument(
@@ -242,14 +314,18 @@ def main(argv=None):
         layout, dims = "LA", 3
     else:
         raise InputError(
-            f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the folder that holds one of them"
+            f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the "
+            "folder that holds one of them"
         )
     classes = args.classes or LAYOUTS[layout]
     values = args.labels or range(len(classes))
+    rows, slices = acdc_rows(src) if layout == "ACDC" else (la_rows(src, args.val), None)
+    rows = name_patients(rows, args.patient) if args.patient else rows
+    note_patients(rows)
     if layout == "ACDC":
-        cases = acdc_cases(src, spacing, values)
+        cases = acdc_cases(rows, slices, src, spacing, values)
     else:
-        cases = la_cases(src, spacing, values, args.shrink, args.val)
+        cases = la_cases(rows, src, spacing, values, args.shrink)
     cases = cases if args.classes else of_layout(cases, src, layout)
     name = src.resolve().name if args.classes else layout
     info = h5.write(args.out, cases, name=name, classes=classes, dims=args.dims or dims, channels=1)

@@ -1,19 +1,22 @@
 """Labels, classes, lists and patients: the right thing is stored, or refused with its place."""
 
+import argparse
 import csv
 import json
+import os
+from pathlib import Path
 
 import cv2
 import h5py
 import numpy as np
 import pytest
-from conftest import make_pictures
+from conftest import make_pictures, python
 from test_evaluate import make_run
 from test_nifti import convert, load, make, save
 
 import evaluate
 import train_ssl
-from data import h5, images, labels, nifti, ssl4mis
+from data import h5, images, labels, nifti, splits, ssl4mis
 from data.files import InputError, read_lists, read_table
 from models import inference
 
@@ -62,7 +65,9 @@ def test_values_of_no_class_are_refused(values, listed, word):
 
 
 def test_found_values_must_have_no_gap():
-    assert labels.count_classes({0, 1, 2}, "f") == 3 and labels.count_classes({1}, "f") == 2
+    a, b = Path("a.nii"), Path("b.nii")
+    assert labels.count_classes({a: [0, 1, 2]}, "f") == 3
+    assert labels.count_classes({a: [1], b: [0]}, "f") == 2
     for found, word in (
         ({0, 255}, "--labels 0,255"),
         ({0, 1, 2, 4}, "--labels 0,1,2,4"),
@@ -70,8 +75,41 @@ def test_found_values_must_have_no_gap():
         (set(range(0, 200, 2)), "100 values"),
     ):
         with pytest.raises(InputError, match=word) as error:
-            labels.count_classes(found, "f")
-        assert len(str(error.value)) < 300
+            labels.count_classes({a: found, b: [0]}, "f")
+        assert len(str(error.value)) < 300 and "both" not in str(error.value)
+    with pytest.raises(InputError, match="a.nii holds 1 and b.nii 255: if both mean one class"):
+        labels.count_classes({a: [0, 1], b: [0, 255]}, "f")
+    with pytest.raises(InputError) as error:
+        labels.count_classes({a: [0, 1, 4], b: [0, 255]}, "f")
+    assert "both" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ("cup,disc", "the first class is cup, .*; write background,cup,disc"),
+        ("a,background,b", "the first class is a, .*; write background,a,b"),
+        ("polyp", "the first class is polyp, .*; write background,polyp"),
+        ("background", "two different names"),
+        ("background,", "two different names"),
+        ("background,a,a", "two different names"),
+        ("background,a,Background", "twice.*; write background,a"),
+        ("", "not named"),
+    ],
+)
+def test_classes_begin_with_the_background(names, words, tmp_path, refused, capsys):
+    """In every converter, and in dataset.json."""
+    for main in (images.main, nifti.main, ssl4mis.main):
+        refused(main, [tmp_path, "--out", tmp_path / "g.h5", "--classes", names], "--classes")
+    with pytest.raises(argparse.ArgumentTypeError, match=words):
+        labels.class_names(names)
+    assert labels.class_names("Background, a") == ["Background", "a"]
+
+
+def test_a_dataset_json_begins_with_the_background(tmp_path, refused):
+    src = make(tmp_path / "src", ["a", "b"])
+    (src / "dataset.json").write_text('{"labels": {"cup": 0, "disc": 1}}')
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "dataset.json", "first class is cup")
 
 
 # -------------------------------------------------------------------------------- NIfTI
@@ -215,13 +253,15 @@ def test_names_of_acdc_and_la_are_not_given_to_other_data(tmp_path, capsys, refu
     other = acdc(tmp_path / "other", lambda y: np.array([0, 1, 2, 4])[y])
     refused(ssl4mis.main, [other, *argv], "label value 4", "0 to 3", "--labels")
     refused(ssl4mis.main, [other, *argv, "--labels", "0,1,2,4"], "--classes")
-    info = from_lists(other, "--labels", "0,1,2,4", "--classes", "b,x,y,z")
+    info = from_lists(other, "--labels", "0,1,2,4", "--classes", "background,x,y,z")
     assert all((y == np.resize(np.arange(K), SHAPE)).all() for y in labels_of(info))
-    refused(ssl4mis.main, [la(tmp_path / "empty", lambda y: y * 0), *argv], "empty", "--classes")
+    refused(ssl4mis.main, [la(tmp_path / "empty", lambda y: y * 0), *argv], "empty", "nothing to")
     zones = la(tmp_path / "zones", lambda y: y * np.resize([1, 2], y.shape))
     refused(ssl4mis.main, [zones, *argv], "label value 2", "--classes")
     assert {
-        int(v) for y in labels_of(from_lists(zones, "--classes", "b,x,y")) for v in np.unique(y)
+        int(v)
+        for y in labels_of(from_lists(zones, "--classes", "background,x,y"))
+        for v in np.unique(y)
     } == {0, 1, 2}
     capsys.readouterr()
     from_lists(prostate, "--classes", "background,zone,gland,tumor")
@@ -316,7 +356,13 @@ def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
         "\n".join(n for n in listed if n != "patient001_frame01_slice_2")
     )
     from_lists(src)
+    said = capsys.readouterr().out
+    assert "note: 1 slices of frames in train_slices.list are not in it, such as" in said
+    assert "patient001_frame01_slice_2; the volumes" in said and said.count("note") == 1
+    (src / "data" / "slices" / "patient001_frame01_slice_2.h5").unlink()
+    from_lists(src)
     assert "patient001_frame01 has 2 slices between 1 and 3" in capsys.readouterr().out
+    store(src / "data" / "slices" / "patient001_frame01_slice_2.h5", np.eye(16, 20))
     (src / "train_slices.list").write_text("\n".join([*listed, listed[0] + ".h5"]))
     refused(
         ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "train_slices.list", listed[0], "line 1"
@@ -391,7 +437,8 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
             (src / folder / f"p{i}.png").rename(src / folder / f"{name}.png")
     argv = [str(src), "--out", str(tmp_path / "f.h5"), "--val", "0.5"]
     images.main(argv)
-    assert "note: p00_0 and p00_1 count as two patients" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "p02_0 in val and p02_1 in train count as two patients; if they are of one" in said
     images.main([*argv, "--patient", r"(p\d+)_"])
     assert "count as two patients" not in capsys.readouterr().out
     info = h5.read_info(tmp_path / "f.h5")
@@ -403,6 +450,9 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
     )
     images.main(argv)
     assert "count as two patients" not in capsys.readouterr().out
+
+
+KINDS = [f"{kind} ({i})" for kind in ("benign", "malignant", "normal") for i in range(20)]
 
 
 @pytest.mark.parametrize(
@@ -417,19 +467,142 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
         (["la_2018_1", "la_2018_2"], False),
         (["21_training", "22_training"], False),
         (["cju0qk8", "cju1zz2"], False),
+        (KINDS, False),
+        (["2019-03-04", "2019-03-05", "2019-04-01"], False),
+        (["IMG_20200101_101010", "IMG_20200102_111111"], False),
         (["p01_1", "p01_2", "p02_1"], True),
         (["patient001_frame01", "patient001_frame12", "patient002_frame01"], True),
         (["21-left", "21-right", "22-left"], True),
         (["p1a", "p1b", "p2a", "p2b"], True),
         (["P1S3", "P1S4", "P2S1"], True),
+        (["anna_1", "anna_2", "ben_1", "ben_2"], True),
+        (["anna1", "anna2", "ben1", "ben2"], True),
+        (["smith_left", "smith_right", "doe_left"], True),
+        (["L_01", "R_01", "L_02", "R_02"], True),
+        (["smith_2019-03-04", "smith_2020-01-01", "doe_2019-03-04"], True),
+        (["p7_20190304", "p7_20200101", "p8_20190304"], True),
+        (["2019-03-04_smith", "2020-01-01_smith", "2019-03-04_doe"], True),
     ],
 )
 def test_a_note_where_names_look_like_those_of_one_patient(names, told, capsys):
-    images.note_patients([(n, None, None, n, None) for n in names])
+    rows = lambda patient, *ss: [
+        splits.Row(n, None, None, patient or n, ss[i % len(ss)]) for i, n in enumerate(names)
+    ]
+    splits.note_patients(rows(None, "train"), drawn=True)
     said = capsys.readouterr().out
-    assert (f"note: {names[0]} and {names[1]}" in said) == told and said.count("\n") == told
-    images.note_patients([(n, None, None, "sequence", None) for n in names])
+    first, second = names[:2]
+    assert (f"note: {first} and {second} count" in said) == told and said.count("\n") == told
+    splits.note_patients(rows(None, "train", "val"))  # by lists
+    said = capsys.readouterr().out
+    assert (f"note: {first} in train and {second} in val count" in said) == told
+    splits.note_patients(rows(None, "train"))
+    splits.note_patients(rows("sequence", "train", "val"), drawn=True)
     assert not capsys.readouterr().out
+
+
+def rename(src, old, new):
+    for folder in ("images", "masks"):
+        (src / folder / old).rename(src / folder / new)
+
+
+def test_patients_across_splits_are_noted_in_every_layout(tmp_path, capsys):
+    """Lists, folders of splits, imagesTs, and the lists of ACDC and LA."""
+    names, told = ["anna_1", "ben_1", "anna_2", "ben_2"], "anna_1 in train and anna_2 in val count"
+    src, out = make_pictures(tmp_path / "src", 4), ["--out", str(tmp_path / "f.h5")]
+    for i, name in enumerate(names):
+        rename(src, f"p{i}.png", f"{name}.png")
+    (src / "train.txt").write_text("anna_1\nben_1")
+    (src / "val.txt").write_text("anna_2\nben_2")
+    images.main([str(src), *out])
+    assert told in capsys.readouterr().out
+    for split, those in (("train", names[:2]), ("val", names[2:])):
+        for folder in ("images", "masks"):
+            (tmp_path / "split" / split / folder).mkdir(parents=True)
+            for name in those:
+                (src / folder / f"{name}.png").rename(
+                    tmp_path / "split" / split / folder / f"{name}.png"
+                )
+    images.main([str(tmp_path / "split"), *out])
+    assert told in capsys.readouterr().out
+    volumes = make(make(tmp_path / "nifti", ["p1_a", "p2_a"]), ["p1_b"], tr="Ts")
+    convert(volumes, "--val", 0)
+    assert "p1_a in train and p1_b in test count" in capsys.readouterr().out
+    for i, name in enumerate(names):
+        store(tmp_path / "la" / name / "mri_norm2.h5", np.resize([0, 0, 1], (16, 20, 9)) * (i < 9))
+    (tmp_path / "la" / "train.list").write_text("anna_1\nben_1")
+    (tmp_path / "la" / "val.list").write_text("anna_2\nben_2")
+    from_lists(tmp_path / "la")
+    assert told in capsys.readouterr().out
+    (tmp_path / "la" / "val.list").write_text("ben_2")
+    (tmp_path / "la" / "train.list").write_text("anna_1\nanna_2")
+    info = from_lists(tmp_path / "la", "--patient", "([a-z]+)_")
+    assert {e.patient for e in info.entries("train")} == {"anna"}
+    assert "count as two" not in capsys.readouterr().out
+
+
+def test_patients_of_the_acdc_layout(tmp_path, capsys):
+    """patientNNN_frameNN says who it is; any other frame is a patient of its own."""
+    src = acdc(tmp_path / "a")
+    assert [e.patient for e in from_lists(src).entries("train")] == ["patient001", "patient002"]
+    for path in [*src.rglob("*.h5")]:
+        number = path.name[9]
+        path.rename(path.with_name(path.name.replace(f"patient00{number}_frame01", f"C_{number}")))
+    for path in src.glob("*.list"):
+        text = path.read_text().replace("_frame01", "").replace("patient00", "C_")
+        path.write_text(text)
+    capsys.readouterr()
+    info = from_lists(src)
+    assert [e.patient for es in info.splits.values() for e in es] == ["C_1", "C_2", "C_3"]
+    assert "note" not in capsys.readouterr().out
+
+
+def test_lists_that_contradict_folders_of_splits_are_refused(tmp_path, refused):
+    for split, seed in (("train", 0), ("val", 1)):
+        make_pictures(tmp_path / "src" / split, 2, seed)
+        rename(tmp_path / "src" / split, "p0.png", f"{split}.png")
+        rename(tmp_path / "src" / split, "p1.png", f"{split}1.png")
+    (tmp_path / "src" / "train.txt").write_text("train\nval")
+    argv = [tmp_path / "src", "--out", tmp_path / "f.h5"]
+    refused(images.main, argv, "train.txt: case 'val'", "val/images/val.png", "of split 'val'")
+    (tmp_path / "src" / "train.txt").write_text("train\n")
+    (tmp_path / "src" / "unlabeled.txt").write_text("val\n")
+    images.main([str(a) for a in argv])
+    assert list(h5.read_info(tmp_path / "f.h5").splits) == ["train", "unlabeled"]
+    src = make(make(tmp_path / "nifti", ["a", "b"]), ["c"], tr="Ts")
+    (src / "train.txt").write_text("a\nc")
+    refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "train.txt: case 'c'", "imagesTs/c")
+
+
+def test_names_of_a_mac_are_those_of_lists(tmp_path, refused):
+    """An accent may be a character of its own in a file's name, and none in a list, or vice versa."""
+    src, out = make_pictures(tmp_path / "src", 3), ["--out", str(tmp_path / "f.h5")]
+    (src / "images" / "p0.png").rename(src / "images" / "a\u0308.png")
+    (src / "masks" / "p0.png").rename(src / "masks" / "\u00e4.png")
+    (src / "train.txt").write_text("\u00e4\np1", encoding="utf-8")
+    (src / "val.txt").write_text("p2")
+    images.main([str(src), *out])
+    info = h5.read_info(tmp_path / "f.h5")
+    assert [(e.name, e.labeled) for e in info.entries("train")] == [("\u00e4", True), ("p1", True)]
+    twice = tmp_path / "src" / "images" / "\u00e4.png"
+    twice.write_bytes(b"")
+    refused(images.main, [src, *out], "is there too")
+    twice.unlink()
+    la_source = la(tmp_path / "la")
+    (la_source / "set" / "ID1").rename(la_source / "set" / "a\u0308")
+    (la_source / "train.list").write_text("ID0\n\u00e4\nID2\n", encoding="utf-8")
+    assert from_lists(la_source).entries("train")[1].name == "\u00e4"
+    (src / "images" / os.fsdecode(b"\xe4.png")).write_bytes(b"")
+    refused(images.main, [src, *out], "udce4", "not UTF-8; rename it")
+
+
+def test_names_are_utf8_in_any_locale(tmp_path):
+    src = make_pictures(tmp_path / "src", 3)
+    rename(src, "p0.png", "\u00e4.png")
+    (src / "train.txt").write_text("\u00e4\np1\np2", encoding="utf-8")
+    plain = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    done = python("-m", "data.images", src, "--out", tmp_path / "f.h5", env=plain)
+    assert done.returncode == 0, done.stderr
+    assert h5.read_info(tmp_path / "f.h5").entries("train")[0].name == "\u00e4"
 
 
 # -------------------------------------------------------------------------------- absent classes
@@ -469,10 +642,55 @@ def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     h5.report(dataset(tmp_path / "g.h5", (0, 1), (0, 1, 2)))
     said = capsys.readouterr().out
     assert (
-        "note: no label of this file holds 'c'" in said
-        and "note: no label of val holds 'b':" in said
+        "note: no label of this file holds 'c': nothing can learn it, and no score" in said
+        and "note: no label of val holds 'b': left out of its scores" in said
     )
     assert "of train" not in said
+    info = dataset(tmp_path / "i.h5", (0, 1, 2, 3), (0, 1))
+    h5.report(info)
+    said = capsys.readouterr().out
+    assert "no label of train holds 'b', 'c': nothing can learn it, and scores count it" in said
+    h5.check_foreground(info, ["train0"])
+    said = capsys.readouterr().out
+    assert "no label of the labeled cases holds 'b', 'c', but val does" in said
+    h5.check_foreground(dataset(tmp_path / "k.h5", (0, 1), (0, 1)), ["train0"])
+    assert not capsys.readouterr().out
+
+
+def cases(tmp_path, *found):
+    """What the notes say of a file of cases (split, image, label)."""
+    every = (
+        h5.Case(split, f"c{i}", np.float32(image), label, f"c{i}")
+        for i, (split, image, label) in enumerate(found)
+    )
+    names = ["background", "a"]
+    return h5.summary(
+        h5.write(str(tmp_path / "c.h5"), every, name="c", classes=names, dims=2, channels=1)
+    )
+
+
+def test_images_that_stand_in_two_splits_or_show_nothing_are_noted(tmp_path):
+    a, b, c = np.random.default_rng(0).random((3, 16, 16))
+    label = np.eye(16, dtype=np.uint8)
+    said = cases(tmp_path, ("train", a, label), ("train", a, label), ("val", b, label))
+    assert "note" not in said
+    said = cases(tmp_path, ("train", a, label), ("unlabeled", a, None), ("val", b, label))
+    assert "note" not in said
+    said = cases(tmp_path, ("train", a, label), ("val", b, label), ("val", a, label * 0))
+    assert "note: 1 image is in two splits, such as train/c0, which is val/c2, too" in said
+    said = cases(tmp_path, ("train", a * 0, label), ("val", a * 0, label), ("test", c, label))
+    assert "note: 2 images have one value everywhere, such as train/c0" in said
+    assert "two splits" not in said
+
+
+def test_masks_that_may_be_inverted_are_noted(tmp_path):
+    a, b = np.random.default_rng(0).random((2, 16, 16))
+    label = np.eye(16, dtype=np.uint8)
+    assert "inverted" not in cases(tmp_path, ("train", a, label), ("val", b, 1 - label))
+    said = cases(tmp_path, ("train", a, 1 - label), ("val", b, 1 - label))
+    assert "note: background is 6% of all pixels: are masks inverted?" in said
+    said = cases(tmp_path, ("train", a, label | 1), ("val", b, label))
+    assert "note: no label of train holds 'background': is a mask inverted?" in said
 
 
 def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(

@@ -963,6 +963,12 @@ def ct(shift=0, padding=None, scale=1):
     return values
 
 
+def two_paddings(values):
+    """One around the field of view, another one in a corner of it."""
+    values[:, :3], values[:, -3:, :9] = -2000, -3024
+    return values
+
+
 @pytest.mark.parametrize(
     "values, why",
     [
@@ -974,7 +980,9 @@ def ct(shift=0, padding=None, scale=1):
         (ct(scale=1 / 1000), "are all between"),
         (ct(9000, padding=-2000), "0 or more"),
         (ct(-5000), "outside of the window"),
-        (np.zeros((9, 24, 24)), "0 or more"),
+        (np.zeros((9, 24, 24)), "are all between"),
+        (two_paddings(ct(1024)), "0 or more"),
+        (two_paddings(ct()), None),
     ],
 )
 def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_path, capsys):

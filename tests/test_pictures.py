@@ -382,9 +382,9 @@ def test_listed_values_of_any_depth_are_mapped(tmp_path, refused):
     label[4:9, 3:11] = 1
     path = tmp_path / "m.png"
     cv2.imwrite(str(path), label.astype(np.uint16) * 65535)
-    found = pixels.read_mask(path, ["background", "disc"], listed=(0, 65535))
+    found = pixels.read_mask(path, ["background", "disc"], values=(0, 65535))
     assert found.dtype == np.uint8 and (found == label).all()
-    read = lambda argv: pixels.read_mask(path, ["background", "disc"], listed=(0, 255))
+    read = lambda argv: pixels.read_mask(path, ["background", "disc"], values=(0, 255))
     refused(read, [], "label value 65535", "0, 255 do")
 
 
