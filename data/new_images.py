@@ -96,9 +96,10 @@ def convert(source, out, data):
                 "train on them"
             )
         color = "gray" if data["channels"] == 1 else "RGB"
+        manner = "as MR, each at its own spacing" if kind == "nifti" else color
         print(
             "note: the checkpoint does not say how its data were prepared; "
-            f"{KINDS[kind]} are taken as they are, {'as MR, each at its own spacing' if kind == 'nifti' else color}"
+            f"{KINDS[kind]} are taken as they are, {manner}"
         )
         prepared = {"from": kind}
     how = preparation(prepared, source)

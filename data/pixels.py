@@ -48,10 +48,7 @@ LINE_PIXELS = 16  # from which on a line counts
 FEW_LEVELS = 16  # a mask with more of them was once a JPEG, where white may be a region of 253
 
 TURNED = "stored turned (EXIF orientation); images and masks are on the grid as it is stored"
-PADDED = (
-    "JPEG with bytes after its pixels; some programs write them, but a damaged file looks alike, "
-    "so look at it"
-)
+PADDED = "JPEG with some bytes after its pixels; it may be damaged, so look at it"
 PALETTE = "colored palette; its indices are taken as class numbers"
 EMPTY = "JPEG mask without foreground; JPEG may have erased it, if it was 0 and 1"
 DARK = f"nearly black regions (values up to {BLACK}); they are taken as background"
@@ -193,7 +190,7 @@ def lowest_opacity(opened):
 
 
 DAMAGE = "Corrupt JPEG|Premature end of JPEG|Inconsistent|Invalid SOS|TIFF_Error|Discarding"
-PADDING = "extraneous bytes before marker 0xd9"  # the end of a picture
+PADDING = r"(\d+) extraneous bytes before marker 0xd9"  # of a JPEG: its end
 
 
 def decode(file, flag, notes=None):
@@ -204,12 +201,26 @@ def decode(file, flag, notes=None):
     found, content = None, np.frombuffer(file.content, np.uint8)
     with words_of_libraries() as words, contextlib.suppress(cv2.error):
         found = cv2.imdecode(content, flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    padded = PADDING in words[0]
-    if found is None or not padded and re.search(DAMAGE, words[0]):
+    further = re.search(PADDING, words[0])
+    if found is None or not further and re.search(DAMAGE, words[0]):
         raise unreadable(file.path)
-    if padded:
-        note(notes, PADDED, file.path)
+    if further:
+        check_padding(file, int(further[1]), notes)
     return found
+
+
+def check_padding(file, count, notes):
+    """What `count` bytes between the pixels of a JPEG and its end mean.
+
+    Some programs fill up with bytes of one value. A few others are noted; more of them are pixels
+    of a damaged picture, which is an InputError.
+    """
+    end = file.content.rfind(b"\xff\xd9")
+    if len(set(file.content[max(0, end - count) : end])) <= 1:
+        return
+    if count > 8:
+        raise unreadable(file.path)
+    note(notes, PADDED, file.path)
 
 
 @contextlib.contextmanager
@@ -357,7 +368,7 @@ def to_gray(mask, file, K, values=None):
     usable = are_whole(mask) & (mask >= 0) & (mask <= 255)
     if K == 2 and not usable.all():
         raise InputError(
-            f"{file.path}: label value {mask[~usable][0]:.9g} is neither background nor "
+            f"{file.path}: label value {mask[~usable][0]:.6g} is neither background nor "
             "foreground; save the mask as 0 and 1, or as 0 and 255"
         )
     mask = mask if values else class_numbers(mask, file.path)

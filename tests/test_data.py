@@ -1,4 +1,4 @@
-"""Datasets: what is written is read back, order and patients are kept, converters meet the layouts that users have."""
+"""Datasets: what is written is read back, order and patients are kept, usual layouts are read."""
 
 import csv
 import shutil

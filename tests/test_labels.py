@@ -222,7 +222,7 @@ def test_ssl4mis_labels_are_class_numbers(tmp_path, refused):
     for i, (wrong, word) in enumerate(
         ((256, "256"), (np.nan, "nan"), (-1, "-1"), (0.5, "0.5"), (9, "9"))
     ):
-        change = lambda y: np.where(y == 1, wrong, y)
+        change = lambda y, wrong=wrong: np.where(y == 1, wrong, y)
         refused(
             ssl4mis.main,
             [la(tmp_path / f"la bad{i}", change), *argv],
@@ -574,7 +574,7 @@ def test_lists_that_contradict_folders_of_splits_are_refused(tmp_path, refused):
 
 
 def test_names_of_a_mac_are_those_of_lists(tmp_path, refused):
-    """An accent may be a character of its own in a file's name, and none in a list, or vice versa."""
+    """An accent may be a character of its own in a file's name, and none in a list."""
     src, out = make_pictures(tmp_path / "src", 3), ["--out", str(tmp_path / "f.h5")]
     (src / "images" / "p0.png").rename(src / "images" / "a\u0308.png")
     (src / "masks" / "p0.png").rename(src / "masks" / "\u00e4.png")

@@ -1,4 +1,4 @@
-"""data/nifti.py: the layouts that users have, no volume silently misread, and masks that lie on their source again."""
+"""data/nifti.py: layouts, no volume silently misread, and masks that lie on their source again."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from conftest import python
 from medpy.metric.binary import hd95
 
-from data import h5, nifti, space
+from data import h5, new_images, nifti, space
 from data.metrics import score
 
 OBLIQUE = dict(spacing=(1.4, 1.4, 8.0), origin=(-123.25, 41.7, 17.9))
@@ -66,7 +66,10 @@ def load(info, split, name):
 
 @pytest.fixture
 def oblique(tmp_path):
-    """A case of 8 x 1.4 x 1.4 mm, rotated about two axes, with an odd origin. -> (folder, the label as ITK has it)"""
+    """A case of 8 x 1.4 x 1.4 mm, rotated about two axes, with an odd origin.
+
+    -> (folder, the label as ITK has it)
+    """
     a, b = np.radians(25), np.radians(-14)
     turn = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ np.array(
         [[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]]
@@ -83,7 +86,7 @@ def oblique(tmp_path):
     return tmp_path / "src", save(tmp_path / "src" / "labelsTr" / "p.nii.gz", label, **place)
 
 
-# ---------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------ layouts
 
 
 def test_decathlon(tmp_path, capsys):
@@ -156,7 +159,7 @@ def test_train_is_in_the_order_of_the_seed_or_of_the_list(tmp_path, refused):
 def test_nnunet_with_channels(tmp_path, capsys, refused):
     names = ["a_01", "a_02", "a_03"]
     src = make(tmp_path / "src", names, "_0000", ending=".nii")
-    for i, name in enumerate(names):
+    for name in names:
         save(
             src / "imagesTr" / f"{name}_0001.nii",
             np.full((4, 10, 12), 0, np.float32) + np.arange(12),
@@ -252,7 +255,7 @@ def test_frames_of_a_patient_stay_together(tmp_path, capsys, refused):
     assert not (tmp_path / "g.h5").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- space
+# ------------------------------------------------------------------------------ space
 
 
 def test_affine_is_that_of_itk_in_nifti_axes(oblique):
@@ -360,7 +363,7 @@ def test_a_failed_mask_leaves_what_was_there(tmp_path, monkeypatch):
         nifti.write_mask(tmp_path / "a.nii.gz", np.zeros((3, 5, 6), np.uint8), entry)
 
 
-# ---------------------------------------------------------------------------------------------------- intensity
+# ------------------------------------------------------------------------------ intensity
 
 
 def test_ct_window_is_the_same_for_all_cases(tmp_path):
@@ -395,7 +398,7 @@ def test_mr_is_clipped_and_standardized(tmp_path):
     assert not load(convert(src), "train", "a")[0].any()
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------ refusals
 
 
 def patch(path, at, *values, kind="f"):
@@ -995,6 +998,63 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_pa
     said = capsys.readouterr().out
     assert "Hounsfield" not in said if why is None else "1 of 2 volumes cannot be in Houns" in said
     assert why is None or "(the first: b, " in said and why in said
+
+
+# ------------------------------------------------------------------------------ doubtful headers
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (STRAIGHT, None),
+        (PLAIN, None),
+        (IDENTITY, "knows no place: voxels of 1 x 1 x 1 mm"),
+        ({}, "knows no place"),
+        (IDENTITY | dict(srow_x=[1, 0, 0, -90]), None),
+        (STRAIGHT | dict(pixdim=[1, 2e-3, 2e-3, 2e-3, 0, 0, 0, 0]), "are less than 2 mm long"),
+        (MICRONS | dict(pixdim=[1, 0.8, 0.8, 2.5, 0, 0, 0, 0]), "wrong unit"),
+        (MICRONS | dict(pixdim=[1, 800, 800, 2500, 0, 0, 0, 0]), None),
+    ],
+)
+def test_a_spacing_that_is_lost_or_of_a_wrong_unit_is_noted(fields, words, tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        pair(tmp_path / "src", name, **fields)
+    convert(tmp_path / "src", "--val", 0)
+    said = capsys.readouterr().out
+    assert said.count("note:") == (words is not None)
+    assert words is None or words in said and "note: 3 of 3 volumes" in said
+
+
+def test_one_slice_is_noted_where_volumes_are_segmented(tmp_path, capsys):
+    pair(tmp_path / "src", shape=(1, 10, 12), **STRAIGHT)
+    convert(tmp_path / "src", "--val", 0, "--dims", 2)
+    assert "note:" not in capsys.readouterr().out
+    convert(tmp_path / "src", "--val", 0)
+    assert "note: 1 of 1 volumes have one slice alone" in capsys.readouterr().out
+
+
+def test_a_spacing_that_leaves_too_little_is_refused(tmp_path, refused):
+    pair(tmp_path / "src", **STRAIGHT)
+    argv = [tmp_path / "src", "--out", tmp_path / "g.h5", "--spacing", "2.5,4,4"]
+    refused(nifti.main, argv, "a.nii.gz", "9 x 10 x 12", "9 x 2 x 2", "choose a smaller --spacing")
+
+
+def test_doubtful_new_volumes_are_noted(tmp_path, capsys):
+    src, data = tmp_path / "src", dict(classes=["background", "x"], dims=3, channels=1)
+    data["prepared"] = {"from": "nifti", "spacing": None, "window": None}
+    for name in ("a", "a_seg"):
+        nii(src / "imagesTs" / f"{name}.nii", np.zeros((1, 10, 12), np.int16), **STRAIGHT)
+    nii(src / "imagesTr" / "b.nii", np.zeros((9, 10, 12), np.int16), **STRAIGHT)
+    info = new_images.convert(str(src), str(tmp_path / "f.h5"), data)
+    said = capsys.readouterr().out
+    assert [e.name for e in info.entries("unlabeled")] == ["a", "a_seg"]
+    for words in (
+        f"images of {src / 'imagesTs'} alone are taken; those of {src / 'imagesTr'} need",
+        "1 of 2 files have names of masks, such as",
+        "2 of 2 volumes have one slice alone",
+        "2 images have one value everywhere, such as a",
+    ):
+        assert f"note: {words}" in said
 
 
 # ------------------------------------------------------------------------------ grids of labels

@@ -100,6 +100,52 @@ def test_images_keep_every_value(name, tmp_path):
     assert np.allclose(gray, expected @ weights, rtol=1e-4, atol=1 if kind is np.uint8 else 1e-3)
 
 
+LARGE_GRAY = cv2.GaussianBlur(RNG.integers(0, 256, (120, 160), np.uint8), (9, 9), 0)
+DAMAGED = {  # name: options, where bytes are zeroed, and how many
+    "a.jpg": (dict(quality=90), 0.5, 300),
+    "b.jpg": (dict(quality=90, progressive=True), 0.3, 300),
+    "cut.jpg": (dict(quality=90), 0.7, None),
+    "a.png": ({}, 0.5, 1),
+    "lzw.tif": (dict(compression="tiff_lzw"), 0.5, 300),
+    "deflate.tif": (dict(compression="tiff_adobe_deflate"), 0.5, 1),
+    "old_deflate.tif": (dict(compression="tiff_deflate"), 0.9, 1),
+    "packbits.tif": (dict(compression="packbits"), 0.5, 300),
+    "jpeg.tif": (dict(compression="jpeg"), 0.5, 300),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_pictures_are_refused(name, tmp_path, capfd):
+    """Decoders go on and give other pixels; nothing of a library is on the screen."""
+    options, at, count = DAMAGED[name]
+    path = save(tmp_path / name, Image.fromarray(LARGE_GRAY), **options)
+    whole = path.read_bytes()
+    found = pixels.read_picture(path, gray=True)
+    assert found.shape == LARGE_GRAY.shape and np.abs(found - 1.0 * LARGE_GRAY).mean() < 3
+    start = int(at * len(whole))
+    end = len(whole) if count is None else start + count
+    patch = b"" if count is None else bytes(255 - b for b in whole[start:end])
+    path.write_bytes(whole[:start] + patch + whole[end:])
+    for read in (lambda: pixels.read_picture(path, True), lambda: pixels.read_mask(path, TWO)):
+        assert_refused(read, name, "not a readable picture")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bytes_after_the_pixels_of_a_jpeg_are_noted(tmp_path, capfd):
+    """Some programs write them, so the picture is taken."""
+    path, notes = save(tmp_path / "a.jpg", Image.fromarray(LARGE_GRAY)), {}
+    whole = path.read_bytes()
+    expected = pixels.read_picture(path, True, notes)
+    assert not notes
+    path.write_bytes(whole[:-2] + bytes(500) + whole[-2:])
+    assert (pixels.read_picture(path, True, notes) == expected).all() and not notes
+    path.write_bytes(whole[:-2] + bytes(range(5)) + whole[-2:])
+    assert (pixels.read_picture(path, True, notes) == expected).all()
+    assert notes == {pixels.PADDED: [path]} and capfd.readouterr().err == ""
+    path.write_bytes(whole[:-2] + bytes(range(50)) + whole[-2:])
+    assert_refused(lambda: pixels.read_picture(path, True), "a.jpg", "not a readable picture")
+
+
 def planar(path):
     """A TIFF of 16 bits that says of itself that its colors lie one after another."""
     content = save(path, DEEP_RGB).read_bytes()
@@ -234,7 +280,20 @@ def test_masks_of_several_classes(tmp_path):
         assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
 
 
+def test_our_own_masks_need_no_note(tmp_path):
+    for label, classes in ((LABEL, FOUR), (DISC, TWO)):
+        pixels.write_mask(tmp_path / "m.png", label)
+        notes = {}
+        assert (pixels.read_mask(tmp_path / "m.png", classes, notes) == label).all()
+        assert not notes
+
+
 BORDERED = np.where(RING > 0, 255, DISC)  # a class number with a border of 255: void
+PATCHES = cv2.resize(
+    cv2.circle(np.zeros((600, 800), np.uint8), (400, 300), 180, 255, -1), (400, 300)
+)
+PATCHES = cv2.GaussianBlur(PATCHES, (5, 5), 0)  # whose edges hide two small regions
+PATCHES[20:25, 30:35] = PATCHES[150:155, 200:205] = 128
 UNCLEAR = {
     "void.png": (BORDERED, {}, "1 .*, 255 .*of 1"),
     "void_and_full.png": (np.where(RING > 0, 255, 1), {}, "regions of 1"),
@@ -278,7 +337,8 @@ UNCLEAR = {
     "void_palette.png": (BORDERED, dict(palette=[BLACK, *[RED] * 255]), "indices 0 .*, 255"),
     "gray_palette.png": (LABEL, dict(palette=[[60 * k] * 3 for k in range(4)]), "of 60"),
     "key.png": (DISC, dict(palette=[BLACK, RED], transparency=0), "transparent"),
-    "share.tif": (DISC * np.float32(0.5), {}, "0.5"),
+    "share.tif": (DISC * np.float32(0.9), {}, "value 0.9.* is neither .*; save .* 0 and 255"),
+    "patches.png": (PATCHES, {}, "regions of 128"),
     "negative.tif": (-DISC.astype(np.int32), {}, "-1"),
     "turned.png": (DISC * 255, turned(6), "EXIF"),
 }
@@ -398,3 +458,48 @@ def test_lists_that_name_one_of_several_cases(tmp_path, refused):
     (tmp_path / "src" / "train.txt").write_text("a\n")
     argv = [tmp_path / "src", "--out", tmp_path / "x.h5"]
     refused(images.main, argv, "train.txt", "several cases called 'a'", "rename")
+
+
+def test_two_copies_of_a_picture_are_refused(tmp_path, refused):
+    """The presets that look into several folders would take the last one."""
+    image, mask = np.dstack([LARGE_GRAY] * 3), np.eye(16, dtype=np.uint8) * 255
+    sources = {
+        "ph2": ("{}/IMD2_Dermoscopic_Image/{}.bmp", "{}/IMD2_lesion/{}_lesion.bmp"),
+        "isic": ("{}_Input/ISIC_2.jpg", "{}_GroundTruth/ISIC_2_segmentation.png"),
+    }
+    for preset, names in sources.items():
+        for i, name in enumerate(names):
+            src = tmp_path / f"{preset}{i}"
+            for copy in ("a", "b"):
+                path = src / name.format(copy, "IMD2")
+                path.parent.mkdir(parents=True)
+                cv2.imwrite(str(path), (image, mask)[i])
+            argv = [src, "--preset", preset, "--out", tmp_path / "f.h5"]
+            refused(images.main, argv, str(src / "b"), f"{src / 'a'}", "is there too", "remove")
+
+
+def test_sizes_that_are_too_small_are_refused_before_anything_is_read(tmp_path, refused):
+    argv = [tmp_path, "--out", tmp_path / "f.h5", "--size", "4"]
+    refused(images.main, argv, "--size 4", "8 pixels or more")
+
+
+@pytest.mark.parametrize("data", [dict(classes=TWO, dims=2, channels=3)])
+def test_doubtful_new_pictures_are_noted(data, tmp_path, capsys):
+    """Names of masks, a picture of one value, and images in another folder, too."""
+    src, data = tmp_path / "src", data | dict(prepared={"from": "pictures"})
+    for folder, name, image in (
+        (".", "a.png", RGB),
+        (".", "b.png", RGB * 0),
+        (".", "a_mask.png", RGB),
+        ("images", "c.png", RGB),
+    ):
+        (src / folder).mkdir(parents=True, exist_ok=True)
+        save(src / folder / name, image)
+    info = new_images.convert(str(src), str(tmp_path / "f.h5"), data)
+    said = capsys.readouterr().out
+    assert len(info.entries("unlabeled")) == 3 and said.count("note:") == 4
+    assert "note: 1 of 3 files have names of masks" in said and "a_mask.png" in said
+    assert f"note: images of {src} alone are taken; those of {src / 'images'}" in said
+    assert "note: 1 images have one value everywhere, such as b" in said
+    new_images.convert(str(src / "a.png"), str(tmp_path / "f.h5"), data)
+    assert "note" not in capsys.readouterr().out
