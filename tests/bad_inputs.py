@@ -1604,7 +1604,7 @@ def wrong_labels():
         "data.ssl4mis",
         "labels empty",
         left_atria(np.zeros((16, 16, 9))),
-        ["src", "--classes"],
+        ["src", "nothing to learn"],
         False,
     )
     yield (
@@ -1672,7 +1672,7 @@ def wrong_labels():
     yield (
         "data.nifti",
         "a value that dataset.json does not name",
-        volumes(np.uint8([0, 2]), b'{"labels": {"b": 0, "a": 1}}'),
+        volumes(np.uint8([0, 2]), b'{"labels": {"background": 0, "a": 1}}'),
         ["labelsTr/", "2"],
         False,
     )
