@@ -121,7 +121,8 @@ def class_names(text):
 
 
 def is_background(name):
-    return name.lower() == "background"
+    """Whether a name is one that people give to the background."""
+    return name.lower() in ("background", "bg", "back", "none")
 
 
 def not_background_first(names):

@@ -445,7 +445,7 @@ NOTES = {  # of cases, in the order in which they are said
     "taken for {axes}, as they are",
     "identity": "have a header that knows no place: voxels of 1 x 1 x 1 mm from 0 on, as programs "
     "write it that have lost the true ones; if so, no distance in mm and no --spacing is right",
-    "tiny": "are less than {smallest} mm long; if that is a wrong unit, mend the spacing or its "
+    "tiny": "are less than {tiny} mm long; if that is a wrong unit, mend the spacing or its "
     "unit (xyzt_units)",
     "one slice": "have one slice alone, and a network for volumes learns and predicts little of it",
     "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
@@ -453,7 +453,7 @@ NOTES = {  # of cases, in the order in which they are said
 }
 
 
-SMALLEST = 2  # mm: a volume of a body that is shorter along each axis has a wrong unit
+TINY = 2  # mm: a volume of a body that is shorter along each axis has a wrong unit
 
 
 def say(notes, axes, total):
@@ -462,7 +462,7 @@ def say(notes, axes, total):
         if names := notes.get(kind):
             print(
                 f"note: {len(names)} of {total} volumes "
-                f"{text.format(axes=axes, smallest=SMALLEST)} (the first: {names[0]})"
+                f"{text.format(axes=axes, tiny=TINY)} (the first: {names[0]})"
             )
 
 
@@ -531,7 +531,7 @@ def note_header(volume, name, notes):
     size = volume.values.shape
     if is_identity(volume.affine):
         notes["identity"].append(name)
-    if max(np.multiply(size, volume.spacing)) < SMALLEST:
+    if max(np.multiply(size, volume.spacing)) < TINY:
         notes["tiny"].append(name)
     if min(size) == 1:
         notes["one slice"].append(name)

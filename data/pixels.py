@@ -83,8 +83,8 @@ def reading(path):
 
 def unreadable(path):
     return InputError(
-        f"{path}: not a readable picture (damaged, or of an unusual kind); save it "
-        "again as PNG, or take it out"
+        f"{path}: not a readable picture (damaged, or of an unusual kind); copy it again, save it "
+        "as PNG, or take it out"
     )
 
 

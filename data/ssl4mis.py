@@ -299,6 +299,8 @@ def main(argv=None):
             f"--spacing {args.spacing}: three numbers in mm are needed, as in 10,1.25,1.25"
         )
     spacing = tuple(map(float, args.spacing.split(","))) if args.spacing else None
+    if spacing and min(spacing) == 0:
+        raise InputError(f"--spacing {args.spacing}: each of the three must be above 0")
     if args.labels and not args.classes:
         raise InputError(
             "--labels says which values there are; give --classes, too, with a name for each"

@@ -1552,9 +1552,10 @@ def converters():
 
     def listed(content, lines="a\n"):
         def make(work):
-            (work / "src/a").mkdir(parents=True)
+            for name in "ab":
+                (work / "src" / name).mkdir(parents=True)
+                (work / "src" / name / "mri_norm2.h5").write_bytes(content)
             (work / "src/train.list").write_text(lines), (work / "src/val.list").write_text("b\n")
-            (work / "src/a/mri_norm2.h5").write_bytes(content)
             return [str(work / "src"), "--out", str(work / "out.h5")]
 
         return make

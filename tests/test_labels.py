@@ -103,7 +103,8 @@ def test_classes_begin_with_the_background(names, words, tmp_path, refused, caps
         refused(main, [tmp_path, "--out", tmp_path / "g.h5", "--classes", names], "--classes")
     with pytest.raises(argparse.ArgumentTypeError, match=words):
         labels.class_names(names)
-    assert labels.class_names("Background, a") == ["Background", "a"]
+    for name in ("Background", "bg", "none"):
+        assert labels.class_names(f"{name}, a") == [name, "a"]
 
 
 def test_a_dataset_json_begins_with_the_background(tmp_path, refused):
@@ -538,6 +539,12 @@ def test_patients_across_splits_are_noted_in_every_layout(tmp_path, capsys):
     info = from_lists(tmp_path / "la", "--patient", "([a-z]+)_")
     assert {e.patient for e in info.entries("train")} == {"anna"}
     assert "count as two" not in capsys.readouterr().out
+
+
+def test_options_of_lists_that_cannot_be(tmp_path, refused):
+    argv = [la(tmp_path / "la"), "--out", tmp_path / "g.h5"]
+    refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing 0,1,1", "above 0")
+    refused(ssl4mis.main, [*argv, "--shrink", "4"], "--shrink 4", "2 x 4 x 5", "a smaller one")
 
 
 def test_patients_of_the_acdc_layout(tmp_path, capsys):
