@@ -352,12 +352,12 @@ def compare_estimates(g, by, samples, on, batch):
     parts = []
     for rows in torch.arange(len(samples)).split(batch):
         x, y = samples.batch(rows, on.device)
-        mine = inference.probabilities(by.net, x, on)  # [B, K, *S]
+        mine = inference.class_probabilities(by.net, x, on)  # [B, K, *S]
         mask, truth = quality.foreground(mine), one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
             says = {"g": g(x, mask)}
         turned = augment.strong(augment.mirror(x, by.flip), 0.5)
-        again = augment.mirror(inference.probabilities(by.net, turned, on), by.flip)
+        again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
         says |= {
             "mean confidence": quality.confidence(mine),
             "mean certainty (entropy)": quality.certainty(mine),
@@ -365,12 +365,12 @@ def compare_estimates(g, by, samples, on, batch):
             "f's own expected Dice": quality.expected_dice(mine),
             "agreement with an augmented pass": quality.overlap(mine, again),
             "agreement of student and teacher": quality.overlap(
-                mine, inference.probabilities(by.other, x, on)
+                mine, inference.class_probabilities(by.other, x, on)
             ),
         }
         if by.second is not None:
             says["expected Dice under a second network"] = quality.expected_dice(
-                mine, inference.probabilities(by.second, x, on)
+                mine, inference.class_probabilities(by.second, x, on)
             )
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
@@ -665,7 +665,7 @@ def predict(args):
         data.get("prepared"),
     )
     checkpoints.check_size(path, needed, size)
-    cut = inference.window(
+    cut = inference.window_of(
         size, args, args.batch
     )  # fails before images are read, as does the next line
     g = (
@@ -938,7 +938,7 @@ def main(argv=None):
                 cases = inference.Cases(
                     info, split, size, names, keep=voxels * info.channels * 5 < KEEP
                 )
-            cut = inference.window(size, args, args.batch)
+            cut = inference.window_of(size, args, args.batch)
             found = progress(
                 inference.predict_cases(net, cases, on, cut, args.batch), len(cases), path
             )

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import h5py
 import numpy as np
+import psutil
 
 from data import figures
 from data.files import FORMAT, NO_LOCKS, InputError, absent, errno_of, replacing, unreadable
@@ -324,7 +325,7 @@ def _write_case(group, case, channels, dims):
         source=case.source,
         checksum=checksum_of(case.image, case.label),
     )
-    group.attrs["mean"], group.attrs["std"] = moments(case.image)
+    group.attrs["mean"], group.attrs["std"] = mean_and_std(case.image)
     for name in ("affine", "source_grid", "nifti_header"):
         if (value := getattr(case, name)) is not None:
             group.attrs[name] = value
@@ -455,13 +456,14 @@ def read_label(f, info, split, name):
         return f[split][name]["label"][()]
 
 
+def free_memory():
+    """Bytes of main memory that are free."""
+    return psutil.virtual_memory().available
+
+
 def check_memory(data, where):
     """InputError for a dataset that does not fit into memory."""
-    if data.nbytes <= LARGE:
-        return
-    from data import loading  # which imports this module
-
-    if data.nbytes > (free := loading.free_memory()):
+    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
         raise InputError(
             f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory are free; crop or resample it"
         )
@@ -825,7 +827,7 @@ def _plain(value):
 # ---------------------------------------------------------------------------------------------------- what networks see
 
 
-def moments(image):
+def mean_and_std(image):
     """Mean and standard deviation of a case's intensities, all channels together: color is kept."""
     return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import psutil
 import torch
 from torch.nn import functional as F
 
@@ -226,7 +225,7 @@ def as_slice(image, size):
     return resize_image(image, size).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-def read_cases(info, split, names=None, labels=True):
+def whole_cases(info, split, names=None, labels=True):
     """Yields name, image (D, H, W[, 3]), label (D, H, W) or None, mean and deviation of the named cases (default: of all).
 
     InputError for a case that has no label, where labels are asked for, and where there is no case at all.
@@ -241,13 +240,13 @@ def read_cases(info, split, names=None, labels=True):
                 raise InputError(
                     f"{info.path}: /{split}/{name} has no label, but one is needed here"
                 )
-            yield name, image, label, *(h5.moments(image) if info.standardize else (0.0, 1.0))
+            yield name, image, label, *(h5.mean_and_std(image) if info.standardize else (0.0, 1.0))
 
 
 def load_slices(info, split, size, names=None, labels=True):
     """All slices of the named cases of a split (default: every case), resized to size x size. -> Samples"""
     images, ys, means, stds, cases, at = [], [], [], [], [], []
-    for name, image, label, mean, std in read_cases(info, split, names, labels):
+    for name, image, label, mean, std in whole_cases(info, split, names, labels):
         for z in range(len(image)):
             images.append(as_slice(image[z], size))
             ys.append(resize_label(label[z], size) if labels else None)
@@ -281,7 +280,7 @@ def cut_back(volume, grid):
 def load_patches(info, split, size, corners, labels=True, grid=None):
     """Patches of `size` (D, H, W) of volumes, resized to `grid` (default: as they are). corners: {case: [(z, y, x), ...]} -> Samples"""
     images, ys, means, stds, cases, at = [], [], [], [], [], []
-    for name, image, label, mean, std in read_cases(info, split, corners, labels):
+    for name, image, label, mean, std in whole_cases(info, split, corners, labels):
         image, label = at_least(image, size), at_least(label, size) if labels else None
         for corner in corners[name]:
             part = tuple(slice(c, c + s) for c, s in zip(corner, size))
@@ -346,7 +345,7 @@ def load_volumes(info, split, size, names=None, labels=True):
                 mean,
                 std,
             )
-            for name, image, label, mean, std in read_cases(info, split, names, labels)
+            for name, image, label, mean, std in whole_cases(info, split, names, labels)
         )
     )
     return Volumes(
@@ -486,7 +485,7 @@ def _moments(info, split, entries):
 def _moment(f, info, split, name):
     case, where = f[split][name], f"{info.path}: /{split}/{name}"
     if "mean" not in case.attrs:
-        return h5.moments(h5.read_case(f, info, split, name, label=False)[0])
+        return h5.mean_and_std(h5.read_case(f, info, split, name, label=False)[0])
     mean, std = (h5.attribute(case, key, float, where) for key in ("mean", "std"))
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise InputError(
@@ -505,8 +504,3 @@ def bytes_in_memory(info, split, size, names=None):
             for e in entries
         )
     return sum(math.prod(map(max, e.grid, size)) * (e.itemsize + 1) for e in entries)
-
-
-def free_memory():
-    """Bytes of main memory that are free."""
-    return psutil.virtual_memory().available

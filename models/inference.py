@@ -59,7 +59,7 @@ class Cases:
             yield case
 
     def read(self, entry):
-        ((name, image, truth, mean, std),) = loading.read_cases(
+        ((name, image, truth, mean, std),) = loading.whole_cases(
             self.info, self.split, [entry.name], entry.labeled
         )
         if self.info.dims == 3:
@@ -82,7 +82,7 @@ class Cases:
         )
 
 
-def probabilities(net, x, on):
+def class_probabilities(net, x, on):
     """What a network says of images. [B, C, *S] -> [B, K, *S] float32 on the device"""
     with on.autocast():
         return net(channels_last(x)).float().softmax(1)
@@ -108,7 +108,7 @@ class Window:
         )
 
 
-def window(size, args, batch=None):
+def window_of(size, args, batch=None):
     """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices.
     batch: windows in a pass"""
     if isinstance(size, int):
@@ -159,7 +159,7 @@ def sliding_window(net, x, cut, on):
             windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[
                 :, None
             ]  # [B, 1, *S]
-            found = probabilities(net, windows, on)  # [B, K, *S]
+            found = class_probabilities(net, windows, on)  # [B, K, *S]
             if total is None:
                 total = torch.zeros(found.shape[1] + 1, depth, *x.shape[1:], device=on.device)
             for p, place in zip(found, here):
@@ -203,7 +203,7 @@ def labels_of_slices(net, cases, on, batch):
         x = torch.cat(
             [slices.batch(part, on.device)[0] for (_, slices, _), part in parts]
         )  # [B, C, S, S]
-        found = probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
+        found = class_probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
         for p, ((entry, slices, truth), part) in zip(found, parts):
             back = F.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False)
             label.append(back.argmax(1).to(torch.uint8).cpu().numpy())

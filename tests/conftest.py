@@ -113,7 +113,7 @@ def volumes(tmp_path_factory):
                 image, label = case["image"][:, :, :36], case["label"][:, :, :36]
                 del case["image"], case["label"]
                 case["image"], case["label"] = image, label
-                case.attrs["mean"], case.attrs["std"] = h5.moments(image)
+                case.attrs["mean"], case.attrs["std"] = h5.mean_and_std(image)
                 case.attrs["checksum"] = h5.checksum_of(image, label)
 
     return str(shared(tmp_path_factory, "volumes", make) / "volumes.h5")

@@ -269,7 +269,7 @@ def test_steps_draw_without_repetition_and_each_another(gray):
 
 def test_auto_keeps_what_fits(gray, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(loading, "free_memory", lambda: 1000)
+    monkeypatch.setattr(h5, "free_memory", lambda: 1000)
     assert train_ssl.where_it_fits(499, cpu) == "ram" and train_ssl.where_it_fits(500, cpu) == "off"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on one machine
     assert train_ssl.where_it_fits(249, cpu) == "ram" and train_ssl.where_it_fits(250, cpu) == "off"

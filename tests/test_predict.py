@@ -185,9 +185,11 @@ def test_pictures_are_read_like_the_data(gray, tmp_path):
     theirs = {
         name: image
         for split in info.splits
-        for name, image, *_ in loading.read_cases(info, split, labels=False)
+        for name, image, *_ in loading.whole_cases(info, split, labels=False)
     }
-    ours = {name: image for name, image, *_ in loading.read_cases(found, "unlabeled", labels=False)}
+    ours = {
+        name: image for name, image, *_ in loading.whole_cases(found, "unlabeled", labels=False)
+    }
     assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all(
         (ours[name] == theirs[name]).all() for name in ours
     )
@@ -366,7 +368,7 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
             label = (
                 torch.cat(
                     [
-                        inference.probabilities(
+                        inference.class_probabilities(
                             net, samples.batch(torch.tensor([i]))[0], ON
                         ).argmax(1)
                         for i in range(len(samples))

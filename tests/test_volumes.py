@@ -408,13 +408,13 @@ def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
 def test_options_of_windows(volumes):
     args = evaluate.parse_args(["d", "c", "--out", "o"])
     assert (
-        inference.window(SIZE, args, 2) == inference.Window(SIZE, (8, 8, 16))
-        and inference.window(96, args) is None
+        inference.window_of(SIZE, args, 2) == inference.Window(SIZE, (8, 8, 16))
+        and inference.window_of(96, args) is None
     )
     args = evaluate.parse_args(
         ["d", "c", "--out", "o", "--stride", "4,5,6", "--blend", "uniform", "--window", "whole"]
     )
-    assert inference.window(SIZE, args, 7) == inference.Window(SIZE, (4, 5, 6), False, True, 7)
+    assert inference.window_of(SIZE, args, 7) == inference.Window(SIZE, (4, 5, 6), False, True, 7)
 
 
 def test_strides_that_leave_gaps_and_windows_of_slices_are_refused(

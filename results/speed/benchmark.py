@@ -444,7 +444,13 @@ def large_cases(size):
     label[:, 100:300, 100:300] = 1
     for i in range(int(size / noise.size)):
         split = "val" if i < 2 else "train"
-        yield h5.Case(split, f"case{i}", np.roll(noise, i, 1), label, f"patient{i}")
+        yield h5.Case(
+            split=split,
+            name=f"case{i}",
+            image=np.roll(noise, i, 1),
+            label=label,
+            patient=f"patient{i}",
+        )
 
 
 def large(args):
