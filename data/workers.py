@@ -7,8 +7,20 @@ import contextlib
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
+
+
+def forget_script():
+    """Processes that this one spawns do not import its script, which they do not need.
+
+    multiprocessing imports it in each of them where the main module tells its file. With
+    evaluate.py comes torch: 4.3 s and 316 MB for each process, not 1.0 s and 64 MB.
+    """
+    script = sys.modules["__main__"]
+    script.__spec__ = None  # of a script that runs as a module
+    vars(script).pop("__file__", None)
 
 
 def start_worker():
@@ -35,8 +47,11 @@ def _end_with(parent):
 
 @contextlib.contextmanager
 def postponed_signals():
-    """In its block Ctrl-C and SIGTERM do not interrupt: `stop()` of `with postponed_signals() as stop` is 0 until one comes, then its exit code,
-    so that the block can save and leave. Another one, a second or more later, interrupts as ever."""
+    """In the block of `with postponed_signals() as stop` Ctrl-C and SIGTERM do not interrupt.
+
+    stop() is 0 until one comes, then its exit code, so that the block can save and leave. Another
+    signal, a second or more later, interrupts as ever.
+    """
     first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
     usual = {
         number: handler

@@ -805,11 +805,16 @@ def test_few_cases_are_under_way():
             under_way.append(task)
             return types.SimpleNamespace(result=lambda: under_way.remove(task) or function(*task))
 
-    for i, value in enumerate(evaluate.in_order(Pool(), pow, ((i, 2) for i in range(20)), 3)):
-        assert value == i**2
+    calls = evaluate.Calls(pow, Pool(), 3)
+    for i in range(20):
+        calls.add(i, 2)
         most.append(len(under_way))
-    assert max(most) == 3 and most[-1] == 0
-    assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
+    assert max(most) == 3
+    assert calls.results() == [i**2 for i in range(20)] and under_way == []
+    calls = evaluate.Calls(pow)  # without a pool
+    calls.add(2, 3)
+    calls.add(3, 2)
+    assert calls.results() == [8, 9]
 
 
 # ---------------------------------------------------------------------------------------------------- against a baseline
@@ -860,7 +865,11 @@ def test_rows_are_compared_with_those_of_the_same_labels():
         dices((0.4, 0.6), (0.5, 0.5)),
         dices((1, 1), (1, 1)),
     ]
-    groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
+    groups = [
+        evaluate.Group("supervised", "6", [0, 1]),
+        evaluate.Group("mean_teacher", "6", [2]),
+        evaluate.Group("supervised", "all", [3]),
+    ]
     found = evaluate.against({"6": 0}, groups, scores, ["a", "b"])
     assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
     assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1][
@@ -871,7 +880,7 @@ def test_rows_are_compared_with_those_of_the_same_labels():
         evaluate.find_baselines(name, groups, paths)
         for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt", "supervised")
     ] == [{"6": 1}, {"6": 0}, {"all": 2}, {"6": 0, "all": 2}]
-    more = groups + [("mean_teacher", "all", [0])]  # a name serves all numbers of labels
+    more = [*groups, evaluate.Group("mean_teacher", "all", [0])]  # a name serves all labels
     found = evaluate.against({"6": 0, "all": 2}, more, scores, ["a", "b"])
     assert (
         found[1]["Δ Dice"] == pytest.approx(2.5)
