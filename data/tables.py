@@ -8,7 +8,7 @@ from data.files import replacing
 
 
 def show(value):
-    """A table's cell: a list over seeds as 'mean ± deviation' (n - 1), an interval as 'low to high'.
+    """A table's cell: values over seeds as 'mean ± deviation' (n - 1), an interval 'low to high'.
 
     None, a value that does not exist, is '-'.
     """

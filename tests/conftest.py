@@ -1,4 +1,7 @@
-"""Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2. Made once, by the converters' own commands."""
+"""Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2.
+
+Made once, by the converters' own commands.
+"""
 
 import os
 import subprocess
@@ -18,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
 from data import figures, h5, images, phantom  # noqa: E402
-from data.options import cli
+from data.options import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
 os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure
@@ -37,7 +40,10 @@ def shared(factory, name, make):
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):
-    """A folder of the `folder` preset: a bright ellipse on clutter, and its mask with a few in-between values."""
+    """A folder of the `folder` preset.
+
+    A bright ellipse on clutter, and its mask with a few in-between values.
+    """
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
     for i in range(count):
@@ -236,7 +242,10 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+    """Figures are composed, but not rendered, which takes seconds.
+
+    Other tests look at every kind of picture.
+    """
 
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +257,10 @@ def unrendered(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words): the script ends with exit code 2 and one line on standard error that holds the words."""
+    """refused(main, argv, *words): the script refuses the arguments.
+
+    It ends with exit code 2 and one line on standard error that holds the words.
+    """
 
     def check(main, argv, *words):
         capsys.readouterr()

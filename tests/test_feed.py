@@ -1,4 +1,7 @@
-"""Where images are kept and how they reach a step: the same samples from memory, from a device and from the file, whoever reads them."""
+"""Where images are kept and how they reach a step.
+
+The same samples from memory, from a device and from the file, whoever reads them.
+"""
 
 import multiprocessing
 import pickle
@@ -178,7 +181,10 @@ def feed_of(data, args):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_run_is_the_same_wherever_images_are_kept(kind, request, tmp_path):
-    """RAM, the device, the file in this process, the file in two workers: bit by bit the same weights."""
+    """RAM, the device, the file in this process, the file in two workers.
+
+    Bit by bit the same weights.
+    """
     data = request.getfixturevalue(kind)
     size = ",".join(map(str, SIZES[kind])) if kind == "volumes" else str(SIZES[kind])
     weights = {}
