@@ -770,8 +770,8 @@ def check_prepared(known, others):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    InputError if intensities or axes mean something else. Other differences are a note, once. Where one
-    side says nothing, as older files and checkpoints do, only `standardize` is compared.
+    InputError if intensities or axes mean something else. Other differences are a note, once. Where
+    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
     """
     first = next(iter(known))
     path = next((p for p, data in known.items() if _prepared(data)), first)
@@ -856,7 +856,7 @@ def _plain(value):
     return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
 
 
-# ---------------------------------------------------------------------------------------------------- what networks see
+# -------------------------------------------------------------------------------- what networks see
 
 
 def mean_and_std(image):
@@ -881,7 +881,7 @@ def check_flip(info, flip):
     return flip
 
 
-# ---------------------------------------------------------------------------------------------------- showing
+# ------------------------------------------------------------------------------------------ showing
 
 
 def preview(info, path):
