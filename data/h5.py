@@ -29,13 +29,13 @@ Legend: K classes, D depth, H height, W width.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import shlex
 import zlib
 from dataclasses import dataclass
+from itertools import combinations
 
 import h5py
 import numpy as np
@@ -364,7 +364,7 @@ def _check_header(where, header, affine, grid):
 
 def _check_patients(path, patients):
     """InputError if a patient is in two splits. patients: {split: set of names}"""
-    for a, b in itertools.combinations(patients, 2):
+    for a, b in combinations(patients, 2):
         both = sorted(patients[a] & patients[b])
         if both:
             raise InputError(

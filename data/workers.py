@@ -12,17 +12,6 @@ import threading
 import time
 
 
-def forget_script():
-    """Processes that this one spawns do not import its script, which they do not need.
-
-    multiprocessing imports it in each of them where the main module tells its file. With
-    evaluate.py comes torch: 4.3 s and 316 MB for each process, not 1.0 s and 64 MB.
-    """
-    script = sys.modules["__main__"]
-    script.__spec__ = None  # of a script that runs as a module
-    vars(script).pop("__file__", None)
-
-
 def start_worker():
     """Leaves Ctrl-C to the parent, which then ends its workers. They end when it is killed, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -40,6 +29,17 @@ def start_reader(number):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def forget_script():
+    """Processes that this one spawns do not import its script, which they do not need.
+
+    multiprocessing imports it in each of them where the main module tells its file. With
+    evaluate.py comes torch: 4.3 s and 316 MB for each process, not 1.0 s and 64 MB.
+    """
+    script = sys.modules["__main__"]
+    script.__spec__ = None  # of a script that runs as a module
+    vars(script).pop("__file__", None)
+
+
 def _end_with(parent):
     multiprocessing.connection.wait([parent])
     os._exit(1)
@@ -47,10 +47,10 @@ def _end_with(parent):
 
 @contextlib.contextmanager
 def postponed_signals():
-    """In the block of `with postponed_signals() as stop` Ctrl-C and SIGTERM do not interrupt.
+    """In its block, Ctrl-C and SIGTERM do not interrupt, so that the block can save and leave.
 
-    stop() is 0 until one comes, then its exit code, so that the block can save and leave. Another
-    signal, a second or more later, interrupts as ever.
+    `with postponed_signals() as stop`: stop() is 0 until a signal comes, then its exit code.
+    Another signal, a second or more later, interrupts as ever.
     """
     first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
     usual = {

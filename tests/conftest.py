@@ -40,10 +40,7 @@ def shared(factory, name, make):
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):
-    """A folder of the `folder` preset.
-
-    A bright ellipse on clutter, and its mask with a few in-between values.
-    """
+    """A folder of the `folder` preset: bright ellipses on clutter, masks with in-between values."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
     for i in range(count):
@@ -242,10 +239,7 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Figures are composed, but not rendered, which takes seconds.
-
-    Other tests look at every kind of picture.
-    """
+    """Figures are composed, but not rendered, which takes seconds; other tests look at them."""
 
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
