@@ -47,11 +47,8 @@ def _end_with(parent):
 
 @contextlib.contextmanager
 def postponed_signals():
-    """In its block, Ctrl-C and SIGTERM do not interrupt, so that the block can save and leave.
-
-    `with postponed_signals() as stop`: stop() is 0 until a signal comes, then its exit code.
-    Another signal, a second or more later, interrupts as ever.
-    """
+    """In its block Ctrl-C and SIGTERM do not interrupt: `stop()` of `with postponed_signals() as stop` is 0 until one comes, then its exit code,
+    so that the block can save and leave. Another one, a second or more later, interrupts as ever."""
     first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
     usual = {
         number: handler
