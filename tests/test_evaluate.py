@@ -742,18 +742,24 @@ def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monke
             label = np.zeros((400, 500 + i), np.uint8)
             label[100 : 250 + 20 * i, 150:300], label[300:, :60] = 1, 1
             yield h5.Case(
-                "val",
-                f"c{i}",
-                (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8),
-                label,
-                f"p{i % 4}",
+                split="val",
+                name=f"c{i}",
+                image=(label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8),
+                label=label,
+                patient=f"p{i % 4}",
             )
 
     info = h5.write(
         str(tmp_path / "f.h5"),
         [
             *cases(),
-            h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t"),
+            h5.Case(
+                split="train",
+                name="t",
+                image=np.zeros((9, 9), np.uint8),
+                label=np.zeros((9, 9), np.uint8),
+                patient="t",
+            ),
         ],
         name="f",
         classes=["background", "a"],
