@@ -620,7 +620,7 @@ def predict(args):
         cases = inference.Cases(info, split, size, names, keep=False)
         remove_former(args.out)
         batch = args.batch or samples_in(32, loading.shape_of(size))
-        found = inference.predict_seen(net, cases, on, window, batch)
+        found = inference.predict_read(net, cases, on, window, batch)
         rows = []
         for case, label in progress(found, len(cases), "predict"):
             if args.largest_component:

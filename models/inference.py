@@ -36,7 +36,7 @@ class Volume(NamedTuple):
     std: float
 
 
-class Seen(NamedTuple):
+class ReadCase(NamedTuple):
     """A case that was read."""
 
     entry: h5.Entry
@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 class Cases:
-    """The cases of a split, read one at a time, in the file's order: iterating yields Seen.
+    """The cases of a split, read one at a time, in the file's order: iterating yields ReadCase.
 
     names: of the cases (default: all). keep: they stay in memory once they are read.
     """
@@ -72,12 +72,12 @@ class Cases:
             yield case
 
     def read(self, entry):
-        """-> Seen"""
+        """-> ReadCase"""
         (case,) = loading.whole_cases(self.info, self.split, [entry.name], entry.labeled)
         if self.info.dims == 3:
-            return Seen(entry, Volume(case.image, case.mean, case.std), case.label)
+            return ReadCase(entry, Volume(case.image, case.mean, case.std), case.label)
         slices = loading.samples_of(case._replace(label=None), self.size)
-        return Seen(entry, slices, case.label)
+        return ReadCase(entry, slices, case.label)
 
 
 def samples_of(case, size):
@@ -218,12 +218,12 @@ def predict_cases(net, cases, on, window=None, batch=32):
 
     window: Window, for volumes; batch: slices in a pass.
     """
-    for case, label in predict_seen(net, cases, on, window, batch):
+    for case, label in predict_read(net, cases, on, window, batch):
         yield case.entry, label, case.truth
 
 
-def predict_seen(net, cases, on, window=None, batch=32):
-    """predict_cases() that yields what was read, Seen, and the predicted label."""
+def predict_read(net, cases, on, window=None, batch=32):
+    """predict_cases() that yields what was read, ReadCase, and the predicted label."""
     if window:
         return labels_of_volumes(net, cases, on, window)
     return labels_of_slices(net, cases, on, batch)
@@ -231,7 +231,7 @@ def predict_seen(net, cases, on, window=None, batch=32):
 
 @torch.no_grad()
 def labels_of_volumes(net, cases, on, window):
-    """predict_seen() for volumes, one after the other."""
+    """predict_read() for volumes, one after the other."""
     net = fused(net)
     for case in cases:
         volume, mean, std = case.image
@@ -248,7 +248,7 @@ def labels_of_volumes(net, cases, on, window):
 
 @torch.no_grad()
 def labels_of_slices(net, cases, on, batch):
-    """predict_seen() for slices, in full batches.
+    """predict_read() for slices, in full batches.
 
     Many single pictures are in one batch, a long volume is in several.
     """
