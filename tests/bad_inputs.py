@@ -113,87 +113,27 @@ def listing(folder):
 def make_base(folder):
     """A dataset of slices, one of volumes, and what all stages make of them."""
 
-    def do(main, *argv):
-        code, error, *_ = in_child(main, [str(a) for a in argv], folder / "log", limit=300)
+    def do(main, *argv, options):
+        argv = [*map(str, argv), *options.split()]
+        code, error, *_ = in_child(main, argv, folder / "log", limit=300)
         assert code == 0, error
 
-    for dims, size, width in ((2, "32", "4"), (3, "16,32,32", "4")):
+    flat = (2, "32", "--depth 4 --size 40")
+    deep = (3, "16,32,32", "--depth 16 --size 32")
+    for dims, size, grid in (flat, deep):
         base = folder / f"{dims}d"
         base.mkdir(parents=True)
         data = base / "data.h5"
-        do(
-            "data.phantom",
-            "--out",
-            data,
-            "--train",
-            4,
-            "--val",
-            2,
-            "--test",
-            1,
-            "--depth",
-            4 if dims == 2 else 16,
-            "--size",
-            40 if dims == 2 else 32,
-            "--dims",
-            dims,
-        )
-        do(
-            "corrupt.py",
-            data,
-            "--out",
-            base / "vqm",
-            "--size",
-            size,
-            "--masks",
-            4,
-            "--val-masks",
-            2,
-            "--patches",
-            1,
-            "--harvest-epochs",
-            1,
-            "--harvest-steps",
-            1,
-            "--labeled",
-            3,
-            "--folds",
-            1,
-        )
-        do(
-            "train_qp.py",
-            data,
-            "--vqm",
-            base / "vqm/vqm.h5",
-            "--out",
-            base / "qp",
-            "--width",
-            width,
-            "--members",
-            1,
-            "--epochs",
-            1,
-            "--amp",
-            "off",
-        )
-        do(
-            "train_ssl.py",
-            data,
-            "--out",
-            base / "run",
-            "--size",
-            size,
-            "--steps",
-            1,
-            "--batch",
-            2,
-            "--width",
-            width,
-            "--labeled",
-            3,
-            "--amp",
-            "off",
-        )
+        vqm = base / "vqm"
+        cases = f"--train 4 --val 2 --test 1 --dims {dims} {grid}"
+        do("data.phantom", "--out", data, options=cases)
+        masks = f"--size {size} --masks 4 --val-masks 2 --patches 1 --labeled 3 --folds 1"
+        harvest = "--harvest-epochs 1 --harvest-steps 1"
+        do("corrupt.py", data, "--out", vqm, options=f"{masks} {harvest}")
+        small = "--width 4 --members 1 --epochs 1 --amp off"
+        do("train_qp.py", data, "--vqm", vqm / "vqm.h5", "--out", base / "qp", options=small)
+        step = f"--size {size} --steps 1 --batch 2 --width 4 --labeled 3 --amp off"
+        do("train_ssl.py", data, "--out", base / "run", options=step)
     return folder
 
 

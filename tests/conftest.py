@@ -67,22 +67,8 @@ def gray(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 4 x 48 x 48, 4 classes, segmented slice by slice."""
 
     def make(folder):
-        phantom.main(
-            [
-                "--out",
-                str(folder / "phantom.h5"),
-                "--train",
-                "6",
-                "--val",
-                "2",
-                "--test",
-                "1",
-                "--depth",
-                "4",
-                "--size",
-                "48",
-            ]
-        )
+        sizes = "--train 6 --val 2 --test 1 --depth 4 --size 48"
+        phantom.main(["--out", str(folder / "phantom.h5"), *sizes.split()])
 
     return str(shared(tmp_path_factory, "gray", make) / "phantom.h5")
 
@@ -93,24 +79,8 @@ def volumes(tmp_path_factory):
 
     def make(folder):
         path = folder / "volumes.h5"
-        phantom.main(
-            [
-                "--out",
-                str(path),
-                "--train",
-                "6",
-                "--val",
-                "2",
-                "--test",
-                "1",
-                "--depth",
-                "20",
-                "--size",
-                "40",
-                "--dims",
-                "3",
-            ]
-        )
+        sizes = "--train 6 --val 2 --test 1 --depth 20 --size 40 --dims 3"
+        phantom.main(["--out", str(path), *sizes.split()])
         with h5py.File(path, "a") as f:  # no cube: axes must not be confused
             for case in (case for split in f.values() for case in split.values()):
                 image, label = case["image"][:, :, :36], case["label"][:, :, :36]
@@ -127,65 +97,20 @@ def rgb(tmp_path_factory):
     """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
 
     def make(folder):
-        images.main(
-            [
-                str(make_pictures(folder / "src", 12)),
-                "--out",
-                str(folder / "rgb.h5"),
-                "--val",
-                "0.25",
-            ]
-        )
+        source = make_pictures(folder / "src", 12)
+        images.main([str(source), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
 
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
 def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    corrupt.main(
-        [
-            data,
-            "--out",
-            str(folder),
-            "--labeled",
-            "4",
-            "--size",
-            size,
-            "--patches",
-            "2",
-            "--masks",
-            "8",
-            "--val-masks",
-            str(val),
-            "--folds",
-            "2",
-            "--harvest-share",
-            "0.25",
-            "--harvest-epochs",
-            epochs,
-            "--harvest-steps",
-            "2",
-            "--harvest-batch",
-            "4",
-        ]
-    )
-    train_qp.main(
-        [
-            data,
-            "--vqm",
-            str(folder / "vqm.h5"),
-            "--out",
-            str(folder),
-            "--width",
-            "4",
-            "--members",
-            str(members),
-            "--epochs",
-            "2",
-            "--batch",
-            "16",
-        ]
-    )
+    masks = f"--labeled 4 --size {size} --patches 2 --masks 8 --val-masks {val} --folds 2"
+    harvest = f"--harvest-share 0.25 --harvest-epochs {epochs} --harvest-steps 2 --harvest-batch 4"
+    corrupt.main([data, "--out", str(folder), *masks.split(), *harvest.split()])
+    files = ["--vqm", str(folder / "vqm.h5"), "--out", str(folder)]
+    options = f"--width 4 --members {members} --epochs 2 --batch 16"
+    train_qp.main([data, *files, *options.split()])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
@@ -214,25 +139,9 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
     """The paper's scalar head. -> qp.pt"""
 
     def make(folder):
-        train_qp.main(
-            [
-                rgb,
-                "--vqm",
-                rgb_quality[0],
-                "--out",
-                str(folder),
-                "--head",
-                "scalar",
-                "--size",
-                "32",
-                "--width",
-                "8",
-                "--epochs",
-                "2",
-                "--batch",
-                "16",
-            ]
-        )
+        files = ["--vqm", rgb_quality[0], "--out", str(folder)]
+        options = "--head scalar --size 32 --width 8 --epochs 2 --batch 16"
+        train_qp.main([rgb, *files, *options.split()])
 
     return str(shared(tmp_path_factory, "rgb_scalar", make) / "qp.pt")
 
