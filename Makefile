@@ -1,6 +1,6 @@
 # make demo   from nothing to a results table on the embedded phantom: all four stages, 10 to 20 minutes on two cores
 # make demo3d the same in 3D: volumes, V-Net, whole-volume scores; 8 minutes on two cores
-# make test   the test suite
+# make test   the style of the code, then the test suite
 PYTHON ?= python3
 PY = .venv/bin/python
 OUT = runs/demo
@@ -48,4 +48,6 @@ demo3d: .venv/ready
 	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/new --overwrite
 
 test: .venv/ready
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
 	$(PY) -m pytest -q -n 2 tests

@@ -958,9 +958,7 @@ def where_it_fits(size, device):
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
     return (
-        "ram"
-        if size < loading.free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2
-        else "off"
+        "ram" if size < h5.free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2 else "off"
     )
 
 
@@ -1069,7 +1067,9 @@ def look(net, g, samples, on, held):
     with torch.no_grad():
         mask = torch.cat(
             [
-                inference.probabilities(net, samples.batch(part, on.device)[0], on).argmax(1).cpu()
+                inference.class_probabilities(net, samples.batch(part, on.device)[0], on)
+                .argmax(1)
+                .cpu()
                 for part in rows.split(8)
             ]
         )  # [N, *S]
@@ -1101,7 +1101,7 @@ def main(argv=None):
     on, info = compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
     distributed.start(on.device)
     network = set_defaults(args, info)
-    K, cut = len(info.classes), inference.window(args.size, args)
+    K, cut = len(info.classes), inference.window_of(args.size, args)
     held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
     g, seen = None, []
     if args.qp:

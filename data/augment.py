@@ -1,7 +1,8 @@
-"""Views of a batch, made on its device: geometry for image and mask together, intensity for the image alone.
+"""Views of a batch, made on its device.
 
-Everything takes images [B, C, *S] with S = (H, W) or (D, H, W), standardized to about zero mean and unit variance, with any
-number of channels, and draws from torch's global generator, so that torch.manual_seed fixes it.
+Geometry changes image and mask together, intensity the image alone. Images are [B, C, *S] with
+*S = H, W or D, H, W and any number of channels, standardized to about zero mean and unit variance.
+Random numbers come from torch's global generator, so that torch.manual_seed fixes them.
 """
 
 import math
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 
 
 def uniform(low, high, like):
-    """One number per sample, uniform in [low, high), shaped [B, 1, ...] to broadcast over `like` [B, ...]."""
+    """One number per sample, uniform in [low, high). like [B, ...] -> [B, 1, ...], to broadcast"""
     shape = (len(like),) + (1,) * (like.dim() - 1)
     return low + (high - low) * torch.rand(shape, device=like.device)
 
 
 def may_flip(flip, dims):
-    """Whether each axis of a grid may be flipped, (D, H, W) or (H, W). flip: of --flip -> bools"""
+    """Whether each axis of a grid, (D, H, W) or (H, W), may be flipped. flip: of --flip -> bools"""
     return [flip is None or axis in flip.split(",") for axis in "DHW"[-dims:]]
 
 
@@ -28,46 +29,43 @@ def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=None):
     scale: +- share; shift: +- share of the side.
     flip: the axes that are flipped with p = .5, as --flip names them; None: all.
     """
-    B, d = len(image), image.dim() - 2
-    angle = torch.deg2rad(uniform(-rotate, rotate, image[:, 0].flatten(1)))[:, 0]
-    linear = torch.eye(d, device=image.device).repeat(B, 1, 1)  # acts on (x, y[, z]) in [-1, 1]
+    B = len(image)
+    d = image.dim() - 2
+    device = image.device
+    angle = torch.deg2rad(uniform(-rotate, rotate, image[:, 0].flatten(1)))[:, 0]  # [B]
     stretch = image.shape[-2] / image.shape[-1]  # a unit of y, in units of x
-    linear[:, 0, 0], linear[:, 0, 1] = angle.cos(), -angle.sin() * stretch
-    linear[:, 1, 0], linear[:, 1, 1] = angle.sin() / stretch, angle.cos()
-    factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=image.device) - 1)
-    allowed = torch.tensor(may_flip(flip, d)[::-1], device=image.device)  # of x, y[, z]
-    sign = 1 - 2 * torch.randint(2, (B, d, 1), device=image.device) * allowed[:, None]
-    offset = 2 * shift * (2 * torch.rand(B, d, 1, device=image.device) - 1)
-    return F.affine_grid(
-        torch.cat([linear * sign / factor, offset], 2),
-        (B, 1, *image.shape[2:]),
-        align_corners=False,
-    )
+    linear = torch.eye(d, device=device).repeat(B, 1, 1)  # acts on (x, y[, z]) in [-1, 1]
+    linear[:, 0, 0] = angle.cos()
+    linear[:, 0, 1] = -angle.sin() * stretch
+    linear[:, 1, 0] = angle.sin() / stretch
+    linear[:, 1, 1] = angle.cos()
+    factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=device) - 1)
+    allowed = torch.tensor(may_flip(flip, d)[::-1], device=device)  # of x, y[, z]
+    sign = 1 - 2 * torch.randint(2, (B, d, 1), device=device) * allowed[:, None]
+    offset = 2 * shift * (2 * torch.rand(B, d, 1, device=device) - 1)
+    affine = torch.cat([linear * sign / factor, offset], 2)  # [B, d, d + 1]
+    return F.affine_grid(affine, (B, 1, *image.shape[2:]), align_corners=False)
 
 
 def move(tensor, grid):
-    """Applies a sampling grid: floats [B, C, *S] are interpolated, integer labels [B, *S] take the nearest value.
+    """Applies a sampling grid to floats [B, C, *S] or to integer labels [B, *S].
 
-    What lies outside is mirrored, in image and mask alike, so that they stay aligned.
+    Floats are interpolated, labels take the nearest value. What lies outside is mirrored, in image
+    and mask alike, so that they stay aligned.
     """
+    how = dict(padding_mode="reflection", align_corners=False)
     if tensor.is_floating_point():
-        return F.grid_sample(
-            tensor, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-        )
-    moved = F.grid_sample(
-        tensor[:, None].float(),
-        grid,
-        mode="nearest",
-        padding_mode="reflection",
-        align_corners=False,
-    )
+        return F.grid_sample(tensor, grid, mode="bilinear", **how)
+    moved = F.grid_sample(tensor[:, None].float(), grid, mode="nearest", **how)
     return moved[:, 0].to(tensor.dtype)
 
 
 def weak(image, label=None, flip=None):
     """Random geometry. -> image, and label moved with it if one is given. flip: of --flip"""
     grid = random_geometry(image, flip=flip)
-    return move(image, grid) if label is None else (move(image, grid), move(label, grid))
+    if label is None:
+        return move(image, grid)
+    return move(image, grid), move(label, grid)
 
 
 def mirror(image, flip=None):
@@ -77,31 +75,39 @@ def mirror(image, flip=None):
 
 
 def strong(image, strength=1.0):
-    """Random intensity on a weak view: contrast, brightness, color, gamma, blur, noise; the geometry stays. Strength 0 changes nothing."""
+    """Random intensity on a weak view: contrast, brightness, color, gamma, blur, noise.
+
+    The geometry stays. strength: 0 changes nothing.
+    """
     if not strength:
         return image
-    s, B = strength, len(image)
-    channel = torch.rand(B, image.shape[1], *(1,) * (image.dim() - 2), device=image.device)
+    s = strength
+    ones = (1,) * (image.dim() - 2)
+    channel = torch.rand(*image.shape[:2], *ones, device=image.device)
     x = image * uniform(1 - 0.4 * s, 1 + 0.4 * s, image) + uniform(-0.4 * s, 0.4 * s, image)
     if image.shape[1] > 1:  # a color cast
         x = x + 0.4 * s * (2 * channel - 1)
     x = gamma(x, torch.exp(uniform(-0.5 * s, 0.5 * s, image)))
-    x = torch.where(
-        uniform(0, 1, x) < 0.5, blur(x, uniform(0.3, 0.3 + 1.2 * s, x), 0.3 + 1.2 * s), x
-    )
+    chosen = uniform(0, 1, x) < 0.5
+    most = 0.3 + 1.2 * s  # pixels
+    x = torch.where(chosen, blur(x, uniform(0.3, most, x), most), x)
     return x + uniform(0, 0.15 * s, x) * torch.randn_like(x)
 
 
 def gamma(image, power):
     """Raises intensities, rescaled to 0..1 within each sample, to a power [B, 1, ...]."""
     axes = tuple(range(1, image.dim()))
-    low, high = image.amin(axes, keepdim=True), image.amax(axes, keepdim=True)
+    low = image.amin(axes, keepdim=True)
+    high = image.amax(axes, keepdim=True)
     width = (high - low).clamp_min(1e-6)
     return ((image - low) / width).clamp(1e-6, 1) ** power * width + low
 
 
 def blur(image, sigma, most):
-    """Gaussian blur, separable, with one sigma (pixels) per sample, [B, 1, ...], that is at most `most`, twice which the kernel reaches."""
+    """Gaussian blur, separable, with one sigma (pixels) per sample, [B, 1, ...].
+
+    most: the largest that sigma may be; the kernel reaches twice as far.
+    """
     B, C, *S = image.shape
     radius = max(1, math.ceil(2 * most))
     offset = torch.arange(-radius, radius + 1, device=image.device)
@@ -110,20 +116,23 @@ def blur(image, sigma, most):
     x = image.reshape(1, B * C, *S)
     conv = F.conv2d if len(S) == 2 else F.conv3d
     for axis in range(len(S)):
-        shape, pad = [1] * len(S), [0] * len(S)
-        shape[axis], pad[axis] = len(offset), min(radius, S[axis] - 1)
-        weight = kernel[:, radius - pad[axis] : radius + pad[axis] + 1]
-        shape[axis] = weight.shape[1]
+        reach = min(radius, S[axis] - 1)
+        weight = kernel[:, radius - reach : radius + reach + 1]  # [BC, 2 reach + 1]
         weight = weight / weight.sum(1, keepdim=True)
-        mode_pad = [p for q in reversed(pad) for p in (q, q)]
-        x = conv(F.pad(x, mode_pad, mode="reflect"), weight.reshape(B * C, 1, *shape), groups=B * C)
+        shape = [1] * len(S)
+        shape[axis] = weight.shape[1]
+        pad = [0] * (2 * len(S))  # of both ends of each axis, the last axis first
+        last = 2 * (len(S) - axis)
+        pad[last - 2 : last] = reach, reach
+        x = conv(F.pad(x, pad, mode="reflect"), weight.reshape(B * C, 1, *shape), groups=B * C)
     return x.reshape(image.shape)
 
 
 def random_box(image, share):
-    """1 inside a box at a random place of each sample, 0 outside. image [B, C, *S]; share of each side, one or [B, len(S)] -> [B, 1, *S]
+    """1 inside a box at a random place of each sample, 0 outside. image [B, C, *S] -> [B, 1, *S]
 
-    Sides are rounded to whole pixels; shares above 1 fill the side.
+    share: of each side, one number or [B, len(S)]; sides are rounded to whole pixels, and a share
+    above 1 fills the side.
     """
     B, _, *S = image.shape
     share = torch.as_tensor(share, device=image.device).expand(B, len(S)).clamp(max=1)

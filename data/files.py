@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, text files of any encoding, and errors that a user can act on."""
+"""Files: errors that a user can act on, text files of any encoding, and files that appear whole.
+
+Reading comes first, then writing: replacing() for a file that appears whole or not at all, claim()
+for a folder that one process alone writes to.
+"""
 
 import codecs
 import contextlib
@@ -15,14 +19,17 @@ FORMAT = 1  # of every file that a stage hands to the next one
 
 
 class InputError(Exception):
-    """Something given by the user is wrong. The message says what, where, and how to mend it, in one line."""
+    """Something given by the user is wrong.
+
+    The message says what, where, and how to mend it, in one line.
+    """
 
 
 class DiskFull(InputError):
     """A file could not be written for lack of room. What was there before is untouched."""
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------- errors of the system
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system
 
@@ -31,8 +38,10 @@ def errno_of(error):
     """The system's number for an error, 0 if it has none. HDF5 may tell it in its text alone."""
     if not isinstance(error, (OSError, RuntimeError)):
         return 0
-    said = re.findall(r"errno = (\d+)", str(error))
-    return getattr(error, "errno", None) or int((said or [0])[0])
+    if getattr(error, "errno", None):
+        return error.errno
+    said = re.search(r"errno = (\d+)", str(error))
+    return int(said[1]) if said else 0
 
 
 def unreadable(path, error):
@@ -65,21 +74,24 @@ def room_for(path):
     """Where its block finds no room to write, it ends in DiskFull."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # h5py raises a RuntimeError when a file cannot be closed, and the number is in its text
+    except (OSError, RuntimeError) as error:  # h5py raises the second where it cannot close a file
         number = errno_of(error)
         if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(
-            f"{path}: cannot be written ({os.strerror(number)}); make room and run the same command again, with --resume if it "
-            "has that option; what was there before is untouched"
+            f"{path}: cannot be written ({os.strerror(number)}); make room and run the same "
+            "command again, with --resume if it has that option; what was there before is untouched"
         ) from None
 
 
+# -------------------------------------------------------------------------------------- text files
+
+
 def read_text(path):
-    """A text file that a user made: UTF-8, or UTF-16 with its mark. InputError for other encodings."""
+    """A text file that a user made: UTF-8, or UTF-16 with its mark.
+
+    InputError for other encodings.
+    """
     with open(path, "rb") as f:
         raw = f.read()
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -152,9 +164,15 @@ def read_lists(paths, name=str):
     return found
 
 
+# ----------------------------------------------------------------------------------------- writing
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`; it takes the place of `path` if the block ends well, else it is removed."""
+    """Yields a temporary path beside `path`.
+
+    The file there takes the place of `path` if the block ends well, else it is removed.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{os.getpid()}.part")
@@ -171,9 +189,7 @@ def replacing(path):
 
 def sync(path):
     """Returns when a file, or the names in a folder, would outlast a power failure."""
-    with contextlib.suppress(
-        PermissionError
-    ):  # of folders, where the system (Windows) does not open them
+    with contextlib.suppress(PermissionError):  # Windows does not open folders
         opened = os.open(path, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -182,9 +198,9 @@ def sync(path):
 
 
 def claim(out, *inside):
-    """Makes a folder and takes it for this process, as long as what this returns is kept; removes what killed processes left half-written there
-    and in its subfolders `inside`.
+    """Makes a folder and takes it for this process, as long as the lock is kept. -> the lock
 
+    What killed processes left half-written there, and in its subfolders `inside`, is removed.
     InputError if another process has taken it. Where the file system has no locks, nobody is kept
     out.
     """
@@ -203,17 +219,14 @@ def claim(out, *inside):
     except (NotImplementedError, OSError) as error:  # a file system without locks
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-    for left in [
-        path
-        for part in ("", *inside)
-        for path in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part"))
-    ]:
-        os.remove(left)
+    for part in ("", *inside):
+        for left in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part")):
+            os.remove(left)
     return lock
 
 
 def checksum(path):
-    """CRC-32 of a file; None for no file."""
+    """CRC-32 of a file; None for no file. InputError if it is not there."""
     if path is None:
         return None
     if not os.path.isfile(path):
@@ -225,9 +238,3 @@ def checksum(path):
         while block := f.read(2**22):
             value = zlib.crc32(block, value)
     return value
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-# ---------------------------------------------------------------------------------------------------- runs

@@ -2,13 +2,17 @@
 
     python -m data.h5 FILE [--preview FILE.png]
 
-    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented), channels (1, or 3 where dims is 2),
-           standardize (whether readers bring each case to zero mean and unit variance; CT comes ready from its clip window),
-           prepared (JSON: what a converter did to images, so that new ones can be prepared alike; absent where nobody says)
+    attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented),
+           channels (1, or 3 where dims is 2),
+           standardize (whether readers bring each case to zero mean and unit variance; CT comes
+           ready from its clip window),
+           prepared (JSON: what a converter did to images, so that new ones can be prepared alike;
+           absent where nobody says)
     /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
     /<split>/<case>/source_label   uint8 on source_grid: the label before it was resampled
-             attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and std of the image;
+             attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and
+                           std of the image;
                            affine where the source has a place in space, source_grid where it
                            has another grid than image;
                            nifti_header (uint8, 348 bytes, without its texts) of a NIfTI source,
@@ -17,11 +21,11 @@
     source_grid and source_label are of the source on the axes of image; nifti_header has its own.
     split: train, val, test, unlabeled; cases keep the order in which they were written
 
-A file may come from anybody: it is read only as far as it is plain. What is a link, lies elsewhere (external storage, virtual datasets), claims
-sizes that it does not hold, or has the wrong kind, type or shape is refused when it is opened; pixels, labels and checksums when they are read.
+A file may come from anybody: it is read only as far as it is plain. A link, data that lie elsewhere
+(external storage, virtual datasets), sizes that the file does not hold, and a wrong kind, type or
+shape are refused when it is opened; wrong pixels, labels and checksums when they are read.
 
-Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, S side of the square training grid, *S = S, S or the D, H, W of
-a patch.
+Legend: K classes, D depth, H height, W width.
 """
 
 import contextlib
@@ -32,38 +36,34 @@ import os
 import shlex
 import zlib
 from dataclasses import dataclass
+from itertools import combinations
 
 import h5py
 import numpy as np
+import psutil
 
 from data import figures
 from data.files import FORMAT, NO_LOCKS, InputError, absent, errno_of, replacing, unreadable
 from data.options import Parser, cli, picture
 
 SPLITS = ("train", "val", "test", "unlabeled")
-LARGE = (
-    2**30
-)  # bytes from which on a dataset has to show that it holds, and memory that it takes, what it declares
+LARGE = 2**30  # bytes from which on a dataset must prove that it holds what it declares
 SMALLEST = 8  # pixels of an image's side in the plane
 
 
 @dataclass
 class Case:
-    """One image or volume. image: (H, W), (H, W, 3) or (D, H, W); label: the same grid, uint8, or None."""
+    """One image or volume, to be written."""
 
     split: str
     name: str
-    image: np.ndarray
-    label: np.ndarray | None
+    image: np.ndarray  # (H, W), (H, W, 3) or (D, H, W)
+    label: np.ndarray | None  # uint8 on the image's grid
     patient: str
     spacing: tuple | None = None  # mm per axis, None if the source has none
     source: str = ""
-    affine: np.ndarray | None = (
-        None  # [4, 4] of the source: its voxel (x, y, z) -> mm (right, anterior, superior), as in NIfTI
-    )
-    source_grid: tuple | None = (
-        None  # (H, W) or (D, H, W) of the source, where the image was resampled from another grid
-    )
+    affine: np.ndarray | None = None  # [4, 4] of the source, voxel (x, y, z) -> mm, as in NIfTI
+    source_grid: tuple | None = None  # of the source, where the image was resampled
     nifti_header: np.ndarray | None = None  # [348] uint8 of a NIfTI source, see data/space.py
     source_label: np.ndarray | None = None  # uint8 on source_grid
 
@@ -105,14 +105,14 @@ class Entry:
 
 @dataclass
 class Info:
-    """An opened and checked dataset. splits maps a split's name to its entries, in order."""
+    """An opened and checked dataset."""
 
     path: str
     name: str
     classes: list
     dims: int
     channels: int
-    splits: dict
+    splits: dict  # {split: its entries, in order}
     checksum: int  # of all cases, as written
     standardize: bool = True
     prepared: dict | None = None  # see write()
@@ -130,22 +130,24 @@ class Info:
         )
 
     def entries(self, split):
-        """The entries of a split; an absent or empty one is an error."""
+        """The entries of a split. InputError if it is absent or empty."""
         if not self.splits.get(split):
             raise InputError(
-                f"{self.path}: split '{split}' is empty (it has: {', '.join(self.splits) or 'nothing'}); convert the data again with "
-                "lists or shares that fill it"
+                f"{self.path}: split '{split}' is empty (it has: "
+                f"{', '.join(self.splits) or 'nothing'}); convert the data again with lists or "
+                "shares that fill it"
             )
         return self.splits[split]
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 
 
 def write(path, cases, *, name, classes, dims, channels, standardize=True, prepared=None):
-    """Writes cases (an iterable of Case) to `path`, whole or not at all, and returns its Info.
+    """Writes cases (an iterable of Case) to `path`, whole or not at all. -> Info
 
-    prepared: what was done to the images, for data/new_images.py to do it to new ones: {"from": "pictures"} or nifti.Preparation; None: nobody knows.
+    prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
+    "from" ("pictures" or "nifti") and the entries of nifti.Preparation; None: nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
@@ -164,11 +166,9 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
                 f.attrs["prepared"] = json.dumps(prepared)
             for case in cases:
                 _check_case(path, case, len(classes), channels, dims)
-                group = (
-                    f.require_group(case.split)
-                    if case.split in f
-                    else f.create_group(case.split, track_order=True)
-                )
+                if case.split not in f:
+                    f.create_group(case.split, track_order=True)
+                group = f[case.split]
                 if case.name in group:
                     raise InputError(
                         f"{path}: case '{case.name}' comes twice in split '{case.split}'"
@@ -181,11 +181,66 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     return read_info(path)
 
 
+def _write_case(group, case, channels, dims):
+    grid = _grid_of(case.image, channels)
+    chunk = _chunk_of(grid, dims)
+    color = (*chunk, 3) if channels == 3 else chunk
+    packed = dict(compression="gzip", compression_opts=1, shuffle=True)
+    group.create_dataset("image", data=case.image, chunks=color, **packed)
+    if case.label is not None:
+        group.create_dataset("label", data=case.label, chunks=chunk, **packed)
+    if case.source_label is not None:
+        chunk = _chunk_of(case.source_grid, dims)
+        group.create_dataset("source_label", data=case.source_label, chunks=chunk, **packed)
+        group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
+    mean, std = mean_and_std(case.image)
+    group.attrs.update(
+        patient=str(case.patient),
+        spacing=np.float64(case.spacing or (1.0,) * len(grid)),
+        spacing_known=case.spacing is not None,
+        source=case.source,
+        checksum=checksum_of(case.image, case.label),
+        mean=mean,
+        std=std,
+    )
+    for name in ("affine", "source_grid", "nifti_header"):
+        value = getattr(case, name)
+        if value is not None:
+            group.attrs[name] = value
+
+
+def _grid_of(image, channels):
+    """(H, W) or (D, H, W) of an image, an array or a dataset."""
+    return image.shape[:-1] if channels == 3 else image.shape
+
+
+def _chunk_of(grid, dims):
+    """What of a grid is read alone: a slice, or the blocks that a patch touches."""
+    if len(grid) == 2:
+        return grid
+    if dims == 2:
+        return (1, *grid[1:])
+    return tuple(map(min, grid, (32, 64, 64)))
+
+
+def checksum_of(image, label):
+    """CRC-32 of a case's label (None: of nothing) and image."""
+    of_label = zlib.crc32(b"" if label is None else np.ascontiguousarray(label))
+    return zlib.crc32(np.ascontiguousarray(image), of_label)
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
 def check_text(where, what, text):
-    """InputError unless a name is fit for screens, tables and files: printable, not empty and of at most 200 bytes."""
+    """InputError unless a name is fit for screens, tables and files.
+
+    It is printable, not empty and has at most 200 bytes.
+    """
     if not text or not text.isprintable() or len(text.encode()) > 200:
         raise InputError(
-            f"{where}: {what} {ascii(text[:60])} must be printable and have 1 to 200 bytes; rename it and convert the data again"
+            f"{where}: {what} {ascii(text[:60])} must be printable and have 1 to 200 bytes; rename "
+            "it and convert the data again"
         )
 
 
@@ -194,21 +249,23 @@ def check_name(where, name):
     check_text(where, "a case's name", name)
     if name.startswith(".") or "/" in name or "\\" in name:
         raise InputError(
-            f"{where}: a case's name, '{name}', must not start with a dot or contain a slash; rename it and convert the data again"
+            f"{where}: a case's name, '{name}', must not start with a dot or contain a slash; "
+            "rename it and convert the data again"
         )
 
 
 def _check_layout(path, classes, dims, channels):
     if not 2 <= len(classes) <= 256 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
         raise InputError(
-            f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 classes, and dims 2 with 1 or 3 channels, or "
-            "dims 3 with 1; convert the data again"
+            f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 "
+            "classes, and dims 2 with 1 or 3 channels, or dims 3 with 1; convert the data again"
         )
     for name in classes:
         check_text(path, "a class's name", name)
         if classes.count(name) > 1:
             raise InputError(
-                f"{path}: two classes are called '{name}'; give each its own name and convert the data again"
+                f"{path}: two classes are called '{name}'; give each its own name and convert the "
+                "data again"
             )
 
 
@@ -216,54 +273,62 @@ def _check_grid(where, grid, dims):
     if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
         raise InputError(
             f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
-            f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least {SMALLEST}; leave it out, or pad it, "
-            "and convert the data again"
+            f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least "
+            f"{SMALLEST}; leave it out, or pad it, and convert the data again"
         )
 
 
 def _check_case(path, case, K, channels, dims):
+    """InputError unless a Case can be written."""
     where = f"{path}: case '{case.name}'"
-    grid = case.image.shape[:-1] if channels == 3 else case.image.shape
     check_name(path, case.name)
     check_text(where, "patient", str(case.patient))
     if case.split not in SPLITS:
         raise InputError(f"{where}: split '{case.split}' is none of {', '.join(SPLITS)}")
-    if case.image.dtype not in (np.uint8, np.float32):
-        raise InputError(f"{where}: image of type {case.image.dtype}; uint8 or float32 is needed")
-    if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and case.image.shape[-1] != 3):
-        raise InputError(
-            f"{where}: image of shape {case.image.shape} does not fit {channels} channel(s)"
-        )
-    if dims == 3 and len(grid) != 3:
-        raise InputError(
-            f"{where}: image of shape {case.image.shape}, but a file that is segmented in 3D (dims=3) holds volumes (D, H, W)"
-        )
-    if not np.isfinite(case.image).all():
-        raise InputError(f"{where}: image has NaN or infinite pixels")
+    _check_image(where, case.image, channels, dims)
+    grid = _grid_of(case.image, channels)
     if case.label is not None:
-        if case.label.shape != grid:
-            raise InputError(
-                f"{where}: label of shape {case.label.shape}, image of {grid} ({case.source})"
-            )
-        if case.label.dtype != np.uint8:
-            raise InputError(
-                f"{where}: label of type {case.label.dtype}; uint8 class numbers are needed"
-            )
-        if case.label.max() >= K:
-            raise InputError(
-                f"{where}: label values up to {case.label.max()}, but there are {K} classes (0 to {K - 1})"
-            )
+        _check_label(where, case, grid, K)
     if case.source_grid is not None and len(case.source_grid) != len(grid):
         raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
     if case.source_label is not None:
         _check_source_label(where, case.source_label, case.source_grid)
         _check_values(f"{where}: source_label", case.source_label, K)
     _check_header(where, case.nifti_header, case.affine, case.source_grid or grid)
-    if case.spacing is not None and (
-        len(case.spacing) != len(grid) or not all(0 < s < math.inf for s in case.spacing)
-    ):
-        raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
+    if case.spacing is not None:
+        positive = all(0 < s < math.inf for s in case.spacing)
+        if len(case.spacing) != len(grid) or not positive:
+            raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
     _check_grid(where, grid, dims)
+
+
+def _check_image(where, image, channels, dims):
+    grid = _grid_of(image, channels)
+    if image.dtype not in (np.uint8, np.float32):
+        raise InputError(f"{where}: image of type {image.dtype}; uint8 or float32 is needed")
+    if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and image.shape[-1] != 3):
+        raise InputError(
+            f"{where}: image of shape {image.shape} does not fit {channels} channel(s)"
+        )
+    if dims == 3 and len(grid) != 3:
+        raise InputError(
+            f"{where}: image of shape {image.shape}, but a file that is segmented in 3D (dims=3) "
+            "holds volumes (D, H, W)"
+        )
+    if not np.isfinite(image).all():
+        raise InputError(f"{where}: image has NaN or infinite pixels")
+
+
+def _check_label(where, case, grid, K):
+    label = case.label
+    if label.shape != grid:
+        raise InputError(f"{where}: label of shape {label.shape}, image of {grid} ({case.source})")
+    if label.dtype != np.uint8:
+        raise InputError(f"{where}: label of type {label.dtype}; uint8 class numbers are needed")
+    if label.max() >= K:
+        raise InputError(
+            f"{where}: label values up to {label.max()}, but there are {K} classes (0 to {K - 1})"
+        )
 
 
 def _check_source_label(where, label, grid):
@@ -298,63 +363,22 @@ def _check_header(where, header, affine, grid):
     space.turn_to_source(space.parse(header.tobytes(), where), affine, grid, where)
 
 
-def _write_case(group, case, channels, dims):
-    grid = case.image.shape[:-1] if channels == 3 else case.image.shape
-    pack = dict(compression="gzip", compression_opts=1, shuffle=True)
-
-    def chunk_of(grid):  # what is read alone: a slice, or the blocks that a patch touches
-        if len(grid) == 2:
-            return grid
-        return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
-
-    chunk = chunk_of(grid)
-    group.create_dataset(
-        "image", data=case.image, chunks=(*chunk, 3) if channels == 3 else chunk, **pack
-    )
-    if case.label is not None:
-        group.create_dataset("label", data=case.label, chunks=chunk, **pack)
-    if case.source_label is not None:
-        chunk = chunk_of(case.source_grid)
-        group.create_dataset("source_label", data=case.source_label, chunks=chunk, **pack)
-        group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
-    spacing = case.spacing or (1.0,) * len(grid)
-    group.attrs.update(
-        patient=str(case.patient),
-        spacing=np.float64(spacing),
-        spacing_known=case.spacing is not None,
-        source=case.source,
-        checksum=checksum_of(case.image, case.label),
-    )
-    group.attrs["mean"], group.attrs["std"] = moments(case.image)
-    for name in ("affine", "source_grid", "nifti_header"):
-        if (value := getattr(case, name)) is not None:
-            group.attrs[name] = value
-
-
-def checksum_of(image, label):
-    """CRC-32 of a case's label (None: of nothing) and image."""
-    return zlib.crc32(
-        np.ascontiguousarray(image),
-        zlib.crc32(b"" if label is None else np.ascontiguousarray(label)),
-    )
-
-
 def _check_patients(path, patients):
-    splits = list(patients)
-    for i, a in enumerate(splits):
-        for b in splits[i + 1 :]:
-            if both := sorted(patients[a] & patients[b]):
-                raise InputError(
-                    f"{path}: patient '{both[0]}' is in both '{a}' and '{b}' ({len(both)} such patients); "
-                    "split by patient"
-                )
+    """InputError if a patient is in two splits. patients: {split: set of names}"""
+    for a, b in combinations(patients, 2):
+        both = sorted(patients[a] & patients[b])
+        if both:
+            raise InputError(
+                f"{path}: patient '{both[0]}' is in both '{a}' and '{b}' ({len(both)} such "
+                "patients); split by patient"
+            )
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------------------- reading
 
 
 def open_file(path):
-    """h5py.File for reading; InputError if it is missing, damaged, locked or not permitted."""
+    """h5py.File for reading. InputError if it is missing, damaged, locked or not permitted."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: {absent(path, 'file')}; give the HDF5 file")
     try:
@@ -382,133 +406,133 @@ def _opened(path):
 
 @contextlib.contextmanager
 def reading(where, remedy="convert the data again"):
-    """Whatever HDF5 cannot make sense of, in a file that may hold anything, is an InputError."""
+    """Whatever HDF5 cannot make sense of in its block is an InputError."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if found := unreadable(where, error):
-            raise found from None
-        raise InputError(
+        raise unreadable(where, error) or InputError(
             f"{where}: damaged or incomplete ({error or type(error).__name__}); {remedy}"
         ) from None
 
 
 def child(group, name, kind):
-    """The member of a group that is of a kind, h5py.Group or h5py.Dataset, and in the file itself; anything else is an InputError."""
-    where = lambda: (
-        f"{group.file.filename}: {group.name.rstrip('/')}/{name if name.isprintable() else ascii(name)}"
-    )
+    """The member of a group that is of a kind, h5py.Group or h5py.Dataset, in the file itself.
+
+    InputError for anything else. To be called in a block of reading().
+    """
+    shown = name if name.isprintable() else ascii(name)
+    where = f"{group.file.filename}: {group.name.rstrip('/')}/{shown}"
     try:
         link = group.id.links.get_info(name.encode(errors="surrogateescape")).type
     except (KeyError, RuntimeError, ValueError):
-        raise InputError(f"{where()}: missing; make the file again") from None
+        raise InputError(f"{where}: missing; make the file again") from None
     if link != h5py.h5l.TYPE_HARD:
         raise InputError(
-            f"{where()}: a link to another place or file, which is not followed; copy what it stands for into the file"
+            f"{where}: a link to another place or file, which is not followed; copy what it stands "
+            "for into the file"
         )
-    try:
-        found = group[name]
-    except Exception as error:
-        raise InputError(
-            f"{where()}: damaged ({error or type(error).__name__}); make the file again"
-        ) from None
+    found = group[name]
     if not isinstance(found, kind):
-        raise InputError(
-            f"{where()}: is no {'group' if kind is h5py.Group else 'dataset'}; make the file again"
-        )
+        expected = "group" if kind is h5py.Group else "dataset"
+        raise InputError(f"{where}: is no {expected}; make the file again")
     if kind is h5py.Dataset:
         _check_storage(found, where)
     return found
 
 
 def _check_storage(data, where):
-    """InputError unless a dataset lies in its file and can hold what it declares: gzip makes no more than 1032 bytes of one."""
+    """InputError unless a dataset lies in its file and can hold what it declares.
+
+    gzip makes no more than 1032 bytes of one.
+    """
     plist = data.id.get_create_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
         raise InputError(
-            f"{where()}: lies in other files (virtual dataset or external storage), which are not opened; copy it into the file"
+            f"{where}: lies in other files (virtual dataset or external storage), which are not "
+            "opened; copy it into the file"
         )
     if data.shape is None:
-        raise InputError(f"{where()}: holds nothing; make the file again")
-    chunk = (
-        math.prod(plist.get_chunk()) * data.dtype.itemsize
-        if plist.get_layout() == h5py.h5d.CHUNKED
-        else 0
-    )
+        raise InputError(f"{where}: holds nothing; make the file again")
     declared = math.prod(data.shape) * data.dtype.itemsize
-    if (
-        max(declared, chunk) > LARGE
-        and max(declared, chunk) > 1032 * data.id.get_storage_size()
-        or chunk > LARGE
-        and chunk > declared
-    ):
+    stored = data.id.get_storage_size()
+    if declared > LARGE and declared > 1032 * stored:
         raise InputError(
-            f"{where()}: declares {max(declared, chunk):,} bytes, but the file holds {data.id.get_storage_size():,} of it; make the file again"
+            f"{where}: declares {declared:,} bytes, but the file holds {stored:,} of it; make the "
+            "file again"
         )
 
 
-def read_label(f, info, split, name):
-    """The label of one case of an open file, on its own grid."""
-    with reading(f"{info.path}: /{split}/{name}"):
-        check_memory(f[split][name]["label"], f"{info.path}: /{split}/{name}/label")
-        return f[split][name]["label"][()]
+def free_memory():
+    """Bytes of main memory that are free."""
+    return psutil.virtual_memory().available
 
 
 def check_memory(data, where):
     """InputError for a dataset that does not fit into memory."""
-    if data.nbytes <= LARGE:
-        return
-    from data import loading  # which imports this module
-
-    if data.nbytes > (free := loading.free_memory()):
+    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
         raise InputError(
-            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory are free; crop or resample it"
+            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory "
+            "are free; crop or resample it"
         )
 
 
+# kinds of an attribute, as h5py has them -> numpy's letters for them
+KINDS = {str: "SUO", int: "iu", bool: "biu", float: "iuf"}
+
+
 def attribute(of, name, kind, where, shape=()):
-    """An attribute of a group that is of a kind (str, int, bool, float) and a shape (None: a vector). InputError for anything else."""
+    """An attribute of a group. InputError unless it is of a kind and a shape.
+
+    kind: str, int, bool or float; shape: () for one value, which is returned as such, None for a
+    vector of any length. -> value, tuple of values (a list of texts), or an array
+    """
     try:
         value = of.attrs[name]
         found = np.asarray(value)
     except Exception as error:
         raise InputError(
-            f"{where}: attribute '{name}' is missing or damaged ({error or type(error).__name__}); convert the data again"
+            f"{where}: attribute '{name}' is missing or damaged "
+            f"({error or type(error).__name__}); convert the data again"
         ) from None
-    if found.dtype.kind not in {str: "SUO", int: "iu", bool: "biu", float: "iuf"}[kind] or (
-        found.ndim != 1 if shape is None else found.shape != shape
-    ):
+    fits = found.ndim == 1 if shape is None else found.shape == shape
+    if found.dtype.kind not in KINDS[kind] or not fits:
+        needed = kind.__name__ if shape == () else f"{kind.__name__} values"
         raise InputError(
-            f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {kind.__name__}{'' if shape == () else ' values'} of shape "
+            f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {needed} of shape "
             f"{'(n,)' if shape is None else shape} needed; convert the data again"
         )
     if kind is str:
         texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
-        if not all(isinstance(t, str) for t in texts):
+        if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
-        return texts[0] if found.ndim == 0 else texts
-    return kind(value) if found.ndim == 0 else tuple(map(kind, value)) if found.ndim == 1 else value
+        return texts if found.ndim else texts[0]
+    if found.ndim == 0:
+        return kind(value)
+    return tuple(map(kind, value)) if found.ndim == 1 else value
+
+
+def _optional(of, name, kind, where, shape=(), default=None):
+    """attribute(), or a default where there is no such attribute."""
+    return attribute(of, name, kind, where, shape) if name in of.attrs else default
 
 
 def read_info(path):
-    """Opens a dataset file, checks its structure (not its pixels), and returns its Info."""
+    """Opens a dataset file, checks its structure (not its pixels). -> Info"""
     with open_file(path) as f, reading(path):
-        if (
-            "format" not in f.attrs
-            or attribute(f, "format", int, path) != FORMAT
-            or not {"name", "classes", "dims", "channels"} <= set(f.attrs)
-        ):
+        known = {"format", "name", "classes", "dims", "channels"} <= set(f.attrs)
+        if not known or attribute(f, "format", int, path) != FORMAT:
             raise InputError(
-                f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 --help"
+                f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 "
+                "--help"
             )
-        title, classes = attribute(f, "name", str, path), attribute(f, "classes", str, path, None)
-        dims, channels = attribute(f, "dims", int, path), attribute(f, "channels", int, path)
-        standardize = attribute(f, "standardize", bool, path) if "standardize" in f.attrs else True
-        prepared = (
-            json.loads(attribute(f, "prepared", str, path)) if "prepared" in f.attrs else None
-        )
+        title = attribute(f, "name", str, path)
+        classes = attribute(f, "classes", str, path, None)
+        dims = attribute(f, "dims", int, path)
+        channels = attribute(f, "channels", int, path)
+        standardize = _optional(f, "standardize", bool, path, default=True)
+        prepared = json.loads(_optional(f, "prepared", str, path, default="null"))
         if prepared is not None and not isinstance(prepared, dict):
             raise InputError(
                 f"{path}: attribute 'prepared' is no JSON object; convert the data again"
@@ -518,124 +542,131 @@ def read_info(path):
         splits = {}
         for split in (s for s in SPLITS if s in set(f)):
             group = child(f, split, h5py.Group)
-            splits[split] = [
-                _entry(path, split, name, child(group, name, h5py.Group), channels, dims)
-                for name in group
-            ]
+            splits[split] = [_entry(path, group, name, channels, dims) for name in group]
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
-    checksum = zlib.crc32(
-        repr([(s, e.name, e.checksum) for s in splits for e in splits[s]]).encode()
+    sums = [(s, e.name, e.checksum) for s in splits for e in splits[s]]
+    return Info(
+        path=path,
+        name=title,
+        classes=classes,
+        dims=dims,
+        channels=channels,
+        splits=splits,
+        checksum=zlib.crc32(repr(sums).encode()),
+        standardize=standardize,
+        prepared=prepared,
     )
-    return Info(path, title, classes, dims, channels, splits, checksum, standardize, prepared)
 
 
-def _entry(path, split, name, group, channels, dims):
-    check_name(f"{path}: /{split}", name)
-    where = f"{path}: /{split}/{name}"
-    image, label = (
-        child(group, "image", h5py.Dataset),
-        child(group, "label", h5py.Dataset) if group.id.links.exists(b"label") else None,
-    )
-    grid = image.shape[:-1] if channels == 3 else image.shape
-    if (
-        image.dtype not in (np.uint8, np.float32)
-        or (channels == 3 and image.shape[-1:] != (3,))
-        or len(grid) not in (dims, 3)
-    ):
+def _entry(path, split, name, channels, dims):
+    """The Entry of a case of a split, a group. InputError unless it keeps the schema."""
+    check_name(f"{path}: {split.name}", name)
+    where = f"{path}: {split.name}/{name}"
+    group = child(split, name, h5py.Group)
+    image = child(group, "image", h5py.Dataset)
+    label = _optional_dataset(group, "label")
+    source_label = _optional_dataset(group, "source_label")
+    grid = _grid_of(image, channels)
+    color = channels != 3 or image.shape[-1:] == (3,)
+    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
         raise InputError(
-            f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} channel(s), segmented in {dims}D (uint8 or float32 is "
-            "needed); convert the data again"
+            f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} "
+            f"channel(s), segmented in {dims}D (uint8 or float32 is needed); convert the data again"
         )
     _check_grid(f"{where}/image", grid, dims)
     if label is not None and (label.shape != grid or label.dtype != np.uint8):
         raise InputError(
-            f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the image's grid, is needed; convert the data again"
+            f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the "
+            "image's grid, is needed; convert the data again"
         )
-    patient, spacing = (
-        attribute(group, "patient", str, where),
-        attribute(group, "spacing", float, where, (len(grid),)),
-    )
+    patient = attribute(group, "patient", str, where)
     check_text(where, "patient", patient)
+    spacing = attribute(group, "spacing", float, where, (len(grid),))
     if not all(0 < s < math.inf for s in spacing):
         raise InputError(
             f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again"
         )
-    affine = attribute(group, "affine", float, where, (4, 4)) if "affine" in group.attrs else None
-    source_grid = (
-        attribute(group, "source_grid", int, where, (len(grid),))
-        if "source_grid" in group.attrs
-        else None
-    )
-    if (
-        affine is not None
-        and not np.isfinite(affine).all()
-        or source_grid is not None
-        and not all(0 < n < 2**15 for n in source_grid)
-    ):
+    affine = _optional(group, "affine", float, where, (4, 4))
+    source_grid = _optional(group, "source_grid", int, where, (len(grid),))
+    placed = affine is None or np.isfinite(affine).all()
+    if not placed or not all(0 < n < 2**15 for n in source_grid or ()):
         raise InputError(
             f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again"
         )
-    header = np.asarray(group.attrs["nifti_header"]) if "nifti_header" in group.attrs else None
+    header = None
+    if "nifti_header" in group.attrs:
+        header = np.asarray(group.attrs["nifti_header"])
     _check_header(where, header, affine, source_grid or grid)
-    source_label = None
-    if group.id.links.exists(b"source_label"):
-        source_label = child(group, "source_label", h5py.Dataset)
+    if source_label is not None:
         _check_source_label(where, source_label, source_grid)
-    known = attribute(group, "spacing_known", bool, where)
-    source = attribute(group, "source", str, where)
-    checksum = attribute(group, "checksum", int, where) if "checksum" in group.attrs else 0
     return Entry(
-        name,
-        patient,
-        grid,
-        label is not None,
-        spacing,
-        known,
-        source,
-        checksum,
-        affine,
-        source_grid,
-        image.dtype.itemsize,
-        header,
-        source_label is not None,
+        name=name,
+        patient=patient,
+        grid=grid,
+        labeled=label is not None,
+        spacing=spacing,
+        spacing_known=attribute(group, "spacing_known", bool, where),
+        source=attribute(group, "source", str, where),
+        checksum=_optional(group, "checksum", int, where, default=0),
+        affine=affine,
+        source_grid=source_grid,
+        itemsize=image.dtype.itemsize,
+        nifti_header=header,
+        source_labeled=source_label is not None,
     )
 
 
-def read_case(f, info, split, name, label=True, part=()):
-    """Pixels of one case of an open file. -> image (D, H, W[, 3]) (D = 1 for an image), label (D, H, W) or None.
+def _optional_dataset(group, name):
+    return child(group, name, h5py.Dataset) if group.id.links.exists(name.encode()) else None
 
-    part: slices of its first axes, which alone are read. What is read whole, with its label, is compared with its checksum.
+
+def read_case(f, info, split, name, label=True, part=()):
+    """Pixels of one case of an open file.
+
+    -> image (D, H, W[, 3]), label (D, H, W) or None; D is 1 for a plain image. label: whether it is
+    read; part: slices of the first axes, which alone are read. A case that is read whole, with its
+    label, is compared with its checksum. InputError for wrong pixels, labels and checksums.
     """
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
         group = f[split][name]
-        image = group["image"]
         if not part:
-            check_memory(image, f"{where}/image")
-        image = image[part]
+            check_memory(group["image"], f"{where}/image")
+        image = group["image"][part]
         y = group["label"][part] if label and "label" in group else None
+        checksum = group.attrs.get("checksum")
     if image.dtype == np.float32 and not np.isfinite(image).all():
         raise InputError(
             f"{where}/image: NaN or infinite pixels; mend them and convert the data again"
         )
     if y is not None:
         _check_values(f"{where}/label", y, len(info.classes))
-    if (
-        y is not None
-        and not part
-        and (said := group.attrs.get("checksum")) is not None
-        and said != checksum_of(image, y)
-    ):
-        raise InputError(
-            f"{where}: image and label are not those that were written (checksum); convert the data again"
-        )
-    if image.ndim - (info.channels == 3) == 2:
-        image, y = image[None], None if y is None else y[None]
+        whole = not part and checksum is not None
+        if whole and checksum != checksum_of(image, y):
+            raise InputError(
+                f"{where}: image and label are not those that were written (checksum); convert the "
+                "data again"
+            )
+    if len(_grid_of(image, info.channels)) == 2:
+        image = image[None]
+        y = None if y is None else y[None]
     return image, y
 
 
+def read_label(f, info, split, name):
+    """The label of one case of an open file, on its own grid. -> (H, W) or (D, H, W) uint8"""
+    where = f"{info.path}: /{split}/{name}"
+    with reading(where):
+        label = f[split][name]["label"]
+        check_memory(label, f"{where}/label")
+        return label[()]
+
+
 def read_source_label(info, split, entry):
-    """The label of a case on its source's grid. -> (D, H, W) uint8 (D = 1 for an image)"""
+    """The label of a case on its source's grid. -> (D, H, W) uint8; D is 1 for a plain image
+
+    InputError if there is none, or if it is not what was written.
+    """
     where = f"{info.path}: /{split}/{entry.name}/source_label"
     if not entry.source_labeled:
         raise InputError(
@@ -646,9 +677,9 @@ def read_source_label(info, split, entry):
         group = f[split][entry.name]
         check_memory(group["source_label"], where)
         label = group["source_label"][()]
-        said = group.attrs.get("source_checksum")
+        checksum = group.attrs.get("source_checksum")
     _check_values(where, label, len(info.classes))
-    if said is not None and said != zlib.crc32(label):
+    if checksum is not None and checksum != zlib.crc32(label):
         raise InputError(f"{where}: not what was written (checksum); convert the data again")
     return label if label.ndim == 3 else label[None]
 
@@ -714,37 +745,40 @@ def without(classes, split):
 def choose_labeled(info, spec, seed=None):
     """Names of the train cases whose labels may be read, and of all others.
 
-    spec: "7" takes the first 7 patients that have labels, "0.1" that fraction of them, "all" every one.
-    seed: draws the patients at random instead of taking the first ones.
+    spec: "7" takes the first 7 patients that have labels, "0.1" that fraction of them, "all" every
+    one. seed: draws the patients at random instead of taking the first ones. InputError for a spec
+    that is none of these, or that no number of patients fits.
     """
     train = info.entries("train")
-    patients = list(dict.fromkeys(e.patient for e in train if e.labeled))
-    try:
-        n = (
-            len(patients)
-            if spec == "all"
-            else round(float(spec) * len(patients))
-            if "." in spec
-            else int(spec)
-        )
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; give one of them"
-        ) from None
+    patients = list(dict.fromkeys(entry.patient for entry in train if entry.labeled))
+    n = _count_of(spec, len(patients))
     if not patients:
         raise InputError(
             f"{info.path}: no train case has a label; convert the data again with labels of some"
         )
     if not 1 <= n <= len(patients):
         raise InputError(
-            f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled train patients; give 1 to {len(patients)}, "
-            "a fraction or all"
+            f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled "
+            f"train patients; give 1 to {len(patients)}, a fraction or all"
         )
     if seed is not None:
         patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
     chosen = set(patients[:n])
-    labeled = {e.name: None for e in train if e.labeled and e.patient in chosen}
-    return list(labeled), [e.name for e in train if e.name not in labeled]
+    labeled = {entry.name: None for entry in train if entry.labeled and entry.patient in chosen}
+    return list(labeled), [entry.name for entry in train if entry.name not in labeled]
+
+
+def _count_of(spec, patients):
+    """The number of patients that --labeled means, of so many."""
+    if spec == "all":
+        return patients
+    try:
+        return round(float(spec) * patients) if "." in spec else int(spec)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; "
+            "give one of them"
+        ) from None
 
 
 # ---------------------------------------------------------------------- how images were prepared
@@ -754,8 +788,8 @@ def check_prepared(known, others):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    InputError if intensities or axes mean something else. Other differences are a note, once. Where one
-    side says nothing, as older files and checkpoints do, only `standardize` is compared.
+    InputError if intensities or axes mean something else. Other differences are a note, once. Where
+    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
     """
     first = next(iter(known))
     path = next((p for p, data in known.items() if _prepared(data)), first)
@@ -847,10 +881,10 @@ def _plain(value):
     return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
 
 
-# ---------------------------------------------------------------------------------------------------- what networks see
+# -------------------------------------------------------------------------------- what networks see
 
 
-def moments(image):
+def mean_and_std(image):
     """Mean and standard deviation of a case's intensities, all channels together: color is kept."""
     return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
 
@@ -872,28 +906,35 @@ def check_flip(info, flip):
     return flip
 
 
-# ---------------------------------------------------------------------------------------------------- showing
+# ------------------------------------------------------------------------------------------ showing
 
 
 def preview(info, path):
-    """Draws cases of each split, evenly spread, with outlines, to a picture: four, or, of volumes that are segmented in 3D, two in three planes each."""
-    rows, most = [], 4 if info.dims == 2 else 2
+    """Draws cases of each split, evenly spread, with outlines, to a picture.
+
+    They are four of each, or, of volumes that are segmented in 3D, two, in three planes each.
+    """
+    rows = []
     with open_file(info.path) as f:
         for split, entries in info.splits.items():
-            rows.append([])
-            for entry in (
-                entries[i * len(entries) // min(most, len(entries))]
-                for i in range(min(most, len(entries)))
-            ):
-                image, label = read_case(f, info, split, entry.name)
-                title, z = f"{split}: {entry.name}", figures.middle(label, len(image))
-                views = (
-                    figures.planes(image, label, label, entry.spacing)
-                    if info.dims == 3
-                    else [(image[z], None if label is None else label[z], entry.aspect)]
-                )
-                rows[-1] += [(title if i == 0 else "", *view) for i, view in enumerate(views)]
-    figures.cases(path, [row for row in rows if row], info.classes)
+            count = min(4 if info.dims == 2 else 2, len(entries))
+            chosen = [entries[i * len(entries) // count] for i in range(count)]
+            row = [panel for entry in chosen for panel in _panels(f, info, split, entry)]
+            if row:
+                rows.append(row)
+    figures.cases(path, rows, info.classes)
+
+
+def _panels(f, info, split, entry):
+    """A case of an open file, as a slice or three planes. -> list of figures.Panel"""
+    image, label = read_case(f, info, split, entry.name)
+    title = f"{split}: {entry.name}"
+    if info.dims == 3:
+        first, *others = figures.planes(image, label, label, entry.spacing)
+        return [figures.Panel(title, *first), *(figures.Panel("", *view) for view in others)]
+    z = figures.middle(label, len(image))
+    outline = None if label is None else label[z]
+    return [figures.Panel(title, image[z], outline, entry.aspect)]
 
 
 def summary(info):

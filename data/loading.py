@@ -1,77 +1,111 @@
-"""Samples: slices and patches on the grid that a network sees, in memory or read when a batch asks for them.
+"""Samples: slices and patches on the grid that a network sees.
 
-Legend: N samples, B batch, C channels, *S the grid that a network sees: S, S of slices, or D, H, W of patches of volumes.
+Three classes hold them. fetch() of each gives the same:
+
+    Samples  slices, or patches at given places, in memory
+    Volumes  whole volumes in memory; fetch() cuts patches at any place
+    Stored   slices or volumes in their file; fetch() reads what a batch asks for
+
+Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, *S the network's
+grid: S, S of slices, D, H, W of patches.
 """
 
+import functools
 import itertools
 import math
+import operator
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-import psutil
 import torch
 from torch.nn import functional as F
 
 from data import h5
 from data.files import InputError
 
+# ------------------------------------------------------------------------------ samples in memory
+
+
+class Fetched(NamedTuple):
+    """Samples as they are stored, and what standardized() needs."""
+
+    image: torch.Tensor  # [B, C, *S] uint8 or float32
+    label: torch.Tensor | None  # [B, *S] uint8
+    mean: torch.Tensor  # [B] intensity of the sample's whole case
+    std: torch.Tensor  # [B]
+
 
 @dataclass
 class Samples:
-    """2D slices, or patches of volumes, on one grid, in memory. A plain image is one slice; a volume gives D."""
+    """Slices, or patches of volumes, on one grid, in memory.
+
+    A plain image is one slice. A volume that is segmented slice by slice gives D of them.
+    """
 
     image: torch.Tensor  # [N, C, *S] uint8 or float32, as stored
     mean: torch.Tensor  # [N] intensity of the sample's whole case
     std: torch.Tensor  # [N]
     label: torch.Tensor | None  # [N, *S] uint8
     case: list  # [N] names
-    at: list  # [N] where in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
+    at: list  # [N] place in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
 
     def __len__(self):
         return len(self.image)
 
     def fetch(self, index, place=None):
-        """What batch() standardizes. -> image [B, C, *S] and label [B, *S] or None, as stored, mean [B], std [B]. place: of Volumes"""
+        """Some samples as they are stored. index [B]; place: only Volumes read it -> Fetched"""
         if torch.is_tensor(index):
             index = index.to(self.image.device)
-        return (
-            self.image[index],
-            None if self.label is None else self.label[index],
-            self.mean[index],
-            self.std[index],
-        )
+        label = None if self.label is None else self.label[index]
+        return Fetched(self.image[index], label, self.mean[index], self.std[index])
 
     def batch(self, index, device="cpu"):
         """Standardized images [B, C, *S] float32, and labels [B, *S] int64 or None."""
         return standardized(self.fetch(index), device)
 
+    def only(self, i):
+        """One of the samples. -> Samples"""
+        one = slice(i, i + 1)
+        label = None if self.label is None else self.label[one]
+        return Samples(
+            self.image[one], self.mean[one], self.std[one], label, self.case[one], self.at[one]
+        )
+
     def to(self, device):
         """Itself, held by a device."""
         for name in ("image", "mean", "std", "label"):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if value is not None:
                 setattr(self, name, value.to(device))
         return self
 
     def __add__(self, other):
-        """Both, one after the other (images of mixed types become float32); labels are kept only if both have them."""
-        same = self.image.dtype == other.image.dtype
+        """Both, one after the other.
+
+        Images of mixed types become float32. Labels are kept only if both have them.
+        """
+        image, more = self.image, other.image
+        if image.dtype != more.dtype:
+            image, more = image.float(), more.float()
+        label = None
+        if self.label is not None and other.label is not None:
+            label = torch.cat([self.label, other.label])
         return Samples(
-            torch.cat([s.image if same else s.image.float() for s in (self, other)]),
-            torch.cat([self.mean, other.mean]),
-            torch.cat([self.std, other.std]),
-            None
-            if self.label is None or other.label is None
-            else torch.cat([self.label, other.label]),
-            self.case + other.case,
-            self.at + other.at,
+            image=torch.cat([image, more]),
+            mean=torch.cat([self.mean, other.mean]),
+            std=torch.cat([self.std, other.std]),
+            label=label,
+            case=self.case + other.case,
+            at=self.at + other.at,
         )
 
 
 @dataclass
 class Volumes:
-    """Whole volumes in memory, each on its own grid of at least `size`, from which patches are cut."""
+    """Whole volumes in memory, each on its own grid of at least `size`, to cut patches from."""
 
     image: list  # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
     mean: list  # N
@@ -84,91 +118,420 @@ class Volumes:
         return len(self.image)
 
     def fetch(self, index, place):
-        """A patch of each of some volumes, as Samples.fetch() gives it. place [B, 3]: of its corner, as a share of where it could be, in [0, 1)"""
-        parts = [
-            part_at(self.image[i].shape, self.size, at) for i, at in zip(index.tolist(), place)
-        ]
-        x, y = (
-            None
-            if v is None
-            else torch.stack([v[i][part] for i, part in zip(index.tolist(), parts)])
-            for v in (self.image, self.label)
-        )
-        mean, std = (
-            torch.tensor([v[i] for i in index.tolist()], device=x.device)
-            for v in (self.mean, self.std)
-        )
-        return x[:, None], y, mean, std
+        """A patch of each of some volumes. index [B]; place [B, 3]: see part_at() -> Fetched"""
+        index = index.tolist()
+        parts = [part_at(self.image[i].shape, self.size, at) for i, at in zip(index, place)]
+        image = torch.stack([self.image[i][part] for i, part in zip(index, parts)])  # [B, D, H, W]
+        label = None
+        if self.label is not None:
+            label = torch.stack([self.label[i][part] for i, part in zip(index, parts)])
+        mean = torch.tensor([self.mean[i] for i in index], device=image.device)  # [B]
+        std = torch.tensor([self.std[i] for i in index], device=image.device)
+        return Fetched(image[:, None], label, mean, std)
 
     def batch(self, index, device="cpu"):
         """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
-        return standardized(self.fetch(index, torch.rand(len(index), 3)), device)
+        place = torch.rand(len(index), 3)
+        return standardized(self.fetch(index, place), device)
 
     def to(self, device):
         """Itself, held by a device."""
-        self.image, self.label = (
-            None if v is None else [one.to(device) for one in v] for v in (self.image, self.label)
-        )
+        self.image = [volume.to(device) for volume in self.image]
+        if self.label is not None:
+            self.label = [volume.to(device) for volume in self.label]
         return self
 
     def __add__(self, other):
-        """Both, one after the other; labels are kept only if both have them."""
+        """Both, one after the other. Labels are kept only if both have them."""
+        label = None
+        if self.label is not None and other.label is not None:
+            label = self.label + other.label
         return Volumes(
-            self.image + other.image,
-            self.mean + other.mean,
-            self.std + other.std,
-            None if self.label is None or other.label is None else self.label + other.label,
-            self.case + other.case,
-            self.size,
+            image=self.image + other.image,
+            mean=self.mean + other.mean,
+            std=self.std + other.std,
+            label=label,
+            case=self.case + other.case,
+            size=self.size,
         )
 
 
 def standardized(fetched, device):
-    """What fetch() gave, on a device. -> images [B, C, *S] float32 of mean 0 and deviation 1 of their cases, labels [B, *S] int64 or None"""
+    """Fetched samples on a device, each case brought to mean 0 and deviation 1.
+
+    -> images [B, C, *S] float32, labels [B, *S] int64 or None
+    """
     image, label, mean, std = (
-        None if v is None else v.to(device, non_blocking=True) for v in fetched
+        None if part is None else part.to(device, non_blocking=True) for part in fetched
     )
-    mean, std = (v.reshape(-1, *[1] * (image.dim() - 1)) for v in (mean, std))
-    return (image.float() - mean) / std, None if label is None else label.long()
+    ones = [1] * (image.dim() - 1)
+    image = (image.float() - mean.reshape(-1, *ones)) / std.reshape(-1, *ones)
+    return image, None if label is None else label.long()
 
 
-def part_at(grid, size, place):
-    """The slices of a patch of `size` in a grid that is no smaller. place [3] in [0, 1): of its corner, as a share of where it could be"""
-    corner = [int(p * (n - s + 1)) for p, n, s in zip(place.tolist(), grid, size)]
-    return tuple(slice(c, c + s) for c, s in zip(corner, size))
+# --------------------------------------------------------------------------- samples in their file
+
+
+class Item(NamedTuple):
+    """A sample of Stored."""
+
+    path: str
+    split: str
+    entry: h5.Entry
+    z: int | None  # of a slice; None: a patch of the volume
+
+
+class Stored:
+    """What load_slices() or load_volumes() would hold in memory, left in its file.
+
+    fetch() gives the same. Each process opens the file for itself, so that an object may be handed
+    to the workers of a DataLoader, forked or spawned. Of a volume only the slice, or the blocks of
+    the file that a patch touches, are read.
+    """
+
+    def __init__(self, info, split, size, names=None, labels=True):
+        """Arguments and errors of load_slices() and load_volumes().
+
+        Wrong pixels are found when they are read.
+        """
+        entries = _entries(info, split, names)
+        if not entries:
+            raise InputError(f"{info.path}: no case to read in split '{split}'")
+        if labels:
+            for entry in entries:
+                if not entry.labeled:
+                    raise _no_label(info, split, entry.name)
+        self.size = size
+        self.labels = labels
+        self.infos = {info.path: info}
+        self.files = {}  # (process, path) -> the open file
+        self.items = []
+        for entry in entries:
+            slices = range(_slices(entry)) if isinstance(size, int) else [None]
+            self.items += [Item(info.path, split, entry, z) for z in slices]
+        keys = [(info.path, split, entry.name) for entry in entries]
+        self.mean_std = dict(zip(keys, _stored_means(info, split, entries)))
+
+    def __len__(self):
+        return len(self.items)
+
+    @property
+    def case(self):
+        """[N] names, as in Samples."""
+        return [item.entry.name for item in self.items]
+
+    def fetch(self, index, place):
+        """Some samples, read now. index [B]; place [B, 3]: see part_at() -> Fetched"""
+        found = [self._read(self.items[i], at) for i, at in zip(index.tolist(), place)]
+        image, label, mean, std = zip(*found)
+        kind = np.result_type(*image)  # images of two files may differ
+        return Fetched(
+            image=torch.from_numpy(np.stack(image).astype(kind, copy=False)),
+            label=torch.from_numpy(np.stack(label)) if self.labels else None,
+            mean=torch.tensor(mean),
+            std=torch.tensor(std),
+        )
+
+    def _read(self, item, place):
+        """-> image [C, *S], label [*S] or None, mean, std"""
+        path, split, entry, z = item
+        part = self._patch(entry, place) if z is None else _slice_of(entry, z)
+        image, label = h5.read_case(
+            self._file(path), self.infos[path], split, entry.name, self.labels, part
+        )
+        if z is None:
+            image = at_least(image, self.size)[None]
+            label = at_least(label, self.size) if self.labels else None
+        else:
+            image = as_slice(image[0], self.size)
+            label = resize_label(label[0], self.size) if self.labels else None
+        return image, label, *self.mean_std[path, split, entry.name]
+
+    def _patch(self, entry, place):
+        """The slices of the stored volume that a patch takes: all of an axis that is too short."""
+        mirrored = tuple(map(max, entry.grid, self.size))
+        parts = part_at(mirrored, self.size, place)
+        return tuple(
+            slice(None) if n < s else part for n, s, part in zip(entry.grid, self.size, parts)
+        )
+
+    def _file(self, path):
+        """The file, opened by this process: a forked one must not share that of its parent."""
+        process = os.getpid()
+        if (process, path) not in self.files:
+            self.files = {key: f for key, f in self.files.items() if key[0] == process}
+            self.files[process, path] = h5.open_file(path)
+        return self.files[process, path]
+
+    def __getstate__(self):
+        return self.__dict__ | {"files": {}}
+
+    def __add__(self, other):
+        """Both, one after the other. Labels are kept only if both have them."""
+        both = Stored.__new__(Stored)
+        both.size = self.size
+        both.labels = self.labels and other.labels
+        both.infos = self.infos | other.infos
+        both.files = {}
+        both.items = self.items + other.items
+        both.mean_std = self.mean_std | other.mean_std
+        return both
+
+
+def _slices(entry):
+    """The number of slices of a case."""
+    return entry.grid[0] if len(entry.grid) == 3 else 1
+
+
+def _slice_of(entry, z):
+    """What h5.read_case() takes as part for one slice."""
+    return (slice(z, z + 1),) if len(entry.grid) == 3 else ()
+
+
+def _stored_means(info, split, entries):
+    """(mean, deviation) of the intensities of each case, as its file says.
+
+    Files of older versions do not say it: there its pixels are read.
+    """
+    if not info.standardize:
+        return [(0.0, 1.0)] * len(entries)
+    with h5.open_file(info.path) as f:
+        return [_stored_mean(f, info, split, entry.name) for entry in entries]
+
+
+def _stored_mean(f, info, split, name):
+    case = f[split][name]
+    where = f"{info.path}: /{split}/{name}"
+    if "mean" not in case.attrs:
+        image, _ = h5.read_case(f, info, split, name, label=False)
+        return h5.mean_and_std(image)
+    mean = h5.attribute(case, "mean", float, where)
+    std = h5.attribute(case, "std", float, where)
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise InputError(
+            f"{where}: mean {mean}, std {std} are not those of an image; convert the data again"
+        )
+    return mean, std
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+class WholeCase(NamedTuple):
+    """A case as its file has it."""
+
+    name: str
+    image: np.ndarray  # (D, H, W[, 3]); D is 1 for a plain image
+    label: np.ndarray | None  # (D, H, W)
+    mean: float  # of the intensities; 0 and 1 where the file says that they are ready
+    std: float
+    where: str  # it stands, for errors
+
+
+def whole_cases(info, split, names=None, labels=True):
+    """Yields the named cases of a split, or all of them, as WholeCase.
+
+    InputError if there is no case at all, and, where labels are asked for, for a case without one.
+    """
+    if names is None:
+        names = [entry.name for entry in info.entries(split)]
+    names = list(names)
+    if not names:
+        raise InputError(f"{info.path}: no case to read in split '{split}'")
+    with h5.open_file(info.path) as f:
+        for name in names:
+            image, label = h5.read_case(f, info, split, name, labels)
+            if labels and label is None:
+                raise _no_label(info, split, name)
+            mean, std = h5.mean_and_std(image) if info.standardize else (0.0, 1.0)
+            yield WholeCase(name, image, label, mean, std, f"{info.path}: /{split}/{name}")
+
+
+def _no_label(info, split, name):
+    return InputError(f"{info.path}: /{split}/{name} has no label, but one is needed here")
+
+
+def _entries(info, split, names=None):
+    """The entries of the named cases of a split, or all of them, in the file's order."""
+    entries = info.entries(split)
+    if names is None:
+        return entries
+    names = set(names)
+    return [entry for entry in entries if entry.name in names]
+
+
+def load_slices(info, split, size, names=None, labels=True):
+    """All slices of the named cases, or of all cases, resized to size x size. -> Samples"""
+    cases = whole_cases(info, split, names, labels)
+    return _stacked([one for case in cases for one in slices_of(case, size)])
+
+
+def load_patches(info, split, size, corners, labels=True, grid=None):
+    """Patches of volumes. -> Samples
+
+    size: (D, H, W); corners: {case: [(z, y, x), ...]}; grid: (D, H, W) to which patches are resized
+    (default: none). InputError for a patch that is not within its volume.
+    """
+    cases = whole_cases(info, split, corners, labels)
+    return _stacked(
+        [one for case in cases for one in patches_of(case, size, corners[case.name], grid)]
+    )
+
+
+def load_samples(info, split, size, names=None, labels=True):
+    """What stands for whole cases on the network's grid. -> Samples
+
+    These are all slices, or the fewest patches that cover the volumes.
+    """
+    if info.dims == 2:
+        return load_slices(info, split, size, names, labels)
+    corners = {entry.name: tiles(entry.grid, size) for entry in _entries(info, split, names)}
+    return load_patches(info, split, size, corners, labels)
+
+
+def load_volumes(info, split, size, names=None, labels=True):
+    """The named volumes of a split, or all of them, for patches of `size` (D, H, W). -> Volumes"""
+    volumes = Volumes([], [], [], [] if labels else None, [], tuple(size))
+    for case in whole_cases(info, split, names, labels):
+        volumes.image.append(torch.from_numpy(at_least(case.image, size)))
+        volumes.mean.append(case.mean)
+        volumes.std.append(case.std)
+        volumes.case.append(case.name)
+        if labels:
+            volumes.label.append(torch.from_numpy(at_least(case.label, size)))
+    return volumes
+
+
+def showcase(info, split, size, most=16):
+    """One sample of each of at most `most` cases, evenly spread. -> Samples
+
+    It is the slice, or the patch, with the most foreground.
+    """
+    entries = info.entries(split)
+    step = -(-len(entries) // most)
+    found = []
+    for entry in entries[::step]:
+        samples = load_samples(info, split, size, [entry.name])
+        foreground = (samples.label > 0).flatten(1).sum(1)  # [N]
+        found.append(samples.only(int(foreground.argmax())))
+    return functools.reduce(operator.add, found)
+
+
+class _Sample(NamedTuple):
+    """One row of Samples, as numpy arrays."""
+
+    image: np.ndarray  # [C, *S]
+    label: np.ndarray | None  # [*S]
+    mean: float
+    std: float
+    case: str
+    at: tuple
+
+
+def slices_of(case, size):
+    """All slices of a WholeCase, resized to size x size. -> list, for _stacked()"""
+    found = []
+    for z, image in enumerate(case.image):
+        label = None if case.label is None else resize_label(case.label[z], size)
+        image = as_slice(image, size)
+        found.append(_Sample(image, label, case.mean, case.std, case.name, (z,)))
+    return found
+
+
+def patches_of(case, size, corners, grid=None):
+    """Patches of a WholeCase, see load_patches(). -> list, for _stacked()"""
+    volume = at_least(case.image, size)
+    truth = None if case.label is None else at_least(case.label, size)
+    found = []
+    for corner in corners:
+        part = tuple(slice(c, c + s) for c, s in zip(corner, size))
+        if volume[part].shape != tuple(size):
+            raise InputError(f"{case.where} has no patch of {size} at {corner}")
+        image = resize_image(volume[part], grid or size)[None]
+        label = None if truth is None else resize_label(truth[part], grid or size)
+        found.append(_Sample(image, label, case.mean, case.std, case.name, tuple(corner)))
+    return found
+
+
+def samples_of(case, size):
+    """What load_samples() gives for one WholeCase. -> Samples"""
+    if isinstance(size, int):
+        return _stacked(slices_of(case, size))
+    return _stacked(patches_of(case, size, tiles(case.image.shape, size)))
+
+
+def _stacked(found):
+    """A list of _Sample -> Samples"""
+    image, label, mean, std, case, at = zip(*found)
+    return Samples(
+        image=torch.from_numpy(np.stack(image)),
+        mean=torch.tensor(mean),
+        std=torch.tensor(std),
+        label=None if label[0] is None else torch.from_numpy(np.stack(label)),
+        case=list(case),
+        at=list(at),
+    )
+
+
+def bytes_in_memory(info, split, size, names=None):
+    """Bytes that load_slices() or load_volumes() of these cases would hold."""
+    total = 0
+    for entry in _entries(info, split, names):
+        if isinstance(size, int):
+            pixels = _slices(entry) * size**2
+            total += pixels * (info.channels * entry.itemsize + 1)
+        else:
+            voxels = math.prod(map(max, entry.grid, size))
+            total += voxels * (entry.itemsize + 1)
+    return total
+
+
+# ------------------------------------------------------------------------------ the network's grid
 
 
 def check_size(info, size):
-    """InputError unless --size, one whole number or three, fits a file's dims. -> (S,) or (D, H, W)"""
+    """--size, one whole number or three, for a file. -> (S,) or (D, H, W)
+
+    InputError if it does not fit the file's dims, or is too small or too large.
+    """
     text = f"--size {','.join(map(str, size))}"
-    if info.dims == 2 and len(size) != 1:
+    if info.dims == 2:
+        if len(size) != 1:
+            raise InputError(
+                f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; "
+                "give one"
+            )
+        if not 32 <= size[0] <= 4096:
+            raise InputError(
+                f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another"
+            )
+        return size
+    size = size * 3 if len(size) == 1 else size
+    if min(size) < 16 or math.prod(size) > 2**27:
         raise InputError(
-            f"{text}: {info.path} is segmented slice by slice (dims=2), which takes one side; give one"
-        )
-    if info.dims == 2 and not 32 <= size[0] <= 4096:
-        raise InputError(
-            f"{text}: slices need a side of at least 32 and at most 4096 pixels; give another"
-        )
-    size = size * 3 if info.dims == 3 and len(size) == 1 else size
-    if info.dims == 3 and (min(size) < 16 or math.prod(size) > 2**27):
-        raise InputError(
-            f"{text}: a patch needs at least 16 voxels per axis, and at most {2**27:,} together; give another"
+            f"{text}: a patch needs at least 16 voxels per axis, and at most {2**27:,} together; "
+            "give another"
         )
     return size
 
 
 def network_grid(info, size):
-    """What --size means for a file: the side of slices (default 224), or the (D, H, W) of patches (default 80, 112, 112).
+    """What --size means for a file.
 
-    size: a tuple of one or three whole numbers, or None. InputError if it does not fit the file's dims.
+    size: a tuple of one or three whole numbers, or None. -> the side of slices (default 224), or
+    (D, H, W) of patches (default 80, 112, 112). A note says which volumes are smaller than these.
+    InputError as of check_size().
     """
-    size = check_size(info, size or ((224,) if info.dims == 2 else (80, 112, 112)))
+    default = (224,) if info.dims == 2 else (80, 112, 112)
+    size = check_size(info, size or default)
     if info.dims == 2:
         return size[0]
-    volumes = [e for entries in info.splits.values() for e in entries]
-    if small := [e for e in volumes if any(n < s for n, s in zip(e.grid, size))]:
+    volumes = [entry for entries in info.splits.values() for entry in entries]
+    small = [entry for entry in volumes if any(n < s for n, s in zip(entry.grid, size))]
+    if small:
         print(
-            f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of {' x '.join(map(str, size))}, among them {small[0].name} of "
+            f"note: {len(small)} of {len(volumes)} volumes are smaller than a patch of "
+            f"{' x '.join(map(str, size))}, among them {small[0].name} of "
             f"{' x '.join(map(str, small[0].grid))}; they are mirrored at their ends"
         )
     return size
@@ -180,45 +543,46 @@ def shape_of(size):
 
 
 def resize_image(image, size):
-    """(H, W[, 3]) -> (S, S[, 3]), or (D, H, W) -> (*S,) where size is a tuple of three; averages when shrinking."""
+    """(H, W[, 3]) -> (S, S[, 3]) for a side; (D, H, W) -> (*S,) for a size of three.
+
+    Values are averaged where the grid shrinks, else interpolated linearly.
+    """
     shape = shape_of(size)
     if image.shape[: len(shape)] == shape:
         return image
-    if len(shape) == 3:
-        smaller = all(n >= s for n, s in zip(image.shape, shape))
-        x = torch.from_numpy(image)[None, None].float()
-        x = (
-            F.interpolate(x, shape, mode="area")
-            if smaller
-            else F.interpolate(x, shape, mode="trilinear", align_corners=False)
-        )
-        return (x.round() if image.dtype == np.uint8 else x)[0, 0].numpy().astype(image.dtype)
-    return cv2.resize(
-        image,
-        shape,
-        interpolation=cv2.INTER_AREA if min(image.shape[:2]) >= size else cv2.INTER_LINEAR,
-    )
+    if len(shape) == 2:
+        shrinks = min(image.shape[:2]) >= size
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        return cv2.resize(image, shape, interpolation=how)
+    x = torch.from_numpy(image)[None, None].float()  # [1, 1, D, H, W]
+    if all(n >= s for n, s in zip(image.shape, shape)):
+        x = F.interpolate(x, shape, mode="area")
+    else:
+        x = F.interpolate(x, shape, mode="trilinear", align_corners=False)
+    if image.dtype == np.uint8:
+        x = x.round()
+    return x[0, 0].numpy().astype(image.dtype)
 
 
 def resize_label(label, size):
-    """(H, W) -> (S, S), nearest; or (D, H, W) -> (*S,) where size is a tuple of three: the class of most voxels, nearest where it grows."""
+    """(H, W) -> (S, S) for a side, nearest; (D, H, W) -> (*S,) for a size of three.
+
+    In a volume that shrinks, a voxel gets the class of most voxels that it stands for.
+    """
     shape = shape_of(size)
     if label.shape == shape:
         return label
-    if len(shape) == 3 and all(n >= s for n, s in zip(label.shape, shape)):
-        classes = np.unique(label)
-        shares = [
-            F.interpolate(torch.from_numpy(label == k)[None, None].float(), shape, mode="area")[
-                0, 0
-            ]
-            for k in classes
-        ]
-        return classes[torch.stack(shares).argmax(0).numpy()]
-    if len(shape) == 3:
-        return F.interpolate(torch.from_numpy(label)[None, None], shape, mode="nearest-exact")[
-            0, 0
-        ].numpy()
-    return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
+    if len(shape) == 2:
+        return cv2.resize(label, shape, interpolation=cv2.INTER_NEAREST_EXACT)
+    if any(n < s for n, s in zip(label.shape, shape)):
+        x = torch.from_numpy(label)[None, None]  # [1, 1, D, H, W]
+        return F.interpolate(x, shape, mode="nearest-exact")[0, 0].numpy()
+    classes = np.unique(label)
+    shares = []  # of each class, [*S]
+    for k in classes:
+        x = torch.from_numpy(label == k)[None, None].float()
+        shares.append(F.interpolate(x, shape, mode="area")[0, 0])
+    return classes[torch.stack(shares).argmax(0).numpy()]
 
 
 def as_slice(image, size):
@@ -226,287 +590,53 @@ def as_slice(image, size):
     return resize_image(image, size).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-def read_cases(info, split, names=None, labels=True):
-    """Yields name, image (D, H, W[, 3]), label (D, H, W) or None, mean and deviation of the named cases (default: of all).
-
-    InputError for a case that has no label, where labels are asked for, and where there is no case at all.
-    """
-    names = [e.name for e in info.entries(split)] if names is None else list(names)
-    if not names:
-        raise InputError(f"{info.path}: no case to read in split '{split}'")
-    with h5.open_file(info.path) as f:
-        for name in names:
-            image, label = h5.read_case(f, info, split, name, labels)
-            if labels and label is None:
-                raise InputError(
-                    f"{info.path}: /{split}/{name} has no label, but one is needed here"
-                )
-            yield name, image, label, *(h5.moments(image) if info.standardize else (0.0, 1.0))
-
-
-def load_slices(info, split, size, names=None, labels=True):
-    """All slices of the named cases of a split (default: every case), resized to size x size. -> Samples"""
-    images, ys, means, stds, cases, at = [], [], [], [], [], []
-    for name, image, label, mean, std in read_cases(info, split, names, labels):
-        for z in range(len(image)):
-            images.append(as_slice(image[z], size))
-            ys.append(resize_label(label[z], size) if labels else None)
-            means.append(mean), stds.append(std), cases.append(name), at.append((z,))
-    return Samples(
-        torch.from_numpy(np.stack(images)),
-        torch.tensor(means),
-        torch.tensor(stds),
-        torch.from_numpy(np.stack(ys)) if labels else None,
-        cases,
-        at,
-    )
+# ----------------------------------------------------------------------------- patches of volumes
 
 
 def at_least(volume, size):
     """A volume (D, H, W), mirrored on both sides of an axis that is shorter than in size."""
     missing = [max(0, s - n) for n, s in zip(volume.shape, size)]
-    return (
-        np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric")
-        if any(missing)
-        else volume
-    )
+    if not any(missing):
+        return volume
+    return np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric")
 
 
 def cut_back(volume, grid):
-    """What at_least() added is taken away again. (..., *larger) -> (..., D, H, W)"""
+    """A volume without what at_least() added. (..., *larger) -> (..., D, H, W)"""
     first = [(n - g) // 2 for n, g in zip(volume.shape[-3:], grid)]
     return volume[(..., *(slice(f, f + g) for f, g in zip(first, grid)))]
 
 
-def load_patches(info, split, size, corners, labels=True, grid=None):
-    """Patches of `size` (D, H, W) of volumes, resized to `grid` (default: as they are). corners: {case: [(z, y, x), ...]} -> Samples"""
-    images, ys, means, stds, cases, at = [], [], [], [], [], []
-    for name, image, label, mean, std in read_cases(info, split, corners, labels):
-        image, label = at_least(image, size), at_least(label, size) if labels else None
-        for corner in corners[name]:
-            part = tuple(slice(c, c + s) for c, s in zip(corner, size))
-            if image[part].shape != tuple(size):
-                raise InputError(f"{info.path}: /{split}/{name} has no patch of {size} at {corner}")
-            images.append(resize_image(image[part], grid or size)[None])
-            ys.append(resize_label(label[part], grid or size) if labels else None)
-            means.append(mean), stds.append(std), cases.append(name), at.append(tuple(corner))
-    return Samples(
-        torch.from_numpy(np.stack(images)),
-        torch.tensor(means),
-        torch.tensor(stds),
-        torch.from_numpy(np.stack(ys)) if labels else None,
-        cases,
-        at,
-    )
+def part_at(grid, size, place):
+    """The slices of a patch of `size` in a grid that is no smaller.
 
-
-def load_samples(info, split, size, names=None, labels=True):
-    """What stands for whole cases on the network's grid: all their slices, or patches that cover their volumes. -> Samples"""
-    if info.dims == 2:
-        return load_slices(info, split, size, names, labels)
-    return load_patches(
-        info,
-        split,
-        size,
-        {
-            e.name: tiles(e.grid, size)
-            for e in info.entries(split)
-            if names is None or e.name in names
-        },
-        labels,
-    )
-
-
-def showcase(info, split, size, most=16):
-    """One sample of each of at most `most` cases, evenly spread: the slice, or the patch, with the most foreground. -> Samples"""
-    found = None
-    for entry in info.entries(split)[:: -(-len(info.entries(split)) // most)]:
-        every = load_samples(info, split, size, [entry.name])
-        i = int((every.label > 0).flatten(1).sum(1).argmax())
-        one = Samples(
-            every.image[i : i + 1],
-            every.mean[i : i + 1],
-            every.std[i : i + 1],
-            every.label[i : i + 1],
-            [entry.name],
-            [every.at[i]],
-        )
-        found = one if found is None else found + one
-    return found
-
-
-def load_volumes(info, split, size, names=None, labels=True):
-    """The named volumes of a split (default: every one), for patches of `size` (D, H, W). -> Volumes"""
-    names, images, ys, means, stds = zip(
-        *(
-            (
-                name,
-                torch.from_numpy(at_least(image, size)),
-                torch.from_numpy(at_least(label, size)) if labels else None,
-                mean,
-                std,
-            )
-            for name, image, label, mean, std in read_cases(info, split, names, labels)
-        )
-    )
-    return Volumes(
-        list(images),
-        list(means),
-        list(stds),
-        list(ys) if labels else None,
-        list(names),
-        tuple(size),
-    )
+    place [3]: the corner of the patch, as a share of where it could be, in [0, 1).
+    """
+    corner = [int(p * (n - s + 1)) for p, n, s in zip(place.tolist(), grid, size)]
+    return tuple(slice(c, c + s) for c, s in zip(corner, size))
 
 
 def starts(length, size, stride):
-    """First positions of windows of `size` along an axis of `length`, `stride` apart, the last one moved back to end with the axis."""
+    """First positions of windows of `size` along an axis of `length`, `stride` apart.
+
+    The last window is moved back to end with the axis.
+    """
     last = max(0, length - size)
     return [*range(0, last, stride), last]
 
 
 def tiles(grid, size):
-    """Corners of the fewest patches of `size` that cover a volume of `grid`. -> [(z, y, x), ...]"""
+    """Corners of the fewest patches of `size` that cover a volume. -> [(z, y, x), ...]"""
     return list(itertools.product(*(starts(n, s, s) for n, s in zip(grid, size))))
 
 
 def random_corners(grid, size, count, rng):
-    """Corners of `count` patches at random places of a volume, of fewer where they coincide. -> [(z, y, x), ...]"""
-    return list(
-        dict.fromkeys(
-            tuple(int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size))
-            for _ in range(count)
-        )
-    )
+    """Corners of `count` patches at random places of a volume. -> [(z, y, x), ...]
 
-
-class Stored:
-    """What load_slices or load_volumes would hold in memory, left in its file; fetch() gives the same.
-
-    Each process opens the file for itself, so that an object may be handed to the workers of a DataLoader, forked or spawned. Of a volume
-    only the slice, or the blocks of the file that a patch touches, are read.
+    There are fewer where some coincide. rng: a generator of numpy.
     """
-
-    def __init__(self, info, split, size, names=None, labels=True):
-        """Arguments, and errors, of load_slices and load_volumes; wrong pixels are found when they are read."""
-        self.infos, self.size, self.labels, self.files = {info.path: info}, size, labels, {}
-        names = None if names is None else set(names)
-        entries = [e for e in info.entries(split) if names is None or e.name in names]
-        if not entries:
-            raise InputError(f"{info.path}: no case to read in split '{split}'")
-        if labels and (missing := [e.name for e in entries if not e.labeled]):
-            raise InputError(
-                f"{info.path}: /{split}/{missing[0]} has no label, but one is needed here"
-            )
-        if isinstance(size, int):
-            self.items = [
-                (info.path, split, e, z)
-                for e in entries
-                for z in range(e.grid[0] if len(e.grid) == 3 else 1)
-            ]
-        else:
-            self.items = [(info.path, split, e, None) for e in entries]
-        self.moments = dict(
-            zip(((info.path, split, e.name) for e in entries), _moments(info, split, entries))
-        )
-
-    def __len__(self):
-        return len(self.items)
-
-    @property
-    def case(self):
-        return [entry.name for _, _, entry, _ in self.items]
-
-    def fetch(self, index, place):
-        """The samples of some numbers. index [B]; place [B, 3]: see Volumes. -> image [B, C, *S], label [B, *S] or None, mean [B], std [B]"""
-        found = [self._read(*self.items[i], at) for i, at in zip(index.tolist(), place)]
-        image, label, mean, std = zip(*found)
-        kinds = np.result_type(*image)  # images of two files may differ
-        return (
-            torch.from_numpy(np.stack(image).astype(kinds, copy=False)),
-            torch.from_numpy(np.stack(label)) if self.labels else None,
-            torch.tensor(mean),
-            torch.tensor(std),
-        )
-
-    def _read(self, path, split, entry, z, place):
-        info, size = self.infos[path], self.size
-        if z is None:
-            part = tuple(
-                slice(None) if n < s else one
-                for n, s, one in zip(
-                    entry.grid, size, part_at(tuple(map(max, entry.grid, size)), size, place)
-                )
-            )
-        else:
-            part = (slice(z, z + 1),) if len(entry.grid) == 3 else ()
-        image, label = h5.read_case(self._file(path), info, split, entry.name, self.labels, part)
-        if z is None:
-            image, label = (
-                at_least(image, size)[None],
-                at_least(label, size) if self.labels else None,
-            )
-        else:
-            image = as_slice(image[0], size)
-            label = resize_label(label[0], size) if self.labels else None
-        return image, label, *self.moments[path, split, entry.name]
-
-    def _file(self, path):
-        key = os.getpid(), path  # a forked process must not share the file of its parent
-        if key not in self.files:
-            self.files = {k: f for k, f in self.files.items() if k[0] == os.getpid()} | {
-                key: h5.open_file(path)
-            }
-        return self.files[key]
-
-    def __getstate__(self):
-        return self.__dict__ | {"files": {}}
-
-    def __add__(self, other):
-        """Both, one after the other; labels are kept only if both have them."""
-        both = Stored.__new__(Stored)
-        both.infos, both.size, both.labels, both.files = (
-            self.infos | other.infos,
-            self.size,
-            self.labels and other.labels,
-            {},
-        )
-        both.items, both.moments = self.items + other.items, self.moments | other.moments
-        return both
-
-
-def _moments(info, split, entries):
-    """Mean and deviation of each case's intensities, as its file says, or, of files of older versions, as its pixels say."""
-    if not info.standardize:
-        return [(0.0, 1.0)] * len(entries)
-    with h5.open_file(info.path) as f:
-        return [_moment(f, info, split, e.name) for e in entries]
-
-
-def _moment(f, info, split, name):
-    case, where = f[split][name], f"{info.path}: /{split}/{name}"
-    if "mean" not in case.attrs:
-        return h5.moments(h5.read_case(f, info, split, name, label=False)[0])
-    mean, std = (h5.attribute(case, key, float, where) for key in ("mean", "std"))
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise InputError(
-            f"{where}: mean {mean}, std {std} are not those of an image; convert the data again"
-        )
-    return mean, std
-
-
-def bytes_in_memory(info, split, size, names=None):
-    """What load_slices or load_volumes of these cases would hold."""
-    names = None if names is None else set(names)
-    entries = [e for e in info.splits[split] if names is None or e.name in names]
-    if isinstance(size, int):
-        return sum(
-            (e.grid[0] if len(e.grid) == 3 else 1) * size**2 * (info.channels * e.itemsize + 1)
-            for e in entries
-        )
-    return sum(math.prod(map(max, e.grid, size)) * (e.itemsize + 1) for e in entries)
-
-
-def free_memory():
-    """Bytes of main memory that are free."""
-    return psutil.virtual_memory().available
+    corners = []
+    for _ in range(count):
+        corner = (int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size))
+        corners.append(tuple(corner))
+    return list(dict.fromkeys(corners))

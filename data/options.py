@@ -28,23 +28,23 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def add_argument(self, *args, **kwargs):
-        return (super() if self.group is None else self.group).add_argument(*args, **kwargs)
+        """As in argparse, under the title of the section."""
+        section = super() if self.group is None else self.group
+        return section.add_argument(*args, **kwargs)
 
     def error(self, message):
+        """Ends the script with exit code 2 and one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help shows the options\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(
-        self, action
-    ):  # "(default: None)" and "(default: False)" tell a reader nothing
-        if action.default is None or action.default is False or action.default == []:
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default == []:  # which tell a reader nothing
             return action.help
-        return (
-            f"{action.help} (default: {action.default:.3g})"
-            if isinstance(action.default, float)
-            else super()._get_help_string(action)
-        )
+        if isinstance(default, float):
+            return f"{action.help} (default: {default:.3g})"
+        return super()._get_help_string(action)
 
 
 def number(low, high=math.inf, kind=int):
@@ -53,11 +53,8 @@ def number(low, high=math.inf, kind=int):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # also refuses NaN
-            raise argparse.ArgumentTypeError(
-                f"{text} is not in {low} to {high}"
-                if high < math.inf
-                else f"{text} is not at least {low}"
-            )
+            allowed = f"in {low} to {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]
@@ -122,29 +119,25 @@ def flip_axes(text):
 
 
 SHARE = number(0, 1, float)
-
-
 SEED = number(0, 2**40)
 
 
 def seed_of(seed, step, stream):
-    """The seed of one step's random numbers of one kind (stream), from the seed of everything: a resumed run draws what it would have drawn."""
+    """The seed of one step's random numbers of one kind (stream), from the seed of everything.
+
+    A resumed run draws what it would have drawn.
+    """
     return seed * 1_000_003 + step + stream * 2**41
 
 
 def cli(main):
-    """Runs a script's main(): wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # unwinds, so that temporary files are removed
-    threading.excepthook = lambda failed: (
-        None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)
-    )  # TensorBoard's tells us too
-    for hook in (
-        "excepthook",
-        "unraisablehook",
-    ):  # h5py's words of each part of a file that it cannot write; DiskFull tells
-        setattr(sys, hook, functools.partial(_unless_h5py, getattr(sys, f"__{hook}__")))
+    """Runs a script's main().
+
+    Wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143.
+    """
+    _be_quiet_where_told_elsewhere()
+    # unwinds, so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):  # a console may lack characters of tables and names
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -163,19 +156,33 @@ def cli(main):
         sys.exit(_complain("interrupted", 130))
 
 
-def _unless_h5py(usual, *failed):
-    if "decrement id ref count" not in str(failed[1] if len(failed) == 3 else failed[0].exc_value):
+def _be_quiet_where_told_elsewhere():
+    """Drops the words of TensorBoard's thread, and of h5py, on a disk that is full.
+
+    Both fail again at each part of a file that they cannot write. DiskFull tells it once.
+    """
+    threading.excepthook = _unless_of_the_system
+    sys.excepthook = functools.partial(_unless_of_h5py, sys.__excepthook__)
+    sys.unraisablehook = functools.partial(_unless_of_h5py, sys.__unraisablehook__)
+
+
+def _unless_of_the_system(failed):
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def _unless_of_h5py(usual, *failed):
+    error = failed[1] if len(failed) == 3 else failed[0].exc_value
+    if "decrement id ref count" not in str(error):
         usual(*failed)
 
 
 def _complain(error, code):
-    text = (
-        f"{error.filename}: {error.strerror}"
-        if isinstance(error, OSError) and error.filename
-        else str(error)
-    )
-    line = "".join(
-        c if c.isprintable() else "?" for c in " ".join(text.split())
-    )  # file names may hold anything
+    """Prints an error as one line. -> the exit code"""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "?" for c in text)  # file names may hold anything
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
     return code

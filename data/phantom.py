@@ -171,7 +171,15 @@ def cases(args):
         name = f"phantom{i:03d}"
         spacing = (DEPTH / args.depth, PIXEL, PIXEL)
         source = f"seed {args.seed}, patient {i}"
-        yield h5.Case(split, name, image, label, name, spacing, source)
+        yield h5.Case(
+            split=split,
+            name=name,
+            image=image,
+            label=label,
+            patient=name,
+            spacing=spacing,
+            source=source,
+        )
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -26,6 +27,17 @@ def start_reader(number):
     """
     start_worker()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def forget_script():
+    """Processes that this one spawns do not import its script, which they do not need.
+
+    multiprocessing imports it in each of them where the main module tells its file. With
+    evaluate.py comes torch: 4.3 s and 316 MB for each process, not 1.0 s and 64 MB.
+    """
+    script = sys.modules["__main__"]
+    script.__spec__ = None  # of a script that runs as a module
+    vars(script).pop("__file__", None)
 
 
 def _end_with(parent):

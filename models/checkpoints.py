@@ -1,4 +1,11 @@
-"""Checkpoints: saving, checked loading, resuming a run, and the networks that they hold."""
+"""Checkpoints of all stages: saving and loading them, resuming a run, and the networks they hold.
+
+A checkpoint is a dict of plain containers, numbers and tensors. It holds all that rebuilds its
+network: weights, the network's name and options (model), the options of the run (args), what the
+run knew of its data (data, see h5.Info.describe()) and the train cases that it has learned from
+(labeled). last.pt also holds what --resume needs. A file that a user gives may come from anybody:
+load_checkpoint() unpickles nothing, and says in one line what is wrong.
+"""
 
 import errno
 import glob
@@ -13,30 +20,29 @@ from data import files, h5, loading
 from data.files import FORMAT, InputError
 from models.device import fused
 
-TRAINING = 2  # raised when a training step computes something else; a run is resumed only under the number that it began with
+# Raised when a training step computes something else. A run is resumed only under the number that
+# it began with.
+TRAINING = 2
+
+# ------------------------------------------------------------------------------ saving and loading
 
 
 def save_checkpoint(path, stage, **state):
-    """Writes a checkpoint of `stage` ("weak", "qp", "ssl"): plain containers, numbers and tensors only."""
+    """Writes a checkpoint of `stage`, a key of HOLDS, whole or not at all.
+
+    state: plain containers, numbers and tensors.
+    """
+    head = dict(format=FORMAT, training=TRAINING, stage=stage, torch=str(torch.__version__))
     with files.replacing(path) as temporary:
         try:
-            torch.save(
-                dict(
-                    format=FORMAT,
-                    training=TRAINING,
-                    stage=stage,
-                    torch=str(torch.__version__),
-                    **state,
-                ),
-                temporary,
-            )
+            torch.save(head | state, temporary)
         except RuntimeError as error:  # all that torch says of a failed write
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, "") from None
 
 
-# What the readers of a checkpoint count on, by its stage. "args/size": the entry "size" of the dict "args"
+# What readers of a checkpoint count on. "args/size" is the entry "size" of the dict "args".
 MODEL = {
     "args": dict,
     "model/name": str,
@@ -50,40 +56,31 @@ MODEL = {
     "data/checksum": (int, str),
     "labeled": list,
 }
-
-
-HOLDS = {
-    "ssl": MODEL
-    | {
-        "nets": list,
-        "teacher": dict,
-        "step": int,
-        "args/size": (int, tuple),
-        "args/seed": int,
-        "args/method": str,
-        "args/weight": str,
-        "args/weight_level": str,
-        "args/qar": (int, float),
-        "args/labeled": str,
-    },
-    "qp": MODEL
-    | {"weights": dict, "epoch": int, "args/size": (int, tuple, type(None)), "best/epoch": int},
+SSL = {
+    "nets": list,
+    "teacher": dict,
+    "step": int,
+    "args/size": (int, tuple),
+    "args/seed": int,
+    "args/method": str,
+    "args/weight": str,
+    "args/weight_level": str,
+    "args/qar": (int, float),
+    "args/labeled": str,
+}
+QP = {
+    "weights": dict,
+    "epoch": int,
+    "args/size": (int, tuple, type(None)),
+    "best/epoch": int,
+}
+HOLDS = {  # of each stage
     "weak": {"weights": dict},
     "corrupt": {"args": dict, "data": dict, "fold": int, "inputs": dict, "finished": bool},
+    "qp": MODEL | QP,
+    "ssl": MODEL | SSL,
 }
-
-
-RESUMES = {  # last.pt
-    "ssl": {
-        "finished": bool,
-        "optimizer": dict,
-        "scaler": dict,
-        "best/dice": float,
-        "best/step": int,
-        "inputs": dict,
-        "parts": torch.Tensor,
-        "seconds": float,
-    },
+RESUMES = {  # last.pt holds these, too
     "qp": {
         "finished": bool,
         "optimizer": dict,
@@ -95,176 +92,244 @@ RESUMES = {  # last.pt
         "losses": torch.Tensor,
         "seconds": float,
     },
+    "ssl": {
+        "finished": bool,
+        "optimizer": dict,
+        "scaler": dict,
+        "best/dice": float,
+        "best/step": int,
+        "inputs": dict,
+        "parts": torch.Tensor,
+        "seconds": float,
+    },
 }
 
 
-PLAIN = (str, int, float, bool, type(None), torch.dtype)
-
-
 def load_checkpoint(path, stage):
-    """The dict that save_checkpoint wrote, on the CPU. InputError if it is missing, damaged, of another stage, or not what HOLDS says."""
-    if not os.path.isfile(path):
-        raise InputError(
-            f"{path}: {files.absent(path, 'checkpoint')}; give the .pt of a finished stage"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:  # older formats of torch.load are not even looked at
-            if (
-                any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
-                or archive.testzip()
-            ):
-                raise zipfile.BadZipFile("compressed, or of a wrong checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the file holds, it is the file that is wrong
-        if found := files.unreadable(path, error):
-            raise found from None
-        raise InputError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); make it again"
-        ) from None
-    if (
-        not isinstance(state, dict)
-        or not isinstance(state.get("format"), int)
-        or state["format"] != FORMAT
-    ):
+    """The dict that save_checkpoint() wrote, on the CPU.
+
+    InputError if it is missing, damaged, of another stage, or not what HOLDS and RESUMES say.
+    """
+    state = _load(path)
+    known = isinstance(state, dict) and isinstance(state.get("format"), int)
+    if not known or state["format"] != FORMAT:
         raise InputError(
             f"{path}: not a checkpoint of this project (format {FORMAT}); make it again"
         )
     if state.get("stage") != stage:
         raise InputError(
-            f"{path}: a checkpoint of stage {state.get('stage')!a:.40}, but '{stage}' is needed here; give one of that stage"
+            f"{path}: a checkpoint of stage {state.get('stage')!a:.40}, but '{stage}' is needed "
+            "here; give one of that stage"
         )
-    _check_plain(path, state)
-    for name, kind in (
-        HOLDS[stage] | (RESUMES.get(stage, {}) if os.path.basename(path) == "last.pt" else {})
-    ).items():
+    holds = HOLDS[stage]
+    if os.path.basename(path) == "last.pt":
+        holds = holds | RESUMES.get(stage, {})
+    for name, kind in holds.items():
         value = state
         for part in name.split("/"):
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(
-                f"{path}: {name} is {'missing' if value is None else 'of type ' + type(value).__name__}; make the checkpoint again"
-            )
+            found = "missing" if value is None else f"of type {type(value).__name__}"
+            raise InputError(f"{path}: {name} is {found}; make the checkpoint again")
     return state
 
 
-def _check_plain(path, value, where="the checkpoint", depth=0):
-    """InputError unless a value is made of dicts, lists, tuples, numbers, texts and tensors that hold all that they show."""
-    if isinstance(value, torch.Tensor):
-        if (
-            value.layout != torch.strided
-            or value.device.type != "cpu"
-            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
-        ):
-            raise InputError(
-                f"{path}: {where} is no plain tensor of {tuple(value.shape)}; make the checkpoint again"
-            )
-    elif isinstance(value, (dict, list, tuple)) and depth < 20:
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_plain(path, key, f"a key of {where}", depth + 1)
-            _check_plain(path, part, f"{where}[{ascii(key)[:60]}]", depth + 1)
-    elif not isinstance(value, PLAIN):
+def _load(path):
+    """What a file holds for torch. InputError if it cannot be read."""
+    if not os.path.isfile(path):
         raise InputError(
-            f"{path}: {where} is of type {type(value).__name__}, or nested too deep; make the checkpoint again"
+            f"{path}: {files.absent(path, 'checkpoint')}; give the .pt of a finished stage"
         )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not compare checksums
+                raise zipfile.BadZipFile("wrong checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it all
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the file holds, it is the file that is wrong
+        raise files.unreadable(path, error) or InputError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); make it again"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------- resuming a run
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):
-    """Looks at last.pt in a folder (default: OUT) before a run. -> the state to resume from, or of a run that is finished (state["finished"]), or
-    None for a fresh start; and the checksums of its other files, {option: CRC-32 or None}, for the state's "inputs"
+    """Looks at last.pt in a folder (default: --out) before a run. -> state, sums
 
-    data: what describes the data now; inputs: options that name other files, which may be elsewhere now, but must be the same. InputError if the
-    folder holds an unfinished run and neither --resume nor --overwrite is given, or a run that was started with other data, files or
-    options (those named in `free` may differ).
+    state: to resume from, or of a run that is finished (state["finished"]); None: a fresh start.
+    sums: {option: CRC-32 of the file that it names, or None}, for the state's "inputs".
+
+    data: describes the data now. inputs: options that name other files, which may be elsewhere now,
+    but must be the same. free: options that may differ.
+
+    InputError if the folder holds an unfinished run and neither --resume nor --overwrite is given,
+    or a run that was started with other data, files or options.
     """
     folder = folder or args.out
-    last, found = (
-        os.path.join(folder, "last.pt"),
-        glob.glob(os.path.join(glob.escape(folder), "*.pt")),
-    )
+    last = os.path.join(folder, "last.pt")
     sums = {name: files.checksum(getattr(args, name)) for name in inputs}
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
-    if (
-        args.overwrite or not found or (args.resume and not os.path.isfile(last))
-    ):  # killed before its first last.pt, a run begins again
+    empty = not glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    killed_early = args.resume and not os.path.isfile(last)  # such a run begins again
+    if args.overwrite or empty or killed_early:
         return None, sums
     if not os.path.isfile(last):
         raise InputError(
-            f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or choose another --out"
+            f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or "
+            "choose another --out"
         )
     state = load_checkpoint(last, stage)
     if not state["finished"] and state.get("training") != TRAINING:
         raise InputError(
-            f"{last}: was started by another version, whose losses are others; replace it with --overwrite, or choose another --out"
+            f"{last}: was started by another version, whose losses are others; {REPLACE}"
         )
-    for key, value in vars(args).items():
-        if (
-            key not in state["args"] and not value
-        ):  # an option that is younger than the run, and off
-            continue
-        if (
-            key not in {"resume", "overwrite", "out", "data", "device", *inputs, *free}
-            and state["args"].get(key) != value
-        ):
-            raise InputError(
-                f"{last}: was started with --{key.replace('_', '-')} {state['args'].get(key)}, not {value}; "
-                "replace it with --overwrite, or choose another --out"
-            )
-    for key, value in data.items():
-        if state["data"].get(key) != value:
-            raise InputError(
-                f"{last}: was started on other data ({key} {state['data'].get(key)}, not {value}); "
-                "replace it with --overwrite, or choose another --out"
-            )
-    for key, value in sums.items():
-        if state["inputs"].get(key) != value:
-            raise InputError(
-                f"{last}: was started with another file as --{key} than {getattr(args, key)} is now; "
-                "replace it with --overwrite, or choose another --out"
-            )
+    _check_same_run(last, state, args, data, sums, free)
     if not args.resume and not state["finished"]:
         raise InputError(
-            f"{args.out}: holds an unfinished run; go on with --resume, replace it with --overwrite, or choose another --out"
+            f"{args.out}: holds an unfinished run; go on with --resume, replace it with "
+            "--overwrite, or choose another --out"
         )
     return state, sums
 
 
-def check_finite(parts, names, nets, step, advice):
-    """InputError if a number of `parts` [n, len(names)], those of the n steps up to `step`, or a weight of a network is not finite. Called before
-    anything is saved, so that files keep the last good state. advice: {name: value of that step} -> what to try"""
-    parts = parts.cpu()
-    if not parts.isfinite().all():
-        row = int((~parts.isfinite()).any(1).nonzero()[0, 0])
-        values = dict(zip(names, parts[row].tolist()))
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        raise InputError(
-            f"step {step - len(parts) + 1 + row}: the loss is not finite ({terms}), nothing of it was saved; {advice(values)}"
-        )
-    for net in nets:
-        if wrong := [
-            name for name, value in net.state_dict().items() if not value.isfinite().all()
-        ]:
+REPLACE = "replace it with --overwrite, or choose another --out"
+ELSEWHERE = {"resume", "overwrite", "out", "data", "device"}  # options that may always differ
+
+
+def _check_same_run(last, state, args, data, sums, free):
+    """InputError unless a run was started with these options, data and files."""
+    for key, value in vars(args).items():
+        if key in ELSEWHERE or key in sums or key in free:
+            continue
+        if key not in state["args"] and not value:  # an option younger than the run, and off
+            continue
+        found = state["args"].get(key)
+        if found != value:
+            option = f"--{key.replace('_', '-')}"
+            raise InputError(f"{last}: was started with {option} {found}, not {value}; {REPLACE}")
+    for key, value in data.items():
+        found = state["data"].get(key)
+        if found != value:
             raise InputError(
-                f"step {step}: weights are not finite ({wrong[0]}), nothing of it was saved; {advice({})}"
+                f"{last}: was started on other data ({key} {found}, not {value}); {REPLACE}"
+            )
+    for key, value in sums.items():
+        if state["inputs"].get(key) != value:
+            raise InputError(
+                f"{last}: was started with another file as --{key} than {getattr(args, key)} is "
+                f"now; {REPLACE}"
             )
 
 
-def rebuild(path, state, weights, names, on, shape=None):
-    """The network of a checkpoint on the device, in eval mode; InputError unless it is one of `names`, made for the data of the checkpoint, and
-    takes a grid of `shape`."""
+def check_finite(parts, names, nets, step, advice):
+    """InputError if a number of some steps, or a weight, is not finite.
+
+    Called before anything is saved, so that files keep the last good state.
+    parts [n, len(names)]: of the n steps up to `step`; nets: whose weights are looked at;
+    advice: {name: value of that step} -> what to try.
+    """
+    parts = parts.cpu()
+    wrong = ~parts.isfinite().all(1)  # [n]
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        values = dict(zip(names, parts[row].tolist()))
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise InputError(
+            f"step {step - len(parts) + 1 + row}: the loss is not finite ({terms}), nothing of it "
+            f"was saved; {advice(values)}"
+        )
+    for net in nets:
+        for name, value in net.state_dict().items():
+            if not value.isfinite().all():
+                raise InputError(
+                    f"step {step}: weights are not finite ({name}), nothing of it was saved; "
+                    f"{advice({})}"
+                )
+
+
+# --------------------------------------------------------------------- the networks of checkpoints
+
+
+def load_run(path, weights, on):
+    """The network of a checkpoint of train_ssl.py, ready to predict, and the checkpoint's dict.
+
+    weights: "student" or "teacher". InputError if the checkpoint holds no such network.
+    """
+    state = load_checkpoint(path, "ssl")
+    if not state["nets"]:
+        raise InputError(f"{path}: nets is empty; train it again")
+    chosen = state["nets"][0] if weights == "student" else state["teacher"]
+    shape = loading.shape_of(state["args"]["size"])
+    net = network_of(path, state, chosen, models.segmentation_networks(), on, shape)
+    return net, state
+
+
+def load_quality(path, info, on, size=None, runs=None):
+    """The frozen quality predictor of train_qp.py, and the train cases that it has learned from.
+
+    InputError if it was trained for other classes, channels or intensities, or for patches of
+    another size than `size`, those of f: it would see them at another scale.
+    runs: {path: args} of each f; a note says where its --flip is another than that of g.
+    """
+    state = load_checkpoint(path, "qp")
+    for key in ("classes", "channels", "dims"):
+        theirs, ours = state["data"][key], getattr(info, key)
+        if theirs != ours:
+            raise InputError(
+                f"{path}: trained for {key} {theirs}, but {info.path} has {ours}; train g on this "
+                "data"
+            )
+    patch = tuple(state.get("patch") or ())
+    if info.dims == 3 and size is not None and patch != tuple(size):
+        raise InputError(
+            f"{path}: has learned from patches of {','.join(map(str, patch))}, but f sees "
+            f"{','.join(map(str, size))}; give corrupt.py and f the same --size"
+        )
+    check_trained_size(path, info, state["model"].get("size"))
+    if not state["weights"].get("temperature", torch.ones(())) > 0:
+        raise InputError(f"{path}: its temperature is not above 0; train it again")
+    h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
+    _note_other_flips(path, info, state["args"], runs or {})
+    names = [name for name in models.NETWORKS if name.startswith("quality")]
+    g = fused(network_of(path, state, state["weights"], names, on))
+    return g.requires_grad_(False), state["labeled"]
+
+
+def _note_other_flips(path, info, args, runs):
+    """Prints a note where a run's --flip is another than that of g. runs: {path: args}"""
+    flip = flip_of(path, info, args)
+    flips = [flip_of(run, info, their_args) for run, their_args in runs.items()]
+    others = [other for other in flips if other != flip]
+    if others:
+        words = {None: "all axes", "none": "no axis"}
+        print(
+            f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
+            f"{words.get(others[0], others[0])}; train both with the same --flip"
+        )
+
+
+def network_of(path, state, weights, names, on, shape=None):
+    """The network of a checkpoint on the device, in eval mode.
+
+    names: of networks, one of which it must be; shape: of a grid that it must take, or None.
+    InputError if it is none of these, or not made for the data of the checkpoint.
+    """
     config, data = state["model"], state["data"]
     if not models.one_of(config["name"], names):
         raise InputError(
-            f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is needed here; train it again"
+            f"{path}: holds a network '{config['name'][:40]}', but one of {', '.join(names)} is "
+            "needed here; train it again"
         )
-    for key, value in dict(
-        channels=data["channels"], classes=len(data["classes"]), dims=data["dims"]
-    ).items():
+    needed = dict(channels=data["channels"], classes=len(data["classes"]), dims=data["dims"])
+    for key, value in needed.items():
         if config[key] != value:
             raise InputError(
-                f"{path}: its network is for {key} {config[key]}, its data have {value}; train it again"
+                f"{path}: its network is for {key} {config[key]}, its data have {value}; train it "
+                "again"
             )
     try:
         net = models.rebuild(config, weights)
@@ -272,77 +337,19 @@ def rebuild(path, state, weights, names, on, shape=None):
             models.check(config, shape)
         return on.place(net).eval()
     except Exception as error:  # whatever the file holds, it is the file that is wrong
+        text = " ".join(str(error).split())[:300]
         raise InputError(
-            f"{path}: its weights and its model do not fit ({' '.join(str(error).split())[:300]}); train it again"
+            f"{path}: its weights and its model do not fit ({text}); train it again"
         ) from None
 
 
-def load_run(path, weights, on):
-    """The network of a train_ssl.py checkpoint, ready to predict, and the checkpoint."""
-    state = load_checkpoint(path, "ssl")
-    if not state["nets"]:
-        raise InputError(f"{path}: nets is empty; train it again")
-    weights = state["nets"][0] if weights == "student" else state["teacher"]
-    return rebuild(
-        path,
-        state,
-        weights,
-        models.segmentation_networks(),
-        on,
-        loading.shape_of(state["args"]["size"]),
-    ), state
-
-
 def load_encoder(net, source):
-    """Published weights for a network's encoder (models.load_encoder), or an InputError. -> a line that says what was left out"""
+    """models.load_encoder(), whose errors are an InputError. -> a line: what was left out"""
     try:
         return models.load_encoder(net, source)
     except Exception as error:  # whatever the file holds, it is the user's file that is wrong
         text = str(error.args[0] if isinstance(error, KeyError) else error)
         raise InputError(f"--encoder-weights {source}: {' '.join(text.split())[:600]}") from None
-
-
-def load_quality(path, info, on, size=None, runs=None):
-    """The frozen quality predictor of train_qp.py, and the names of the train cases whose labels it has learned from.
-
-    InputError if it was trained for other classes, channels or intensities, or for patches of
-    another size than `size`, those of f: it would see them at another scale.
-    runs: {path: args} of each f; a note says where its --flip is another than that of g.
-    """
-    state = load_checkpoint(path, "qp")
-    theirs, ours = state["data"], dict(classes=info.classes, channels=info.channels, dims=info.dims)
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise InputError(
-                f"{path}: trained for {key} {theirs[key]}, but {info.path} has {value}; train g on this data"
-            )
-    if info.dims == 3 and size is not None and tuple(state.get("patch") or ()) != tuple(size):
-        theirs, ours = (",".join(map(str, s)) for s in (state.get("patch") or (), size))
-        raise InputError(
-            f"{path}: has learned from patches of {theirs}, but f sees {ours}; give corrupt.py and f the same --size"
-        )
-    check_size(path, info, state["model"].get("size"))
-    if not state["weights"].get("temperature", torch.ones(())) > 0:
-        raise InputError(f"{path}: its temperature is not above 0; train it again")
-    h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
-    flip = flip_of(path, info, state["args"])
-    flips = [flip_of(run, info, args) for run, args in (runs or {}).items()]
-    if others := [other for other in flips if other != flip]:
-        words = {None: "all axes", "none": "no axis"}
-        print(
-            f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
-            f"{words.get(others[0], others[0])}; train both with the same --flip"
-        )
-    g = fused(
-        rebuild(
-            path,
-            state,
-            state["weights"],
-            [name for name in models.NETWORKS if name.startswith("quality")],
-            on,
-        )
-    )
-    return g.requires_grad_(False), state["labeled"]
 
 
 def flip_of(path, info, args):
@@ -353,13 +360,15 @@ def flip_of(path, info, args):
         raise InputError(f"{path}: {error}; train it again") from None
 
 
-def check_size(path, info, size):
+def check_trained_size(path, info, size):
     """InputError unless a checkpoint's size is one that --size would take for this data."""
     sides = (size,) if isinstance(size, int) else size
-    whole = isinstance(sides, tuple) and all(isinstance(s, int) for s in sides)
-    if isinstance(size, int) != (info.dims == 2) or not whole or len(sides) != info.dims * 2 - 3:
+    whole = isinstance(sides, tuple) and all(isinstance(side, int) for side in sides)
+    flat = isinstance(size, int)
+    if flat != (info.dims == 2) or not whole or len(sides) != (1 if info.dims == 2 else 3):
         raise InputError(
-            f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; train it again"
+            f"{path}: its size is {size!a:.60}, but {info.path} is segmented in {info.dims}D; "
+            "train it again"
         )
     try:
         loading.check_size(info, sides)

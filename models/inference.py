@@ -1,13 +1,23 @@
-"""Inference: cases read one at a time, probabilities, sliding windows, and what g says of masks."""
+"""How a trained network is asked: labels of whole cases, their Dice, and g's estimate of it.
+
+    Cases            the cases of a split, read one at a time
+    predict_cases    the label of each: slices in full batches, volumes by a sliding window
+    dice_table       Dice of each case and class, what training selects by
+    estimate_masks   what g says of masks, and the truth
+
+Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, *S the network's
+grid: S, S of slices, D, H, W of patches.
+"""
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import loading
+from data import h5, loading
 from data.files import InputError
 from data.metrics import dice
 from data.options import grid
@@ -15,38 +25,41 @@ from models import distributed, quality
 from models.device import channels_last, fused, samples_in
 from models.losses import one_hot
 
+# ------------------------------------------------------------------------------------------- cases
 
-def add_window_options(p):
-    """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
-    p.section("volumes")
-    p.add_argument(
-        "--window",
-        choices=("sliding", "whole"),
-        default="sliding",
-        help="overlapping windows of the size of the training patches, or all of a volume in one pass (faster, takes more memory)",
-    )
-    p.add_argument(
-        "--stride", type=grid, metavar="D,H,W", help="between windows (default: half of the window)"
-    )
-    p.add_argument(
-        "--blend",
-        choices=("gaussian", "uniform"),
-        default="gaussian",
-        help="weights of a window's voxels where windows overlap",
-    )
+
+class Volume(NamedTuple):
+    """What a 3D network sees of a case."""
+
+    image: np.ndarray  # (D, H, W) as it is
+    mean: float  # of its intensities
+    std: float
+
+
+class ReadCase(NamedTuple):
+    """A case that was read."""
+
+    entry: h5.Entry
+    image: loading.Samples | Volume  # all slices without labels where dims is 2, else the volume
+    truth: np.ndarray | None  # (D, H, W) uint8
 
 
 class Cases:
-    """The cases of a split, read one at a time: all of them, or those in `names`, in the file's order.
+    """The cases of a split, read one at a time, in the file's order: iterating yields ReadCase.
 
-    Each is its Entry, what a network sees of it, and its truth (D, H, W) uint8 or None. A network sees Samples of all slices, or, where dims
-    is 3, the volume (D, H, W) as it is, with mean and deviation of its intensities. keep: they stay in memory once they are read.
+    names: of the cases (default: all). keep: they stay in memory once they are read.
     """
 
     def __init__(self, info, split, size, names=None, keep=True):
-        self.info, self.split, self.size, self.keep, self.kept = info, split, size, keep, []
-        names = None if names is None else set(names)
-        self.entries = [e for e in info.entries(split) if names is None or e.name in names]
+        self.info = info
+        self.split = split
+        self.size = size
+        self.keep = keep
+        self.kept = []
+        self.entries = info.entries(split)
+        if names is not None:
+            names = set(names)
+            self.entries = [entry for entry in self.entries if entry.name in names]
 
     def __len__(self):
         return len(self.entries)
@@ -59,33 +72,54 @@ class Cases:
             yield case
 
     def read(self, entry):
-        ((name, image, truth, mean, std),) = loading.read_cases(
-            self.info, self.split, [entry.name], entry.labeled
-        )
+        """-> ReadCase"""
+        (case,) = loading.whole_cases(self.info, self.split, [entry.name], entry.labeled)
         if self.info.dims == 3:
-            return entry, (image, mean, std), truth
-        slices, N = (
-            torch.from_numpy(np.stack([loading.as_slice(z, self.size) for z in image])),
-            len(image),
-        )
-        return (
-            entry,
-            loading.Samples(
-                slices,
-                torch.full((N,), mean),
-                torch.full((N,), std),
-                None,
-                [name] * N,
-                [(z,) for z in range(N)],
-            ),
-            truth,
-        )
+            return ReadCase(entry, Volume(case.image, case.mean, case.std), case.label)
+        slices = loading.samples_of(case._replace(label=None), self.size)
+        return ReadCase(entry, slices, case.label)
 
 
-def probabilities(net, x, on):
+def samples_of(case, size):
+    """What loading.load_samples() gives for a case that was read, without labels. -> Samples"""
+    if isinstance(case.image, loading.Samples):
+        return case.image
+    image, mean, std = case.image
+    whole = loading.WholeCase(case.entry.name, image, None, mean, std, where=case.entry.name)
+    return loading.samples_of(whole, size)
+
+
+def class_probabilities(net, x, on):
     """What a network says of images. [B, C, *S] -> [B, K, *S] float32 on the device"""
     with on.autocast():
         return net(channels_last(x)).float().softmax(1)
+
+
+# ----------------------------------------------------------------------------------------- windows
+
+
+def add_window_options(p):
+    """The options of evaluate.py and train_ssl.py that say how a network sees a volume."""
+    p.section("volumes")
+    p.add_argument(
+        "--window",
+        choices=("sliding", "whole"),
+        default="sliding",
+        help="overlapping windows of the size of the training patches, or all of a volume in one "
+        "pass (faster, takes more memory)",
+    )
+    p.add_argument(
+        "--stride",
+        type=grid,
+        metavar="D,H,W",
+        help="between windows (default: half of the window)",
+    )
+    p.add_argument(
+        "--blend",
+        choices=("gaussian", "uniform"),
+        default="gaussian",
+        help="weights of a window's voxels where windows overlap",
+    )
 
 
 @dataclass
@@ -94,23 +128,24 @@ class Window:
 
     size: tuple  # (D, H, W)
     stride: tuple  # (D, H, W)
-    gaussian: bool = (
-        True  # weights of a window's voxels: a Gaussian of an eighth of each side, or all alike
-    )
+    gaussian: bool = True  # weights of a window's voxels, see blending()
     whole: bool = False  # one window of the volume's own size instead
     batch: int = 2  # windows in one pass
 
     def __str__(self):
-        return (
-            "whole volumes"
-            if self.whole
-            else f"windows of {' x '.join(map(str, self.size))}, stride {' x '.join(map(str, self.stride))}"
-        )
+        if self.whole:
+            return "whole volumes"
+        size = " x ".join(map(str, self.size))
+        stride = " x ".join(map(str, self.stride))
+        return f"windows of {size}, stride {stride}"
 
 
-def window(size, args, batch=None):
-    """The Window of a network trained on patches of `size` and of the options --window, --stride and --blend; None for the side of slices.
-    batch: windows in a pass"""
+def window_of(size, args, batch=None):
+    """The Window of a network's size and of --window, --stride and --blend; None for slices.
+
+    size: (D, H, W) of its patches, or the side of its slices; batch: windows in a pass (default: as
+    large a pass as 32 slices are). InputError for options that do not fit the size.
+    """
     if isinstance(size, int):
         if args.stride or args.window != "sliding" or args.blend != "gaussian":
             raise InputError(
@@ -121,169 +156,212 @@ def window(size, args, batch=None):
     stride = stride * 3 if len(stride) == 1 else stride
     if any(step > side for step, side in zip(stride, size)):
         raise InputError(
-            f"--stride {','.join(map(str, stride))}: larger than the window, {','.join(map(str, size))}; it would leave gaps"
+            f"--stride {','.join(map(str, stride))}: larger than the window, "
+            f"{','.join(map(str, size))}; it would leave gaps"
         )
     return Window(
-        tuple(size),
-        stride,
-        args.blend == "gaussian",
-        args.window == "whole",
-        batch or samples_in(32, size),
+        size=tuple(size),
+        stride=stride,
+        gaussian=args.blend == "gaussian",
+        whole=args.window == "whole",
+        batch=batch or samples_in(32, size),
     )
 
 
 def blending(size, gaussian):
-    """Weights of a window's voxels. -> [D, H, W]"""
+    """Weights of a window's voxels. -> [D, H, W]
+
+    They are a Gaussian, whose sigma is an eighth of each side, or all 1.
+    """
     weight = torch.ones(())
     for side in size:
-        at = (torch.arange(side) - (side - 1) / 2) / (side / 8)
-        weight = weight[..., None] * (torch.exp(-(at**2) / 2) if gaussian else torch.ones(side))
+        at = (torch.arange(side) - (side - 1) / 2) / (side / 8)  # in sigmas from the middle
+        along = torch.exp(-(at**2) / 2) if gaussian else torch.ones(side)
+        weight = weight[..., None] * along
     return weight
 
 
-def sliding_window(net, x, cut, on):
-    """Yields the mean probabilities of overlapping windows of a volume x [D, H, W], as slabs [K, d, H, W] from front to back.
+def sliding_window(net, x, window, on):
+    """Yields the mean probabilities of overlapping windows of a volume, from front to back.
 
-    A slab is ready when no window to come reaches it, so that the map of scores is never deeper than one window. cut: Window
+    x [D, H, W] -> slabs [K, d, H, W]. A slab is ready when no window to come reaches it, so that
+    the map of scores is never deeper than one window.
     """
-    depth, weight = cut.size[0], blending(cut.size, cut.gaussian).to(on.device)
-    zs, *others = (loading.starts(n, s, step) for n, s, step in zip(x.shape, cut.size, cut.stride))
-    places = [
-        tuple(slice(c, c + s) for c, s in zip(corner, cut.size[1:]))
-        for corner in itertools.product(*others)
+    depth = window.size[0]
+    weight = blending(window.size, window.gaussian).to(on.device)
+    zs, ys, xs = map(loading.starts, x.shape, window.size, window.stride)
+    planes = [  # the windows that begin at one z
+        (slice(b, b + window.size[1]), slice(c, c + window.size[2]))
+        for b, c in itertools.product(ys, xs)
     ]
     total = None  # [K + 1, depth, H, W]: weighted probabilities, and weights
     for z, following in zip(zs, [*zs[1:], None]):
-        for start in range(0, len(places), cut.batch):
-            here = places[start : start + cut.batch]
-            windows = torch.stack([x[(slice(z, z + depth), *place)] for place in here])[
-                :, None
-            ]  # [B, 1, *S]
-            found = probabilities(net, windows, on)  # [B, K, *S]
+        for first in range(0, len(planes), window.batch):
+            here = planes[first : first + window.batch]
+            windows = torch.stack([x[(slice(z, z + depth), *at)] for at in here])  # [B, *S]
+            found = class_probabilities(net, windows[:, None], on)  # [B, K, *S]
             if total is None:
                 total = torch.zeros(found.shape[1] + 1, depth, *x.shape[1:], device=on.device)
-            for p, place in zip(found, here):
-                total[(slice(-1), slice(None), *place)] += p * weight
-                total[(-1, slice(None), *place)] += weight
+            for p, at in zip(found, here):
+                total[(slice(-1), slice(None), *at)] += p * weight
+                total[(-1, slice(None), *at)] += weight
         done = depth if following is None else following - z
         yield total[:-1, :done] / total[-1, :done]
         total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
 
 
-def predict_cases(net, cases, on, cut=None, batch=32):
-    """Yields each of `cases` as entry, predicted label (D, H, W) uint8 on its own grid, and truth. cut: Window, for volumes; batch: slices in a pass"""
-    return (
-        labels_of_volumes(net, cases, on, cut) if cut else labels_of_slices(net, cases, on, batch)
-    )
+# ------------------------------------------------------------------------------------------ labels
+
+
+def predict_cases(net, cases, on, window=None, batch=32):
+    """Yields each of `cases` as entry, predicted label and truth, (D, H, W) uint8 on its own grid.
+
+    window: Window, for volumes; batch: slices in a pass.
+    """
+    for case, label in predict_read(net, cases, on, window, batch):
+        yield case.entry, label, case.truth
+
+
+def predict_read(net, cases, on, window=None, batch=32):
+    """predict_cases() that yields what was read, ReadCase, and the predicted label."""
+    if window:
+        return labels_of_volumes(net, cases, on, window)
+    return labels_of_slices(net, cases, on, batch)
 
 
 @torch.no_grad()
-def labels_of_volumes(net, cases, on, cut):
-    """predict_cases() for volumes, one after the other."""
+def labels_of_volumes(net, cases, on, window):
+    """predict_read() for volumes, one after the other."""
     net = fused(net)
-    for entry, (volume, mean, std), truth in cases:
-        shape, this = cut.size, cut
-        if cut.whole:  # networks halve the grid up to four times
-            shape = tuple(-(-n // 16) * 16 for n in entry.grid)
+    for case in cases:
+        volume, mean, std = case.image
+        shape = window.size
+        this = window
+        if window.whole:  # networks halve the grid up to four times
+            shape = tuple(-(-n // 16) * 16 for n in case.entry.grid)
             this = Window(shape, shape, gaussian=False)
-        x = (
-            torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32) - mean
-        ) / std
-        label = torch.cat(
-            [slab.argmax(0).to(torch.uint8).cpu() for slab in sliding_window(net, x, this, on)]
-        )
-        yield entry, loading.cut_back(label.numpy(), entry.grid), truth
+        x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)
+        slabs = sliding_window(net, (x - mean) / std, this, on)
+        label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in slabs])
+        yield case, loading.cut_back(label.numpy(), case.entry.grid)
 
 
 @torch.no_grad()
 def labels_of_slices(net, cases, on, batch):
-    """predict_cases() for slices, whichever cases they belong to in full batches: many single pictures in one, a long volume in several."""
-    net, label = fused(net), []
+    """predict_read() for slices, in full batches.
+
+    Many single pictures are in one batch, a long volume is in several.
+    """
+    net = fused(net)
+    label = []
     for parts in full_batches(cases, batch):
-        x = torch.cat(
-            [slices.batch(part, on.device)[0] for (_, slices, _), part in parts]
-        )  # [B, C, S, S]
-        found = probabilities(net, x, on).split([part.stop - part.start for _, part in parts])
-        for p, ((entry, slices, truth), part) in zip(found, parts):
-            back = F.interpolate(p, size=entry.grid[-2:], mode="bilinear", align_corners=False)
+        x = torch.cat([case.image.batch(part, on.device)[0] for case, part in parts])  # [B,C,S,S]
+        found = class_probabilities(net, x, on).split([len_of(part) for _, part in parts])
+        for p, (case, part) in zip(found, parts):
+            size = case.entry.grid[-2:]
+            back = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
             label.append(back.argmax(1).to(torch.uint8).cpu().numpy())
-            if part.stop == len(slices):
-                yield entry, np.concatenate(label), truth
+            if part.stop == len(case.image):
+                yield case, np.concatenate(label)
                 label = []
 
 
+def len_of(part):
+    """The length of a slice from start to stop."""
+    return part.stop - part.start
+
+
 def full_batches(cases, batch):
-    """Yields lists of (case, slice of its samples) that hold `batch` samples together, fewer at the end of all cases."""
-    parts, room = [], batch
+    """Yields lists of (case, slice of its samples) that hold `batch` samples together.
+
+    The last one may hold fewer.
+    """
+    parts = []
+    room = batch
     for case in cases:
-        start, end = 0, len(case[1])
-        while start < end:
-            part = slice(start, min(end, start + room))
+        start = 0
+        while start < len(case.image):
+            part = slice(start, min(len(case.image), start + room))
             parts.append((case, part))
-            start, room = part.stop, room - (part.stop - part.start)
+            start = part.stop
+            room -= len_of(part)
             if room == 0:
                 yield parts
-                parts, room = [], batch
+                parts = []
+                room = batch
     if parts:
         yield parts
 
 
-def dice_table(net, cases, on, K, cut=None, batch=32):
-    """Dice of each case and foreground class. -> a list per case; for the rest see predict_cases()"""
+def dice_table(net, cases, on, K, window=None, batch=32):
+    """Dice of each case and foreground class. -> a list per case
+
+    The arguments are those of predict_cases(). K: classes.
+    """
     return [
         [dice(label == k, truth == k) for k in range(1, K)]
-        for _, label, truth in predict_cases(net, cases, on, cut, batch)
+        for _, label, truth in predict_cases(net, cases, on, window, batch)
     ]
 
 
 def mean_dice(table, held):
-    """Mean over cases and then classes, and per class: what the table shows, and what training
-    selects by.
+    """Mean over cases and then classes, and per class: what training selects by.
 
-    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out, and
-    their Dice is None.
+    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out,
+    and their Dice is None.
     """
-    per_class = np.mean(table, 0)
+    per_class = np.mean(table, 0)  # [K-1]
     shown = [d if h else None for d, h in zip(per_class.tolist(), held)]
     return float(per_class[held].mean()), shown
 
 
+# -------------------------------------------------------------------------------- g's estimates
+
+
+class Estimates(NamedTuple):
+    """What g says of masks, and the truth."""
+
+    predicted: np.ndarray  # [N, K-1] Dice
+    true: np.ndarray  # [N, K-1] Dice
+    present: np.ndarray  # [N, K-1] whether the truth holds the class
+
+
 @torch.no_grad()
 def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
-    """g's estimate and the true Dice of hard masks. -> two arrays [N, K-1], and whether the truth holds the class [N, K-1]
+    """g's estimate and the true Dice of hard masks. -> Estimates
 
-    index [N]: the sample of each mask [N, *S] in samples, which have labels; change: what to do to the images first.
+    mask [N, *S]; index [N]: the sample of each, in samples that have labels; change: what to do to
+    the images first.
     """
-    predicted, true, present, K, batch = (
-        [],
-        [],
-        [],
-        g.config["classes"],
-        samples_in(64, mask.shape[1:]),
-    )
-    for rows, m in zip(index.split(batch), mask.split(batch)):
+    K = g.config["classes"]
+    batch = samples_in(64, mask.shape[1:])
+    found = []
+    for rows, labels in zip(index.split(batch), mask.split(batch)):
         x, y = samples.batch(rows, on.device)
-        m, truth = (one_hot(v.to(on.device), K)[:, 1:] for v in (m, y))
+        m = one_hot(labels.to(on.device), K)[:, 1:]  # [B, K-1, *S]
+        truth = one_hot(y, K)[:, 1:]
         with on.autocast():
-            predicted.append(g(change(x), m).cpu())
-        (
-            true.append(quality.true_dice(m, truth).cpu()),
-            present.append(truth.flatten(2).any(2).cpu()),
-        )
-    return torch.cat(predicted).numpy(), torch.cat(true).numpy(), torch.cat(present).numpy()
+            predicted = g(change(x), m)  # [B, K-1]
+        true = quality.true_dice(m, truth)
+        present = truth.flatten(2).any(2)
+        found.append((predicted.cpu(), true.cpu(), present.cpu()))
+    return Estimates(*(torch.cat(parts).numpy() for parts in zip(*found)))
 
 
 def estimate_masks(g, masks, on, most=None, **how):
-    """estimate_quality on the masks of a split of vqm.h5, evenly thinned out to `most`, by all processes together; how: another index or change
-    for it."""
-    rows, index = (
-        thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()],
-        how.pop("index", masks.index),
-    )
+    """estimate_quality() on the masks of a split of vqm.h5, by all processes together.
+
+    most: masks, evenly thinned out; how: another index or change for it.
+    """
+    rows = thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
+    index = how.pop("index", masks.index)
     found = estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
-    return [np.stack(v) for v in zip(*distributed.gather(list(zip(*found))))]
+    every = distributed.gather(list(zip(*found)))  # N of a mask's predicted, true, present
+    return Estimates(*(np.stack(parts) for parts in zip(*every)))
 
 
 def thinned(n, most=None):
     """Numbers below n, all or `most` that are evenly spread."""
-    return torch.arange(n) if most is None else torch.linspace(0, n - 1, min(most, n)).long()
+    if most is None:
+        return torch.arange(n)
+    return torch.linspace(0, n - 1, min(most, n)).long()

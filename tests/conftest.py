@@ -1,4 +1,7 @@
-"""Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2. Made once, by the converters' own commands."""
+"""Small datasets that the tests share: a gray phantom of 4 classes, and RGB pictures of 2.
+
+Made once, by the converters' own commands.
+"""
 
 import os
 import subprocess
@@ -18,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import corrupt  # noqa: E402
 import train_qp  # noqa: E402
 from data import figures, h5, images, phantom  # noqa: E402
-from data.options import cli
+from data.options import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
 os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure
@@ -37,7 +40,7 @@ def shared(factory, name, make):
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):
-    """A folder of the `folder` preset: a bright ellipse on clutter, and its mask with a few in-between values."""
+    """A folder of the `folder` preset: bright ellipses on clutter, masks with in-between values."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
     for i in range(count):
@@ -64,22 +67,8 @@ def gray(tmp_path_factory):
     """Phantom: 6 + 2 + 1 patients, volumes of 4 x 48 x 48, 4 classes, segmented slice by slice."""
 
     def make(folder):
-        phantom.main(
-            [
-                "--out",
-                str(folder / "phantom.h5"),
-                "--train",
-                "6",
-                "--val",
-                "2",
-                "--test",
-                "1",
-                "--depth",
-                "4",
-                "--size",
-                "48",
-            ]
-        )
+        sizes = "--train 6 --val 2 --test 1 --depth 4 --size 48"
+        phantom.main(["--out", str(folder / "phantom.h5"), *sizes.split()])
 
     return str(shared(tmp_path_factory, "gray", make) / "phantom.h5")
 
@@ -90,30 +79,14 @@ def volumes(tmp_path_factory):
 
     def make(folder):
         path = folder / "volumes.h5"
-        phantom.main(
-            [
-                "--out",
-                str(path),
-                "--train",
-                "6",
-                "--val",
-                "2",
-                "--test",
-                "1",
-                "--depth",
-                "20",
-                "--size",
-                "40",
-                "--dims",
-                "3",
-            ]
-        )
+        sizes = "--train 6 --val 2 --test 1 --depth 20 --size 40 --dims 3"
+        phantom.main(["--out", str(path), *sizes.split()])
         with h5py.File(path, "a") as f:  # no cube: axes must not be confused
             for case in (case for split in f.values() for case in split.values()):
                 image, label = case["image"][:, :, :36], case["label"][:, :, :36]
                 del case["image"], case["label"]
                 case["image"], case["label"] = image, label
-                case.attrs["mean"], case.attrs["std"] = h5.moments(image)
+                case.attrs["mean"], case.attrs["std"] = h5.mean_and_std(image)
                 case.attrs["checksum"] = h5.checksum_of(image, label)
 
     return str(shared(tmp_path_factory, "volumes", make) / "volumes.h5")
@@ -124,65 +97,20 @@ def rgb(tmp_path_factory):
     """Pictures: 9 train, 3 val, 40 x 56 pixels, RGB, 2 classes."""
 
     def make(folder):
-        images.main(
-            [
-                str(make_pictures(folder / "src", 12)),
-                "--out",
-                str(folder / "rgb.h5"),
-                "--val",
-                "0.25",
-            ]
-        )
+        source = make_pictures(folder / "src", 12)
+        images.main([str(source), "--out", str(folder / "rgb.h5"), "--val", "0.25"])
 
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
 def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    corrupt.main(
-        [
-            data,
-            "--out",
-            str(folder),
-            "--labeled",
-            "4",
-            "--size",
-            size,
-            "--patches",
-            "2",
-            "--masks",
-            "8",
-            "--val-masks",
-            str(val),
-            "--folds",
-            "2",
-            "--harvest-share",
-            "0.25",
-            "--harvest-epochs",
-            epochs,
-            "--harvest-steps",
-            "2",
-            "--harvest-batch",
-            "4",
-        ]
-    )
-    train_qp.main(
-        [
-            data,
-            "--vqm",
-            str(folder / "vqm.h5"),
-            "--out",
-            str(folder),
-            "--width",
-            "4",
-            "--members",
-            str(members),
-            "--epochs",
-            "2",
-            "--batch",
-            "16",
-        ]
-    )
+    masks = f"--labeled 4 --size {size} --patches 2 --masks 8 --val-masks {val} --folds 2"
+    harvest = f"--harvest-share 0.25 --harvest-epochs {epochs} --harvest-steps 2 --harvest-batch 4"
+    corrupt.main([data, "--out", str(folder), *masks.split(), *harvest.split()])
+    files = ["--vqm", str(folder / "vqm.h5"), "--out", str(folder)]
+    options = f"--width 4 --members {members} --epochs 2 --batch 16"
+    train_qp.main([data, *files, *options.split()])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
@@ -211,32 +139,16 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
     """The paper's scalar head. -> qp.pt"""
 
     def make(folder):
-        train_qp.main(
-            [
-                rgb,
-                "--vqm",
-                rgb_quality[0],
-                "--out",
-                str(folder),
-                "--head",
-                "scalar",
-                "--size",
-                "32",
-                "--width",
-                "8",
-                "--epochs",
-                "2",
-                "--batch",
-                "16",
-            ]
-        )
+        files = ["--vqm", rgb_quality[0], "--out", str(folder)]
+        options = "--head scalar --size 32 --width 8 --epochs 2 --batch 16"
+        train_qp.main([rgb, *files, *options.split()])
 
     return str(shared(tmp_path_factory, "rgb_scalar", make) / "qp.pt")
 
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+    """Figures are composed, but not rendered, which takes seconds; other tests look at them."""
 
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +160,10 @@ def unrendered(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words): the script ends with exit code 2 and one line on standard error that holds the words."""
+    """refused(main, argv, *words): the script refuses the arguments.
+
+    It ends with exit code 2 and one line on standard error that holds the words.
+    """
 
     def check(main, argv, *words):
         capsys.readouterr()

@@ -1,4 +1,7 @@
-"""Bad inputs (tests/bad_inputs.py makes and runs them): each ends with exit code 2 and one line that names the file and the remedy, and leaves nothing."""
+"""Bad inputs (tests/bad_inputs.py makes and runs them).
+
+Each ends with exit code 2 and one line that names the file and the remedy, and leaves nothing.
+"""
 
 import json
 import os
@@ -10,7 +13,10 @@ from conftest import python, shared
 
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory):
-    """What the scripts said to each input, by its name. Of two workers, each begins with another half."""
+    """What the scripts said to each input, by its name.
+
+    Of two workers, each begins with another half.
+    """
 
     def make(half):
         def made(folder):

@@ -20,11 +20,11 @@ def case(split="train", name="a", shape=(8, 10), patient="p", label=True, **kwar
     rng = np.random.default_rng(0)
     grid = shape[:-1] if shape[-1] == 3 else shape
     return h5.Case(
-        split,
-        name,
-        rng.integers(0, 255, shape, np.uint8),
-        rng.integers(0, 2, grid, np.uint8) if label else None,
-        patient,
+        split=split,
+        name=name,
+        image=rng.integers(0, 255, shape, np.uint8),
+        label=rng.integers(0, 2, grid, np.uint8) if label else None,
+        patient=patient,
         **kwargs,
     )
 

@@ -1,4 +1,4 @@
-"""Metrics against medpy, the rules for empty masks, cases one by one, and the tables and pictures of evaluate.py."""
+"""evaluate.py: metrics against medpy, the rules for empty masks, cases, tables and pictures."""
 
 import csv
 import json
@@ -216,7 +216,10 @@ def test_cases_in_full_batches_equal_a_plain_loop(kind, batch, passes, request):
     [("gray", None), ("rgb", None), ("volumes", inference.Window((16, 16, 32), (16, 16, 32)))],
 )
 def test_cases_are_read_one_at_a_time(kind, cut, keep, request, reads):
-    """The next one only when it is asked for; in a second pass again, unless they are kept. Whoever stops early loses nothing."""
+    """The next one only when it is asked for; in a second pass again, unless they are kept.
+
+    Whoever stops early loses nothing.
+    """
     info, on = h5.read_info(request.getfixturevalue(kind)), compute("cpu", "off")
     names, size = [e.name for e in info.entries("val")], cut.size if cut else 32
     net = models.build(
@@ -310,11 +313,9 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1][
         "p"
     ] == pytest.approx(stats.wilcoxon(difference).pvalue)
-    assert (
-        f"| {np.mean(difference):.3f} | {min(difference):.3f} to {max(difference):.3f} | {rows[1]['p']:.3f} |"
-        in text
-        and "| - | - | - |" in text
-    )
+    mean_of, low, high = np.mean(difference), min(difference), max(difference)
+    assert f"| {mean_of:.3f} | {low:.3f} to {high:.3f} | {rows[1]['p']:.3f} |" in text
+    assert "| - | - | - |" in text
     quality = list(csv.DictReader(open(out / "quality.csv")))
     assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
     tables = (out / "quality.md").read_text()
@@ -378,7 +379,10 @@ class Says(torch.nn.Module):
 
 
 def test_each_estimate_asks_whom_it_names():
-    """On two images whose left half is the object: networks that say left, right, all, each estimate by hand."""
+    """On two images whose left half is the object.
+
+    Networks that say left, right, all, each estimate by hand.
+    """
     half = torch.zeros(2, 8, 8, dtype=torch.uint8)
     half[:, :, :4] = 1
     slices = loading.Samples(
@@ -427,7 +431,7 @@ def undrawn(monkeypatch):
 
 
 def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused, undrawn):
-    """Train cases whose labels nobody has used, with a second network's opinion, calibrated on val."""
+    """Train cases whose labels nobody has used, calibrated on val, with a second network."""
     info, out = h5.read_info(gray), tmp_path / "out"
     names = [e.name for e in info.entries("train")]
     run, other = (
@@ -522,7 +526,10 @@ def test_a_second_network_of_other_classes_is_refused(gray, rgb, gray_quality, t
 
 
 def test_estimates_of_a_single_picture(rgb, rgb_quality, tmp_path, capsys, refused):
-    """There is no other patient: nothing to correlate and nothing to calibrate on, but a table. Without foreground nothing is scored."""
+    """There is no other patient: nothing to correlate and nothing to calibrate on, but a table.
+
+    Without foreground nothing is scored.
+    """
     shutil.copy(rgb, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         names = list(f["val"])
@@ -625,7 +632,10 @@ def test_a_monotone_map_is_the_least_squares_one_and_never_sees_its_own_patient(
 
 
 def test_levels_by_hand():
-    """Two volumes of two slices, two classes: a volume's Dice is that of all its pixels, its estimate is weighted with the area."""
+    """Two volumes of two slices, two classes.
+
+    The Dice of a volume is that of all its pixels, its estimate is weighted with the area.
+    """
     a = lambda *rows: np.array(rows, float)
     outputs = metrics.Outputs(
         present=a((1, 0), (1, 1), (1, 0), (1, 0)) > 0,
@@ -670,7 +680,10 @@ def test_cost_of_a_pass():
 
 
 def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, monkeypatch):
-    """One number per volume, in mm: not a mean over slices. And a picture shows the slice of most foreground."""
+    """One number per volume, in mm: not a mean over slices.
+
+    And a picture shows the slice of most foreground.
+    """
     info, out, shown = h5.read_info(gray), tmp_path / "out", {}
     runs = [make_run(tmp_path / str(s), info, seed=s) for s in (0, 1)]
     net, load_run = Passes(1, 4).eval(), checkpoints.load_run
@@ -717,7 +730,7 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
         assert (outline == label[z]).all() and (label != label[:1]).any()
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monkeypatch):
@@ -729,18 +742,24 @@ def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monke
             label = np.zeros((400, 500 + i), np.uint8)
             label[100 : 250 + 20 * i, 150:300], label[300:, :60] = 1, 1
             yield h5.Case(
-                "val",
-                f"c{i}",
-                (label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8),
-                label,
-                f"p{i % 4}",
+                split="val",
+                name=f"c{i}",
+                image=(label * 80 + rng.integers(0, 100, label.shape)).astype(np.uint8),
+                label=label,
+                patient=f"p{i % 4}",
             )
 
     info = h5.write(
         str(tmp_path / "f.h5"),
         [
             *cases(),
-            h5.Case("train", "t", np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8), "t"),
+            h5.Case(
+                split="train",
+                name="t",
+                image=np.zeros((9, 9), np.uint8),
+                label=np.zeros((9, 9), np.uint8),
+                patient="t",
+            ),
         ],
         name="f",
         classes=["background", "a"],
@@ -805,18 +824,26 @@ def test_few_cases_are_under_way():
             under_way.append(task)
             return types.SimpleNamespace(result=lambda: under_way.remove(task) or function(*task))
 
-    for i, value in enumerate(evaluate.in_order(Pool(), pow, ((i, 2) for i in range(20)), 3)):
-        assert value == i**2
+    calls = evaluate.Calls(pow, Pool(), 3)
+    for i in range(20):
+        calls.add(i, 2)
         most.append(len(under_way))
-    assert max(most) == 3 and most[-1] == 0
-    assert list(evaluate.in_order(None, pow, [(2, 3), (3, 2)], 3)) == [8, 9]
+    assert max(most) == 3
+    assert calls.results() == [i**2 for i in range(20)] and under_way == []
+    calls = evaluate.Calls(pow)  # without a pool
+    calls.add(2, 3)
+    calls.add(3, 2)
+    assert calls.results() == [8, 9]
 
 
-# ---------------------------------------------------------------------------------------------------- against a baseline
+# ------------------------------------------------------------------------------- against a baseline
 
 
 def test_a_paired_comparison_by_hand():
-    """Patients, not cases: a has two cases. Differences 2, 1, -4: ranks 2 and 1 against 3; with all of one sign p is 2 / 2^n."""
+    """Patients, not cases: a has two cases.
+
+    Differences 2, 1, -4: ranks 2 and 1 against 3; with all of one sign p is 2 / 2^n.
+    """
     values, base, patient = (
         np.array([2.0, 4.0, 1.0, 0.0]),
         np.array([1.0, 1.0, 0.0, 4.0]),
@@ -860,7 +887,11 @@ def test_rows_are_compared_with_those_of_the_same_labels():
         dices((0.4, 0.6), (0.5, 0.5)),
         dices((1, 1), (1, 1)),
     ]
-    groups = [("supervised", "6", [0, 1]), ("mean_teacher", "6", [2]), ("supervised", "all", [3])]
+    groups = [
+        evaluate.Group("supervised", "6", [0, 1]),
+        evaluate.Group("mean_teacher", "6", [2]),
+        evaluate.Group("supervised", "all", [3]),
+    ]
     found = evaluate.against({"6": 0}, groups, scores, ["a", "b"])
     assert found[0] == found[2] == {"Δ Dice": None, "95% interval": None, "p": None}
     assert found[1]["Δ Dice"] == pytest.approx(100 * ((0.5 - 0.35) + (0.5 - 0.6)) / 2) and found[1][
@@ -871,7 +902,7 @@ def test_rows_are_compared_with_those_of_the_same_labels():
         evaluate.find_baselines(name, groups, paths)
         for name in ("mean_teacher", "b/best.pt", "./d/../d/best.pt", "supervised")
     ] == [{"6": 1}, {"6": 0}, {"all": 2}, {"6": 0, "all": 2}]
-    more = groups + [("mean_teacher", "all", [0])]  # a name serves all numbers of labels
+    more = [*groups, evaluate.Group("mean_teacher", "all", [0])]  # a name serves all labels
     found = evaluate.against({"6": 0, "all": 2}, more, scores, ["a", "b"])
     assert (
         found[1]["Δ Dice"] == pytest.approx(2.5)
@@ -900,7 +931,7 @@ def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch
     assert not (tmp_path / "o").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def test_rows_of_different_settings_are_told_apart(gray, tmp_path):

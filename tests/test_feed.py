@@ -1,4 +1,7 @@
-"""Where images are kept and how they reach a step: the same samples from memory, from a device and from the file, whoever reads them."""
+"""Where images are kept and how they reach a step.
+
+The same samples from memory, from a device and from the file, whoever reads them.
+"""
 
 import multiprocessing
 import pickle
@@ -178,7 +181,10 @@ def feed_of(data, args):
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_run_is_the_same_wherever_images_are_kept(kind, request, tmp_path):
-    """RAM, the device, the file in this process, the file in two workers: bit by bit the same weights."""
+    """RAM, the device, the file in this process, the file in two workers.
+
+    Bit by bit the same weights.
+    """
     data = request.getfixturevalue(kind)
     size = ",".join(map(str, SIZES[kind])) if kind == "volumes" else str(SIZES[kind])
     weights = {}
@@ -269,7 +275,7 @@ def test_steps_draw_without_repetition_and_each_another(gray):
 
 def test_auto_keeps_what_fits(gray, monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(loading, "free_memory", lambda: 1000)
+    monkeypatch.setattr(h5, "free_memory", lambda: 1000)
     assert train_ssl.where_it_fits(499, cpu) == "ram" and train_ssl.where_it_fits(500, cpu) == "off"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes on one machine
     assert train_ssl.where_it_fits(249, cpu) == "ram" and train_ssl.where_it_fits(250, cpu) == "off"

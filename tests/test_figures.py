@@ -1,4 +1,7 @@
-"""Pictures: colors for color-blind readers, outlines where the mask is, curves of runs; the log on the screen, TensorBoard, bars and --help."""
+"""Pictures: colors for color-blind readers, outlines where the mask is, curves of runs.
+
+The log on the screen, TensorBoard, bars and --help.
+"""
 
 import csv
 import itertools
@@ -51,7 +54,10 @@ def test_lines_of_panels_are_about_equally_long(count, columns, lengths):
 
 @pytest.mark.parametrize("kind", MACHADO)
 def test_colors_differ_for_color_blind_readers(kind):
-    """Any two are further apart (in CIELAB, where 2.3 is just noticed) than red and green of the usual palettes are then."""
+    """Any two are further apart than red and green of the usual palettes are then.
+
+    In CIELAB, where 2.3 is just noticed.
+    """
     linear = np.where(
         figures.COLORS <= 0.04045, figures.COLORS / 12.92, ((figures.COLORS + 0.055) / 1.055) ** 2.4
     )
@@ -95,7 +101,10 @@ def test_an_outline_lies_half_a_pixel_around_its_mask(drawn):
 
 
 def test_pictures_of_tensorboard():
-    """Image, then each label's outlines in its classes' colors; quality as dots, of which the right ones lie on the diagonal."""
+    """Image, then each label's outlines in its classes' colors.
+
+    Quality as dots, of which the right ones lie on the diagonal.
+    """
     label = np.zeros((32, 32), np.uint8)
     label[8:24, 8:16], label[8:24, 16:24] = 1, 2
     found = figures.overlay(np.full((32, 32), 7.0), (label, 0 * label), side=64)
@@ -120,7 +129,10 @@ def log_of(path, rows):
 
 
 def test_curves_of_several_runs(tmp_path, drawn, refused):
-    """A panel for each column that says something, a curve for each run; a row that was cut short is left out."""
+    """A panel for each column that says something, a curve for each run.
+
+    A row that was cut short is left out.
+    """
     columns = ["step", "sup", "unsup", "weight", "lam", "val_dice", "g_true", "g_predicted"]
     a = log_of(
         tmp_path / "runs" / "sup" / "log.csv",
@@ -196,12 +208,14 @@ def test_the_calibration_line_is_the_monotone_map(drawn):
     assert np.allclose(points, np.stack([predicted[:, 0], true[:, 0]], 1))
 
 
-# ---------------------------------------------------------------------------------------------------- while it trains
+# ---------------------------------------------------------------------------------- while it trains
 
 
 def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, capfd):
-    """Losses, lambda, mean weight, effective share, predicted and true quality of val, sample images; lines of at most 80 characters; nothing on
-    standard error, which is no terminal here."""
+    """Losses, lambda, mean weight, effective share, quality of val, sample images.
+
+    Lines have at most 80 characters. Nothing is on standard error, which is no terminal here.
+    """
     train(
         gray,
         tmp_path,
@@ -303,7 +317,10 @@ def test_weights_are_averaged_over_steps_that_have_some():
 
 @pytest.mark.parametrize("kind", ["gray", "volumes"])
 def test_what_g_says_of_val_is_what_it_says(kind, request):
-    """The columns g_true and g_predicted, once more by hand; of each case the slice, or patch, with the most foreground."""
+    """The columns g_true and g_predicted, once more by hand.
+
+    Of each case the slice, or patch, with the most foreground.
+    """
     size = {"gray": 32, "volumes": (16, 16, 32)}[kind]
     info, on = h5.read_info(request.getfixturevalue(kind)), evaluate.compute("cpu", "off")
     g, _ = checkpoints.load_quality(request.getfixturevalue(f"{kind}_quality")[1], info, on, size)

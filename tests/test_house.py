@@ -1,4 +1,4 @@
-"""The shape of the project: what lies at the top, who imports whom, and that every option is read."""
+"""The house: what lies at the top, who imports whom, and that every option is read."""
 
 import ast
 import re
@@ -75,7 +75,11 @@ def test_every_option_is_read(path):
 
 
 def test_importing_a_script_parses_nothing_and_needs_no_display():
-    code = "import sys; sys.argv = ['x', '--nonsense']; import corrupt, train_qp, train_ssl, evaluate; assert 'matplotlib' not in sys.modules"
+    code = (
+        "import sys; sys.argv = ['x', '--nonsense']\n"
+        "import corrupt, train_qp, train_ssl, evaluate\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
     from conftest import python
 
     done = python("-c", code)

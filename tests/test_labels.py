@@ -628,7 +628,13 @@ def dataset(path, val, train=(0, 1, 2, 3), count=2):
                 for k in held[:-1] if split == "val" and i == 0 and len(held) > 2 else held:
                     label[8 * k : 8 * k + 6, 4:20] = k
                 image = np.random.default_rng(i).random(label.shape, np.float32) + label
-                yield h5.Case(split, f"{split}{i}", image.astype(np.float32), label, f"{split}{i}")
+                yield h5.Case(
+                    split=split,
+                    name=f"{split}{i}",
+                    image=image.astype(np.float32),
+                    label=label,
+                    patient=f"{split}{i}",
+                )
 
     return h5.write(
         str(path), cases(), name="f", classes=["background", "a", "b", "c"], dims=2, channels=1

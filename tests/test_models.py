@@ -66,8 +66,11 @@ def test_unet_has_the_size_of_the_acdc_baselines():
     "grid", [(1, 1), (2, 2), (2, 6, 6), (1, 1, 1), (6, 2, 2), (4, 4, 1), (4, 6, 6)]
 )
 def test_gradients_of_small_grids_in_bfloat16(grid):
-    """On CPUs with AVX-512 BF16 (on others this cannot fail) torch's own are garbage there, often finite; ours are those of float32 but for bfloat16's
-    rounding, of a copied network, too. The first kernel of a ResNet (7) sees at least 16 pixels a side."""
+    """Ours are those of float32 but for the rounding of bfloat16, of a copied network, too.
+
+    On CPUs with AVX-512 BF16 (on others this cannot fail) torch's own are garbage there, often
+    finite. The first kernel of a ResNet (7) sees at least 16 pixels a side.
+    """
     on = Compute(torch.device("cpu"), torch.bfloat16)
     net = copy.deepcopy(
         on.place(
@@ -121,7 +124,10 @@ def test_soft_dice_of_hard_masks_is_dice():
 
 
 def test_target_of_g_for_absent_classes():
-    """An absent class: 1 for an empty mask, falling with the invented area, without a jump; close to Dice for a present one."""
+    """An absent class: 1 for an empty mask, falling with the invented area, without a jump.
+
+    Close to Dice for a present one.
+    """
     side, none = 100, torch.zeros(1, 1, 100, 100)
     s, last = SMOOTH * side * side, 1.0
     assert quality_target(none, none) == 1
@@ -146,7 +152,10 @@ def random_probabilities(*shape):
 
 
 def test_expected_dice_is_what_random_truths_have_on_average():
-    """Truths drawn pixel by pixel from the probabilities have the expected Dice on average, at any quality of the mask."""
+    """Truths drawn pixel by pixel from the probabilities have the expected Dice on average.
+
+    They have it at any quality of the mask.
+    """
     torch.manual_seed(0)
     p = random_probabilities(1, 2, 32, 32)
     truths = (torch.rand(2000, 1, 32, 32) < p[:, 1:]).float()
@@ -181,7 +190,10 @@ def test_estimates_of_quality_by_hand():
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_dense_head(dims):
-    """Expected Dice under the members' mean; a withheld mask is not an empty one; gradient reaches the mask; the error map is 1 - p."""
+    """Expected Dice under the members' mean; a withheld mask is not an empty one.
+
+    Gradient reaches the mask; the error map is 1 - p.
+    """
     torch.manual_seed(0)
     S = {2: (32, 32), 3: (20, 20, 20)}[dims]
     g = models.build("quality_dense", channels=1, classes=3, dims=dims, width=4, members=2).eval()
@@ -237,7 +249,10 @@ def test_the_default_g_is_small():
 
 
 def test_seg_loss_equals_an_independent_formula():
-    """Cross-entropy of all pixels and the Dice of each class, pooled over the batch, with weights inside the sums."""
+    """Cross-entropy of all pixels and the Dice of each class, pooled over the batch.
+
+    Weights stand inside the sums.
+    """
     logits, label, w = torch.randn(3, 4, 8, 9), torch.randint(4, (3, 8, 9)), torch.rand(3, 8, 9)
     p = logits.softmax(1)
     for weight in (torch.ones(3, 8, 9), w):
@@ -261,7 +276,10 @@ def test_seg_loss_equals_an_independent_formula():
 
 @pytest.mark.parametrize("loss", [seg_loss, mse_loss])
 def test_pixel_weights(loss):
-    """Constant weights change nothing, zero weight is zero loss, and a pixel of no weight has no influence and no gradient."""
+    """Constant weights change nothing, zero weight is zero loss.
+
+    A pixel of no weight has no influence and no gradient.
+    """
     logits, target = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8).softmax(1)
     ones = torch.ones(2, 8, 8)
     for c in (1e-3, 0.49, 1.0):

@@ -1,4 +1,7 @@
-"""Networks f beyond U-Net and V-Net, and published weights for encoders: sizes, shapes, gradients, Swin's windows against plain attention, key names."""
+"""Networks f beyond U-Net and V-Net, and published weights for encoders.
+
+Sizes, shapes, gradients, Swin's windows against plain attention, key names.
+"""
 
 import hashlib
 import math
@@ -88,7 +91,10 @@ def test_gradient_reaches_every_parameter(name, S):
 
 
 def test_compiled_and_in_bfloat16():
-    """torch.compile sees one graph of each half; with a compiler that only traces, the answers are the same. bf16: near."""
+    """torch.compile sees one graph of each half.
+
+    With a compiler that only traces, the answers are the same. bf16: near.
+    """
     torch.manual_seed(0)
     net = models.build("swin_unet", channels=3, classes=2, **SMALL["swin_unet"]).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -152,7 +158,10 @@ def test_every_method_trains_every_network(name, method):
 
 
 def test_nodes_of_unetpp_are_those_of_the_paper():
-    """X[i, j] = H([X[i, 0], ..., X[i, j-1], up(X[i+1, j-1])]), by recursion; the newest comes first here."""
+    """X[i, j] = H([X[i, 0], ..., X[i, j-1], up(X[i+1, j-1])]), by recursion.
+
+    The newest comes first here.
+    """
     torch.manual_seed(0)
     net = models.build("unetpp", channels=1, classes=2, **SMALL["unetpp"]).eval()
     x, twice = torch.randn(1, 1, 64, 96), nn.UpsamplingNearest2d(scale_factor=2)
@@ -180,7 +189,10 @@ def test_the_finest_skip_connection_has_no_gate():
 
 
 def test_gate_of_attention_unet_by_hand():
-    """a = sigmoid(psi relu(theta x + phi g)), once for each 2 x 2 pixels where it does not vary; 0 shuts the gate, whatever comes through."""
+    """a = sigmoid(psi relu(theta x + phi g)), once for each 2 x 2 pixels where it does not vary.
+
+    0 shuts the gate, whatever comes through.
+    """
     torch.manual_seed(0)
     gate = Gate(2, 4, 6).eval()
     gate.W = nn.Identity()
@@ -199,11 +211,15 @@ def test_gate_of_attention_unet_by_hand():
     assert gate(torch.randn(2, 4, 7, 9), torch.randn(2, 6, 4, 5)).abs().max() < 1e-20
 
 
-# ---------------------------------------------------------------------------------------------------- Swin's windows
+# ----------------------------------------------------------------------------------- Swin's windows
 
 
 def plain_attention(attn, x, shift):
-    """What windowed attention is: every token of the map [h, w, F] looks at those of its own window, by loops over windows that start at shift - 7."""
+    """What windowed attention is.
+
+    Every token of the map [h, w, F] looks at those of its own window, by loops over windows that
+    start at shift - 7.
+    """
     h, w, features = x.shape
     heads, d = attn.heads, features // attn.heads
     table = attn.relative_position_bias_table
@@ -234,7 +250,10 @@ def plain_attention(attn, x, shift):
     ],
 )
 def test_windowed_attention_equals_plain_attention(h, w, shift):
-    """With and without shift, with and without padding, on one window and on several; and padding has no gradient to anyone."""
+    """With and without shift, with and without padding, on one window and on several.
+
+    And padding has no gradient to anyone.
+    """
     torch.manual_seed(0)
     block = (
         Block(8, 2, shifted=any(shift), drop=0.0)
@@ -281,7 +300,10 @@ def test_attention_looks_across_windows_only_when_shifted():
 
 
 def test_merging_and_expanding_order_tokens_as_the_official_code_does():
-    """Public weights depend on it: neighbors (0, 0), (1, 0), (0, 1), (1, 1) are joined; of features (p1 p2 c), p1 counts the rows."""
+    """Public weights depend on it: neighbors (0, 0), (1, 0), (0, 1), (1, 1) are joined.
+
+    Of features (p1 p2 c), p1 counts the rows.
+    """
     merge, x = Merge(3), torch.randn(1, 4, 6, 3)
     merge.norm, merge.reduction = nn.Identity(), nn.Identity()
     assert torch.equal(
@@ -309,7 +331,7 @@ def test_stochastic_depth_grows_and_spares_evaluation():
     assert 0.05 < skipped < 0.5 and not (block.eval()(x) == x).flatten(1).all(1).any()
 
 
-# ---------------------------------------------------------------------------------------------------- published weights
+# -------------------------------------------------------------------------------- published weights
 
 
 def norm_names(name):
@@ -445,7 +467,10 @@ def test_old_files_do_not_count_batches():
 
 
 def swin_t(width=12):
-    """A state dict with the names and shapes of the official Swin-T: depths 2 2 6 2, attention masks and position indices among them."""
+    """A state dict with the names and shapes of the official Swin-T.
+
+    Depths 2 2 6 2, attention masks and position indices among them.
+    """
     weights = {
         "patch_embed.proj.weight": torch.randn(width, 3, 4, 4),
         "patch_embed.proj.bias": torch.randn(width),
@@ -511,7 +536,10 @@ def test_swin_t_loads_into_encoder_and_decoder():
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """As if torchvision's ResNet-18 were at another address, with its checksum in its name. -> its state dict, its path"""
+    """As if torchvision's ResNet-18 were at another address, with its checksum in its name.
+
+    -> its state dict, its path
+    """
     weights, folder = torchvision_weights("resnet18", width=8), tmp_path / "published"
     folder.mkdir()
     torch.save(weights, folder / "it")
@@ -549,7 +577,7 @@ def test_another_file_at_the_address_is_not_kept(published, tmp_path):
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
-# ---------------------------------------------------------------------------------------------------- by command
+# --------------------------------------------------------------------------------------- by command
 
 RUN = [
     "--labeled",
@@ -799,7 +827,10 @@ def test_a_checkpoint_of_a_size_that_its_network_does_not_take(rgb, tmp_path, re
 
 
 def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, refused):
-    """With a stand-in for the package, which the tests do not install: a model has encoder, decoder (of a list) and segmentation_head."""
+    """With a stand-in for the package, which the tests do not install.
+
+    A model has encoder, decoder (of a list) and segmentation_head.
+    """
 
     class Model(nn.Module):
         requires_divisible_input_shape = True

@@ -423,7 +423,9 @@ def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
     info = new_images.convert(str(folder / "images"), str(tmp_path / "f.h5"), data)
     said = capsys.readouterr().out
     assert "images/d.jpg: stored turned" in said and "note: 2 of 8 files and folders" in said
-    cases = {name: image for name, image, *_ in loading.read_cases(info, "unlabeled", labels=False)}
+    cases = {
+        name: image for name, image, *_ in loading.whole_cases(info, "unlabeled", labels=False)
+    }
     assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
     for name in ("pages.tif", "hole.png", "nan.tif"):
         picture, options, words = FOREIGN[name]

@@ -1,4 +1,7 @@
-"""evaluate.py --predict: new images of every kind to masks on their own grid, and g's list of them, worst first; and who finds the bad cases."""
+"""evaluate.py --predict: masks of new images of every kind on their own grid, and g's list of them.
+
+Also who finds the bad cases: the triage of evaluate.py --qp.
+"""
 
 import csv
 import shutil
@@ -82,7 +85,10 @@ def disc(size, radius):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Twenty pictures of discs, each on a grid of its own, the largest disc last but one. -> the folder, {name: mask}"""
+    """Twenty pictures of discs, each on a grid of its own, the largest disc last but one.
+
+    -> the folder, {name: mask}
+    """
     folder, masks = tmp_path / "new", {}
     folder.mkdir()
     for i in range(20):
@@ -108,7 +114,10 @@ def read_list(folder):
 
 
 def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
-    """A mask on the grid of each picture, whose pixels are class numbers in a palette of colors; g's list, worst first; nothing else in OUT."""
+    """A mask on the grid of each picture, whose pixels are class numbers in a palette of colors.
+
+    OUT holds these and g's list, worst first, and nothing else.
+    """
     folder, masks = pictures
     run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
     evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
@@ -185,12 +194,40 @@ def test_pictures_are_read_like_the_data(gray, tmp_path):
     theirs = {
         name: image
         for split in info.splits
-        for name, image, *_ in loading.read_cases(info, split, labels=False)
+        for name, image, *_ in loading.whole_cases(info, split, labels=False)
     }
-    ours = {name: image for name, image, *_ in loading.read_cases(found, "unlabeled", labels=False)}
+    ours = {
+        name: image for name, image, *_ in loading.whole_cases(found, "unlabeled", labels=False)
+    }
     assert set(ours) == set(theirs) == {"rgb", "deep", "gray", "float"} and all(
         (ours[name] == theirs[name]).all() for name in ours
     )
+
+
+@pytest.mark.parametrize("kind, size", [("gray", 32), ("volumes", (16, 16, 32))])
+def test_each_case_is_read_once(kind, size, request, monkeypatch, tmp_path):
+    """By the network and by g together, which sees the slices, or patches, of load_samples()."""
+    data = request.getfixturevalue(kind)
+    info = h5.read_info(data)
+    qp = request.getfixturevalue(f"{kind}_quality")[1]
+    run = make_run(tmp_path / "run", info, size=size)
+    cases = list(inference.Cases(info, "val", size))
+    for case in cases:
+        theirs = loading.load_samples(info, "val", size, [case.entry.name], labels=False)
+        ours = inference.samples_of(case, size)
+        assert (ours.case, ours.at) == (theirs.case, theirs.at)
+        assert torch.equal(ours.image, theirs.image) and torch.equal(ours.mean, theirs.mean)
+    names = []
+    read = h5.read_case
+
+    def noted(f, info, split, name, *more, **how):
+        names.append(name)
+        return read(f, info, split, name, *more, **how)
+
+    monkeypatch.setattr(h5, "read_case", noted)
+    argv = [data, run, "--predict", "--qp", qp, "--split", "val", "--pictures", "0"]
+    evaluate.main([*argv, "--out", str(tmp_path / "out")])
+    assert names == [case.entry.name for case in cases]
 
 
 def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp_path):
@@ -236,7 +273,10 @@ def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures
     ],
 )
 def test_a_folder_of_volumes_is_prepared_like_the_data(options, suffix, bright, tmp_path, capsys):
-    """imagesTs give the same masks through the dataset that data.nifti makes of them as through their folder: spacing, window, channel."""
+    """imagesTs give the same masks through their dataset as through their folder.
+
+    Spacing, window and channel are those of the data, also without data.nifti.
+    """
     src = make(
         tmp_path / "src",
         ["a", "b", "c"],
@@ -339,7 +379,7 @@ def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsy
 
 @pytest.mark.parametrize("kind, size", [("gray", 32), ("volumes", (16, 16, 32))])
 def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
-    """What stands in the list is what the comparison of estimates calls a volume's estimate, of the same masks."""
+    """The list has what the comparison of estimates says of a volume, for the same masks."""
     info = h5.read_info(request.getfixturevalue(kind))
     g, net = Uneven(), Bands()
     name = info.entries("val")[0].name
@@ -366,7 +406,7 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
             label = (
                 torch.cat(
                     [
-                        inference.probabilities(
+                        inference.class_probabilities(
                             net, samples.batch(torch.tensor([i]))[0], ON
                         ).argmax(1)
                         for i in range(len(samples))
@@ -381,7 +421,10 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
 
 
 def test_masks_of_several_classes_come_back(tmp_path):
-    """A PNG with a colored palette gives its class numbers to data.images; one of grays gives its grays."""
+    """A PNG with a colored palette gives its class numbers to data.images.
+
+    One of grays gives its grays.
+    """
     label = np.random.default_rng(0).integers(0, 4, (20, 30)).astype(np.uint8)
     pixels.write_mask(tmp_path / "m.png", label)
     classes = ["background", "a", "b", "c"]
@@ -421,7 +464,10 @@ def test_a_checkpoint_knows_how_its_data_were_prepared(rgb, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_know_takes_images_as_they_are(gray, tmp_path, capsys, refused):
-    """A phantom's network on volumes (a note says so); but not where the data had a window of intensities."""
+    """A phantom's network takes volumes, and a note says so.
+
+    It does not where the data had a window of intensities.
+    """
     info = h5.read_info(gray)
     run = make_run(tmp_path / "run", info)
     make(tmp_path / "src", ["a"], shape=(3, 40, 44))
@@ -532,7 +578,10 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
 
 
 def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused):
-    """They may have been corrected. With --overwrite nothing of the former run stays; nor, ever, what a killed process had read."""
+    """They may have been corrected.
+
+    With --overwrite nothing of the former run stays; nor, ever, what a killed process had read.
+    """
     folder, _ = pictures
     run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
     evaluate.main([str(folder), run, "--predict", "--qp", "qp.pt", "--out", str(out)])
@@ -590,7 +639,11 @@ def turned(path, array, orientation):
 
 
 def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys):
-    """A camera's EXIF orientation turns nothing: the mask lies on the grid that is stored, and a note says so. With a mask beside it such a picture is refused."""
+    """A camera's EXIF orientation turns nothing.
+
+    The mask lies on the grid that is stored, and a note says so. With a mask beside it such a
+    picture is refused.
+    """
     folder, mask = tmp_path / "new", np.zeros((60, 90), np.uint8)
     folder.mkdir()
     mask[10:40, 5:30] = 1
@@ -640,7 +693,7 @@ def test_a_case_without_the_channel_is_refused(tmp_path, refused):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- triage
+# ------------------------------------------------------------------------------------------- triage
 
 
 def outputs_of(dice, **estimates):
@@ -656,7 +709,10 @@ def outputs_of(dice, **estimates):
 
 
 def test_triage_by_hand():
-    """Ten cases, three of them bad: two are shown. A perfect ranking finds two of three, its opposite none, and one that knows nothing 20%."""
+    """Ten cases, three of them bad: two are shown.
+
+    A perfect ranking finds two of three, its opposite none, and one that knows nothing 20%.
+    """
     true, case = (
         np.array([0.1, 0.3, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]),
         [f"c{i}" for i in range(10)],
@@ -705,7 +761,10 @@ def test_triage_is_that_of_runs_with_bad_and_good_cases():
 
 
 def test_triage_takes_the_mean_over_classes_of_whole_volumes():
-    """Two volumes of two slices; class 0 is good, class 1 as bad as one volume's Dice of .5 needs to be below .7 on average."""
+    """Two volumes of two slices.
+
+    Class 0 is good, class 1 as bad as one volume's Dice of .5 needs to be below .7 on average.
+    """
     shared, total = (
         np.array([[10, 1], [10, 1], [10, 10], [10, 9]]),
         np.array([[20, 10], [20, 10], [20, 20], [20, 20]]),

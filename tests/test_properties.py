@@ -708,15 +708,17 @@ def datasets(draw, dims=None, labeled=None):
             )
             cases.append(
                 h5.Case(
-                    split,
-                    name,
-                    image,
-                    rng.integers(0, K, grid, np.uint8) if labeled or draw(st.booleans()) else None,
-                    f"{split} {draw(st.sampled_from(patients))}",
-                    draw(st.none() | spacings(len(grid))),
-                    draw(TEXT),
-                    draw(st.none() | st.just(rng.standard_normal((4, 4)))),
-                    draw(st.none() | grids(len(grid), 1, 99)),
+                    split=split,
+                    name=name,
+                    image=image,
+                    label=rng.integers(0, K, grid, np.uint8)
+                    if labeled or draw(st.booleans())
+                    else None,
+                    patient=f"{split} {draw(st.sampled_from(patients))}",
+                    spacing=draw(st.none() | spacings(len(grid))),
+                    source=draw(TEXT),
+                    affine=draw(st.none() | st.just(rng.standard_normal((4, 4)))),
+                    source_grid=draw(st.none() | grids(len(grid), 1, 99)),
                 )
             )
     what = dict(

@@ -1,4 +1,7 @@
-"""What the system refuses is told from damage: permissions, locks, and consoles that lack characters."""
+"""What the system refuses is told from damage.
+
+Permissions, locks, and consoles that lack characters.
+"""
 
 import errno
 import fcntl

@@ -131,7 +131,9 @@ def test_patches_resized_to_another_grid_average_images_and_keep_classes(volumes
 
 def test_intensities_that_are_ready_stay_as_they_are(tmp_path):
     image = np.random.default_rng(0).random((16, 16, 32), np.float32)
-    case = lambda split: h5.Case(split, split, image, np.zeros(image.shape, np.uint8), split)
+    case = lambda split: h5.Case(
+        split=split, name=split, image=image, label=np.zeros(image.shape, np.uint8), patient=split
+    )
     info = h5.write(
         tmp_path / "ct.h5",
         [case("train"), case("val")],
@@ -195,7 +197,9 @@ def test_sizes_of_volumes(volumes, tmp_path, refused):
 
 
 def test_a_file_for_3d_holds_gray_volumes(tmp_path):
-    picture = h5.Case("train", "a", np.zeros((20, 20), np.uint8), None, "p")
+    picture = h5.Case(
+        split="train", name="a", image=np.zeros((20, 20), np.uint8), label=None, patient="p"
+    )
     with pytest.raises(h5.InputError, match="dims=3"):
         h5.write(tmp_path / "f.h5", [picture], name="f", classes=["a", "b"], dims=3, channels=1)
     with pytest.raises(h5.InputError, match="dims 3 with 1"):
@@ -343,7 +347,14 @@ def test_labels_come_back_on_the_grid_of_the_case(shape, whole, tmp_path):
     for i in range(2):
         label = (ndimage.gaussian_filter(rng.standard_normal(shape), 2) > 0.05).astype(np.uint8)
         cases.append(
-            h5.Case("val", f"c{i}", label.astype(np.float32), label, f"p{i}", (3.0, 1.0, 1.0))
+            h5.Case(
+                split="val",
+                name=f"c{i}",
+                image=label.astype(np.float32),
+                label=label,
+                patient=f"p{i}",
+                spacing=(3.0, 1.0, 1.0),
+            )
         )
     info = h5.write(
         tmp_path / "f.h5",
@@ -408,13 +419,13 @@ def test_whole_window_is_one_pass_over_the_padded_volume(volumes):
 def test_options_of_windows(volumes):
     args = evaluate.parse_args(["d", "c", "--out", "o"])
     assert (
-        inference.window(SIZE, args, 2) == inference.Window(SIZE, (8, 8, 16))
-        and inference.window(96, args) is None
+        inference.window_of(SIZE, args, 2) == inference.Window(SIZE, (8, 8, 16))
+        and inference.window_of(96, args) is None
     )
     args = evaluate.parse_args(
         ["d", "c", "--out", "o", "--stride", "4,5,6", "--blend", "uniform", "--window", "whole"]
     )
-    assert inference.window(SIZE, args, 7) == inference.Window(SIZE, (4, 5, 6), False, True, 7)
+    assert inference.window_of(SIZE, args, 7) == inference.Window(SIZE, (4, 5, 6), False, True, 7)
 
 
 def test_strides_that_leave_gaps_and_windows_of_slices_are_refused(
@@ -580,7 +591,13 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
                 np.uint8
             )
             image = (label + 0.3 * rng.standard_normal(label.shape)).astype(np.float32)
-            yield h5.Case("train" if i < 10 else "val", f"b{i}", image, label, f"b{i}")
+            yield h5.Case(
+                split="train" if i < 10 else "val",
+                name=f"b{i}",
+                image=image,
+                label=label,
+                patient=f"b{i}",
+            )
 
     data = str(tmp_path / "f.h5")
     h5.write(data, cases(), name="balls", classes=["background", "ball"], dims=3, channels=1)

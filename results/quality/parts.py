@@ -38,7 +38,7 @@ def outputs(path, slices, rows, on):
     found = []
     for part in rows:
         image = slices.batch(part, on.device)[0]
-        found.append(foreground(inference.probabilities(net, image, on)).cpu())
+        found.append(foreground(inference.class_probabilities(net, image, on)).cpu())
     return torch.cat(found)
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import evaluate
 import models
 import train_ssl
-from data import h5, loading, metrics
+from data import h5, loading, metrics, workers
 from data.files import InputError
 from data.options import Parser, cli, number
 from models import inference
@@ -335,8 +335,10 @@ def our_scores(b, net, names, size, pool=None):
     cases = inference.Cases(b.info, "val", size, names)
     K = len(b.info.classes)
     predicted = inference.predict_cases(net, cases, b.on)
-    tasks = ((label, truth, entry.spacing, K) for entry, label, truth in predicted)
-    return list(evaluate.in_order(pool, metrics.score_case, tasks, 4))
+    calls = evaluate.Calls(metrics.score_case, pool, 4)
+    for entry, label, truth in predicted:
+        calls.add(label, truth, entry.spacing, K)
+    return calls.results()
 
 
 def processes(b):
@@ -444,7 +446,13 @@ def large_cases(size):
     label[:, 100:300, 100:300] = 1
     for i in range(int(size / noise.size)):
         split = "val" if i < 2 else "train"
-        yield h5.Case(split, f"case{i}", np.roll(noise, i, 1), label, f"patient{i}")
+        yield h5.Case(
+            split=split,
+            name=f"case{i}",
+            image=np.roll(noise, i, 1),
+            label=label,
+            patient=f"patient{i}",
+        )
 
 
 def large(args):
@@ -562,6 +570,5 @@ def processor(device):
 
 
 if __name__ == "__main__":
-    __spec__ = None  # as in evaluate.py: the processes that score need not import this
-    del __file__
+    workers.forget_script()
     cli(main)
