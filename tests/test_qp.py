@@ -38,7 +38,9 @@ def test_batches_show_what_they_should(kind, request):
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
     options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
-    x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "0"))
+    x, mask, truth = train_qp.augmented_batch(
+        masks, rows, K, torch.device("cpu"), options("--soft", "0")
+    )
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (
         len(rows),
         len(info.classes) - 1,
@@ -50,7 +52,9 @@ def test_batches_show_what_they_should(kind, request):
     assert (
         identical.any() and (quality_target(mask, truth)[identical] == 1).all()
     )  # moved together, an identity stays perfect
-    _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
+    _, soft, _ = train_qp.augmented_batch(
+        masks, rows, K, torch.device("cpu"), options("--soft", "1")
+    )
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
@@ -315,7 +319,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
         train_qp.main([*common, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(train_qp, "train_step", step)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_qp, "report", dies)
+        patch.setattr(train_qp, "make_report", dies)
         train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
     assert not (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])

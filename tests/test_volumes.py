@@ -543,7 +543,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
         assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE)
         masks.mask[::2] = masks.samples.label[masks.index[::2]]
         rows = torch.arange(len(masks.mask))
-        x, mask, truth = train_qp.draw(
+        x, mask, truth = train_qp.augmented_batch(
             masks,
             rows,
             4,
@@ -555,7 +555,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
             and (quality_target(mask, truth)[::2] == 1).all()
             and (quality_target(mask, truth)[1::2] < 1).any()
         )
-        _, soft, _ = train_qp.draw(
+        _, soft, _ = train_qp.augmented_batch(
             masks,
             rows,
             4,
