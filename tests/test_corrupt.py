@@ -1,4 +1,4 @@
-"""Masks of variable quality: every line of the catalog, several classes, harvest, balance, and the file."""
+"""Masks of variable quality: every line of the catalog, several classes, harvest, balance, file."""
 
 import os
 
@@ -125,7 +125,7 @@ def test_every_line_on_several_classes(line):
 
 
 def test_a_class_never_silently_overwrites_another():
-    """Dilated classes take background; neighbors lose pixels in about half of the draws (the corruption `over`), never in the others."""
+    """Dilated classes take background; in about half of the draws, also their neighbors' pixels."""
     truth, lost = heart(), []
     for seed in range(60):
         line = ("dilate 7", 1, corrupt.dilate, 7)
@@ -136,7 +136,10 @@ def test_a_class_never_silently_overwrites_another():
 
 
 def test_absent_classes_can_only_be_invented():
-    """A slice without foreground gets a disc of some class, and says so; a line of the catalog leaves it as it is."""
+    """A slice without foreground gets a disc of some class, and says so.
+
+    A line of the catalog leaves it as it is.
+    """
     nothing, names = np.zeros((64, 64), np.uint8), set()
     for line in EVERY_LINE + corrupt.SEVERAL_CLASSES:
         assert not corrupted(line, nothing, 4, np.random.default_rng(1)).any()
@@ -174,24 +177,8 @@ def run(data, out, *more):
             data,
             "--out",
             str(out),
-            "--labeled",
-            "3",
-            "--size",
-            "40",
-            "--masks",
-            "10",
-            "--val-masks",
-            "3",
-            "--harvest-epochs",
-            "1",
-            "--harvest-steps",
-            "1",
-            "--harvest-batch",
-            "4",
-            "--folds",
-            "1",
-            "--harvest-share",
-            "0.1",
+            *"--labeled 3 --size 40 --masks 10 --val-masks 3 --harvest-epochs 1".split(),
+            *"--harvest-steps 1 --harvest-batch 4 --folds 1 --harvest-share 0.1".split(),
             *more,
         ]
     )
@@ -214,10 +201,7 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
     found, attrs = run(
         data,
         tmp_path,
-        "--harvest-share",
-        "0.3",
-        "--folds",
-        "3",
+        *"--harvest-share 0.3 --folds 3".split(),
         "--preview",
         str(tmp_path / "p.png"),
     )
@@ -277,12 +261,7 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
             gray,
             "--out",
             str(tmp_path),
-            "--harvest-epochs",
-            "3",
-            "--harvest-steps",
-            "4",
-            "--harvest-batch",
-            "16",
+            *"--harvest-epochs 3 --harvest-steps 4 --harvest-batch 16".split(),
         ]
     )
     index = corrupt.seen_by(1, slices.case, 2)
@@ -341,20 +320,8 @@ def test_runs_as_a_command(gray, tmp_path):
         3,
         "--out",
         tmp_path,
-        "--labeled",
-        "1",
-        "--folds",
-        "1",
-        "--size",
-        "32",
-        "--masks",
-        "2",
-        "--val-masks",
-        "1",
-        "--harvest-epochs",
-        "1",
-        "--harvest-steps",
-        "1",
+        *"--labeled 1 --folds 1 --size 32 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
+        *"--harvest-steps 1".split(),
         timeout=100,
     )
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def dice(a, b):
     return 2 * (a & b).sum() / (a.sum(dtype=int) + b.sum(dtype=int)) if a.any() or b.any() else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------- morphology
+# -------------------------------------------------------------------------------------- morphology
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -168,7 +168,7 @@ def test_smooth_rounds_a_corner_in_all_three_axes_and_respects_flatness():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- bodies
+# ------------------------------------------------------------------------------------------ bodies
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_components_touch_at_corners():
         )
 
 
-# ---------------------------------------------------------------------------------------------------- warps
+# ------------------------------------------------------------------------------------------- warps
 
 
 def test_affine_map_moves_and_scales_as_it_says():
@@ -305,7 +305,7 @@ def test_take_at_looks_up():
     )[:3].any()
 
 
-# ---------------------------------------------------------------------------------------------------- the catalog on volumes
+# -------------------------------------------------------------------------- the catalog on volumes
 
 
 @pytest.mark.parametrize("line", EVERY_LINE + corrupt.SEVERAL_CLASSES, ids=lambda line: line[0])
