@@ -636,10 +636,33 @@ class WeakRun:
     epoch: int = 0  # epochs done
 
 
+def train_weak_networks(labeled, args, done=None):
+    """The weak networks of all folds. -> {(fold, epoch): weights}
+
+    done: last.pt of an interrupted run, whose finished folds are not trained again.
+    """
+    weak = {}
+    for fold in range(args.folds):
+        index = seen_by(fold, labeled.patients, args.folds)
+        run = start_weak(fold, labeled.info, args, done)
+        saved = train_weak(run, labeled.train, index, labeled.info, args)
+        weak |= {(fold, epoch): weights for epoch, weights in saved.items()}
+    return weak
+
+
 def folds_of(patients, folds):
     """The fold of each sample. patients: of each sample -> [N]"""
     number_of = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
     return [number_of[patient] % folds for patient in patients]
+
+
+def seen_by(fold, patients, folds):
+    """The samples that a fold's network is trained on: all other folds', or all if there is one.
+
+    patients: of each sample -> numbers of samples
+    """
+    fold_of = folds_of(patients, folds)
+    return [i for i in range(len(patients)) if folds == 1 or fold_of[i] != fold]
 
 
 def weak_network(info):
@@ -687,29 +710,6 @@ def train_weak(run, samples, index, info, args):
         epoch: load_checkpoint(weak_path(args, run.fold, epoch), "weak")["weights"]
         for epoch in args.harvest_epochs
     }
-
-
-def seen_by(fold, patients, folds):
-    """The samples that a fold's network is trained on: all other folds', or all if there is one.
-
-    patients: of each sample -> numbers of samples
-    """
-    fold_of = folds_of(patients, folds)
-    return [i for i in range(len(patients)) if folds == 1 or fold_of[i] != fold]
-
-
-def train_weak_networks(labeled, args, done=None):
-    """The weak networks of all folds. -> {(fold, epoch): weights}
-
-    done: last.pt of an interrupted run, whose finished folds are not trained again.
-    """
-    weak = {}
-    for fold in range(args.folds):
-        index = seen_by(fold, labeled.patients, args.folds)
-        run = start_weak(fold, labeled.info, args, done)
-        saved = train_weak(run, labeled.train, index, labeled.info, args)
-        weak |= {(fold, epoch): weights for epoch, weights in saved.items()}
-    return weak
 
 
 def weak_batches(index, steps, batch):
