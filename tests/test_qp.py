@@ -59,6 +59,22 @@ def test_batches_show_what_they_should(kind, request):
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
 
+def test_real_outputs_keep_the_probabilities_that_made_them(gray, gray_quality, tmp_path):
+    """Those of a file from before that are read as none."""
+    info = h5.read_info(gray)
+    real = load(gray_quality[0], "real", info, 32, probabilities=True)
+    assert real.prob_index.tolist() == list(range(len(real.mask))) and len(real.prob) > 0
+    probable = torch.stack(real.prob) > 128  # [N, K-1, *S]
+    classes = torch.arange(1, 4).reshape(1, 3, 1, 1)
+    assert (real.mask[:, None] == classes)[probable].all()
+
+    old = str(shutil.copy(gray_quality[0], tmp_path / "old.h5"))
+    with h5py.File(old, "a") as f:
+        f["real/prob"].resize(0, axis=0)
+        f["real/prob_index"][:] = -1
+    assert load(old, "real", info, 32, probabilities=True).prob == []
+
+
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory):
     """30 + 10 bright discs, and masks of them. -> dataset, vqm.h5"""
