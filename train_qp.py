@@ -1,16 +1,21 @@
 """Stage 2: trains the quality predictor g(image, mask) -> Dice of each foreground class.
 
     python train_qp.py DATA.h5 --vqm runs/vqm/vqm.h5 --out runs/qp
-    torchrun --nproc_per_node=4 train_qp.py ...    # the same training, each step's --batch shared by four processes, or GPUs
+    torchrun --nproc_per_node=4 train_qp.py ...   # the same, each step's --batch shared by four
 
 Reads  DATA.h5 (images, and labels of the cases that vqm.h5 names), vqm.h5 of corrupt.py.
-Writes OUT/qp.pt (g), OUT/last.pt (to --resume), OUT/log.csv, TensorBoard events, and the report on val: OUT/qp.json, OUT/qp.md, OUT/qp.png.
+Writes OUT/qp.pt                   g
+       OUT/last.pt                 to --resume
+       OUT/log.csv                 a row an epoch; TensorBoard events beside it
+       OUT/qp.md, qp.json, qp.png  the report on val
 
-g answers with the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after augmentation. --head dense predicts the
-truth from image and mask, and reads off the mask's expected Dice; --head scalar, the paper's, regresses it. The report tells apart
-synthetic masks and real outputs: predictions of the weak networks on val cases, which none of them has seen.
+g answers with the smoothed Dice (models/quality.py) of the mask that it sees, hard or soft, after
+augmentation. --head scalar, the paper's, regresses it. --head dense predicts the truth from image
+and mask, and reads off the mask's expected Dice. The report tells apart synthetic masks and real
+outputs: predictions of the weak networks on val cases, which none of them has seen.
 
-Legend: N masks, B batch, K classes, C channels, *S the grid that g sees: S, S of slices, or D, H, W of patches of volumes.
+Legend: N masks, B batch, K classes, C channels of the image; *S the grid that g sees, S, S of
+slices or D, H, W of patches of volumes.
 """
 
 import copy
@@ -20,7 +25,8 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +46,460 @@ from models.device import Compute, channels_last, compiled, compute, device_name
 from models.ema import update_average
 from models.losses import one_hot, seg_loss
 from models.quality import quality_target, resample, true_dice, with_background
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+def epoch_rows(masks, per_image):
+    """Random masks for an epoch: per_image of every sample, shuffled. -> [samples * per_image]"""
+    chance = torch.rand(len(masks.index), dtype=torch.float64)
+    rows = torch.argsort(masks.index + 0.999 * chance)  # by sample, random inside
+    rows = rows.reshape(len(masks.samples), -1)[:, :per_image].flatten()
+    return rows[torch.randperm(len(rows))]
+
+
+def augmented_batch(masks, rows, K, device, args):
+    """One augmented batch.
+
+    -> image [B, C, *S], mask [B, K-1, *S] hard or soft, truth [B, K-1, *S]
+    Geometry moves image, mask and truth together; intensity changes the image alone.
+    """
+    image, label = masks.samples.batch(masks.index[rows], device)  # [B, C, *S], [B, *S]
+    s = args.strength
+    way = augment.random_geometry(
+        image, rotate=45 * s, scale=0.3 * s, shift=0.15 * s, flip=args.flip
+    )
+    mask = augment.move(masks.mask[rows].long().to(device), way)  # [B, *S]
+    mask = one_hot(mask, K)[:, 1:]
+    truth = one_hot(augment.move(label, way), K)[:, 1:]
+    mask = some_soft(mask, masks, rows, way, args.soft)
+    return augment.strong(augment.move(image, way), s), mask, truth
+
+
+def some_soft(mask, masks, rows, way, share):
+    """Makes a share of hard masks soft, as those are that QAR shows g.
+
+    A soft mask is a weak network's probabilities, moved the same way, where it came from one; else
+    the mask blurred. mask [B, K-1, *S] -> the same shape
+    """
+    chosen = torch.rand(len(rows)) < share
+    harvested = chosen & (masks.prob_index[rows] >= 0)
+    blurred = chosen & ~harvested
+    soft = mask.clone()
+    if harvested.any():
+        at = harvested.nonzero()[:, 0].to(mask.device)
+        numbers = masks.prob_index[rows][harvested].tolist()
+        p = torch.stack([masks.prob[i] for i in numbers])  # [b, K-1, *S] uint8
+        soft[at] = augment.move(p.to(mask.device).float() / 255, way[at])
+    if blurred.any():
+        at = blurred.nonzero()[:, 0].to(mask.device)
+        most = 0.02 * mask.shape[-1] + 0.5  # pixels
+        sigma = augment.uniform(0.5, most, mask[at])
+        soft[at] = augment.blur(mask[at], sigma, most)
+    return soft
+
+
+# --------------------------------------------------------------------------- the two heads' losses
+# loss(g, views, args) -> a number.
+# views: (x [B, C, *S], mask [B, K-1, *S], truth [B, K-1, *S]) of one batch, augmented anew in each.
+
+
+def scalar_loss(g, views, args):
+    """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
+    x, mask, truth = views[0]
+    return F.smooth_l1_loss(g(x, mask), quality_target(mask, truth))
+
+
+def dense_loss(g, views, args):
+    """Each member segments the truth, from a view of its own that shows the mask or withholds it.
+
+    (cross-entropy + soft Dice) / 2 of the answer, plus Smooth L1 between the expected Dice that is
+    read off the answer and the smoothed Dice of the mask.
+    """
+    total = 0.0
+    for member, (x, mask, truth) in zip(g.members, views):
+        withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()  # [B]
+        logits = member(channels_last(g.show(x, mask, withheld)))  # [B, K, *S]
+        answer = logits.float().softmax(1)[:, 1:]  # [B, K-1, *S]
+        expected = quality_target(mask, answer)  # [B, K-1]
+        wrong = F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1)
+        loss = seg_loss(logits, with_background(truth)) + args.quality_loss * wrong
+        total = total + loss
+    return total
+
+
+HEADS = {"dense": dense_loss, "scalar": scalar_loss}
+
+
+# ------------------------------------------------------------------------------- one training step
+
+
+@dataclass
+class Run:
+    """What a run holds, all of which a checkpoint keeps."""
+
+    net: torch.nn.Module  # what is trained
+    g: torch.nn.Module  # its moving average, in eval mode: what is kept
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    on: Compute
+    steps: int  # of an epoch
+    inputs: dict  # checksums of other files
+    epoch: int = 0  # the epochs that are done
+    best: dict = field(default_factory=lambda: {"error": float("inf"), "epoch": 0})
+    losses: list = field(default_factory=list)  # of the steps of the epoch that is under way
+    start: float = 0.0  # of that epoch, by time.perf_counter()
+
+
+def train_step(run, masks, rows, args, step):
+    """One optimizer step on the masks of some rows. -> loss (a tensor)"""
+    K = run.net.config["classes"]
+    count = args.members if args.head == "dense" else 1
+    views = [augmented_batch(masks, rows, K, run.on.device, args) for _ in range(count)]
+    with run.on.autocast():
+        loss = HEADS[args.head](run.net, views, args)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    distributed.average_gradients(run.net.parameters())
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.schedule.step()
+    # The average takes in g's temperature, too, which is fitted anew before g is asked or kept.
+    update_average(run.g, run.net, step, args.ema)
+    return loss.detach()
+
+
+# --------------------------------------------------------------------------------------- one epoch
+
+
+@dataclass
+class Data:
+    """The masks that g learns from, and those that it is judged by."""
+
+    info: h5.Info
+    train: quality_masks.Masks
+    synthetic: quality_masks.Masks  # of val
+    real: quality_masks.Masks  # of val
+    held: np.ndarray  # [K-1] bool: the classes that val's labels hold; no other counts
+
+    @property
+    def classes(self):
+        """The names of the background and of the classes that count."""
+        return [self.info.classes[0], *itertools.compress(self.info.classes[1:], self.held)]
+
+
+def train_epoch(run, data, args, stop):
+    """Trains for an epoch, or the rest of one that was stopped. -> mean loss
+
+    stop: of postponed_signals(). If a signal comes, the process saves its steps and ends.
+    """
+    epoch = run.epoch + 1
+    torch.manual_seed(seed_of(args.seed, epoch, 0))
+    rank = distributed.rank()
+    batches = own_batches(epoch_rows(data.train, args.per_image), args.batch)
+    done = len(run.losses)
+    bar = tqdm(
+        batches[done:],
+        desc=f"epoch {epoch}",
+        unit=" steps",
+        leave=False,
+        disable=not sys.stderr.isatty() or rank > 0,
+    )
+    for step, rows in enumerate(bar, run.epoch * run.steps + done + 1):
+        torch.manual_seed(seed_of(args.seed, step, 1 + rank))
+        run.losses.append(train_step(run, data.train, rows, args, step))
+        leave_if_stopped(stop, run, data, args)
+    loss = mean_losses(run).mean().item()
+    run.epoch = epoch
+    run.losses = []
+    return loss
+
+
+def own_batches(rows, batch):
+    """This process's share of each batch of an epoch. -> [batch / processes] each
+
+    Batch norm needs two masks in a batch, and every process needs one.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    whole = [part for part in rows.split(batch) if len(part) >= max(2, world)]
+    return [part[: len(part) // world * world][rank::world] for part in whole]
+
+
+def mean_losses(run):
+    """The loss of each step of the epoch under way, over all processes. -> [steps]
+
+    InputError where a loss or a weight is not finite.
+    """
+    losses = distributed.mean(torch.stack(run.losses))
+    step = run.epoch * run.steps + len(losses)
+    advice = "try --amp off or a lower --lr"
+    check_finite(losses[:, None], ["loss"], [run.net], step, lambda _: advice)
+    return losses
+
+
+# ------------------------------------------------------------------------------------- temperature
+
+TEMPERATURES = torch.logspace(0, 2, 9, base=2)  # 1 to 4. Below 1, g would only get surer of itself
+
+
+@torch.no_grad()
+def fit_temperature(g, masks, on, held, most=300):
+    """Sets a dense g's temperature to that of the least mean error in Dice on masks of val.
+
+    The masks are evenly thinned out to `most`. held [K-1]: the classes that count.
+    Guo et al. (On calibration of modern neural networks, ICML 2017) fit it by likelihood.
+    """
+    K = g.config["classes"]
+    errors = []  # of each mask: [temperatures]
+    mine = inference.thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
+    for rows in mine.split(samples_in(16, masks.mask.shape[1:])):
+        x, label = masks.samples.batch(masks.index[rows], on.device)  # [B, C, *S], [B, *S]
+        mask = one_hot(masks.mask[rows].to(on.device), K)[:, 1:]
+        truth = one_hot(label, K)[:, 1:]
+        with on.autocast():
+            logits = g.logits(x, mask)  # [M, V, B, K, *S]
+        true = true_dice(mask, truth)  # [B, K-1]
+        mask = resample(mask, g.size)
+        for_each = []
+        for t in TEMPERATURES:
+            answer = (logits / t).softmax(3).mean((0, 1))[:, 1:]  # [B, K-1, *S]
+            error = (quality_target(mask, answer) - true).abs()  # [B, K-1]
+            for_each.append(error[:, held].sum(1))
+        errors += torch.stack(for_each, 1).cpu()
+    total = torch.stack(distributed.gather(errors)).sum(0)  # [temperatures]
+    g.temperature.fill_(TEMPERATURES[total.argmin()])
+
+
+def mean_error(g, masks, data, on):
+    """Mean error in Dice, over at most 300 masks and the classes that count."""
+    predicted, true, _ = inference.estimate_masks(g, masks, on, most=300)  # [N, K-1] each
+    return float(np.abs(predicted - true)[:, data.held].mean())
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+class Report(NamedTuple):
+    """What a g is worth on val."""
+
+    rows: list  # of a table: agreement with the true Dice
+    panels: dict  # {kind of masks: (predicted, true) [N, K-1]}
+    image_dependence: dict  # {change of the image: correlation with g's answers before}
+
+
+def make_report(g, data, on):
+    """Agreement on synthetic masks and on real outputs, and dependence on the image. -> Report"""
+    rows = []
+    panels = {}
+    for title, masks in (("synthetic masks", data.synthetic), ("real outputs", data.real)):
+        estimate = inference.estimate_masks(g, masks, on, most=2000)
+        predicted, true, present = (v[:, data.held] for v in estimate)  # [N, K-1] each
+        rows += metrics.quality_rows(title, predicted, true, present, data.classes)
+        panels[title] = predicted, true
+    return Report(rows, panels, image_dependence(g, data.synthetic, on))
+
+
+def image_dependence(g, masks, on):
+    """The correlation of g's answers with those for a blank image and for another case's.
+
+    -> {change: Pearson's r, or None where answers are all alike}
+    """
+
+    def answers(**change):
+        return inference.estimate_masks(g, masks, on, most=500, **change)[0].ravel()
+
+    usual = answers()
+    changed = {
+        "blank image": answers(change=torch.zeros_like),
+        "another case's image": answers(index=of_another_case(masks)),
+    }
+    return {name: metrics.agreement(found, usual)["pearson"] for name, found in changed.items()}
+
+
+def of_another_case(masks):
+    """For each mask a random sample of another case (its own if there is no other). -> [N]"""
+    torch.manual_seed(0)
+    case = np.unique(masks.samples.case, return_inverse=True)[1]  # number of each sample's
+    others = [np.flatnonzero(case != c) for c in range(case.max() + 1)]
+    found = []
+    for i in masks.index.tolist():
+        choice = others[case[i]]
+        found.append(int(choice[torch.randint(len(choice), ())]) if len(choice) else i)
+    return torch.tensor(found)
+
+
+def report_text(report, run, data, args):
+    """The report for the screen and qp.md."""
+    selected = []
+    if args.head == "dense":
+        selected.append("its temperature")
+    if args.select == "best":
+        selected.append("the epoch")
+    dependence = ", ".join(
+        f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in report.image_dependence.items()
+    )
+    return (
+        f"Quality predictor for {data.info.name}, of epoch {run.best['epoch']}: predicted against "
+        f"true Dice on val, which also chose {' and '.join(selected) or 'nothing'}\n\n"
+        f"{markdown(report.rows)}\n\n"
+        f"Dependence on the image: correlation of g's answers with those for a {dependence} "
+        "(the paper asks for less than .7)\n"
+    )
+
+
+def write_report(report, text, run, data, args):
+    """Writes qp.md, qp.json and qp.png."""
+    numbers = dict(
+        rows=report.rows,
+        image_dependence=report.image_dependence,
+        best=run.best,
+        args=vars(args),
+    )
+    write_text(os.path.join(args.out, "qp.md"), text)
+    write_text(os.path.join(args.out, "qp.json"), json.dumps(numbers, indent=1))
+    figures.quality(os.path.join(args.out, "qp.png"), report.panels, data.classes)
+
+
+BLIND = 0.1  # correlation of g's answers with the truth below which g has learned nothing
+
+
+def is_blind(predicted, true):
+    """Whether answers hardly follow the true Dice of masks of all qualities. [N, K-1] both"""
+    if true.std() < 1e-3:  # nothing to follow
+        return False
+    r = metrics.agreement(predicted.ravel(), true.ravel())["pearson"]
+    return r is None or r < BLIND
+
+
+# -------------------------------------------------------------------------- data, networks, saving
+
+
+def load_data(info, args):
+    """The masks of vqm.h5 on the grid that g sees. -> Data"""
+    size = args.size and loading.network_grid(info, args.size)
+    shrink = 2 if args.head == "dense" else 1
+    load = quality_masks.load
+    train = load(args.vqm, "train", info, size, probabilities=args.soft > 0, shrink=shrink)
+    synthetic = load(args.vqm, "val", info, size, shrink=shrink)
+    real = load(args.vqm, "real", info, size, shrink=shrink)
+    data = Data(info, train, synthetic, real, h5.held_classes(info, "val", real.samples.case))
+    if absent := [c for c in info.classes if c not in data.classes]:
+        print(f"note: {h5.without(absent, 'val')}: left out of all that val selects")
+    return data
+
+
+def build_network(data, args, pretrained):
+    """An untrained g. pretrained: it starts from --encoder-weights"""
+    info = data.info
+    seen = tuple(data.train.mask.shape[1:])  # *S
+    shape = dict(
+        channels=info.channels,
+        classes=len(info.classes),
+        dims=info.dims,
+        size=seen[0] if info.dims == 2 else seen,
+        width=args.width,
+    )
+    if args.head == "dense":
+        members = dict(members=args.members, mask_dropout=args.mask_dropout)
+        return models.build("quality_dense", **shape, **members)
+    net = models.build("quality", **shape, dropout=args.dropout)
+    if pretrained:
+        print(checkpoints.load_encoder(net, args.encoder_weights))
+    return net
+
+
+def build_run(data, args, on, resumed, inputs):
+    """A run at its start, or where the checkpoint `resumed` left it. inputs: see Run"""
+    torch.manual_seed(args.seed)
+    pretrained = bool(args.encoder_weights) and not resumed
+    net = distributed.synced(on.place(build_network(data, args, pretrained))).train()
+    g = copy.deepcopy(net).eval().requires_grad_(False)
+    if args.compile:
+        for part in net.members if args.head == "dense" else [net.backbone]:
+            compiled(part)
+    decay = args.weight_decay
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=decay, fused=True)
+    of_each = len(data.train.mask) // len(data.train.samples)  # masks of a slice or patch
+    masks = len(data.train.samples) * min(args.per_image, of_each)  # of an epoch
+    steps = -(-masks // args.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
+    run = Run(net, g, optimizer, schedule, on.scaler(), on, steps, inputs)
+    run.start = time.perf_counter()
+    if resumed:
+        restore(run, resumed)
+    return run
+
+
+def restore(run, state):
+    """Sets a run to the state of last.pt."""
+    run.net.load_state_dict(state["net"])
+    run.g.load_state_dict(state["weights"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch = state["epoch"]
+    run.best = state["best"]
+    run.losses = [*state["losses"].to(run.on.device)]
+    run.start -= state["seconds"]
+
+
+def save_g(run, data, args, name="qp.pt", **more):
+    """Writes OUT/qp.pt, or another checkpoint that holds g and more; one process does."""
+    if distributed.rank() > 0:
+        return
+    save_checkpoint(
+        os.path.join(args.out, name),
+        "qp",
+        model=run.g.config,
+        weights=run.g.state_dict(),
+        args=vars(args),
+        best=run.best,
+        epoch=run.epoch,
+        labeled=sorted(set(data.train.samples.case)),
+        patch=data.train.patch,
+        data=data.info.describe(),
+        **more,
+    )
+
+
+def save_run(run, data, args, losses=None, finished=False):
+    """Writes OUT/last.pt, from which --resume goes on. losses: of an epoch that is under way"""
+    save_g(
+        run,
+        data,
+        args,
+        "last.pt",
+        net=run.net.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        schedule=run.schedule.state_dict(),
+        scaler=run.scaler.state_dict(),
+        finished=finished,
+        inputs=run.inputs,
+        losses=torch.zeros(0) if losses is None else losses.cpu(),
+        seconds=time.perf_counter() - run.start,
+    )
+
+
+def leave_if_stopped(stop, run, data, args):
+    """Ends all processes if a signal came to one, and keeps what they have done in last.pt.
+
+    stop: of postponed_signals().
+    """
+    code = distributed.largest(stop())
+    if not code:
+        return
+    if run.losses:
+        save_run(run, data, args, mean_losses(run))
+        done = f"in epoch {run.epoch + 1}; {args.out}/last.pt holds its {len(run.losses)} steps"
+    else:
+        done = f"after epoch {run.epoch}; {args.out}/last.pt holds it"
+    print(f"stopped {done}: go on with --resume")
+    distributed.wait()  # until it is written: torchrun ends all when one has left
+    sys.exit(code)
+
+
+# -------------------------------------------------------------------------------- options and main
 
 
 def parse_args(argv=None):
@@ -116,7 +576,8 @@ def parse_args(argv=None):
     p.add_argument(
         "--select",
         choices=("last", "best"),
-        help="keep the last epoch, or the best on val's real outputs (default: dense last, scalar best)",
+        help="keep the last epoch, or the best on val's real outputs "
+        "(default: dense last, scalar best)",
     )
     p.add_argument(
         "--patience",
@@ -164,464 +625,138 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.encoder_weights and args.head != "scalar":
         raise InputError("--encoder-weights are those of a ResNet-18, which only --head scalar has")
-    if (
-        args.head == "scalar" and (args.width or 8) < 8
-    ):  # as models/resnet.py says, but before masks are read
+    # models/resnet.py says so, too, but only after the masks are read.
+    if args.head == "scalar" and (args.width or 8) < 8:
         raise InputError(f"--width {args.width}: --head scalar needs at least 8 channels")
     return args
 
 
 def set_defaults(args, dims):
     """Fills in what depends on the head and on the data."""
-    defaults = {
-        "dense": dict(width={2: 16, 3: 8}, lr=1e-3, select="last"),
-        "scalar": dict(width={2: 64, 3: 32}, lr=3e-4, select="best"),
-    }[args.head]
-    for name, value in (defaults | dict(batch={2: 32, 3: 4})).items():
+    slices = dims == 2
+    if args.head == "dense":
+        defaults = dict(width=16 if slices else 8, lr=1e-3, select="last")
+    else:
+        defaults = dict(width=64 if slices else 32, lr=3e-4, select="best")
+    defaults["batch"] = 32 if slices else 4
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value[dims] if isinstance(value, dict) else value)
+            setattr(args, name, value)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-def epoch_rows(masks, per_image):
-    """Random mask numbers for an epoch: per_image of every sample, shuffled. -> [samples * per_image]"""
-    rows = torch.argsort(
-        masks.index + 0.999 * torch.rand(len(masks.index), dtype=torch.float64)
-    )  # by sample, random inside
-    rows = rows.reshape(len(masks.samples), -1)[:, :per_image].flatten()
-    return rows[torch.randperm(len(rows))]
-
-
-def draw(masks, rows, K, device, args):
-    """One augmented batch. -> image [B, C, *S], mask [B, K-1, *S] hard or soft, truth [B, K-1, *S]
-
-    Geometry moves image, mask and truth together, intensity changes the image alone. A share --soft of the masks is soft: a weak
-    network's probabilities where there are some, else a blurred mask.
-    """
-    x, y = masks.samples.batch(masks.index[rows], device)
-    s = args.strength
-    way = augment.random_geometry(x, rotate=45 * s, scale=0.3 * s, shift=0.15 * s, flip=args.flip)
-    mask, truth = (
-        one_hot(augment.move(v.to(device), way), K)[:, 1:] for v in (masks.mask[rows].long(), y)
-    )
-    chosen = torch.rand(len(rows)) < args.soft
-    harvested = chosen & (masks.prob_index[rows] >= 0)
-    if harvested.any():
-        p = (
-            torch.stack([masks.prob[i] for i in masks.prob_index[rows][harvested].tolist()])
-            .to(device)
-            .float()
-            / 255
-        )
-        at = harvested.nonzero()[:, 0].to(device)
-        mask[at] = augment.move(p, way[at])
-    if (blurred := chosen & ~harvested).any():
-        at, most = blurred.nonzero()[:, 0].to(device), 0.02 * mask.shape[-1] + 0.5
-        mask[at] = augment.blur(mask[at], augment.uniform(0.5, most, mask[at]), most)
-    return augment.strong(augment.move(x, way), args.strength), mask, truth
-
-
-# ---------------------------------------------------------------------------------------------------- the two heads' losses
-# loss(g, views, args) -> a number. views: (x [B, C, *S], mask [B, K-1, *S], truth [B, K-1, *S]) of one batch, augmented anew in each
-
-
-def scalar_loss(g, views, args):
-    """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
-    x, mask, truth = views[0]
-    return F.smooth_l1_loss(g(x, mask), quality_target(mask, truth))
-
-
-def dense_loss(g, views, args):
-    """Each member segments the truth, from a view of its own that shows the mask or withholds it: (cross-entropy + soft Dice) / 2, and
-    Smooth L1 between the expected Dice that is read off its answer and the smoothed Dice of the mask."""
-    total = 0.0
-    for member, (x, mask, truth) in zip(g.members, views):
-        withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()
-        logits = member(channels_last(g.show(x, mask, withheld)))  # [B, K, *S]
-        expected = quality_target(mask, logits.float().softmax(1)[:, 1:])  # [B, K-1]
-        total = total + (
-            seg_loss(logits, with_background(truth))
-            + args.quality_loss * F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1)
-        )
-    return total
-
-
-HEADS = {"dense": dense_loss, "scalar": scalar_loss}
-
-
-# ---------------------------------------------------------------------------------------------------- one training step
-
-
-@dataclass
-class Run:
-    """What a step changes, and where it runs."""
-
-    net: torch.nn.Module  # what is trained
-    g: torch.nn.Module  # its moving average, in eval mode: what is kept
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    on: Compute
-
-
-def train_step(run, masks, rows, args, step):
-    """One optimizer step on the masks of some rows. -> loss (a tensor)"""
-    K = run.net.config["classes"]
-    views = [
-        draw(masks, rows, K, run.on.device, args)
-        for _ in range(args.members if args.head == "dense" else 1)
-    ]
-    with run.on.autocast():
-        loss = HEADS[args.head](run.net, views, args)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    distributed.average_gradients(run.net.parameters())
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.schedule.step()
-    update_average(
-        run.g, run.net, step, args.ema
-    )  # g's temperature, too; it is fitted before g is asked or kept
-    return loss.detach()
-
-
-TEMPERATURES = torch.logspace(
-    0, 2, 9, base=2
-)  # 1 to 4; below 1, g would only get surer of itself for val's sake
-
-
-@torch.no_grad()
-def fit_temperature(g, masks, on, held, most=300):
-    """Sets a dense g's temperature to that of the least mean error in Dice on masks, evenly thinned out to `most`. (Guo et al., ICML 2017,
-    fit it by likelihood.) held: h5.held_classes() of val; no other class counts"""
-    errors, rows = [], inference.thinned(len(masks.mask), most)
-    for rows in rows[distributed.rank() :: distributed.world()].split(
-        samples_in(16, masks.mask.shape[1:])
-    ):
-        x, y = masks.samples.batch(masks.index[rows], on.device)
-        mask, truth = (
-            one_hot(v.to(on.device), g.config["classes"])[:, 1:] for v in (masks.mask[rows], y)
-        )
-        with on.autocast():
-            logits = g.logits(x, mask)  # [M, V, B, K, *S]
-        mask, true = resample(mask, g.size), true_dice(mask, truth)
-        error = [
-            (quality_target(mask, (logits / t).softmax(3).mean((0, 1))[:, 1:]) - true).abs()
-            for t in TEMPERATURES
-        ]  # [N, K-1] each
-        errors += torch.stack([e[:, held].sum(1) for e in error], 1).cpu()
-    g.temperature.fill_(TEMPERATURES[torch.stack(distributed.gather(errors)).sum(0).argmin()])
-
-
-# ---------------------------------------------------------------------------------------------------- report
-
-
-def of_another_case(masks):
-    """For each mask a random sample of another case (of its own if there is no other). -> [N]"""
-    torch.manual_seed(0)
-    case = np.unique(masks.samples.case, return_inverse=True)[1]
-    others = [np.flatnonzero(case != c) for c in range(case.max() + 1)]
-    return torch.tensor(
-        [
-            int(others[c][torch.randint(len(others[c]), ())]) if len(others[c]) else i
-            for i, c in ((int(i), case[i]) for i in masks.index)
-        ]
-    )
-
-
-def report(g, synthetic, real, classes, held, on):
-    """Rows for Markdown and JSON: agreement on (a) synthetic masks, (b) real outputs; (c) dependence on the image.
-    classes: the background's name, and those that val's labels hold; held: which of all these are"""
-    rows, panels = [], {}
-    for title, masks in (("synthetic masks", synthetic), ("real outputs", real)):
-        seen = [v[:, held] for v in inference.estimate_masks(g, masks, on, most=2000)]
-        rows += metrics.quality_rows(title, *seen, classes)
-        panels[title] = seen[:2]
-    blind = {
-        "blank image": dict(change=torch.zeros_like),
-        "another case's image": dict(index=of_another_case(synthetic)),
-    }
-    sighted = inference.estimate_masks(g, synthetic, on, most=500)[0].ravel()
-    image_dependence = {
-        name: metrics.agreement(
-            inference.estimate_masks(g, synthetic, on, most=500, **how)[0].ravel(), sighted
-        )["pearson"]
-        for name, how in blind.items()
-    }
-    return rows, panels, image_dependence
-
-
-BLIND = 0.1  # correlation of g's answers with the truth below which g has learned nothing
-
-
-def is_blind(predicted, true):
-    """Whether answers [N, K-1] hardly follow the true Dice of masks of all qualities."""
-    if true.std() < 1e-3:  # nothing to follow
-        return False
-    r = metrics.agreement(predicted.ravel(), true.ravel())["pearson"]
-    return r is None or r < BLIND
-
-
-# ---------------------------------------------------------------------------------------------------- main
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    on, info = compute(args.device, args.amp, args.deterministic), h5.read_info(args.data)
-    distributed.start(on.device)
-    set_defaults(args, info.dims)
-    args.flip = h5.check_flip(info, args.flip)
+def check_batch(args):
+    """InputError unless processes can share --batch evenly."""
     if args.batch % distributed.world():
         raise InputError(
             f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes"
         )
-    held = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None  # noqa: F841  (until main ends)
-    resumed, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
-    if resumed and resumed["finished"]:
-        print(
-            f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report is {args.out}/qp.md); --overwrite trains it again"
-        )
-        return
-    size = args.size and loading.network_grid(info, args.size)
-    shrink = 2 if args.head == "dense" else 1
-    train = quality_masks.load(args.vqm, "train", info, size, args.soft > 0, shrink)
-    synthetic, real = (
-        quality_masks.load(args.vqm, split, info, size, shrink=shrink) for split in ("val", "real")
-    )
-    seen = tuple(train.mask.shape[1:])
-    held = h5.held_classes(info, "val", real.samples.case)
-    classes = [info.classes[0], *itertools.compress(info.classes[1:], held)]
-    if absent := [c for c in info.classes if c not in classes]:
-        print(f"note: {h5.without(absent, 'val')}: left out of all that val selects")
 
-    torch.manual_seed(args.seed)
-    shape = dict(
-        channels=info.channels,
-        classes=len(info.classes),
-        dims=info.dims,
-        size=seen[0] if info.dims == 2 else seen,
-        width=args.width,
-    )
-    if args.head == "dense":
-        net = models.build(
-            "quality_dense", **shape, members=args.members, mask_dropout=args.mask_dropout
-        )
-    else:
-        net = models.build("quality", **shape, dropout=args.dropout)
-        if args.encoder_weights and not resumed:
-            print(checkpoints.load_encoder(net, args.encoder_weights))
-    net = distributed.synced(on.place(net)).train()
-    g = copy.deepcopy(net).eval().requires_grad_(False)
-    if args.compile:
-        for part in net.members if args.head == "dense" else [net.backbone]:
-            compiled(part)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
-    )
-    steps = -(
-        -len(train.samples)
-        * min(args.per_image, len(train.mask) // len(train.samples))
-        // args.batch
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
-    run = Run(net, g, optimizer, schedule, on.scaler(), on)
-    first, best, losses, seconds = (
-        0,
-        dict(error=float("inf"), epoch=0),
-        [],
-        0.0,
-    )  # losses: those of each step of an epoch that was stopped
-    if resumed:
-        for name, part in (
-            ("net", net),
-            ("weights", g),
-            ("optimizer", optimizer),
-            ("schedule", schedule),
-            ("scaler", run.scaler),
-        ):
-            part.load_state_dict(resumed[name])
-        first, best, losses, seconds = (
-            resumed["epoch"],
-            resumed["best"],
-            [*resumed["losses"].to(on.device)],
-            resumed["seconds"],
-        )
-    distributed.wait()  # until all have looked at what is in OUT
-    log = Log(
-        args.out,
-        ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"],
-        first,
-        writes=distributed.rank() == 0,
-        fresh=not resumed,
-    )
+
+def look_into_folder(args, info):
+    """What OUT holds. -> the state to resume or None, checksums of inputs, a lock to keep
+
+    The lock keeps other processes from writing to OUT. A folder that is not there yet is not made,
+    and not locked: the input may still be refused.
+    """
+    lock = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None
+    state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
+    return state, inputs, lock
+
+
+def is_over(run, args):
+    """Whether all epochs are done, or --patience of them brought nothing better."""
+    tired = args.select == "best" and run.epoch - run.best["epoch"] >= args.patience
+    return tired or run.epoch >= args.epochs
+
+
+def print_start(run, data):
+    masks = data.train.mask
+    samples = "slices" if data.info.dims == 2 else "patches"
+    size = " x ".join(map(str, masks.shape[1:]))
+    processes = distributed.world()
     print(
-        f"g: {models.parameters(g) / 1e6:.1f} M parameters, {len(train.mask)} masks of {len(train.samples)} {'slices' if info.dims == 2 else 'patches'} of "
-        f"{' x '.join(map(str, seen))}, {steps} steps an epoch, {on}"
-        + (f", {distributed.world()} processes" if distributed.world() > 1 else "")
+        f"g: {models.parameters(run.g) / 1e6:.1f} M parameters, "
+        f"{len(masks)} masks of {len(data.train.samples)} {samples} of {size}, "
+        f"{run.steps} steps an epoch, {run.on}"
+        + (f", {processes} processes" if processes > 1 else "")
     )
 
-    def mean_loss(step):
-        """Of each step of the epoch, over processes. -> [steps]; refuses to go on where one is not finite"""
-        means = distributed.mean(torch.stack(losses))
-        check_finite(
-            means[:, None], ["loss"], [net], step, lambda _: "try --amp off or a lower --lr"
-        )
-        return means
 
-    def save(name, epoch, losses=torch.zeros(0), finished=False):
-        if distributed.rank() == 0:
-            more = (
-                {}
-                if name == "qp.pt"
-                else dict(
-                    net=net.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    schedule=schedule.state_dict(),
-                    scaler=run.scaler.state_dict(),
-                    finished=finished,
-                    inputs=inputs,
-                    losses=losses.cpu(),
-                    seconds=time.perf_counter() - start,
-                )
-            )
-            save_checkpoint(
-                os.path.join(args.out, name),
-                "qp",
-                model=g.config,
-                weights=g.state_dict(),
-                args=vars(args),
-                best=best,
-                epoch=epoch,
-                labeled=sorted(set(train.samples.case)),
-                patch=train.patch,
-                data=info.describe(),
-                **more,
-            )
-
-    epoch, start, (rank, world) = (
-        first,
-        time.perf_counter() - seconds,
-        (distributed.rank(), distributed.world()),
-    )
-    with postponed_signals() as stop:
-        while epoch < args.epochs and not (
-            args.select == "best" and epoch - best["epoch"] >= args.patience
-        ):
-            epoch += 1
-            torch.manual_seed(seed_of(args.seed, epoch, 0))
-            order = epoch_rows(train, args.per_image)
-            batches = [
-                rows[: len(rows) // world * world][rank::world]
-                for rows in order.split(args.batch)
-                if len(rows) >= max(2, world)
-            ]  # batch norm needs two
-            bar = tqdm(
-                batches[len(losses) :],
-                desc=f"epoch {epoch}",
-                unit=" steps",
-                leave=False,
-                disable=not sys.stderr.isatty() or rank > 0,
-            )
-            for step, rows in enumerate(bar, (epoch - 1) * steps + len(losses) + 1):
-                torch.manual_seed(seed_of(args.seed, step, 1 + rank))
-                losses.append(train_step(run, train, rows, args, step))
-                if code := distributed.largest(stop()):
-                    save("last.pt", epoch - 1, mean_loss(step))
-                    print(
-                        f"stopped in epoch {epoch}; {args.out}/last.pt holds its {len(losses)} steps: go on with --resume"
-                    )
-                    distributed.wait()  # until it is written: torchrun ends all when one has left
-                    sys.exit(code)
-            loss = mean_loss((epoch - 1) * steps + len(losses)).mean().item()
-            if args.head == "dense":
-                fit_temperature(g, real, on, held)
-            errors = [
-                float(np.abs(p - t)[:, held].mean())
-                for p, t, _ in (
-                    inference.estimate_masks(g, masks, on, most=300) for masks in (synthetic, real)
-                )
-            ]
-            if errors[1] < best["error"] or args.select == "last":
-                best = dict(error=errors[1], epoch=epoch)
-                save("qp.pt", epoch)
-            log.write(
-                epoch,
-                loss=loss,
-                lr=optimizer.param_groups[0]["lr"],
-                error_synthetic=errors[0],
-                error_real=errors[1],
-                seconds=time.perf_counter() - start,
-            )
-            losses, start = [], time.perf_counter()
-            save("last.pt", epoch)
-            if code := distributed.largest(stop()):  # it came during the validation
-                distributed.wait()
-                print(
-                    f"stopped after epoch {epoch}; {args.out}/last.pt holds it: go on with --resume"
-                )
-                sys.exit(code)
-
-    distributed.wait()  # for qp.pt
-    kept, _ = checkpoints.load_quality(os.path.join(args.out, "qp.pt"), info, on)
-    rows, panels, image_dependence = report(kept, synthetic, real, classes, held, on)
-    chosen = (
-        " and ".join(
-            ["its temperature"] * (args.head == "dense") + ["the epoch"] * (args.select == "best")
-        )
-        or "nothing"
-    )
-    text = (
-        f"Quality predictor for {info.name}, of epoch {best['epoch']}: predicted against true Dice on val, which also chose {chosen}\n\n"
-        f"{markdown(rows)}\n\nDependence on the image: correlation of g's answers with those for a "
-        + ", ".join(
-            f"{name} {'-' if r is None else f'{r:.3f}'}" for name, r in image_dependence.items()
-        )
-        + " (the paper asks for less than .7)\n"
-    )
-    if distributed.rank() == 0:
-        write_text(os.path.join(args.out, "qp.md"), text)
-        write_text(
-            os.path.join(args.out, "qp.json"),
-            json.dumps(
-                dict(rows=rows, image_dependence=image_dependence, best=best, args=vars(args)),
-                indent=1,
-            ),
-        )
-        figures.quality(os.path.join(args.out, "qp.png"), panels, classes)
-    save("last.pt", epoch, finished=True)
-    distributed.wait()  # until everything is written
-    if is_blind(*panels["synthetic masks"]):
+def print_end(report, text, data, args):
+    if is_blind(*report.panels["synthetic masks"]):
         print(
             "warning: g hardly tells good from bad masks of val (Pearson's r is below "
             f"{BLIND}), so it has learned nothing; try more --epochs or masks, and look at the "
             f"labels (python -m data.h5 {shlex.quote(args.data)} --preview FILE.png)"
         )
-    print(
-        f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png\n"
-        "next: "
-        + shlex.join(
-            [
-                "python",
-                "train_ssl.py",
-                args.data,
-                "--labeled",
-                *train.spec.split(),
-                "--size",
-                ",".join(map(str, train.own if info.dims == 3 else train.own[:1])),
-                "--method",
-                "mean_teacher",
-                "--weight",
-                "quality",
-                *(["--flip", args.flip] if args.flip else []),
-                "--qp",
-                f"{args.out}/qp.pt",
-                "--out",
-                os.path.join(os.path.dirname(args.out), "mt_qw"),
-            ]
+    print(f"\n{text}\nwrote {args.out}/qp.pt, last.pt, log.csv, qp.md, qp.json, qp.png")
+    own = data.train.own if data.info.dims == 3 else data.train.own[:1]
+    command = ["python", "train_ssl.py", args.data, "--labeled", *data.train.spec.split()]
+    command += ["--size", ",".join(map(str, own)), "--method", "mean_teacher"]
+    command += ["--weight", "quality"]
+    if args.flip:
+        command += ["--flip", args.flip]
+    command += ["--qp", f"{args.out}/qp.pt"]
+    command += ["--out", os.path.join(os.path.dirname(args.out), "mt_qw")]
+    print(f"next: {shlex.join(command)}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    on = compute(args.device, args.amp, args.deterministic)
+    info = h5.read_info(args.data)
+    distributed.start(on.device)
+    set_defaults(args, info.dims)
+    args.flip = h5.check_flip(info, args.flip)
+    check_batch(args)
+    resumed, inputs, lock = look_into_folder(args, info)
+    if resumed and resumed["finished"]:
+        print(
+            f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report "
+            f"is {args.out}/qp.md); --overwrite trains it again"
         )
-    )
+        return
+
+    data = load_data(info, args)
+
+    run = build_run(data, args, on, resumed, inputs)
+    distributed.wait()  # until all have looked at what is in OUT
+    columns = ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"]
+    writes = distributed.rank() == 0
+    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed)
+    print_start(run, data)
+
+    with postponed_signals() as stop:
+        while not is_over(run, args):
+            loss = train_epoch(run, data, args, stop)
+            if args.head == "dense":
+                fit_temperature(run.g, data.real, on, data.held)
+            error_synthetic = mean_error(run.g, data.synthetic, data, on)
+            error_real = mean_error(run.g, data.real, data, on)
+            if error_real < run.best["error"] or args.select == "last":
+                run.best = {"error": error_real, "epoch": run.epoch}
+                save_g(run, data, args)
+            log.write(
+                run.epoch,
+                loss=loss,
+                lr=run.optimizer.param_groups[0]["lr"],
+                error_synthetic=error_synthetic,
+                error_real=error_real,
+                seconds=time.perf_counter() - run.start,
+            )
+            run.start = time.perf_counter()
+            save_run(run, data, args)
+            leave_if_stopped(stop, run, data, args)
+
+    distributed.wait()  # for qp.pt
+    kept, _ = checkpoints.load_quality(os.path.join(args.out, "qp.pt"), info, on)
+    report = make_report(kept, data, on)
+    text = report_text(report, run, data, args)
+    if writes:
+        write_report(report, text, run, data, args)
+    save_run(run, data, args, finished=True)
+    distributed.wait()  # until everything is written
+    print_end(report, text, data, args)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@
                          source (corruption or network), draw (its random seed)
                          at [N, 1] the mask's slice, or [N, 3] the first corner (z, y, x) of its
                          patch
-                         prob [M, K-1, *S] uint8: probabilities of the foreground classes in 1/255,
-                         of weak networks' outputs
+                         prob [M, K-1, *S] uint8: the probabilities of the foreground classes in
+                         1/255 that a weak network's mask was made from
                          prob_index [N]: the row of prob that belongs to a mask, -1 for none
+
+A synthetic mask comes from no network and has no probabilities. So /val has none; those of all weak
+networks for its samples are in /real, under the same case and at. A file that was written before
+/real had probabilities is read as one without.
 
 size: S, the side of slices, or *S, the (D, H, W) of patches. spec: the --labeled (and
 --labeled-seed) of corrupt.py.
@@ -27,8 +31,8 @@ from data.files import FORMAT, InputError
 REMEDY = "run corrupt.py again"
 
 
-def describe(f, info, **more):
-    """Writes the attributes of an open file."""
+def write_attributes(f, info, **more):
+    """Writes the attributes of an open file: what data it belongs to, and more."""
     f.attrs.update(
         format=FORMAT,
         stage="vqm",
@@ -71,6 +75,11 @@ def chunk(mask):
     return zlib.compress(mask.tobytes(), 1)
 
 
+def write_chunk(masks, row, chunk):
+    """Writes what chunk() made to a row of the dataset of masks."""
+    masks.id.write_direct_chunk((row, *[0] * (masks.ndim - 1)), chunk)
+
+
 @dataclass
 class Masks:
     """The masks of one split on one grid, in memory, beside the slices or patches of theirs."""
@@ -85,9 +94,10 @@ class Masks:
     own: tuple  # *S of the masks before they were resized
 
 
-def open_split(f, path, split, info):
+def open_split(f, path, split, info, probabilities):
     """The datasets of a split of an open vqm.h5. -> {name: dataset}
 
+    probabilities: they will be read, too.
     InputError if the file belongs to other data than info's, or is damaged: if shapes and types are
     not those of create().
     """
@@ -95,7 +105,7 @@ def open_split(f, path, split, info):
     group = h5.child(f, split, h5py.Group)
     names = ("mask", "prob", "dice", "at", "case", "prob_index")
     held = {name: h5.child(group, name, h5py.Dataset) for name in names}
-    check_shapes(held, f"{path}: /{split}", info)
+    check_shapes(held, f"{path}: /{split}", info, probabilities)
     return held
 
 
@@ -120,8 +130,11 @@ def check_origin(f, path, info):
         )
 
 
-def check_shapes(held, where, info):
-    """InputError unless the datasets of a split have the shapes and types of create()."""
+def check_shapes(held, where, info, probabilities):
+    """InputError unless the datasets of a split have the shapes and types of create().
+
+    probabilities: they will be read, and must fit into memory as the rest.
+    """
     own = held["mask"].shape[1:]
     if len(own) != info.dims:
         raise InputError(
@@ -149,7 +162,8 @@ def check_shapes(held, where, info):
                 f"{where}/{name}: {found.dtype} of shape {found.shape}, but {kind} of shape "
                 f"{shape} is needed; {REMEDY}"
             )
-        h5.check_memory(found, f"{where}/{name}")
+        if name != "prob" or probabilities:
+            h5.check_memory(found, f"{where}/{name}")
 
 
 def check_values(where, mask, dice, prob_index, *, classes, rows):
@@ -214,7 +228,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
     where = f"{path}: /{split}"
     source = "val" if split == "real" else split
     with h5.open_file(path) as f, h5.reading(where, REMEDY):
-        held = open_split(f, path, split, info)
+        held = open_split(f, path, split, info, probabilities)
         spec = h5.attribute(f, "spec", str, path)
         own = tuple(map(int, held["mask"].shape[1:]))
         patch = own if info.dims == 3 else None

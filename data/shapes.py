@@ -66,7 +66,7 @@ def flatness(m):
     return float(min(1, bounds(m).sides[0] / max(1, extent(m))))
 
 
-def window(m, reach):
+def object_window(m, reach):
     """The bounding box of a volume, grown by reach [n] but not beyond the grid; all of a slice.
 
     -> slices to index m with
@@ -78,8 +78,8 @@ def window(m, reach):
 
 
 def within(m, reach, f):
-    """f of the window of m, in the grid of m; background around it."""
-    at = window(m, reach)
+    """f of the window around the object of m, in the grid of m; background around it."""
+    at = object_window(m, reach)
     out = np.zeros_like(m)
     out[at] = f(m[at])
     return out
@@ -94,11 +94,11 @@ def plane_moments(image):
     return Moments(center, covariance)
 
 
-def moments(m):
+def mass_moments(m):
     """The Moments of the foreground."""
     if m.ndim == 2:
         return plane_moments(m)
-    at = window(m, (0, 0, 0))
+    at = object_window(m, (0, 0, 0))
     inside = m[at] > 0
     center, covariance = np.zeros(3), np.zeros((3, 3))
     for axis, plane in enumerate(([1, 2], [0, 2], [0, 1])):  # projections hold all second moments
@@ -110,7 +110,7 @@ def moments(m):
 
 def center(m):
     """The centroid [n] of the foreground."""
-    return moments(m).center
+    return mass_moments(m).center
 
 
 def components(m):
@@ -118,7 +118,7 @@ def components(m):
     if m.ndim == 2:
         _, labels, stats, _ = cv2.connectedComponentsWithStats(m)
         return labels, stats[:, cv2.CC_STAT_AREA]
-    at = window(m, (0, 0, 0))
+    at = object_window(m, (0, 0, 0))
     labels = np.zeros(m.shape, np.int32)
     labels[at], count = ndimage.label(m[at], np.ones((3, 3, 3)))
     sizes = np.bincount(labels[at].ravel(), minlength=count + 1)
@@ -359,7 +359,7 @@ def box(m):
 # A warp takes the nearest source of each voxel, and so also takes a label map.
 
 
-def resample(m, index):
+def take_at(m, index):
     """m at other positions. index: for each axis, the source of each position, int [side].
 
     A source beyond the grid is background.

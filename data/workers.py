@@ -1,15 +1,17 @@
-"""The first steps of a process of a pool, or of one that reads images ahead.
+"""Processes that work beside the script's own: pools, the first steps of their members, signals.
 
 Imports nothing heavy, since spawned processes import it anew.
 """
 
 import contextlib
+import functools
 import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 
 def start_worker():
@@ -45,18 +47,49 @@ def _end_with(parent):
     os._exit(1)
 
 
+def map_in_processes(function, shared, items, count):
+    """Yields function(shared, item) of every item, in order, computed by `count` processes.
+
+    Each process gets `shared` once, at its start. A count of 1 computes in this process. A worker
+    that is killed raises BrokenProcessPool.
+    """
+    if count == 1:
+        yield from map(functools.partial(function, shared), items)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    # Unlike multiprocessing.Pool, this pool notices a killed worker.
+    with ProcessPoolExecutor(count, context, _start_task, (function, shared)) as pool:
+        yield from pool.map(_run_task, items)
+
+
+_task = None  # of a process of map_in_processes: what it does to an item
+
+
+def _start_task(function, shared):
+    global _task
+    start_worker()
+    _task = functools.partial(function, shared)
+
+
+def _run_task(item):
+    return _task(item)
+
+
 @contextlib.contextmanager
 def postponed_signals():
-    """In its block Ctrl-C and SIGTERM do not interrupt: `stop()` of `with postponed_signals() as stop` is 0 until one comes, then its exit code,
-    so that the block can save and leave. Another one, a second or more later, interrupts as ever."""
-    first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
-    usual = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
-    }
+    """In its block, Ctrl-C and SIGTERM do not interrupt, so that the block can save and leave.
 
-    def note(number, _):
+    `with postponed_signals() as stop`: stop() is 0 until a signal comes, then its exit code.
+    Another signal, a second or more later, interrupts as ever.
+    """
+    first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
+    usual = {}  # the handlers outside of the block
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):
+            usual[number] = handler
+
+    def remember(number, _):
         if not first:
             first.extend((128 + number, time.monotonic()))
         elif time.monotonic() - first[1] > 1:
@@ -65,7 +98,7 @@ def postponed_signals():
 
     try:
         for number in usual:
-            signal.signal(number, note)
+            signal.signal(number, remember)
         yield lambda: first[0] if first else 0
     finally:
         for number, handler in usual.items():

@@ -1,9 +1,12 @@
-"""Kills every stage that writes checkpoints at random moments, goes on with --resume, and compares with a run that nothing interrupted.
+"""Kills every stage that writes checkpoints at random moments, and goes on with --resume.
 
-    python tests/soak.py [--kills 20] [--only TEXT] > table.md     # kills and signals
-    python tests/soak.py --memory 2000 > table.md                  # resident memory and open files over so many steps
+The result is compared with that of a run that nothing interrupted.
 
-Runs are forked from this process, so that a moment falls into the run, not into the seconds in which Python imports torch.
+    python tests/soak.py [--kills 20] [--only TEXT] > table.md    # kills and signals
+    python tests/soak.py --memory 2000 > table.md        # memory and open files of so many steps
+
+Runs are forked from this process, so that a moment falls into the run, not into the seconds in
+which Python imports torch.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import h5py
 import numpy as np
 import psutil
 import torch
-import torch._dynamo  # what each child would else import for itself, with its first optimizer: seconds
+import torch._dynamo  # for seconds, each child would else import it with its first optimizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -33,9 +36,15 @@ import train_ssl  # noqa: E402
 from data import phantom  # noqa: E402
 from data.options import cli
 
-CORRUPT = "--labeled 4 --size 32 --masks 60 --val-masks 10 --harvest-share .25 --harvest-epochs 1,2,3 --harvest-steps 3 --harvest-batch 4".split()
+CORRUPT = [
+    *"--labeled 4 --size 32 --masks 60 --val-masks 10 --harvest-share .25".split(),
+    *"--harvest-epochs 1,2,3 --harvest-steps 3 --harvest-batch 4".split(),
+]
 QP = "--width 4 --members 1 --epochs 3 --batch 16 --size 32 --per-image 20".split()
-SSL = "--labeled 4 --size 32 --steps 60 --eval-every 10 --batch 4 --batch-unlabeled 4 --width 4 --lr 1e-3 --method mean_teacher".split()
+SSL = [
+    *"--labeled 4 --size 32 --steps 60 --eval-every 10 --batch 4 --batch-unlabeled 4".split(),
+    *"--width 4 --lr 1e-3 --method mean_teacher".split(),
+]
 GUIDED = "--lam-warmup .1 --weight quality --weight-threshold 0 --qar .01".split()
 
 
@@ -51,16 +60,7 @@ def prepare(folder):
         [
             "--out",
             data,
-            "--train",
-            "6",
-            "--val",
-            "2",
-            "--test",
-            "1",
-            "--depth",
-            "4",
-            "--size",
-            "48",
+            *"--train 6 --val 2 --test 1 --depth 4 --size 48".split(),
         ],
     )
     fork(
@@ -68,18 +68,7 @@ def prepare(folder):
         [
             "--out",
             volumes,
-            "--train",
-            "6",
-            "--val",
-            "2",
-            "--test",
-            "1",
-            "--depth",
-            "20",
-            "--size",
-            "40",
-            "--dims",
-            "3",
+            *"--train 6 --val 2 --test 1 --depth 20 --size 40 --dims 3".split(),
         ],
     )
     fork(corrupt.main, [data, "--out", str(folder / "masks"), *CORRUPT])
@@ -100,16 +89,7 @@ def scripts(data, volumes, vqm, qp):
                 data,
                 "--vqm",
                 vqm,
-                "--head",
-                "scalar",
-                "--width",
-                "8",
-                "--epochs",
-                "3",
-                "--batch",
-                "16",
-                "--per-image",
-                "20",
+                *"--head scalar --width 8 --epochs 3 --batch 16 --per-image 20".split(),
             ],
         ),
         "train_ssl.py": (train_ssl.main, guided),
@@ -125,17 +105,17 @@ def scripts(data, volumes, vqm, qp):
                 "--size",
                 "16,32,32",
                 *SSL[4:],
-                "--steps",
-                "20",
-                "--eval-every",
-                "5",
+                *"--steps 20 --eval-every 5".split(),
             ],
         ),
     }
 
 
 def fork(main, argv, limit=None, wait=True):
-    """Runs a script's main() in a process (and group) of its own, silently. -> exit code, or without wait its number. limit: largest file, in bytes"""
+    """Runs a script's main() in a process (and group) of its own, silently.
+
+    -> its exit code, or without wait its number. limit: of the largest file, in bytes
+    """
     child = os.fork()
     if not child:
         os.setsid()
@@ -164,7 +144,10 @@ def fork(main, argv, limit=None, wait=True):
 
 
 def fingerprint(out):
-    """What a run has made, but for times: {name: checksum} of every weight, log row, mask and report."""
+    """What a run has made, but for times.
+
+    -> {name: checksum} of every weight, log row, mask and report
+    """
     found = {}
 
     def note(name, value):
@@ -206,23 +189,18 @@ def fingerprint(out):
                         for k, v in f.attrs.items()
                     },
                 )
-                f.visititems(
-                    lambda key, item: (
-                        note(
-                            f"{name}/{key}",
-                            item.asstr()[:].tolist() if item.dtype == object else item[:],
-                        )
-                        if isinstance(item, h5py.Dataset)
-                        else None
-                    )
-                )
+                for split, group in f.items():
+                    for key, item in group.items():
+                        texts = item.dtype == object
+                        values = item.asstr()[:].tolist() if texts else item[:]
+                        note(f"{name}/{split}/{key}", values)
         elif path.suffix == ".md":
             note(name, path.read_text())
     return found
 
 
 def leftovers(group, out):
-    """Processes of a killed run that still live after six seconds, and files half-written that a finished run should have removed."""
+    """Processes of a killed run that still live after six seconds."""
     end = time.monotonic() + 6
     while time.monotonic() < end:
         try:
@@ -234,7 +212,10 @@ def leftovers(group, out):
 
 
 def interrupt(main, argv, out, number, delay, expected):
-    """One run that gets a signal `delay` seconds after its start and then goes on. -> exit code of the first, and what is wrong with the second"""
+    """One run that gets a signal `delay` seconds after its start and then goes on.
+
+    -> exit code of the first, and what is wrong with the second
+    """
     shutil.rmtree(out, ignore_errors=True)
     child = fork(main, [*argv, "--out", str(out)], wait=False)
     time.sleep(delay)
@@ -251,8 +232,11 @@ def interrupt(main, argv, out, number, delay, expected):
 
 
 def soak(name, main, argv, folder, kills, numbers, first=0.0):
-    """Interrupts a run `kills` times with each signal at random moments, the earliest after a share `first` of its time. -> a row of the table for each
-    signal"""
+    """Interrupts a run `kills` times with each signal at random moments.
+
+    The earliest comes after a share `first` of the run's time. -> a row of the table for each
+    signal
+    """
     rng, out, rows = random.Random(name), folder / "run", []
     shutil.rmtree(out, ignore_errors=True)
     start = time.monotonic()
@@ -288,7 +272,7 @@ def soak(name, main, argv, folder, kills, numbers, first=0.0):
 
 
 def watch(name, main, argv, folder, steps):
-    """Resident memory and open files of a long run, from log row to log row. -> a row of the table"""
+    """Resident memory and open files of a long run, at every log row. -> a row of the table"""
     out, seen = folder / "run", {}
     shutil.rmtree(out, ignore_errors=True)
     child = fork(
@@ -355,20 +339,19 @@ def main():
             name: run for name, run in scripts(*prepare(Path(folder))).items() if args.only in name
         }
         if args.memory:
-            print(
-                "| run | steps | MB at a quarter | MB at the end | slope, KB a step | open files |\n|---|---|---|---|---|---|"
-            )
+            titles = "run | steps | MB at a quarter | MB at the end | slope, KB a step | open files"
+            print(f"| {titles} |\n{'|---' * 6}|")
             for name, (script, argv) in runs.items():
                 if "train_ssl" in name:
                     row = watch(name, script, argv, Path(folder), args.memory)
                     print(
-                        f"| `{name}` | {row['steps']} | {row['start']:.0f} | {row['end']:.0f} | {row['slope']:+.3f} | {row['files']} |",
+                        f"| `{name}` | {row['steps']} | {row['start']:.0f} | {row['end']:.0f} "
+                        f"| {row['slope']:+.3f} | {row['files']} |",
                         flush=True,
                     )
             return
-        print(
-            "| run | seconds | signal | sent | after its end | right exit code | identical | values compared |\n|---|---|---|---|---|---|---|---|"
-        )
+        titles = "run | seconds | signal | sent | after its end | right exit code | identical"
+        print(f"| {titles} | values compared |\n{'|---' * 8}|")
         for name, (script, argv) in runs.items():
             few = max(1, args.kills // 4)
             for row in (
@@ -376,8 +359,9 @@ def main():
                 *soak(name, script, argv, Path(folder), few, [signal.SIGTERM, signal.SIGINT]),
             ):
                 print(
-                    f"| `{row['run']}` | {row['seconds']:.1f} | {row['signal']} | {row['sent']} | {row['late']} | {row['ended']} of {row['sent']} | "
-                    f"**{row['identical']} of {row['sent']}** | {row['items']} |",
+                    f"| `{row['run']}` | {row['seconds']:.1f} | {row['signal']} | {row['sent']} "
+                    f"| {row['late']} | {row['ended']} of {row['sent']} "
+                    f"| **{row['identical']} of {row['sent']}** | {row['items']} |",
                     flush=True,
                 )
 

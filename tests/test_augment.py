@@ -197,7 +197,7 @@ def test_what_g_learns_from_obeys(flip, swaps):
     masks = quality_masks.Masks(
         samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24)
     )
-    _, mask, truth = train_qp.draw(masks, every, 3, torch.device("cpu"), args)
+    _, mask, truth = train_qp.augmented_batch(masks, every, 3, torch.device("cpu"), args)
     for shown in (mask, truth):
         assert swapped(shown.argmax(1) + (shown.amax(1) > 0), "W").any() == swaps
 
@@ -212,7 +212,8 @@ def test_the_weak_networks_obey(tmp_path, monkeypatch):
     info = h5.Info("d.h5", "d", ["background", "left", "right"], 2, 1, {}, 0)
     samples = sides("W")
     with pytest.raises(Reached) as found:
-        corrupt.train_weak(samples, samples.case, info, 0, args)
+        run = corrupt.start_weak(0, info, args)
+        corrupt.train_weak(run, samples, range(len(samples)), info, args)
     assert found.value.args == ("H",)
 
 

@@ -1,4 +1,4 @@
-"""Masks of variable quality: every line of the catalog, several classes, harvest, balance, and the file."""
+"""Masks of variable quality: every line of the catalog, several classes, harvest, balance, file."""
 
 import os
 
@@ -30,6 +30,11 @@ def disc(side=112):
     )
 
 
+def corrupted(line, label, K, rng):
+    """A line of the catalog on a label map."""
+    return corrupt.corrupt_classes(corrupt.corruption_of(line), label, K, rng)
+
+
 def plain_dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else 1.0
 
@@ -39,7 +44,7 @@ def test_every_line_changes_a_binary_mask_and_keeps_its_type(line):
     for truth in (disc(), disc(64), heart().clip(0, 1)):
         before, changed = truth.copy(), 0
         for seed in range(8):
-            out = corrupt.apply(line, truth, 2, np.random.default_rng(seed))
+            out = corrupted(line, truth, 2, np.random.default_rng(seed))
             assert (
                 out.shape == truth.shape and out.dtype == np.uint8 and set(np.unique(out)) <= {0, 1}
             )
@@ -80,14 +85,16 @@ def test_lines_do_what_they_say():
         and not corrupt.empty(m, rng).any()
         and corrupt.full(m, rng).all()
     )
-    assert abs(corrupt.noise(m, rng, 0.5).mean() - 0.5) < 0.02
+    assert abs(corrupt.random_pixels(m, rng, 0.5).mean() - 0.5) < 0.02
     assert (corrupt.holes(m, rng, 3, 8, 15) <= m).all() and (
         corrupt.islands(m, rng, 2, 3, 8) >= m
     ).all()
     assert corrupt.hull(m, rng).sum() >= area and (corrupt.box(m, rng) >= m).all()
     two = m.copy()
     two[:10, :10] = 1
-    assert (corrupt.largest(two, rng) == m).all() and corrupt.drop_component(two, rng).sum() in (
+    assert (corrupt.largest_component(two, rng) == m).all() and corrupt.drop_component(
+        two, rng
+    ).sum() in (
         100,
         area,
     )
@@ -98,7 +105,7 @@ def test_sizes_follow_the_grid():
     """The same corruption costs about the same Dice at any size."""
     for line in corrupt.SINGLE[:6]:
         dice = [
-            plain_dice(corrupt.apply(line, disc(s), 2, np.random.default_rng(0)), disc(s))
+            plain_dice(corrupted(line, disc(s), 2, np.random.default_rng(0)), disc(s))
             for s in (112, 224, 448)
         ]
         assert max(dice) - min(dice) < 0.05, (line[0], dice)
@@ -112,36 +119,38 @@ def test_sizes_follow_the_grid():
 def test_every_line_on_several_classes(line):
     truth = heart()
     for seed in range(12):
-        out = corrupt.apply(line, truth, 4, np.random.default_rng(seed))
+        out = corrupted(line, truth, 4, np.random.default_rng(seed))
         assert out.shape == truth.shape and out.dtype == np.uint8 and out.max() <= 3
     assert (truth == heart()).all()
 
 
 def test_a_class_never_silently_overwrites_another():
-    """Dilated classes take background; neighbors lose pixels in about half of the draws (the corruption `over`), never in the others."""
+    """Dilated classes take background; in about half of the draws, also their neighbors' pixels."""
     truth, lost = heart(), []
     for seed in range(60):
-        out = corrupt.apply(
-            ("dilate 7", 1, corrupt.dilate, 7), truth, 4, np.random.default_rng(seed)
-        )
+        line = ("dilate 7", 1, corrupt.dilate, 7)
+        out = corrupted(line, truth, 4, np.random.default_rng(seed))
         assert not ((truth > 0) & (out == 0)).any()
         lost.append(((truth > 0) & (out != truth)).any())
     assert 0.2 < np.mean(lost) < 0.8
 
 
 def test_absent_classes_can_only_be_invented():
-    """A slice without foreground gets a disc of some class, and says so; a line of the catalog leaves it as it is."""
+    """A slice without foreground gets a disc of some class, and says so.
+
+    A line of the catalog leaves it as it is.
+    """
     nothing, names = np.zeros((64, 64), np.uint8), set()
     for line in EVERY_LINE + corrupt.SEVERAL_CLASSES:
-        assert not corrupt.apply(line, nothing, 4, np.random.default_rng(1)).any()
+        assert not corrupted(line, nothing, 4, np.random.default_rng(1)).any()
     for seed in range(60):
-        mask, name = corrupt.sample(nothing, 4, [], np.random.default_rng(seed))
+        mask, name = corrupt.draw_mask(nothing, 4, [], np.random.default_rng(seed))
         names.add(name)
         assert len(np.unique(mask)) == (2 if name == "invented" else 1)
     assert names == {"identity", "invented"}
     two = heart()
     two[two == 3] = 2
-    found = [corrupt.sample(two, 4, [], np.random.default_rng(seed)) for seed in range(400)]
+    found = [corrupt.draw_mask(two, 4, [], np.random.default_rng(seed)) for seed in range(400)]
     invented = [mask for mask, name in found if name == "invented"]
     assert 5 < len(invented) < 60 and all(((mask == two) | (mask == 3)).all() for mask in invented)
 
@@ -149,7 +158,7 @@ def test_absent_classes_can_only_be_invented():
 def test_shares_of_the_paper():
     assert sum(corrupt.MIX.values()) == pytest.approx(1)
     names = [
-        corrupt.sample(disc(), 2, [disc(112)[::-1]], np.random.default_rng([0, i]))[1]
+        corrupt.draw_mask(disc(), 2, [disc(112)[::-1]], np.random.default_rng([0, i]))[1]
         for i in range(3000)
     ]
     assert np.mean([n == "identity" for n in names]) == pytest.approx(0.20, abs=0.03)
@@ -168,24 +177,8 @@ def run(data, out, *more):
             data,
             "--out",
             str(out),
-            "--labeled",
-            "3",
-            "--size",
-            "40",
-            "--masks",
-            "10",
-            "--val-masks",
-            "3",
-            "--harvest-epochs",
-            "1",
-            "--harvest-steps",
-            "1",
-            "--harvest-batch",
-            "4",
-            "--folds",
-            "1",
-            "--harvest-share",
-            "0.1",
+            *"--labeled 3 --size 40 --masks 10 --val-masks 3 --harvest-epochs 1".split(),
+            *"--harvest-steps 1 --harvest-batch 4 --folds 1 --harvest-share 0.1".split(),
             *more,
         ]
     )
@@ -208,10 +201,7 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
     found, attrs = run(
         data,
         tmp_path,
-        "--harvest-share",
-        "0.3",
-        "--folds",
-        "3",
+        *"--harvest-share 0.3 --folds 3".split(),
         "--preview",
         str(tmp_path / "p.png"),
     )
@@ -233,23 +223,21 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
             assert dice == pytest.approx(
                 [plain_dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6
             )
-    harvested = found["train/prob_index"] >= 0
-    assert harvested.mean() == pytest.approx(0.3) and len(found["train/prob"]) == harvested.sum()
-    probability, mask = (
-        found["train/prob"][found["train/prob_index"][harvested]],
-        found["train/mask"][harvested],
-    )
-    sure = probability > 128
-    assert all(
-        (mask[:, None] == np.arange(1, K)[:, None, None])[sure]
-    )  # the mask is the most probable class
+    for split, share in (("train", 0.3), ("val", 0), ("real", 1)):
+        harvested = found[f"{split}/prob_index"] >= 0
+        assert harvested.mean() == pytest.approx(share)
+        assert len(found[f"{split}/prob"]) == harvested.sum()
+        probability = found[f"{split}/prob"][found[f"{split}/prob_index"][harvested]]
+        mask = found[f"{split}/mask"][harvested]
+        # The mask is the most probable class.
+        assert (mask[:, None] == np.arange(1, K)[:, None, None])[probability > 128].all()
 
 
 def test_harvest_predicts_the_fold_that_was_left_out():
     from types import SimpleNamespace
 
     weak = {(fold, epoch): None for fold in range(2) for epoch in (1, 5)}
-    tasks = corrupt.harvest_tasks(["a", "a", "b", "c"], weak, 100, 3, SimpleNamespace(folds=2))
+    tasks = corrupt.train_tasks(["a", "a", "b", "c"], weak, 100, 3, SimpleNamespace(folds=2))
     rows = sorted(row for todo in tasks.values() for row, _, _ in todo)
     assert rows == list(range(100, 112))
     for (fold, _), todo in tasks.items():
@@ -273,17 +261,11 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
             gray,
             "--out",
             str(tmp_path),
-            "--folds",
-            "2",
-            "--harvest-epochs",
-            "3",
-            "--harvest-steps",
-            "4",
-            "--harvest-batch",
-            "16",
+            *"--harvest-epochs 3 --harvest-steps 4 --harvest-batch 16".split(),
         ]
     )
-    corrupt.train_weak(slices, slices.case, info, 1, args)
+    index = corrupt.seen_by(1, slices.case, 2)
+    corrupt.train_weak(corrupt.start_weak(1, info, args), slices, index, info, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
 
 
@@ -338,20 +320,8 @@ def test_runs_as_a_command(gray, tmp_path):
         3,
         "--out",
         tmp_path,
-        "--labeled",
-        "1",
-        "--folds",
-        "1",
-        "--size",
-        "32",
-        "--masks",
-        "2",
-        "--val-masks",
-        "1",
-        "--harvest-epochs",
-        "1",
-        "--harvest-steps",
-        "1",
+        *"--labeled 1 --folds 1 --size 32 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
+        *"--harvest-steps 1".split(),
         timeout=100,
     )
     assert done.returncode == 0, done.stderr

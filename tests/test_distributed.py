@@ -1,4 +1,7 @@
-"""Two processes of torchrun train what one does: the same step on the joined batch, the same validation, one set of files, resumable."""
+"""Two processes of torchrun train what one does.
+
+The same step on the joined batch, the same validation, one set of files, resumable.
+"""
 
 import copy
 import csv
@@ -31,7 +34,10 @@ STEPS = {
 
 
 class Bright(nn.Module):
-    """A g that likes bright images, some of them not at all: weights differ between samples and processes."""
+    """A g that likes bright images, and some not at all.
+
+    So weights differ between samples and processes.
+    """
 
     def forward(self, image, mask):
         q = (image.flatten(1).mean(1, keepdim=True) * 3).sigmoid() + 0 * mask.mean()
@@ -39,7 +45,10 @@ class Bright(nn.Module):
 
 
 def trained(name, rank=0, world=1):
-    """Weights and log of three steps on batches of 4 + 4, of which this process sees its share; no dropout."""
+    """Weights and log of three steps without dropout on batches of 4 + 4.
+
+    This process sees its share of them.
+    """
     method, dims, weight = STEPS[name]
     torch.manual_seed(0)
     options = dict(dropouts=(0,) * 5) if dims == 2 else dict()
@@ -66,28 +75,9 @@ def trained(name, rank=0, world=1):
             method,
             "--weight",
             weight,
-            "--weight-level",
-            "image",
-            "--qp",
-            "g",
-            "--lam",
-            "1",
-            "--lam-warmup",
-            "0",
-            "--lam-ramp",
-            "0",
-            "--weight-threshold",
-            "0.2",
-            "--qar",
-            "0.5",
-            "--qar-share",
-            "1",
-            "--qar-warmup",
-            "0",
-            "--qar-ramp",
-            "0",
-            "--steps",
-            "3",
+            *"--weight-level image --qp g --lam 1 --lam-warmup 0 --lam-ramp 0".split(),
+            *"--weight-threshold 0.2 --qar 0.5 --qar-share 1 --qar-warmup 0 --qar-ramp 0".split(),
+            *"--steps 3".split(),
         ]
     )
     run, S, parts = (
@@ -122,30 +112,8 @@ def options(data, out, *more):
         data,
         "--out",
         str(out),
-        "--labeled",
-        "4",
-        "--method",
-        "mean_teacher",
-        "--size",
-        "32",
-        "--width",
-        "4",
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-        "--batch",
-        "4",
-        "--batch-unlabeled",
-        "4",
-        "--lam-warmup",
-        "0",
-        "--lam-ramp",
-        "0",
-        "--lr",
-        "1e-3",
-        "--device",
-        "cpu",
+        *"--labeled 4 --method mean_teacher --size 32 --width 4 --steps 4 --eval-every 2".split(),
+        *"--batch 4 --batch-unlabeled 4 --lam-warmup 0 --lam-ramp 0 --lr 1e-3 --device cpu".split(),
         *more,
     ]
 
@@ -187,16 +155,7 @@ def work(folder, data, vqm):
             vqm,
             "--out",
             f"{folder}/qp",
-            "--width",
-            "4",
-            "--members",
-            "1",
-            "--epochs",
-            "1",
-            "--batch",
-            "16",
-            "--device",
-            "cpu",
+            *"--width 4 --members 1 --epochs 1 --batch 16 --device cpu".split(),
         ]
     )
     torch.save(runs[-1].net.state_dict(), f"{folder}/qp_{rank}.pt")
@@ -264,7 +223,7 @@ def test_lists_come_together_in_order(two):
 
 
 def test_validation_is_that_of_a_single_process(two, gray):
-    """The Dice in the log, of cases shared by two processes, is what one process finds for the checkpoint."""
+    """The Dice in the log, of cases that two processes shared, is what one finds."""
     row = list(csv.DictReader(open(two / "whole" / "log.csv")))[-1]
     net, _ = checkpoints.load_run(str(two / "whole" / "last.pt"), "student", ON)
     info = h5.read_info(gray)

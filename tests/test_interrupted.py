@@ -1,4 +1,7 @@
-"""Runs that are killed, stopped, started twice, changed, or that find no room: nothing is lost, and nothing is silently wrong."""
+"""Runs that are killed, stopped, started twice, changed, or that find no room.
+
+Nothing is lost, and nothing is silently wrong.
+"""
 
 import json
 import os
@@ -24,7 +27,10 @@ sys.path.insert(0, "tests")
 import soak
 number, folder, data, volumes, vqm, qp, *names = sys.argv[1:]
 runs = soak.scripts(data, volumes, vqm, qp)
-print(json.dumps([row for name in names for row in soak.soak(name, *runs[name], soak.Path(folder), 1, [int(number)], 0.6)]))
+rows = []
+for name in names:
+    rows += soak.soak(name, *runs[name], soak.Path(folder), 1, [int(number)], 0.6)
+print(json.dumps(rows))
 """
 
 
@@ -38,8 +44,11 @@ print(json.dumps([row for name in names for row in soak.soak(name, *runs[name], 
 def test_interrupted_at_a_random_moment_equals_uninterrupted(
     number, names, gray, volumes, gray_quality, tmp_path
 ):
-    """Weights, optimizers, logs, masks and reports bit by bit, the right exit code, no process and no file left over: tests/soak.py. The moment lies in
-    the second half of the run, when there is something to go on from."""
+    """Weights, optimizers, logs, masks and reports bit by bit; no process, no file left over.
+
+    By tests/soak.py. The moment lies in the second half of the run, when there is something to go
+    on from.
+    """
     done = python("-c", SOAK, int(number), tmp_path, gray, volumes, *gray_quality, *names)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -48,13 +57,19 @@ def test_interrupted_at_a_random_moment_equals_uninterrupted(
         assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
 
 
-SSL = "--labeled 4 --size 32 --steps 12 --eval-every 4 --batch 4 --batch-unlabeled 4 --width 4 --method mean_teacher".split()
-MASKS = "--labeled 4 --size 32 --masks 8 --val-masks 4 --harvest-share 0.25 --harvest-epochs 1,2 --harvest-steps 2 --harvest-batch 4".split()
+SSL = [
+    *"--labeled 4 --size 32 --steps 12 --eval-every 4 --batch 4 --batch-unlabeled 4".split(),
+    *"--width 4 --method mean_teacher".split(),
+]
+MASKS = [
+    *"--labeled 4 --size 32 --masks 8 --val-masks 4 --harvest-share 0.25".split(),
+    *"--harvest-epochs 1,2 --harvest-steps 2 --harvest-batch 4".split(),
+]
 
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Ctrl-C as in a terminal, also where the tests were started in the background, with SIGINT ignored."""
+    """Ctrl-C as in a terminal, also where the tests run in the background, with SIGINT ignored."""
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, usual)
@@ -62,7 +77,10 @@ def interruptible():
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """stopped(script, argv, steps): the script runs, gets a signal during a step, and leaves. -> its exit code"""
+    """stopped(script, argv, steps): the script runs, gets a signal during a step, and leaves.
+
+    -> its exit code
+    """
 
     def run(script, argv, steps, number=signal.SIGTERM):
         step, count = script.train_step, [0]
@@ -77,7 +95,8 @@ def stopped(monkeypatch):
             patch.setattr(script, "train_step", signaled)
             try:
                 script.main(argv)
-            except SystemExit as end:  # not pytest.raises, which would keep the script's frames, and with them the lock on its folder
+            # pytest.raises would keep the script's frames, and with them the lock on its folder.
+            except SystemExit as end:
                 return end.code
         pytest.fail("the run ended before its signal")
 
@@ -112,7 +131,12 @@ def test_a_second_signal_does_not_wait(monkeypatch):
 
 def limited(limit, *argv):
     """Runs a script that can write no file of more than `limit` bytes, as on a full disk."""
-    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        "import resource, runpy, sys; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     return python("-c", code, *argv)
 
 
@@ -188,15 +212,7 @@ def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refu
     argv = [
         "--out",
         str(tmp_path / "g"),
-        "--width",
-        "4",
-        "--members",
-        "1",
-        "--epochs",
-        "2",
-        "--batch",
-        "16",
-        "--vqm",
+        *"--width 4 --members 1 --epochs 2 --batch 16 --vqm".split(),
     ]
     code = stopped(train_qp, [gray, *argv, gray_quality[0]], 2, signal.SIGINT)
     assert code == 130
@@ -210,7 +226,10 @@ def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refu
 
 def test_one_folder_one_process(tmp_path, monkeypatch):
     """flock, released by the system when the process dies."""
-    hold = f"import sys, time; from data.files import claim; held = claim({str(tmp_path)!r}); print(flush=True); time.sleep(60)"
+    hold = (
+        f"import time; from data.files import claim; held = claim({str(tmp_path)!r}); "
+        "print(flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         (tmp_path / ".x.pt.1.part").touch()
@@ -296,12 +315,7 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
     argv = [
         gray,
         *SSL[:-2],
-        "--method",
-        "unimatch",
-        "--lam-warmup",
-        "0",
-        "--deterministic",
-        "--out",
+        *"--method unimatch --lam-warmup 0 --deterministic --out".split(),
     ]
     done = python("train_ssl.py", *argv, tmp_path / "a", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -322,14 +336,7 @@ def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(
         gray,
         "--out",
         str(tmp_path),
-        "--width",
-        "4",
-        "--members",
-        "1",
-        "--epochs",
-        "2",
-        "--batch",
-        "16",
+        *"--width 4 --members 1 --epochs 2 --batch 16".split(),
         "--vqm",
         gray_quality[0],
     ]

@@ -90,6 +90,11 @@ def plain_dice(a, b):
 # ---------------------------------------------------------------------------------------------------- corruptions
 
 
+def corrupted(line, label, K, rng):
+    """A line of the catalog on a label map."""
+    return corrupt.corrupt_classes(corrupt.corruption_of(line), label, K, rng)
+
+
 def is_mask(out, truth, K):
     return (
         isinstance(out, np.ndarray)
@@ -106,10 +111,10 @@ def test_every_line_makes_a_mask_of_any_mask(dims, data, seed):
     truth, K = data.draw(truths(dims))
     before = truth.copy()
     for line in EVERY_LINE + corrupt.SEVERAL_CLASSES * (K > 2):
-        out = corrupt.apply(line, truth, K, np.random.default_rng(seed))
+        out = corrupted(line, truth, K, np.random.default_rng(seed))
         assert is_mask(out, truth, K), line[0]
         assert (truth == before).all(), f"{line[0]} wrote to its input"
-        assert (out == corrupt.apply(line, truth, K, np.random.default_rng(seed))).all(), (
+        assert (out == corrupted(line, truth, K, np.random.default_rng(seed))).all(), (
             f"{line[0]} is not fixed by the seed"
         )
         assert truth.any() or not out.any(), f"{line[0]} made something of nothing"
@@ -125,7 +130,7 @@ def test_samples_are_masks_that_the_seed_fixes(dims, data, seeds):
     before = [m.copy() for m in (truth, *similar)]
     for seed in seeds:
         (out, name), (again, same_name) = (
-            corrupt.sample(truth, K, similar, np.random.default_rng(seed)) for _ in range(2)
+            corrupt.draw_mask(truth, K, similar, np.random.default_rng(seed)) for _ in range(2)
         )
         assert is_mask(out, truth, K) and name == same_name and (out == again).all()
         assert name != "identity" or (out == truth).all()
@@ -141,7 +146,7 @@ def test_an_invented_class_was_absent_and_takes_background(dims, data, seeds):
     absent = set(range(1, K)) - set(np.unique(truth))
     assume(absent)
     for seed in seeds:
-        out = corrupt.invent(truth, K, np.random.default_rng(seed))
+        out = corrupt.add_absent_class(truth, K, np.random.default_rng(seed))
         new = out != truth
         assert (
             is_mask(out, truth, K)
@@ -211,7 +216,7 @@ def test_parts_of_a_mask(dims, data, seed):
         np.random.default_rng(seed),
     )
     parts, count = ndimage.label(m, np.ones([3] * dims))
-    largest = corrupt.largest(m, rng)
+    largest = corrupt.largest_component(m, rng)
     assert (
         largest.sum() == np.bincount(parts[m > 0]).max()
         and (largest <= m).all()
@@ -237,20 +242,25 @@ def test_parts_of_a_mask(dims, data, seed):
     size=st.integers(1, 80),
     share=st.floats(0, 1),
 )
-def test_flatten_keeps_count_and_serves_bins_in_turn(K, bins, seed, size, share):
+def test_balanced_keeps_count_and_serves_bins_in_turn(K, bins, seed, size, share):
     rng, count = np.random.default_rng(seed), max(1, round(share * size))
     drawn = [
-        (object(), rng.choice([0.0, 1.0, *rng.random(3)], K - 1).astype(np.float32), "name", draw)
+        corrupt.Drawn(
+            mask=object(),
+            dice=rng.choice([0.0, 1.0, *rng.random(3)], K - 1).astype(np.float32),
+            source="name",
+            draw=draw,
+        )
         for draw in range(size)
     ]
-    kept = corrupt.flatten(drawn, count, bins)
+    kept = corrupt.balanced(drawn, count, bins)
     assert (
         len(kept) == count
-        and len({k[3] for k in kept}) == count
+        and len({k.draw for k in kept}) == count
         and all(any(k is d for d in drawn) for k in kept)
     )
     of = lambda entries: np.bincount(
-        [min(int(d[1].mean() * bins), bins - 1) for d in entries], minlength=bins
+        [min(int(d.dice.mean() * bins), bins - 1) for d in entries], minlength=bins
     )
     taken, left = of(kept), of(drawn) - of(kept)
     assert all(
@@ -267,18 +277,16 @@ def test_masks_of_a_sample_are_draws_that_can_be_made_again(dims, balance, data,
     truth, K = data.draw(truths(dims))
     others = data.draw(st.lists(label_maps(truth.shape, K), min_size=1, max_size=3))
     labels = np.stack([truth, *others])
-    corrupt.start_work(
-        dict(
-            labels=labels,
-            cases=["a", *"bcd"[: len(others)]],
-            K=K,
-            count=count,
-            seed=seed,
-            split="train",
-            balance=balance,
-        )
+    truths_of_split = corrupt.Truths(
+        split="train",
+        labels=labels,
+        cases=["a", *"bcd"[: len(others)]],
+        K=K,
+        count=count,
+        balance=balance,
+        seed=seed,
     )
-    chunks, dice, names, draws = corrupt.masks_of_sample(0)
+    chunks, dice, names, draws = corrupt.masks_of_sample(truths_of_split, 0)
     assert len(chunks) == len(dice) == len(names) == count and sorted(set(draws)) == sorted(draws)
     assert max(draws) < count * (corrupt.CANDIDATES if balance else 1)
     for chunk, one in zip(chunks, dice):
@@ -286,8 +294,8 @@ def test_masks_of_a_sample_are_draws_that_can_be_made_again(dims, balance, data,
         assert mask.max() < K and one == pytest.approx(
             [plain_dice(mask == k, truth == k) for k in range(1, K)], abs=1e-6
         )
-    again = corrupt.masks_of_sample(0)
-    assert again[0] == chunks and again[3] == draws
+    again = corrupt.masks_of_sample(truths_of_split, 0)
+    assert again.chunks == chunks and again.draw == draws
 
 
 # ---------------------------------------------------------------------------------------------------- views

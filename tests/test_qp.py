@@ -38,7 +38,9 @@ def test_batches_show_what_they_should(kind, request):
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
     options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
-    x, mask, truth = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "0"))
+    x, mask, truth = train_qp.augmented_batch(
+        masks, rows, K, torch.device("cpu"), options("--soft", "0")
+    )
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (
         len(rows),
         len(info.classes) - 1,
@@ -50,9 +52,27 @@ def test_batches_show_what_they_should(kind, request):
     assert (
         identical.any() and (quality_target(mask, truth)[identical] == 1).all()
     )  # moved together, an identity stays perfect
-    _, soft, _ = train_qp.draw(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
+    _, soft, _ = train_qp.augmented_batch(
+        masks, rows, K, torch.device("cpu"), options("--soft", "1")
+    )
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
+
+
+def test_real_outputs_keep_the_probabilities_that_made_them(gray, gray_quality, tmp_path):
+    """Those of a file from before that are read as none."""
+    info = h5.read_info(gray)
+    real = load(gray_quality[0], "real", info, 32, probabilities=True)
+    assert real.prob_index.tolist() == list(range(len(real.mask))) and len(real.prob) > 0
+    probable = torch.stack(real.prob) > 128  # [N, K-1, *S]
+    classes = torch.arange(1, 4).reshape(1, 3, 1, 1)
+    assert (real.mask[:, None] == classes)[probable].all()
+
+    old = str(shutil.copy(gray_quality[0], tmp_path / "old.h5"))
+    with h5py.File(old, "a") as f:
+        f["real/prob"].resize(0, axis=0)
+        f["real/prob_index"][:] = -1
+    assert load(old, "real", info, 32, probabilities=True).prob == []
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +88,8 @@ def discs(tmp_path_factory):
                 str(folder / "f.h5"),
                 "--out",
                 str(folder),
-                "--size",
-                "32",
-                "--masks",
-                "30",
-                "--val-masks",
-                "20",
-                "--harvest-epochs",
-                "1",
-                "--harvest-steps",
-                "2",
-                "--harvest-batch",
-                "4",
+                *"--size 32 --masks 30 --val-masks 20 --harvest-epochs 1 --harvest-steps 2".split(),
+                *"--harvest-batch 4".split(),
             ]
         )
 
@@ -96,7 +106,7 @@ def discs(tmp_path_factory):
     ],
 )
 def test_it_learns_to_tell_good_from_bad(head, more, discs, tmp_path):
-    """On 30 bright discs a tiny g must grade the synthetic masks of 10 others, and look at the image for it."""
+    """On 30 bright discs, a tiny g learns to grade synthetic masks of 10 others by the image."""
     train_qp.main(
         [
             discs[0],
@@ -104,12 +114,7 @@ def test_it_learns_to_tell_good_from_bad(head, more, discs, tmp_path):
             discs[1],
             "--out",
             str(tmp_path),
-            "--epochs",
-            "3",
-            "--batch",
-            "16",
-            "--members",
-            "1",
+            *"--epochs 3 --batch 16 --members 1".split(),
             "--head",
             head,
             *more,
@@ -144,7 +149,10 @@ def test_report(kind, request):
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("select, kept, run", [("last", 5, 5), ("best", 2, 4)])
 def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monkeypatch):
-    """With errors on val that are given: the last epoch, or the best and no more than `patience` worse ones."""
+    """The last epoch; or the best, after which come no more than `patience` worse ones.
+
+    Errors on val are given.
+    """
     errors, estimate = (
         iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")]),
         inference.estimate_masks,
@@ -165,16 +173,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
             rgb_quality[0],
             "--out",
             str(tmp_path),
-            "--size",
-            "32",
-            "--width",
-            "4",
-            "--members",
-            "1",
-            "--epochs",
-            "5",
-            "--batch",
-            "16",
+            *"--size 32 --width 4 --members 1 --epochs 5 --batch 16".split(),
             "--select",
             select,
             "--patience",
@@ -186,7 +185,7 @@ def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monk
 
 
 def test_heads(rgb, rgb_quality, rgb_scalar):
-    """Both heads come back from their file as they were, frozen, and answer alike shaped questions alike shaped."""
+    """Both heads come back from their file as they were, frozen, and answer in the same shape."""
     info, on = h5.read_info(rgb), evaluate.compute()
     for path, kind in ((rgb_quality[1], DenseQualityPredictor), (rgb_scalar, QualityPredictor)):
         g, labeled = checkpoints.load_quality(path, info, on)
@@ -210,7 +209,10 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
 
 
 def test_losses_of_the_heads_fall_when_they_are_right():
-    """A perfect prediction of the truth has the least dense loss, and the quality loss adds what the read-out Dice is wrong by."""
+    """A perfect prediction of the truth has the least dense loss.
+
+    The quality loss adds what the Dice that is read off is wrong by.
+    """
 
     class Knows(torch.nn.Module):
         def __init__(self, truth, certainty):
@@ -288,14 +290,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
         rgb,
         "--vqm",
         rgb_quality[0],
-        "--size",
-        "32",
-        "--width",
-        "8",
-        "--batch",
-        "16",
-        "--epochs",
-        "3",
+        *"--size 32 --width 8 --batch 16 --epochs 3".split(),
         "--head",
         head,
         "--members",
@@ -315,7 +310,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
         train_qp.main([*common, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(train_qp, "train_step", step)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_qp, "report", dies)
+        patch.setattr(train_qp, "make_report", dies)
         train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
     assert not (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts"), "--resume"])
@@ -358,14 +353,7 @@ def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
                 str(tmp_path / name),
                 "--head",
                 head,
-                "--width",
-                "8",
-                "--members",
-                "1",
-                "--epochs",
-                "1",
-                "--batch",
-                "16",
+                *"--width 8 --members 1 --epochs 1 --batch 16".split(),
                 *more,
             ]
         )
@@ -377,26 +365,14 @@ def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("unrendered")
 def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
-    """With the dense head, unless --size says otherwise; and its next command is for f at the masks' side."""
+    """With the dense head, unless --size says otherwise."""
     corrupt.main(
         [
             rgb,
             "--out",
             str(tmp_path),
-            "--labeled",
-            "4",
-            "--size",
-            "72",
-            "--masks",
-            "2",
-            "--val-masks",
-            "1",
-            "--harvest-epochs",
-            "1",
-            "--harvest-steps",
-            "1",
-            "--harvest-batch",
-            "4",
+            *"--labeled 4 --size 72 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
+            *"--harvest-steps 1 --harvest-batch 4".split(),
         ]
     )
     for head, side in (("dense", 36), ("scalar", 72)):
@@ -409,10 +385,7 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
                 str(tmp_path / head),
                 "--head",
                 head,
-                "--width",
-                "8",
-                "--epochs",
-                "1",
+                *"--width 8 --epochs 1".split(),
             ]
         )
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
@@ -436,12 +409,7 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
         rgb_quality[0],
         "--out",
         tmp_path / "o",
-        "--size",
-        "32",
-        "--epochs",
-        "1",
-        "--head",
-        "scalar",
+        *"--size 32 --epochs 1 --head scalar".split(),
     ]
     refused(
         train_qp.main,
@@ -485,18 +453,7 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
         [
             "--out",
             str(tmp_path / "other.h5"),
-            "--train",
-            "6",
-            "--val",
-            "2",
-            "--test",
-            "1",
-            "--depth",
-            "4",
-            "--size",
-            "48",
-            "--seed",
-            "1",
+            *"--train 6 --val 2 --test 1 --depth 4 --size 48 --seed 1".split(),
         ]
     )
     refused(train_qp.main, [tmp_path / "other.h5", "--vqm", gray_quality[0], *out], "another file")

@@ -40,9 +40,14 @@ SAME_IN_ONE_SLICE = GENTLE | {
         corrupt.inverted,
         corrupt.empty,
         corrupt.full,
-        corrupt.noise,
+        corrupt.random_pixels,
     )
 }
+
+
+def corrupted(line, label, K, rng):
+    """A line of the catalog on a label map."""
+    return corrupt.corrupt_classes(corrupt.corruption_of(line), label, K, rng)
 
 
 def quadric(shape, center, radii):
@@ -107,7 +112,7 @@ def dice(a, b):
     return 2 * (a & b).sum() / (a.sum(dtype=int) + b.sum(dtype=int)) if a.any() or b.any() else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------- morphology
+# -------------------------------------------------------------------------------------- morphology
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -163,7 +168,7 @@ def test_smooth_rounds_a_corner_in_all_three_axes_and_respects_flatness():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- bodies
+# ------------------------------------------------------------------------------------------ bodies
 
 
 @pytest.mark.parametrize(
@@ -192,10 +197,10 @@ def test_hull_and_box_contain_the_mask(name):
 def test_moments_and_the_ellipsoid_of_them():
     points = np.argwhere(atrium()).astype(float)
     for body in BODIES.values():
-        assert np.allclose(shapes.center(body), np.argwhere(body).mean(0)) and shapes.moments(body)[
-            1
-        ].shape == (3, 3)
-    center, covariance = shapes.moments(atrium())
+        assert np.allclose(shapes.center(body), np.argwhere(body).mean(0)) and shapes.mass_moments(
+            body
+        )[1].shape == (3, 3)
+    center, covariance = shapes.mass_moments(atrium())
     assert np.allclose(center, points.mean(0)) and np.allclose(
         covariance, np.cov(points.T, bias=True), atol=1e-3
     )
@@ -227,7 +232,7 @@ def test_components_touch_at_corners():
         and labels[3, 3, 3] == labels[1, 1, 1]
         and not labels[0].any()
     )
-    assert corrupt.largest(m, None).sum() == 9
+    assert corrupt.largest_component(m, None).sum() == 9
     assert {int(corrupt.drop_component(m, np.random.default_rng(i)).sum()) for i in range(9)} == {
         1,
         9,
@@ -240,7 +245,7 @@ def test_components_touch_at_corners():
         )
 
 
-# ---------------------------------------------------------------------------------------------------- warps
+# ------------------------------------------------------------------------------------------- warps
 
 
 def test_affine_map_moves_and_scales_as_it_says():
@@ -258,7 +263,7 @@ def test_affine_map_moves_and_scales_as_it_says():
 
 
 def test_shift_goes_anywhere_by_a_share_of_the_object():
-    m, spans = atrium(), corrupt.spans(atrium())
+    m, spans = atrium(), corrupt.object_sides(atrium())
     moved = [
         (shapes.center(corrupt.shift(m, np.random.default_rng(i), 0.2)) - shapes.center(m)) / spans
         for i in range(24)
@@ -291,16 +296,16 @@ def test_displacing_by_a_constant_is_a_shift(label):
     assert not shapes.displace(label, field + 100).any()
 
 
-def test_resample_looks_up():
+def test_take_at_looks_up():
     label, index = classes(atrium((8, 30, 30))), [np.arange(n)[::-1] for n in (8, 30, 30)]
-    assert (shapes.resample(label, index) == label[::-1, ::-1, ::-1]).all()
+    assert (shapes.take_at(label, index) == label[::-1, ::-1, ::-1]).all()
     index[0] = np.arange(8) - 3
-    assert (
-        shapes.resample(label, index)[3:] == label[:5, ::-1, ::-1]
-    ).all() and not shapes.resample(label, index)[:3].any()
+    assert (shapes.take_at(label, index)[3:] == label[:5, ::-1, ::-1]).all() and not shapes.take_at(
+        label, index
+    )[:3].any()
 
 
-# ---------------------------------------------------------------------------------------------------- the catalog on volumes
+# -------------------------------------------------------------------------- the catalog on volumes
 
 
 @pytest.mark.parametrize("line", EVERY_LINE + corrupt.SEVERAL_CLASSES, ids=lambda line: line[0])
@@ -311,16 +316,14 @@ def test_every_line_on_volumes(line):
                 continue
             before, changed = truth.copy(), 0
             for seed in range(3 if name == "atrium" else 6):
-                out = corrupt.apply(line, truth, K, np.random.default_rng(seed))
+                out = corrupted(line, truth, K, np.random.default_rng(seed))
                 assert (
                     out.shape == truth.shape
                     and out.dtype == np.uint8
                     and out.flags.c_contiguous
                     and out.max(initial=0) < K
                 ), name
-                assert (out == corrupt.apply(line, truth, K, np.random.default_rng(seed))).all(), (
-                    name
-                )
+                assert (out == corrupted(line, truth, K, np.random.default_rng(seed))).all(), name
                 changed += (out != truth).any() / (3 if name == "atrium" else 6)
             assert (truth == before).all(), f"the {name} was written to"
             if name in ("atrium", "flat") and line[0] not in GENTLE:
@@ -334,7 +337,7 @@ def test_a_volume_of_one_slice_is_that_slice(line):
     for m in (BODIES["slice"][0], bar()[3], BODIES["full"][0], voxel((20, 24))):
         if m.sum() == 1 and line[2] in (corrupt.ellipse, corrupt.gaussian_blob):
             continue  # of one pixel, OpenCV draws five
-        flat, deep = (corrupt.apply(line, x, 2, np.random.default_rng(1)) for x in (m, m[None]))
+        flat, deep = (corrupted(line, x, 2, np.random.default_rng(1)) for x in (m, m[None]))
         assert dice(deep[0], m) == pytest.approx(dice(flat, m), abs=0.05)
 
 
@@ -372,7 +375,7 @@ def test_swap_and_merge_on_volumes():
 def test_sample_on_volumes_follows_the_mix_and_scores_itself():
     label, names, scores = classes(atrium((16, 40, 40))), set(), []
     for seed in range(150):
-        mask, name = corrupt.sample(
+        mask, name = corrupt.draw_mask(
             label, 4, [label[::-1].copy()], np.random.default_rng([0, seed])
         )
         assert mask.shape == label.shape and mask.dtype == np.uint8 and mask.max() < 4
@@ -385,7 +388,7 @@ def test_sample_on_volumes_follows_the_mix_and_scores_itself():
     invented = [
         mask
         for mask, name in (
-            corrupt.sample(nothing, 3, [], np.random.default_rng(i)) for i in range(20)
+            corrupt.draw_mask(nothing, 3, [], np.random.default_rng(i)) for i in range(20)
         )
         if name == "invented"
     ]

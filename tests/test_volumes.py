@@ -1,4 +1,4 @@
-"""What is different in 3D: patches of volumes, sliding windows, V-Net, and the four stages on them."""
+"""What is different in 3D: patches of volumes, sliding windows, V-Net, and the four stages."""
 
 import csv
 import itertools
@@ -31,7 +31,7 @@ ON = device.compute("cpu", "off")
 SIZE = (16, 16, 32)
 
 
-# ---------------------------------------------------------------------------------------------------- patches
+# ----------------------------------------------------------------------------------------- patches
 
 
 def test_patches_are_cut_from_image_and_label_alike(volumes):
@@ -206,7 +206,7 @@ def test_a_file_for_3d_holds_gray_volumes(tmp_path):
         h5.write(tmp_path / "f.h5", [], name="f", classes=["a", "b"], dims=3, channels=3)
 
 
-# ---------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------------------------- networks
 
 
 def test_vnet_is_that_of_the_left_atrium_baselines():
@@ -269,7 +269,7 @@ def test_resampling_of_patches_averages():
     assert resample(x, (16, 24, 32)).shape == (1, 2, 16, 24, 32)
 
 
-# ---------------------------------------------------------------------------------------------------- windows
+# ----------------------------------------------------------------------------------------- windows
 
 
 class Near(nn.Module):
@@ -445,12 +445,15 @@ def test_strides_that_leave_gaps_and_windows_of_slices_are_refused(
     assert not (tmp_path / "o").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------------------- metrics
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (8.0, 1.4, 1.4), (0.625, 1.25, 2.0)])
 def test_scores_of_an_organ_equal_medpy(spacing, monkeypatch):
-    """Large smooth bodies, as organs are: scored by a search tree. A noisy one: by a distance map. Both are medpy's numbers."""
+    """Large smooth bodies, as organs are, are scored by a search tree; noisy ones by a map.
+
+    Both are medpy's numbers.
+    """
     grid = np.mgrid[:60, :90, :80]
     ball = lambda c, r: sum(((g - a) / b) ** 2 for g, a, b in zip(grid, c, r)) < 1
     truth, near, far = (
@@ -481,7 +484,7 @@ def test_largest_component_of_a_volume():
     ).sum() == 3  # a corner is no face: (5, 5, 5) is alone
 
 
-# ---------------------------------------------------------------------------------------------------- stages 1 and 2
+# ---------------------------------------------------------------------------------- stages 1 and 2
 
 
 def read(path):
@@ -490,27 +493,14 @@ def read(path):
 
 
 def test_masks_of_patches(volumes, tmp_path):
-    """The file holds what it says, whatever the workers: masks on patches of train at random places, and on tiles of val."""
+    """The file holds what it says, whatever the workers.
+
+    Its masks lie on patches of train at random places, and on tiles of val.
+    """
     common = [
         volumes,
-        "--labeled",
-        "3",
-        "--size",
-        "16,16,32",
-        "--patches",
-        "2",
-        "--masks",
-        "10",
-        "--val-masks",
-        "1",
-        "--folds",
-        "2",
-        "--harvest-share",
-        "0.3",
-        "--harvest-epochs",
-        "1",
-        "--harvest-steps",
-        "1",
+        *"--labeled 3 --size 16,16,32 --patches 2 --masks 10 --val-masks 1 --folds 2".split(),
+        *"--harvest-share 0.3 --harvest-epochs 1 --harvest-steps 1".split(),
     ]
     for name, more in (
         ("a", ["--preview", str(tmp_path / "p.png")]),
@@ -554,7 +544,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
         assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE)
         masks.mask[::2] = masks.samples.label[masks.index[::2]]
         rows = torch.arange(len(masks.mask))
-        x, mask, truth = train_qp.draw(
+        x, mask, truth = train_qp.augmented_batch(
             masks,
             rows,
             4,
@@ -566,7 +556,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
             and (quality_target(mask, truth)[::2] == 1).all()
             and (quality_target(mask, truth)[1::2] < 1).any()
         )
-        _, soft, _ = train_qp.draw(
+        _, soft, _ = train_qp.augmented_batch(
             masks,
             rows,
             4,
@@ -578,7 +568,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
 
 @pytest.mark.usefixtures("unrendered")
 def test_it_learns_to_tell_good_from_bad(tmp_path):
-    """On bright balls in noise a tiny g must grade masks of others, and look at the image for it."""
+    """On bright balls in noise, a tiny g learns to grade masks of others by the image."""
     rng, grid = np.random.default_rng(0), np.mgrid[:16, :20, :20]
 
     def cases():
@@ -606,20 +596,8 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
             data,
             "--out",
             str(tmp_path),
-            "--size",
-            "16,20,20",
-            "--patches",
-            "1",
-            "--masks",
-            "20",
-            "--val-masks",
-            "8",
-            "--harvest-epochs",
-            "1",
-            "--harvest-steps",
-            "2",
-            "--harvest-share",
-            "0.3",
+            *"--size 16,20,20 --patches 1 --masks 20 --val-masks 8 --harvest-epochs 1".split(),
+            *"--harvest-steps 2 --harvest-share 0.3".split(),
         ]
     )
     train_qp.main(
@@ -629,20 +607,8 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
             str(tmp_path / "vqm.h5"),
             "--out",
             str(tmp_path),
-            "--size",
-            "16,16,16",
-            "--epochs",
-            "4",
-            "--batch",
-            "8",
-            "--per-image",
-            "20",
-            "--lr",
-            "5e-3",
-            "--width",
-            "4",
-            "--members",
-            "1",
+            *"--size 16,16,16 --epochs 4 --batch 8 --per-image 20 --lr 5e-3 --width 4".split(),
+            *"--members 1".split(),
         ]
     )
     report = json.loads((tmp_path / "qp.json").read_text())
@@ -659,20 +625,10 @@ def test_g_resumed_equals_uninterrupted(head, volumes, volumes_quality, tmp_path
         volumes,
         "--vqm",
         volumes_quality[0],
-        "--size",
-        "16",
-        "--width",
-        "8",
-        "--batch",
-        "8",
-        "--epochs",
-        "2",
+        *"--size 16 --width 8 --batch 8 --epochs 2".split(),
         "--head",
         head,
-        "--members",
-        "1",
-        "--per-image",
-        "4",
+        *"--members 1 --per-image 4".split(),
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     step, calls = train_qp.train_step, []
@@ -695,15 +651,12 @@ def test_g_resumed_equals_uninterrupted(head, volumes, volumes_quality, tmp_path
     )
 
 
-# ---------------------------------------------------------------------------------------------------- stages 3 and 4
+# ---------------------------------------------------------------------------------- stages 3 and 4
 
 
 def test_resumed_equals_uninterrupted(volumes, volumes_quality, tmp_path, monkeypatch):
     more = (
-        "--method",
-        "ua_mt",
-        "--weight",
-        "quality",
+        *"--method ua_mt --weight quality".split(),
         "--qp",
         volumes_quality[1],
         "--qar",
@@ -752,18 +705,7 @@ def test_volumes_of_a_second_file_and_patches_larger_than_a_volume(volumes, tmp_
         [
             "--out",
             str(tmp_path / "flat.h5"),
-            "--train",
-            "3",
-            "--val",
-            "1",
-            "--test",
-            "0",
-            "--depth",
-            "5",
-            "--size",
-            "32",
-            "--dims",
-            "3",
+            *"--train 3 --val 1 --test 0 --depth 5 --size 32 --dims 3".split(),
         ]
     )
     train(
@@ -907,11 +849,14 @@ def test_refusals(volumes, gray, volumes_quality, gray_quality, tmp_path, refuse
     assert not (tmp_path / "o").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- masks of new images
+# ----------------------------------------------------------------------------- masks of new images
 
 
 def test_predicted_masks_lie_on_the_grid_of_their_source(tmp_path):
-    """NIfTI -> HDF5, resampled -> network -> NIfTI: the source's grid, origin, direction and spacing; for a perfect network its label, too."""
+    """NIfTI -> HDF5, resampled -> network -> NIfTI with the source's grid, origin and directions.
+
+    A perfect network gives the source's label.
+    """
     rng, turn = (
         np.random.default_rng(0),
         np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]),
@@ -939,14 +884,7 @@ def test_predicted_masks_lie_on_the_grid_of_their_source(tmp_path):
             str(tmp_path / "src"),
             "--out",
             data,
-            "--val",
-            "0.5",
-            "--spacing",
-            "8,1.2,1.2",
-            "--intensity",
-            "ct",
-            "--clip",
-            "0,1",
+            *"--val 0.5 --spacing 8,1.2,1.2 --intensity ct --clip 0,1".split(),
         ]
     )
     run = make_run(tmp_path / "run", h5.read_info(data), size=SIZE)
@@ -985,7 +923,10 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_predicted_masks_of_slices_and_pictures(kind, request, tmp_path):
-    """A volume that is segmented slice by slice becomes NIfTI, a picture becomes a PNG that data.images reads again; labels are not needed."""
+    """A volume that is segmented slice by slice becomes NIfTI, a picture a PNG.
+
+    data.images reads the PNG again. Labels are not needed.
+    """
     shutil.copy(request.getfixturevalue(kind), tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         for case in f["val"].values():
@@ -1004,7 +945,7 @@ def test_predicted_masks_of_slices_and_pictures(kind, request, tmp_path):
         assert truth is None and mask.shape == label.shape and (mask == label).mean() > 0.999
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 
 
 def make_la(folder, shape=(24, 20, 18)):
@@ -1070,18 +1011,10 @@ def test_phantoms_of_any_depth_span_the_same_body(tmp_path):
             [
                 "--out",
                 str(tmp_path / f"{depth}.h5"),
-                "--train",
-                "1",
-                "--val",
-                "1",
-                "--test",
-                "0",
+                *"--train 1 --val 1 --test 0".split(),
                 "--depth",
                 str(depth),
-                "--size",
-                "48",
-                "--dims",
-                "3",
+                *"--size 48 --dims 3".split(),
             ]
         )
     thick, thin = (h5.read_info(tmp_path / f"{d}.h5").entries("train")[0] for d in (8, 32))
