@@ -939,52 +939,56 @@ def _panels(f, info, split, entry):
 
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
-    counts, images = {}, {}  # pixels of each class; (split, case) of each different image
+    counts = {}  # of each split: pixels of each class [K]
+    images = {}  # (split, case) of each different image
     constant = []
+    classes = ", ".join(f"{k} {name}" for k, name in enumerate(info.classes))
     lines = [
         f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
-        f"classes {', '.join(f'{k} {c}' for k, c in enumerate(info.classes))}"
+        f"classes {classes}"
     ]
     with open_file(info.path) as f:
         for split, entries in info.splits.items():
-            count, sizes, spacings = np.zeros(len(info.classes)), {e.grid for e in entries}, set()
-            for e in entries:
-                image, label = read_case(f, info, split, e.name)
-                images.setdefault(hashlib.sha1(np.ascontiguousarray(image)).digest(), []).append(
-                    (split, e.name)
-                )
+            count = np.zeros(len(info.classes))
+            for entry in entries:
+                image, label = read_case(f, info, split, entry.name)
+                digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
+                images.setdefault(digest, []).append((split, entry.name))
                 if image.min() == image.max():
-                    constant.append(f"{split}/{e.name}")
-                if e.source_labeled:
-                    read_source_label(info, split, e)
-                spacings.add(
-                    " x ".join(f"{s:g}" for s in e.spacing) + " mm"
-                    if e.spacing_known
-                    else "unknown"
-                )
+                    constant.append(f"{split}/{entry.name}")
+                if entry.source_labeled:
+                    read_source_label(info, split, entry)
                 if label is not None:
                     count += np.bincount(label.ravel(), minlength=len(count))
-            size = (
-                " to ".join(
-                    dict.fromkeys(" x ".join(map(str, g)) for g in (min(sizes), max(sizes)))
-                )
-                if sizes
-                else "-"
-            )
-            shares = (
-                ", ".join(f"{c} {n / count.sum():.3f}" for c, n in zip(info.classes, count))
-                if count.any()
-                else "no labels"
-            )
-            lines.append(
-                f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
-                f"{len({e.patient for e in entries})} patients, grid {size}, spacing {' / '.join(sorted(spacings)[:3])}"
-            )
-            lines.append(f"  {'':10s} share of pixels: {shares}")
+            lines += _lines_on_split(info, split, count)
             if count.any():
                 counts[split] = count
     lines += _notes_on_labels(info, counts) + _notes_on_images(images, constant)
     return "\n".join(lines)
+
+
+def _lines_on_split(info, split, count):
+    """Two lines on the cases of a split and on its labels. count: pixels of each class [K]"""
+    entries = info.splits[split]
+    grids = sorted({e.grid for e in entries})
+    ends = dict.fromkeys(" x ".join(map(str, grid)) for grid in grids[:1] + grids[-1:])
+    spacings = {_spacing_in_words(e) for e in entries}
+    shares = "no labels"
+    if count.any():
+        each = zip(info.classes, count / count.sum())
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in each)
+    return [
+        f"  {split:10s} {len(entries)} cases, {sum(e.labeled for e in entries)} labeled, "
+        f"{len({e.patient for e in entries})} patients, grid {' to '.join(ends) or '-'}, "
+        f"spacing {' / '.join(sorted(spacings)[:3])}",
+        f"  {'':10s} share of pixels: {shares}",
+    ]
+
+
+def _spacing_in_words(entry):
+    if not entry.spacing_known:
+        return "unknown"
+    return " x ".join(f"{mm:g}" for mm in entry.spacing) + " mm"
 
 
 SCORES = "left out of its scores"

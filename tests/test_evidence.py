@@ -1,4 +1,4 @@
-"""The experiment behind results/evidence: its shortcut changes nothing, its controls are what they say, its intervals are right."""
+"""The experiment of results/evidence: its shortcut, its controls and its intervals."""
 
 import os
 import shutil
@@ -57,7 +57,10 @@ def test_a_run_from_the_common_start_is_the_whole_run(family, row, small):
 
 
 def test_controls(small):
-    """The oracle learns from hidden labels, the shuffled g from other answers; afterwards train_ssl.py is what it was."""
+    """The oracle learns from hidden labels, the shuffled g from other answers.
+
+    Afterwards train_ssl.py is what it was.
+    """
     kept, found = (train_ssl.views, train_ssl.train_step, loading.load_slices), {}
     for row in ("none", "oracle_pixel", "blind", "blind_qw", "shuffled_pixel", "qar_hard"):
         out = f"runs/v/tiny/{row}"
@@ -103,7 +106,10 @@ def test_a_shuffled_g_answers_for_the_next_image():
 
 
 def test_intervals_by_hand():
-    """Equal differences have no width; of one seed it is the interval of a mean; cases of one patient move together."""
+    """Equal differences have no width, and cases of one patient move together.
+
+    Of one seed, it is the interval of a mean.
+    """
     assert table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
     d = np.random.default_rng(1).normal(1, 1, (1, 400))
     low, high = table.interval(d, np.arange(400))
@@ -121,7 +127,10 @@ def test_intervals_by_hand():
 
 
 def test_at_a_glance(tmp_path, monkeypatch, capsys):
-    """Runs are added to what is kept, and pairs counted by hand; a family whose `full` lacks a seed is none yet."""
+    """Runs are added to what is kept, and pairs counted by hand.
+
+    A family whose `full` lacks a seed is none yet.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     (tmp_path / "runs/v/ph2/g").mkdir(parents=True)
@@ -186,7 +195,10 @@ def test_at_a_glance(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_kept_grows(tmp_path, monkeypatch):
-    """A second session's runs join those of the first, in whose place they come where the name is the same; other test cases are refused."""
+    """A second session's runs join those of the first, and replace those of the same name.
+
+    Other test cases are refused.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     g = tmp_path / "runs/v/ph2/g/qp.pt"
@@ -235,7 +247,10 @@ def test_what_is_kept_grows(tmp_path, monkeypatch):
 
 
 def test_table_and_figure(tmp_path, monkeypatch, capsys):
-    """The command, from runs to what is printed and drawn; lambda is that of the best val, the smaller one where two are equal."""
+    """The command, from runs to what is printed and drawn.
+
+    Lambda is that of the best val, the smaller one where two are equal.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
     for name, val, dice in (
