@@ -958,7 +958,7 @@ def synthetic_masks(truths, processes):
 def write_sample(group, rows, masks, case, at):
     """Fills some rows of a split with the SampleMasks of one truth, which lies `at` in its case."""
     for row, chunk in enumerate(masks.chunks, rows.start):
-        quality_masks.write_chunk(group["mask"], row, chunk)
+        quality_masks.write_chunk(group, row, chunk)
     group["dice"][rows] = masks.dice
     group["source"][rows] = masks.source
     group["draw"][rows] = masks.draw

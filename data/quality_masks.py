@@ -75,9 +75,11 @@ def chunk(mask):
     return zlib.compress(mask.tobytes(), 1)
 
 
-def write_chunk(masks, row, chunk):
-    """Writes what chunk() made to a row of the dataset of masks."""
-    masks.id.write_direct_chunk((row, *[0] * (masks.ndim - 1)), chunk)
+def write_chunk(group, row, chunk):
+    """Writes what chunk() made to a row of the masks of a split."""
+    first = (row, *[0] * (group["mask"].ndim - 1))
+    # No name for the dataset: on a full disk, HDF5 crashes when it closes one that is still held.
+    group["mask"].id.write_direct_chunk(first, chunk)
 
 
 @dataclass
