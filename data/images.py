@@ -275,7 +275,14 @@ def main(argv=None):
         for row in rows:
             image, label = read_pair(row.image, row.mask, classes, args.gray, notes, args.labels)
             source = plain_name(str(row.image.relative_to(src)))
-            case = h5.Case(row.split, row.name, image, label, row.patient, source=source)
+            case = h5.Case(
+                split=row.split,
+                name=row.name,
+                image=image,
+                label=label,
+                patient=row.patient,
+                source=source,
+            )
             if args.size:
                 case.source_grid, case.source_label = image.shape[:2], label
                 case.image = loading.resize_image(image, args.size)

@@ -158,7 +158,9 @@ def pictures(paths, gray, notes):
     for name, path in paths.items():
         h5.check_name(path, name)
         image = pixels.read_picture(path, gray, notes)
-        yield h5.Case("unlabeled", name, image, None, name, source=path.name)
+        yield h5.Case(
+            split="unlabeled", name=name, image=image, label=None, patient=name, source=path.name
+        )
 
 
 def preparation(prepared, source):

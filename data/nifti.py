@@ -512,17 +512,17 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         )
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
     return h5.Case(
-        split,
-        name,
-        scale(image, how.window),
-        label,
-        patient,
-        spacing,
-        plain_name(str(image_path.relative_to(src))),
-        affine,
-        source_grid,
-        header,
-        source_label,
+        split=split,
+        name=name,
+        image=scale(image, how.window),
+        label=label,
+        patient=patient,
+        spacing=spacing,
+        source=plain_name(str(image_path.relative_to(src))),
+        affine=affine,
+        source_grid=source_grid,
+        nifti_header=header,
+        source_label=source_label,
     )
 
 

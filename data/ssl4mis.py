@@ -163,7 +163,15 @@ def acdc_cases(rows, slices, src, spacing, values):
             image, label = stack(row.name, names, [read(p, 2, values) for p in paths], src)
         else:
             image, label = read(row.image, 3, values)
-        yield h5.Case(row.split, row.name, image, label, row.patient, spacing, source)
+        yield h5.Case(
+            split=row.split,
+            name=row.name,
+            image=image,
+            label=label,
+            patient=row.patient,
+            spacing=spacing,
+            source=source,
+        )
 
 
 def stack(frame, names, found, src):
@@ -230,7 +238,15 @@ def la_cases(rows, src, spacing, values, shrink):
         image = loading.resize_image(image, size)
         label = None if label is None else loading.resize_label(label, size)
         source = plain_name(str(row.image.relative_to(src)))
-        yield h5.Case(row.split, row.name, image, label, row.patient, wide, source)
+        yield h5.Case(
+            split=row.split,
+            name=row.name,
+            image=image,
+            label=label,
+            patient=row.patient,
+            spacing=wide,
+            source=source,
+        )
 
 
 def of_layout(cases, src, layout):
