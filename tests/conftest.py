@@ -37,7 +37,7 @@ def shared(factory, name, make):
 
 
 def make_pictures(folder, count, seed=0, size=(40, 56)):
-    """A folder of the `folder` preset: a bright ellipse on clutter, and its mask with a few in-between values."""
+    """A folder of the `folder` preset: bright ellipses on clutter, masks with in-between values."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
     for i in range(count):
@@ -135,6 +135,28 @@ def rgb(tmp_path_factory):
         )
 
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
+
+
+class FakeG(torch.nn.Module):
+    """A g whose answers are functions of what it sees, a Seen; it keeps what it was asked about."""
+
+    def __init__(self, dice=None, error=None, belief=None):
+        super().__init__()
+        self.answers = dict(dice=dice, error=error, belief=belief)
+        self.asked = []
+
+    def answer(self, name, seen):
+        self.asked.append(seen)
+        return self.answers[name](seen)
+
+    def forward(self, seen):
+        return self.answer("dice", seen)
+
+    def error(self, seen):
+        return self.answer("error", seen)
+
+    def belief(self, seen):
+        return self.answer("belief", seen)
 
 
 def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
@@ -236,7 +258,7 @@ def rgb_scalar(rgb, rgb_quality, tmp_path_factory):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Figures are composed, but not rendered, which takes seconds: other tests look at every kind of picture."""
+    """Figures are composed, but not rendered, which takes seconds; other tests look at them."""
 
     def save_figure(figure, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
