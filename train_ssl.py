@@ -57,36 +57,7 @@ from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_sample
 from models.quality import Seen, quality_target
 from models.resnet import RESNETS
 
-# ------------------------------------------------------------------- a batch, a label, a loss
-
-
-@dataclass(eq=False)
-class PseudoLabel:
-    """What a method takes for the truth of unlabeled images."""
-
-    image: torch.Tensor  # [U, C, *S] weak views
-    p: torch.Tensor  # [U, K, *S] probabilities, without gradient
-    belief: torch.Tensor | None = None  # [U, K, *S] with --correct: what g predicted
-
-    @functools.cached_property
-    def hard(self):
-        """[U, K, *S] one-hot."""
-        return harden(self.p)
-
-    @property
-    def mask(self):
-        """[U, K-1, *S] the foreground of the hard label."""
-        return self.hard[:, 1:]
-
-    @property
-    def seen(self):
-        """What g sees when it is asked about this pseudo-label."""
-        return Seen(self.image, self.mask)
-
-    def repeated(self, count):
-        """The first `count` of the labels, of these labels again and again."""
-        belief = None if self.belief is None else repeated(self.belief, count)
-        return PseudoLabel(repeated(self.image, count), repeated(self.p, count), belief)
+# --------------------------------------------------------------------- what a method sees and gives
 
 
 @dataclass
@@ -114,6 +85,35 @@ class Batch:
         return PseudoLabel(self.u, belief, belief)
 
 
+@dataclass(eq=False)
+class PseudoLabel:
+    """What a method takes for the truth of unlabeled images."""
+
+    image: torch.Tensor  # [U, C, *S] weak views
+    p: torch.Tensor  # [U, K, *S] probabilities, without gradient
+    belief: torch.Tensor | None = None  # [U, K, *S] with --correct: what g predicted
+
+    @functools.cached_property
+    def hard(self):
+        """[U, K, *S] one-hot."""
+        return harden(self.p)
+
+    @property
+    def mask(self):
+        """[U, K-1, *S] the foreground of the hard label."""
+        return self.hard[:, 1:]
+
+    @property
+    def seen(self):
+        """What g sees when it is asked about this pseudo-label."""
+        return Seen(self.image, self.mask)
+
+    def repeated(self, count):
+        """The first `count` of these labels, over and over."""
+        belief = None if self.belief is None else repeated(self.belief, count)
+        return PseudoLabel(repeated(self.image, count), repeated(self.p, count), belief)
+
+
 class Mix(NamedTuple):
     """How samples of a batch are blended: v[perm] takes a share of each pixel, v keeps the rest."""
 
@@ -136,7 +136,7 @@ class Term:
     mix: Mix | None = None  # the loss saw images blended like this
 
 
-# ------------------------------------------------------------------------------------ methods
+# ------------------------------------------------------------------------------------------ methods
 # method(nets, teacher, batch, args, t) -> supervised loss, [Term, ...]
 #
 # nets: the students; teacher: EMA of the first student, in eval mode; t in [0, 1]: progress of
@@ -425,7 +425,7 @@ def add_method_options(p):
 # fmt: on
 
 
-# ------------------------------------------------------------------- what methods are made of
+# ------------------------------------------------------------------------- what methods are made of
 
 
 @torch.no_grad()
@@ -503,7 +503,7 @@ def keep_largest(p):
     return torch.where(kept[:, None], p, background)
 
 
-# ------------------------------------------------------------------------------ quality guidance
+# --------------------------------------------------------------------------------- quality guidance
 
 
 def quality_of(g, label, args):
@@ -611,7 +611,7 @@ def qar_images(u, args):
     return u[: max(2, math.ceil(args.qar_share * len(u)))]
 
 
-# ------------------------------------------------------------------------------ one training step
+# -------------------------------------------------------------------------------- one training step
 
 
 @dataclass
@@ -698,7 +698,7 @@ def train_step(run, batch, args, step):
     return torch.cat([loss.detach()[None], parts])
 
 
-# ---------------------------------------------------------------------------------------- the feed
+# ----------------------------------------------------------------------------------------- the feed
 
 
 class Feed(torch.utils.data.Dataset):
@@ -827,7 +827,7 @@ def read_steps(labeled, unlabeled, args, first, compute):
     )
 
 
-# -------------------------------------------------------------------------------------- validation
+# --------------------------------------------------------------------------------------- validation
 
 
 @dataclass
@@ -1029,7 +1029,7 @@ def is_over(progress, args):
     return progress.step == args.steps or without >= args.patience * args.eval_every
 
 
-# ----------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 def parse_args(argv=None):
@@ -1307,7 +1307,7 @@ def set_defaults(args, info):
     return network
 
 
-# ------------------------------------------------------------------------- what main is made of
+# ----------------------------------------------------------------------------- what main is made of
 
 
 def only_writer(out):
@@ -1508,7 +1508,7 @@ def tell_end(args, progress):
     print("next: " + shlex.join(words))
 
 
-# -------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
 FREE = ("keep", "window", "stride", "blend", "cache", "workers")  # may change where a run resumes

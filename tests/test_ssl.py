@@ -3,12 +3,13 @@
 import copy
 import csv
 import itertools
+import re
 import shutil
 
 import h5py
 import pytest
 import torch
-from conftest import FakeG, python
+from conftest import ROOT, FakeG, python
 from torch import nn
 
 import models
@@ -755,6 +756,13 @@ def test_every_student_is_clipped_by_itself():
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
+def test_every_option_is_read():
+    files = ("train_ssl.py", "models/checkpoints.py", "models/inference.py")
+    source = "".join((ROOT / name).read_text() for name in files)
+    unread = [name for name in vars(options()) if not re.search(rf"\bargs\.{name}\b", source)]
+    assert not unread
+
+
 def test_schedules():
     ramp = train_ssl.ramp
     assert [ramp(t, 0.25, 0.5) for t in (0, 0.25, 0.5, 0.75, 1)] == [0, 0, 0.5, 1, 1]
@@ -809,7 +817,7 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
         assert all(equal()) == (step <= 4), step  # the first step with lambda is the fifth
 
 
-# -------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def train(data, out, *more):
