@@ -1,4 +1,4 @@
-"""The quality predictors g(image, mask) -> Dice [B, K-1], their target, and simpler estimates.
+"""The quality predictors g(seen) -> Dice [B, K-1], their target, and simpler estimates.
 
 Abhishek and Hamarneh, Quality-Guided Semi-Supervised Learning for Medical Image Segmentation,
 MICCAI 2026, section 2.1; extended from one foreground class to any number, to soft masks, and to a
@@ -8,6 +8,7 @@ Legend: B batch, C channels of the image, K classes, *S = H, W or D, H, W.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -71,15 +72,41 @@ def resample(x, size):
     return F.interpolate(x, shape, mode="area" if smaller else "trilinear")
 
 
+# ------------------------------------------------------------------------------------- what g sees
+
+
+@dataclass(eq=False)
+class Seen:
+    """What g is asked about: images, and a mask of each. A further input of g is one more field."""
+
+    image: torch.Tensor  # [B, C, *S] standardized
+    mask: torch.Tensor  # [B, K-1, *S] foreground, hard or soft, in [0, 1]
+
+    def __len__(self):
+        return len(self.mask)
+
+    def joined(self):
+        """Everything that g sees, as channels. -> [B, C + K-1, *S]"""
+        return torch.cat([self.image, self.mask.to(self.image.dtype)], 1)
+
+    def on_grid(self, size):
+        """The same on a grid of `size`, as resample() takes it."""
+        mask = self.mask.to(self.image.dtype)
+        return Seen(resample(self.image, size), resample(mask, size))
+
+
+def seen_of(image, mask=None):
+    """Seen, from itself or from image and mask."""
+    return image if isinstance(image, Seen) else Seen(image, mask)
+
+
 # ------------------------------------------------------------------------------------ the two heads
 
 
 class QualityPredictor(nn.Module):
     """The scalar head of the paper, a ResNet-18 on the joined channels of image and mask.
 
-    image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> Dice [B, K-1]
-
-    Image and mask are resampled to `size`, so f may train at another one.
+    g(Seen) -> Dice [B, K-1]. Image and mask are resampled to `size`, so f may train at another one.
     """
 
     def __init__(self, channels, classes, *, dims=2, size=None, width=64, dropout=0.15):
@@ -88,9 +115,9 @@ class QualityPredictor(nn.Module):
         self.backbone = ResNet(channels + classes - 1, "resnet18", dims, width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
-    def forward(self, image, mask):
-        x = torch.cat([image, mask.to(image.dtype)], 1)
-        x = resample(x, self.size)  # [B, C + K-1, *S]
+    def forward(self, seen, mask=None):
+        seen = seen_of(seen, mask)
+        x = resample(seen.joined(), self.size)  # [B, C + K-1, *S]
         features = self.backbone.encode(x)[-1].flatten(2).mean(2)  # [B, 8 width]
         return self.head(features).float().sigmoid()
 
@@ -98,7 +125,7 @@ class QualityPredictor(nn.Module):
 class DenseQualityPredictor(nn.Module):
     """The dense head, M `members`, each a U-Net that predicts the truth from image and mask.
 
-    image [B, C, *S] (standardized), mask [B, K-1, *S] (hard or soft) -> expected Dice [B, K-1]
+    g(Seen) -> expected Dice [B, K-1]
 
     The answer is the expected Dice of the mask under the mean probabilities of the members, at a
     temperature that train_qp.py fits on val. A member sees the mask as K channels, with that of the
@@ -131,44 +158,49 @@ class DenseQualityPredictor(nn.Module):
         shown = 1 - withheld.reshape(-1, *[1] * (mask.dim() - 1))
         return torch.cat([image, (with_background(mask) * shown).to(image.dtype)], 1)
 
-    def logits(self, image, mask, both=True):
+    def logits(self, seen, mask=None, both=True):
         """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]
 
         both: all views that the members know. Otherwise only the view with the mask, if they know
         it.
         """
-        image = resample(image, self.size)
-        mask = resample(mask.to(image.dtype), self.size)
+        seen = seen_of(seen, mask).on_grid(self.size)
         knows_withheld = self.mask_dropout > 0
         knows_shown = self.mask_dropout < 1
         withheld = []  # of each view
         if knows_withheld and (both or not knows_shown):
-            withheld.append(torch.ones(len(image), device=image.device))
+            withheld.append(torch.ones(len(seen), device=seen.image.device))
         if knows_shown:
-            withheld.append(torch.zeros(len(image), device=image.device))
-        x = channels_last(torch.cat([self.show(image, mask, view) for view in withheld]))
+            withheld.append(torch.zeros(len(seen), device=seen.image.device))
+        x = channels_last(torch.cat([self.show(seen.image, seen.mask, view) for view in withheld]))
         answers = torch.stack([member(x).float() for member in self.members])  # [M, V B, K, *S]
-        return answers.unflatten(1, (len(withheld), len(image)))
+        return answers.unflatten(1, (len(withheld), len(seen)))
 
-    def truth(self, image, mask, both=True):
+    def truth(self, seen, mask=None, both=True):
         """The probability of the truth, on the grid of `size`. -> [B, K, *S]"""
-        return (self.logits(image, mask, both) / self.temperature).softmax(3).mean((0, 1))
+        logits = self.logits(seen, mask, both)  # [M, V, B, K, *S]
+        return (logits / self.temperature).softmax(3).mean((0, 1))
 
-    def forward(self, image, mask):
-        truth = self.truth(image, mask)[:, 1:]  # [B, K-1, *S]
-        return quality_target(resample(mask.to(image.dtype), self.size), truth)
+    def forward(self, seen, mask=None):
+        seen = seen_of(seen, mask)
+        truth = self.truth(seen)[:, 1:]  # [B, K-1, *S]
+        mask = seen.mask.to(seen.image.dtype)
+        return quality_target(resample(mask, self.size), truth)
 
-    def belief(self, image, mask, both=False):
+    def belief(self, seen, mask=None, both=False):
         """The probability of the truth, interpolated to the grid of the mask. -> [B, K, *S]
 
         Unless `both`, only the view with the mask is asked, if members know it: at half the cost.
         """
-        mode = "bilinear" if mask.dim() == 4 else "trilinear"
-        return F.interpolate(self.truth(image, mask, both), mask.shape[2:], mode=mode)
+        seen = seen_of(seen, mask)
+        truth = self.truth(seen, both=both)
+        mode = "bilinear" if truth.dim() == 4 else "trilinear"
+        return F.interpolate(truth, seen.mask.shape[2:], mode=mode)
 
-    def error(self, image, mask):
+    def error(self, seen, mask=None):
         """The probability that the class of each pixel of the mask is wrong. -> [B, *S]"""
-        right = with_background(mask) * self.belief(image, mask, both=True)  # [B, K, *S]
+        seen = seen_of(seen, mask)
+        right = with_background(seen.mask) * self.belief(seen, both=True)  # [B, K, *S]
         return 1 - right.sum(1)
 
 

@@ -103,6 +103,28 @@ def rgb(tmp_path_factory):
     return str(shared(tmp_path_factory, "rgb", make) / "rgb.h5")
 
 
+class FakeG(torch.nn.Module):
+    """A g whose answers are functions of what it sees, a Seen; it keeps what it was asked about."""
+
+    def __init__(self, dice=None, error=None, belief=None):
+        super().__init__()
+        self.answers = dict(dice=dice, error=error, belief=belief)
+        self.asked = []
+
+    def answer(self, name, seen):
+        self.asked.append(seen)
+        return self.answers[name](seen)
+
+    def forward(self, seen):
+        return self.answer("dice", seen)
+
+    def error(self, seen):
+        return self.answer("error", seen)
+
+    def belief(self, seen):
+        return self.answer("belief", seen)
+
+
 def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
     masks = f"--labeled 4 --size {size} --patches 2 --masks 8 --val-masks {val} --folds 2"

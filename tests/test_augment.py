@@ -1,4 +1,7 @@
-"""Views: image and mask move together, intensity leaves the mask alone, the generator's seed fixes everything."""
+"""Views: image and mask move together, intensity leaves the mask alone.
+
+The generator's seed fixes everything.
+"""
 
 import math
 
@@ -101,7 +104,7 @@ def test_blur_keeps_constants_and_matches_scipy():
 
 @pytest.mark.parametrize("S", [(30, 45), (12, 20, 16)])
 def test_random_box(S):
-    """One axis-aligned box per sample, of the asked size, anywhere in the image, out of it never."""
+    """One axis-aligned box per sample, of the asked size, anywhere in the image, never outside."""
     torch.manual_seed(0)
     box = augment.random_box(torch.zeros(300, 2, *S), 2 / 3)
     assert box.shape == (300, 1, *S) and set(box.unique().tolist()) == {0.0, 1.0}

@@ -1,4 +1,8 @@
-"""Baselines stay healthy: pseudo-labels do not collapse, an alarm says where they do, and the comparison behind results/baselines is right."""
+"""Baselines stay healthy.
+
+Pseudo-labels do not collapse, an alarm says where they do, and the comparison behind
+results/baselines is right.
+"""
 
 import csv
 import os
@@ -17,25 +21,27 @@ from results.evidence.run import split
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory):
-    """Small bright disks in noise, beside a bar as bright; every other image has none, so that empty pseudo-labels are tempting."""
+    """Small bright disks in noise, beside a bar as bright.
+
+    Every other image has none, so that empty pseudo-labels are tempting.
+    """
     rng = np.random.default_rng(0)
     row, column = np.mgrid[:32, :32]
 
     def cases():
-        for split, count in (("train", 36), ("val", 12)):
+        for part, count in (("train", 36), ("val", 12)):
             for i in range(count):
                 y, x, radius = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(3, 5)
                 image, bar = rng.normal(0, 1, (32, 32)), rng.integers(4, 28)
                 image[bar : bar + 2] += 2
                 disk = ((row - y) ** 2 + (column - x) ** 2 < radius**2) & (i % 2 == 0)
                 yield h5.Case(
-                    split,
-                    f"{split}{i}",
-                    (image + 2 * disk).astype(np.float32),
-                    disk.astype(np.uint8),
-                    f"{split}{i}",
-                    None,
-                    "made",
+                    split=part,
+                    name=f"{part}{i}",
+                    image=(image + 2 * disk).astype(np.float32),
+                    label=disk.astype(np.uint8),
+                    patient=f"{part}{i}",
+                    source="made",
                 )
 
     path = tmp_path_factory.mktemp("disks") / "disks.h5"
@@ -43,9 +49,13 @@ def disks(tmp_path_factory):
     return str(path)
 
 
+SMALL = "--labeled 2 --size 32 --width 4 --batch 3 --batch-unlabeled 3"
+
+
 def log_of(data, out, *more):
-    size = "--size 32 --width 8 --batch 6 --batch-unlabeled 6 --labeled 8 --steps 120 --eval-every 40 --lr 3e-3 --lam-warmup 0.4 --lam-ramp 0 --strength 0"
-    train_ssl.main([data, "--out", str(out), *size.split(), *more])
+    size = "--size 32 --width 8 --batch 6 --batch-unlabeled 6 --labeled 8 --strength 0"
+    time = "--steps 120 --eval-every 40 --lr 3e-3 --lam-warmup 0.4 --lam-ramp 0"
+    train_ssl.main([data, "--out", str(out), *size.split(), *time.split(), *more])
     with open(out / "log.csv", newline="") as f:
         return list(csv.DictReader(f))
 
@@ -55,7 +65,11 @@ def log_of(data, out, *more):
     ["--method bcp --no-largest-component", "--method pseudo_label --lam 1 --conf-threshold 0"],
 )
 def test_pseudo_labels_do_not_collapse(method, disks, tmp_path):
-    """With the student's batch-norm statistics in the teacher and Dice smoothed by 1, these end at .50 (nothing is found) and .74."""
+    """They reach more than .8.
+
+    With the student's batch-norm statistics in the teacher and Dice smoothed by 1, these runs end
+    at .50 (nothing is found) and .74.
+    """
     last = log_of(disks, tmp_path, *method.split())[-1]
     assert (
         float(last["val_dice"]) > 0.8
@@ -65,7 +79,10 @@ def test_pseudo_labels_do_not_collapse(method, disks, tmp_path):
 
 
 def test_an_image_without_a_class_does_not_pull_toward_empty_predictions():
-    """Beside an image with the class, a little soft foreground costs an image without it next to nothing, however large its share is there."""
+    """Beside an image with the class, a little soft foreground costs one without it nearly nothing.
+
+    However large its share is there.
+    """
     label = torch.zeros(2, 8, 8)
     label[0, 2:6, 2:6] = 1
     logits = 8 * one_hot(label, 2) - 4
@@ -118,38 +135,16 @@ def test_the_alarm_names_what_a_run_can_change():
 
 
 def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkeypatch, capsys):
-    """A teacher that finds nothing: the line stands once on the screen, in each row of the log, and the log can still be drawn."""
+    """A teacher finds nothing: the line stands once on the screen and in each row of the log.
+
+    The log can still be drawn.
+    """
     from data import figures
 
     nothing = lambda net, image: one_hot(torch.zeros(len(image), *image.shape[2:]), 4)
     monkeypatch.setattr(train_ssl, "probabilities", nothing)
-    train_ssl.main(
-        [
-            gray,
-            "--out",
-            str(tmp_path),
-            "--labeled",
-            "2",
-            "--method",
-            "mean_teacher",
-            "--size",
-            "32",
-            "--width",
-            "4",
-            "--batch",
-            "3",
-            "--batch-unlabeled",
-            "3",
-            "--steps",
-            "6",
-            "--eval-every",
-            "2",
-            "--lam-warmup",
-            "0.4",
-            "--lam-ramp",
-            "0",
-        ]
-    )
+    run = f"--method mean_teacher {SMALL} --steps 6 --eval-every 2 --lam-warmup 0.4 --lam-ramp 0"
+    train_ssl.main([gray, "--out", str(tmp_path), *run.split()])
     with open(tmp_path / "log.csv", newline="") as f:
         notes = [row["note"] for row in csv.DictReader(f)]
     told = [
@@ -162,39 +157,17 @@ def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkey
 
 
 def test_the_best_checkpoint_is_of_the_semi_supervised_part(gray, tmp_path, monkeypatch):
-    """A validation before lambda sets in belongs to another training, however good it was. With a ramp, the first lambda is that of step 4."""
+    """A validation before lambda sets in belongs to another training, however good it was.
+
+    With a ramp, the first lambda is that of step 4.
+    """
     values, told = iter([0.9, 0.8, 0.7, 0.3, 0.4, 0.35]), []
     monkeypatch.setattr(train_ssl, "alarm", lambda parts, dice, peak, args: told.append(peak) or "")
     monkeypatch.setattr(
         train_ssl.inference, "mean_dice", lambda table, held: (next(values), [0.0] * 3)
     )
-    train_ssl.main(
-        [
-            gray,
-            "--out",
-            str(tmp_path),
-            "--labeled",
-            "2",
-            "--method",
-            "ict",
-            "--size",
-            "32",
-            "--width",
-            "4",
-            "--batch",
-            "3",
-            "--batch-unlabeled",
-            "3",
-            "--steps",
-            "6",
-            "--eval-every",
-            "1",
-            "--lam-warmup",
-            "0.34",
-            "--patience",
-            "1",
-        ]
-    )
+    run = f"--method ict {SMALL} --steps 6 --eval-every 1 --lam-warmup 0.34 --patience 1"
+    train_ssl.main([gray, "--out", str(tmp_path), *run.split()])
     best = torch.load(tmp_path / "best.pt", weights_only=True)["best"]
     assert best == dict(
         dice=0.4, step=5
@@ -224,20 +197,12 @@ def test_onset_counts_the_steps_without_lambda():
 
 
 def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):
-    """Strong views have a pass of their own, so a batch of one unlabeled image is too small for a network that ends in one pixel."""
-    more = [
-        "--out",
-        tmp_path,
-        "--model",
-        "resnet_unet",
-        "--size",
-        "32",
-        "--batch",
-        "2",
-        "--batch-unlabeled",
-        "1",
-    ]
-    refused(train_ssl.main, [rgb, *more, "--method", "mean_teacher"], "--batch-unlabeled")
+    """A batch of one unlabeled image is too small for a network that ends in one pixel.
+
+    Strong views have a pass of their own.
+    """
+    run = "--method mean_teacher --model resnet_unet --size 32 --batch 2 --batch-unlabeled 1"
+    refused(train_ssl.main, [rgb, "--out", tmp_path, *run.split()], "--batch-unlabeled")
 
 
 def test_strength_0_leaves_images_as_they_are():
@@ -248,20 +213,7 @@ def test_strength_0_leaves_images_as_they_are():
 
 
 def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
-    more = [
-        "--labeled",
-        "2",
-        "--size",
-        "32",
-        "--width",
-        "4",
-        "--batch",
-        "3",
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-    ]
+    more = f"{SMALL} --steps 4 --eval-every 2".split()
     train_ssl.main([gray, "--out", str(tmp_path), *more])
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["training"]
@@ -278,16 +230,17 @@ def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
 def test_a_run_of_the_comparison_is_the_whole_command(
     row, gray, gray_quality, tmp_path, monkeypatch
 ):
-    """Going on from the shared start gives the weights and the log of the whole command, to the last bit; its scores come into the table."""
+    """Going on from the shared start gives the weights and the log of the whole command.
+
+    To the last bit; its scores come into the table.
+    """
     monkeypatch.chdir(tmp_path)
     os.makedirs("runs")
     split([gray, "runs/tiny.h5", "--patients", "1"])
     monkeypatch.setattr(compare, "START", 2)
-    monkeypatch.setattr(
-        compare,
-        "COMMON",
-        "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0".split(),
-    )
+    size = "--size 32 --width 4 --batch 3 --batch-unlabeled 3"
+    time = "--steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0"
+    monkeypatch.setattr(compare, "COMMON", [*size.split(), *time.split()])
     monkeypatch.setattr(compare, "DATA", {"tiny": "--labeled 4"})
     monkeypatch.setattr(compare, "SCORES", "scores.csv")
     os.makedirs("runs/b/tiny/g")

@@ -39,9 +39,9 @@ class Bright(nn.Module):
     So weights differ between samples and processes.
     """
 
-    def forward(self, image, mask):
-        q = (image.flatten(1).mean(1, keepdim=True) * 3).sigmoid() + 0 * mask.mean()
-        return q * (0.7 + 0.3 * mask.flatten(2).mean(2)) * (q > 0.5)
+    def forward(self, seen):
+        q = (seen.image.flatten(1).mean(1, keepdim=True) * 3).sigmoid() + 0 * seen.mask.mean()
+        return q * (0.7 + 0.3 * seen.mask.flatten(2).mean(2)) * (q > 0.5)
 
 
 def trained(name, rank=0, world=1):

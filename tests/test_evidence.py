@@ -12,6 +12,7 @@ import train_ssl
 from data import h5, loading
 from data.files import InputError
 from models.losses import one_hot
+from models.quality import Seen
 from results.evidence import run, table
 
 
@@ -81,28 +82,25 @@ def test_controls(small):
 def test_the_oracle_knows_the_truth():
     oracle = run.Oracle()
     oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3
-    truth = one_hot(oracle.label, 3)[:, 1:]
+    truth = Seen(None, one_hot(oracle.label, 3)[:, 1:])
+    assert torch.allclose(oracle(truth), torch.ones(4, 2)) and oracle.error(truth).sum() == 0
+    wrong = Seen(None, one_hot((oracle.label + 1) % 3, 3)[:, 1:])
     assert (
-        torch.allclose(oracle(None, truth), torch.ones(4, 2))
-        and oracle.error(None, truth).sum() == 0
-    )
-    wrong = one_hot((oracle.label + 1) % 3, 3)[:, 1:]
-    assert (
-        oracle(None, wrong).sum() < 1e-3
-        and oracle.error(None, wrong).mean() == 1
-        and oracle.belief(None, wrong).argmax(1).equal(oracle.label)
+        oracle(wrong).sum() < 1e-3
+        and oracle.error(wrong).mean() == 1
+        and oracle.belief(wrong).argmax(1).equal(oracle.label)
     )
 
 
 def test_a_shuffled_g_answers_for_the_next_image():
     class Counts(torch.nn.Module):
-        def forward(self, image, mask):
-            return image[:, 0, 0, :1]
+        def forward(self, seen):
+            return seen.image[:, 0, 0, :1]
 
         error = belief = forward
 
     g, image = run.Shuffled(Counts()), torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
-    assert all(f(image, None).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
+    assert all(f(Seen(image, None)).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
 
 
 def test_intervals_by_hand():

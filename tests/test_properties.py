@@ -1,4 +1,7 @@
-"""What holds for any mask, image and file, on examples that hypothesis draws: the same ones in every run of the same code."""
+"""What holds for any mask, image and file, on examples that hypothesis draws.
+
+They are the same in every run of the same code.
+"""
 
 import functools
 import itertools
@@ -44,7 +47,10 @@ def grids(dims, low, high):
 
 @st.composite
 def label_maps(draw, grid, K, least=0):
-    """At least so many boxes and single pixels, anywhere and also at the border; sometimes random pixels. uint8 [*grid], each below K."""
+    """At least so many boxes and single pixels, also at the border; sometimes random pixels.
+
+    -> uint8 [*grid], each below K
+    """
     out = np.zeros(grid, np.uint8)
     for _ in range(draw(st.integers(least, 5))):
         k, ends = (
@@ -87,7 +93,7 @@ def plain_dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------- corruptions
+# -------------------------------------------------------------------------------------- corruptions
 
 
 def corrupted(line, label, K, rng):
@@ -175,7 +181,10 @@ def test_dice_as_numpy_counts_it(dims, data):
 @examples(30)
 @given(data=st.data(), width=st.sampled_from([3, 5, 7]), flat=st.sampled_from([0.0, 0.5, 1.0]))
 def test_morphology(dims, data, width, flat):
-    """What grows grows, what shrinks shrinks, and to open, close or box twice is to do it once; to close is to open the background."""
+    """What grows grows, what shrinks shrinks, and to open, close or box twice is to do it once.
+
+    To close is to open the background.
+    """
     m = data.draw(label_maps(data.draw(grids(dims, 8, 24 if dims == 2 else 13)), 2, least=1))
     ball = shapes.ball(width, flat if dims == 3 else 0.0)
     for larger in (shapes.dilate(m, ball), shapes.closing(m, ball), shapes.hull(m), shapes.box(m)):
@@ -298,7 +307,7 @@ def test_masks_of_a_sample_are_draws_that_can_be_made_again(dims, balance, data,
     assert again.chunks == chunks and again.draw == draws
 
 
-# ---------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
 @st.composite
@@ -346,7 +355,10 @@ def test_flips_are_exact_and_their_own_inverse(dims, data):
 @examples(30)
 @given(data=st.data())
 def test_quarter_turns_are_exact(dims, data):
-    """rotate=90 turns by up to 90 degrees; held at its end, it is the turn that torch.rot90 makes of a square plane."""
+    """rotate=90 turns by up to 90 degrees.
+
+    Held at its end, it is the turn that torch.rot90 makes of a square plane.
+    """
     side, depth = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     grid = (side, side) if dims == 2 else (depth, side, side)
     label = torch.from_numpy(data.draw(label_maps(grid, 4)))[None].long()
@@ -365,7 +377,10 @@ def test_quarter_turns_are_exact(dims, data):
 @examples(30)
 @given(data=st.data())
 def test_image_and_mask_move_together(dims, data):
-    """An image that shows each class in a channel: a pixel's class is its nearest source's, which has a 4th of the weight or more (3D: an 8th)."""
+    """Of an image that shows each class in a channel, a pixel's class is its nearest source's.
+
+    That has a fourth of the weight or more, in 3D an eighth.
+    """
     _, label = data.draw(batches(dims, 2))
     classes = torch.nn.functional.one_hot(label, 4).movedim(-1, 1).float()
     moved, y = augment.weak(classes, label)
@@ -380,7 +395,10 @@ def test_image_and_mask_move_together(dims, data):
 @examples(30)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_views_are_finite_and_fixed_by_the_seed(dims, data, seed):
-    """Constant images and sides of one pixel included. Geometry makes no new values: it interpolates."""
+    """Constant images and sides of one pixel included.
+
+    Geometry makes no new values: it interpolates.
+    """
     image, label = data.draw(batches(dims))
     before = image.clone(), label.clone()
 
@@ -413,7 +431,7 @@ def test_views_are_finite_and_fixed_by_the_seed(dims, data, seed):
 @examples(30)
 @given(data=st.data(), seed=st.integers(0, 2**31), strength=st.sampled_from([0.25, 0.5, 1.0]))
 def test_a_strong_view_changes_near_what_changed(dims, data, seed, strength):
-    """Nothing moves: a pixel of another intensity shows at its place, and as far as the blur reaches."""
+    """Nothing moves: a pixel of another intensity shows at its place and as far as blur reaches."""
     grid = data.draw(grids(dims, 2, 15 if dims == 2 else 10))
     at, image = tuple(data.draw(st.integers(0, n - 1)) for n in grid), torch.zeros(1, 1, *grid)
     image.view(-1)[0], image.view(-1)[-1] = -2, 2  # what gamma scales by stays
@@ -465,7 +483,7 @@ def test_gamma_keeps_order_and_range(dims, data, power):
     assert torch.allclose(augment.gamma(image, torch.ones(1)), image, atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 @DIMS
@@ -611,7 +629,7 @@ def test_a_case_is_scored_class_by_class(data, K, largest):
 
 @st.composite
 def runs(draw):
-    """Values of two runs on the same cases, and each case's patient, of which there are two or more."""
+    """Values of two runs on the same cases, and each case's patient; two patients or more."""
     n = draw(st.integers(2, 20))
     values, base = (
         np.array(draw(st.lists(st.integers(0, 64), min_size=n, max_size=n))) / 64 for _ in range(2)
@@ -682,7 +700,7 @@ def test_the_lowest_fifth_and_monotone_maps(values, seed):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8).filter(
     str.isprintable
@@ -694,7 +712,10 @@ NAMES = TEXT.map(lambda t: t.replace("/", "_").replace("\\", "_")).filter(
 
 @st.composite
 def datasets(draw, dims=None, labeled=None):
-    """Cases of several splits, and what h5.write() asks for besides. dims None: 2 or 3; labeled True: each has a label."""
+    """Cases of several splits, and what h5.write() asks for besides.
+
+    dims None: 2 or 3; labeled True: each has a label.
+    """
     dims = dims or draw(st.sampled_from([2, 3]))
     channels, K, cases = (
         draw(st.sampled_from([1, 3])) if dims == 2 else 1,
@@ -818,7 +839,10 @@ def same(found, want):
 @examples(16)
 @given(data=st.data(), labels=st.booleans(), seed=SEEDS)
 def test_from_the_file_as_from_memory(path, dims, data, labels, seed):
-    """Any index and place, all cases or some; and patches and slices are those of the cases as they were written."""
+    """Any index and place, all cases or some.
+
+    Patches and slices are those of the cases as they were written.
+    """
     cases, what = data.draw(datasets(dims, labels))
     info = h5.write(path, cases, **what)
     split, size = (

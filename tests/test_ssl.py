@@ -1,14 +1,15 @@
-"""Every method with every hook: gradients, invariants, seeds, resuming, schedules, data, refusals."""
+"""Every method with every guidance: gradients, invariants, seeds, resuming, schedules, refusals."""
 
 import copy
 import csv
 import itertools
+import re
 import shutil
 
 import h5py
 import pytest
 import torch
-from conftest import python
+from conftest import ROOT, FakeG, python
 from torch import nn
 
 import models
@@ -18,6 +19,7 @@ from models import inference
 from models.device import Compute, compute
 from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
+from models.quality import with_background
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
 KINDS = {
@@ -30,36 +32,11 @@ LEVELS = ("image", "class", "pixel")
 
 
 def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
+    common = f"--method {method} --weight {weight} --weight-level {level} --qar {qar}"
+    at_once = "--lam 1 --lam-warmup 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0 --mc-passes 2"
     qp = ["--qp", "qp.pt"] if weight == "quality" or qar else []
-    return train_ssl.parse_args(
-        [
-            "data.h5",
-            "--out",
-            "out",
-            "--method",
-            method,
-            "--weight",
-            weight,
-            "--weight-level",
-            level,
-            "--qar",
-            str(qar),
-            "--lam",
-            "1",
-            "--lam-warmup",
-            "0",
-            "--lam-ramp",
-            "0",
-            "--qar-warmup",
-            "0",
-            "--qar-ramp",
-            "0",
-            "--mc-passes",
-            "2",
-            *qp,
-            *more,
-        ]
-    )
+    argv = ["data.h5", "--out", "out", *common.split(), *at_once.split(), *qp, *more]
+    return train_ssl.parse_args(argv)
 
 
 def setting(kind, seed=1, count=3, students=1):
@@ -79,18 +56,12 @@ def setting(kind, seed=1, count=3, students=1):
     return nets, teacher, train_ssl.Batch(x, one_hot(torch.randint(K, (count, *S)), K), u, s1, s2)
 
 
-class Constant(nn.Module):
+def constant(value, K):
     """A g that always answers the same."""
-
-    def __init__(self, value, K):
-        super().__init__()
-        self.value, self.K = value, K
-
-    def forward(self, image, mask):
-        return torch.full((len(image), self.K - 1), self.value) + 0 * mask.mean()
-
-    def error(self, image, mask):
-        return torch.full_like(mask[:, 0], 1 - self.value)
+    return FakeG(
+        dice=lambda seen: torch.full((len(seen), K - 1), value) + 0 * seen.mask.mean(),
+        error=lambda seen: torch.full_like(seen.mask[:, 0], 1 - value),
+    )
 
 
 def loss_of(kind, g, args, seed=1):
@@ -144,7 +115,10 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
 @pytest.mark.parametrize("kind", ["4-class gray", "3-class volumes"])
 @pytest.mark.parametrize("method", train_ssl.METHODS)
 def test_gradient_under_mixed_precision(kind, method):
-    """In bf16 losses stay float32, and a pass without gradient before the student's own leaves its casts usable."""
+    """In bf16 losses stay float32.
+
+    A pass without gradient before the student's own leaves the casts of autocast usable.
+    """
     nets, teacher, batch = setting(kind, students=train_ssl.STUDENTS.get(method, 1))
     on = Compute(torch.device("cpu"), torch.bfloat16)
     for net in (*nets, teacher):
@@ -169,8 +143,8 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
     ones = torch.ones(3, *KINDS[kind][2])
     for term in terms:
         loss = term.loss(ones)
-        assert loss.shape == () and loss.requires_grad and not term.target.requires_grad
-        assert torch.allclose(term.target.sum(1), ones, atol=1e-5)
+        assert loss.shape == () and loss.requires_grad and not term.label.p.requires_grad
+        assert torch.allclose(term.label.p.sum(1), ones, atol=1e-5)
     train_ssl.unlabeled_loss(None, terms, args, CPU)[0].backward()
     assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)
 
@@ -184,28 +158,26 @@ def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(k
     K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
     plain, parts = loss_of(kind, None, options(*keep, method=method))
     for value in (0.5, 0.7):
-        weighted, _ = loss_of(kind, Constant(value, K), options(*keep, weight="quality", **common))
+        weighted, _ = loss_of(kind, constant(value, K), options(*keep, weight="quality", **common))
         assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
-    zero, zero_parts = loss_of(kind, Constant(0.0, K), options(*keep, weight="quality", **common))
+    zero, zero_parts = loss_of(kind, constant(0.0, K), options(*keep, weight="quality", **common))
     assert (
         zero.item() == pytest.approx(parts[0].item(), abs=1e-7)
         and zero_parts[1] == zero_parts[3] == zero_parts[4] == 0
     )
-    nan, _ = loss_of(kind, Constant(float("nan"), K), options(*keep, weight="quality", **common))
+    nan, _ = loss_of(kind, constant(float("nan"), K), options(*keep, weight="quality", **common))
     assert nan.item() == zero.item()  # a g that fails weighs nothing
     assert plain.item() != pytest.approx(parts[0].item(), abs=1e-4)
 
 
-class Corrects(nn.Module):
-    """A g that has an opinion of its own, whatever mask it is shown; or that of the mask."""
+def believing(own):
+    """A g that has an opinion of its own, whatever mask it sees."""
+    return FakeG(belief=lambda seen: own)
 
-    def __init__(self, own=None):
-        super().__init__()
-        self.own, self.shown = own, []
 
-    def belief(self, image, mask):
-        self.shown.append(mask)
-        return torch.cat([1 - mask.sum(1, keepdim=True), mask], 1) if self.own is None else self.own
+def agreeing():
+    """A g that believes in every mask that it sees."""
+    return FakeG(belief=lambda seen: with_background(seen.mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,245 +195,187 @@ def test_what_g_believes_takes_the_place_of_the_pseudo_label(kind, method, monke
         method=method,
     )
     nets, teacher, batch = setting(kind, students=students)
-    g, seen = Corrects(torch.rand(3, K, *S).softmax(1)), []
+    own = torch.rand(3, K, *S).softmax(1)
+    g = believing(own)
+    made = []
     plain = train_ssl.METHODS[method]
-    monkeypatch.setitem(train_ssl.METHODS, method, lambda *a: seen.append(plain(*a)) or seen[-1])
+    monkeypatch.setitem(train_ssl.METHODS, method, lambda *a: made.append(plain(*a)) or made[-1])
     train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)[0].backward()
-    ((_, terms),) = seen
-    assert (
-        terms
-        and all(torch.equal(term.target, g.own) for term in terms)
-        and len(g.shown) == students
-    )
-    assert all(
-        set(mask.unique().tolist()) <= {0, 1} and mask.shape == (3, K - 1, *S) for mask in g.shown
-    )
+    ((_, terms),) = made
+    assert terms and all(torch.equal(term.label.p, own) for term in terms)
+    assert len(g.asked) == students
+    for seen in g.asked:
+        assert torch.equal(seen.image, batch.u)
+        assert set(seen.mask.unique().tolist()) <= {0, 1} and seen.mask.shape == (3, K - 1, *S)
     if method in ("pseudo_label", "mean_teacher", "ua_mt", "ict", "contrastive", "bcp"):
-        assert torch.equal(
-            g.shown[0], one_hot(train_ssl.probabilities(teacher, batch.u).argmax(1), K)[:, 1:]
-        )
+        label = train_ssl.probabilities(teacher, batch.u).argmax(1)
+        assert torch.equal(g.asked[0].mask, one_hot(label, K)[:, 1:])
 
 
 @pytest.mark.parametrize("method", ["pseudo_label", "cps", "fixmatch", "unimatch", "bcp"])
 def test_a_g_that_agrees_changes_no_hard_label(method):
     plain, _ = loss_of("4-class gray", None, options("--conf-threshold", "0", method=method))
-    agreed, _ = loss_of(
-        "4-class gray",
-        Corrects(),
-        options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method),
-    )
-    other, _ = loss_of(
-        "4-class gray",
-        Corrects(torch.rand(3, 4, 32, 32).softmax(1)),
-        options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method),
-    )
-    assert agreed.item() == pytest.approx(plain.item(), abs=2e-6) and other.item() != pytest.approx(
-        plain.item(), abs=1e-3
-    )
+    args = options("--conf-threshold", "0", "--correct", "--qp", "qp.pt", method=method)
+    agreed, _ = loss_of("4-class gray", agreeing(), args)
+    other, _ = loss_of("4-class gray", believing(torch.rand(3, 4, 32, 32).softmax(1)), args)
+    assert agreed.item() == pytest.approx(plain.item(), abs=2e-6)
+    assert other.item() != pytest.approx(plain.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("method", ["pseudo_label", "cps", "unimatch"])
 def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level, monkeypatch):
-    """The expected Dice of its classes, or its largest probability; g is asked for nothing but its belief, which is all that this one knows."""
-    own, found, plain = torch.rand(3, 4, 32, 32).mul(6).softmax(1), [], train_ssl.scores
-    monkeypatch.setattr(train_ssl, "scores", lambda *a: found.append(plain(*a)) or found[-1])
-    loss, parts = loss_of(
-        "4-class gray",
-        Corrects(own),
-        options(
-            "--conf-threshold",
-            "0",
-            "--weight-threshold",
-            "0",
-            "--correct",
-            weight="quality",
-            level=level,
-            method=method,
-        ),
-    )
+    """The expected Dice of its classes, or its largest probability.
+
+    g is asked for nothing but its belief, which is all that this one knows.
+    """
+    own = torch.rand(3, 4, 32, 32).mul(6).softmax(1)
+    found = []
+    plain = train_ssl.quality_of
+    monkeypatch.setattr(train_ssl, "quality_of", lambda *a: found.append(plain(*a)) or found[-1])
+    keep = ("--conf-threshold", "0", "--weight-threshold", "0", "--correct")
+    args = options(*keep, weight="quality", level=level, method=method)
+    loss, parts = loss_of("4-class gray", believing(own), args)
     label, smooth = one_hot(own.argmax(1), 4), 32 * 32 * 1e-4
     q = (2 * (label * own).sum((2, 3)) + smooth) / (label.sum((2, 3)) + own.sum((2, 3)) + smooth)
     whole = q[:, 1:].mean(1, keepdim=True)
-    expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}[
-        level
-    ]
-    assert (
-        found
-        and all(torch.allclose(answer, expected, atol=1e-6) for answer in found)
-        and loss.isfinite()
-        and 0 < parts[3] < 1
-    )
+    expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}
+    assert found
+    assert all(torch.allclose(answer, expected[level], atol=1e-6) for answer in found)
+    assert loss.isfinite() and 0 < parts[3] < 1
 
 
 def test_bcp_tells_what_g_believes_before_the_largest_component():
     nets, teacher, batch = setting("4-class gray")
-    batch.corrected = lambda p: own
     own = torch.rand(3, 4, 32, 32).softmax(1)
-    _, (term,) = train_ssl.bcp(
-        nets,
-        teacher,
-        batch,
-        options("--largest-component", "--correct", "--qp", "qp.pt", method="bcp"),
-        0.5,
-    )
-    assert (
-        torch.equal(term.belief, own)
-        and torch.equal(term.target, train_ssl.keep_largest(own))
-        and not torch.equal(term.target, own)
-    )
+    batch.g = believing(own)
+    args = options("--largest-component", "--correct", "--qp", "qp.pt", method="bcp")
+    _, (term,) = train_ssl.bcp(nets, teacher, batch, args, 0.5)
+    assert torch.equal(term.label.belief, own)
+    assert torch.equal(term.label.p, train_ssl.keep_largest(own))
+    assert not torch.equal(term.label.p, own)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_the_largest_component_removes_weighs_what_g_believes_of_it(level):
-    """BCP removes a blob that g believes in at .9: as background it is right with .1, and the label misses a third of the class."""
-    belief, args = (
-        torch.full((1, 2, 16, 16), 0.01),
-        options(
-            "--weight-threshold", "0", "--correct", weight="quality", level=level, method="bcp"
-        ),
-    )
+    """BCP removes a blob that g believes in at .9.
+
+    As background it is right with .1, and the label misses a third of the class.
+    """
+    belief = torch.full((1, 2, 16, 16), 0.01)
+    keep = ("--weight-threshold", "0", "--correct")
+    args = options(*keep, weight="quality", level=level, method="bcp")
     belief[:, 1, 2:6, 2:6], belief[:, 1, 10:12, 10:14] = 0.99, 0.9
     belief[:, 0] = 1 - belief[:, 1]
     kept = train_ssl.keep_largest(belief)
-    q = train_ssl.scores(None, train_ssl.Term(belief, kept, None, belief=belief), args)
+    q = train_ssl.quality_of(None, train_ssl.PseudoLabel(belief, kept, belief), args)
     expected = 2 * 16 * 0.99 / (16 + belief[:, 1].sum())
-    assert (
-        q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99)
-        if level == "pixel"
-        else q[0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
-    )
+    if level == "pixel":
+        assert q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99)
+    else:
+        assert q[0, 0].item() == pytest.approx(expected.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_qar_is_one_minus_g_and_moves_f_toward_quality(kind):
     C, K, S = KINDS[kind]
-    value, _ = loss_of(kind, Constant(0.7, K), options(qar=0.1))
+    value, _ = loss_of(kind, constant(0.7, K), options(qar=0.1))
     plain, _ = loss_of(kind, None, options())
     assert value.item() - plain.item() == pytest.approx(0.1 * 0.3, abs=1e-6)
 
-    class LikesForeground(nn.Module):
-        def forward(self, image, mask):
-            return mask.flatten(2).mean(2)
-
+    likes_foreground = FakeG(dice=lambda seen: seen.mask.flatten(2).mean(2))
     nets, _, batch = setting(kind)
     background = lambda: nets[0](batch.u).softmax(1)[:, 0].mean().item()
     before = background()
     optimizer = torch.optim.SGD(nets[0].parameters(), 2.0)
     for _ in range(5):
         optimizer.zero_grad()
-        train_ssl.quality_loss(LikesForeground(), nets, batch.u).backward()
+        train_ssl.qar_loss(likes_foreground, nets, batch.u).backward()
         optimizer.step()
     assert background() < 0.7 * before
 
 
-class Table(nn.Module):
-    """A g with given answers [U, K-1]."""
+def table(answers):
+    """A g with given answers: [U, K-1], or [U, *S] of pixels."""
 
-    def __init__(self, answers):
-        super().__init__()
-        self.answers = answers
+    def dice(seen):
+        assert set(seen.mask.unique().tolist()) <= {0.0, 1.0}, "QW shows g the hard label"
+        return answers
 
-    def forward(self, image, mask):
-        assert set(mask.unique().tolist()) <= {0.0, 1.0}, "QW shows g the hard label"
-        return self.answers
-
-    def error(self, image, mask):
-        return 1 - self.answers
+    return FakeG(dice=dice, error=lambda seen: 1 - answers)
 
 
 def test_weights_by_hand():
-    """w = q^2 [q >= .5], per image by the mean over classes, per class by the pixel's pseudo-class, background by the mean."""
+    """w = q^2 [q >= .5]: per image by the mean over classes, per class by the pixel's pseudo-class.
+
+    Background pixels have the weight of the image.
+    """
     q = torch.tensor([[0.9, 0.3, 0.6], [0.2, 0.4, 0.6]])
-    target = one_hot(torch.arange(4).repeat(2, 4, 1), 4) * 0.7 + 0.075  # columns of class 0 1 2 3
-    term = train_ssl.Term(torch.zeros(2, 1, 4, 4), target, None)
-    image = train_ssl.pixel_weights(Table(q), term, options(weight="quality"))
+    p = one_hot(torch.arange(4).repeat(2, 4, 1), 4) * 0.7 + 0.075  # columns of class 0 1 2 3
+    label = train_ssl.PseudoLabel(torch.zeros(2, 1, 4, 4), p)
+    weights = lambda g, *more, **how: train_ssl.qw_weights(g, label, options(*more, **how))
+    image = weights(table(q), weight="quality")
     assert torch.allclose(image, torch.tensor([0.36, 0.0])[:, None, None].expand(2, 4, 4))
-    per_class = train_ssl.pixel_weights(Table(q), term, options(weight="quality", level="class"))
-    assert torch.allclose(
-        per_class[:, 0], torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]])
-    )
+    per_class = weights(table(q), weight="quality", level="class")
+    expected = torch.tensor([[0.36, 0.81, 0.0, 0.36], [0.0, 0.0, 0.0, 0.36]])
+    assert torch.allclose(per_class[:, 0], expected)
     right = torch.rand(2, 4, 4)
-    per_pixel = train_ssl.pixel_weights(
-        Table(right), term, options(weight="quality", level="pixel")
-    )
+    per_pixel = weights(table(right), weight="quality", level="pixel")
     assert torch.allclose(per_pixel, right**2 * (right >= 0.5), atol=1e-6)
-    sure = train_ssl.pixel_weights(
-        None, term, options("--weight-threshold", "0.5", weight="confidence", level="pixel")
-    )
-    assert torch.allclose(sure, torch.full((2, 4, 4), 0.775**2))
-    confident = train_ssl.pixel_weights(
-        None, term, options("--weight-threshold", "0.5", weight="confidence")
-    )
-    assert torch.allclose(confident, torch.full((2, 4, 4), 0.775**2))
-    assert (
-        train_ssl.pixel_weights(None, term, options(weight="confidence")) == 0
-    ).all()  # PL-C cuts at .9
-    mixed = train_ssl.Term(
-        term.image,
-        target,
-        None,
-        torch.tensor([1.0, 2.0]),
-        (torch.tensor([1, 0]), torch.tensor([0.25, 0.5])),
-    )
-    w = train_ssl.as_seen(
-        train_ssl.pixel_weights(Table(q), mixed, options(weight="quality")), mixed
-    )
+    for level in ("pixel", "image"):
+        confident = weights(None, "--weight-threshold", "0.5", weight="confidence", level=level)
+        assert torch.allclose(confident, torch.full((2, 4, 4), 0.775**2))
+    assert (weights(None, weight="confidence") == 0).all()  # PL-C cuts at .9
+
+    order = torch.tensor([1, 0])
+    own = torch.tensor([1.0, 2.0])[:, None, None]
+    mix = train_ssl.Mix(order, torch.tensor([0.25, 0.5])[:, None, None])
+    w = train_ssl.as_mixed(image, train_ssl.Term(label, None, own, mix))
     assert torch.allclose(w[:, 0, 0], torch.tensor([0.75 * 0.36, 2 * 0.5 * 0.36]))
-    box, own = torch.zeros(2, 4, 4), torch.rand(2, 4, 4)
+    box = torch.zeros(2, 4, 4)
     box[0, :2] = 1  # CutMix: the upper half of the first image shows the second, whose weight is 0
-    cut = train_ssl.Term(term.image, target, None, own, (torch.tensor([1, 0]), box))
-    w = train_ssl.as_seen(train_ssl.pixel_weights(Table(q), cut, options(weight="quality")), cut)
-    assert (
-        torch.allclose(w[0], torch.cat([torch.zeros(2, 4), 0.36 * own[0, 2:]]))
-        and (w[1] == 0).all()
-    )
+    own = torch.rand(2, 4, 4)
+    w = train_ssl.as_mixed(image, train_ssl.Term(label, None, own, train_ssl.Mix(order, box)))
+    assert torch.allclose(w[0], torch.cat([torch.zeros(2, 4), 0.36 * own[0, 2:]]))
+    assert (w[1] == 0).all()
 
 
-def test_g_is_asked_once_for_each_pseudo_label():
-    asked = []
-
-    class Counting(Constant):
-        def forward(self, image, mask):
-            asked.append(len(image))
-            return super().forward(image, mask)
-
-    for method, times in (("unimatch", 1), ("fixmatch", 1), ("cps", 2), ("bcp", 1)):
-        asked.clear()
-        loss_of(
-            "binary RGB",
-            Counting(0.8, 2),
-            options("--conf-threshold", "0", weight="quality", method=method),
-        )
-        assert asked == [3] * times, method
+@pytest.mark.parametrize(
+    "method, times", [("unimatch", 1), ("fixmatch", 1), ("cps", 2), ("bcp", 1)]
+)
+def test_g_is_asked_once_for_each_pseudo_label(method, times):
+    g = constant(0.8, 2)
+    loss_of("binary RGB", g, options("--conf-threshold", "0", weight="quality", method=method))
+    assert [len(seen) for seen in g.asked] == [3] * times
 
 
 def test_the_loss_is_the_weighted_mean_over_samples():
     q, values = torch.tensor([[0.6], [0.8], [0.1]]), torch.tensor([1.0, 2.0, 50.0])
-    term = train_ssl.Term(
-        torch.zeros(3, 1, 4, 4),
-        torch.full((3, 2, 4, 4), 0.5),
-        lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w),
-    )
+    label = train_ssl.PseudoLabel(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5))
+    loss = lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w)
+    term = train_ssl.Term(label, loss)
     loss, (weight, share) = train_ssl.unlabeled_loss(
-        Table(q), [term], options(weight="quality"), CPU
+        table(q), [term], options(weight="quality"), CPU
     )
     assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
     assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx(
         (0.36 + 0.64) ** 2 / (3 * (0.36**2 + 0.64**2))
     )
     alike = train_ssl.unlabeled_loss(
-        Table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU
+        table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU
     )[1]
     nothing = train_ssl.unlabeled_loss(
-        Table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU
+        table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU
     )[1]
     assert alike[1].item() == pytest.approx(1) and nothing.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("method", [m for m in UNLABELED if m != "bcp"])
 def test_labeled_images_have_passes_of_their_own(method):
-    """Batch norm sees no unlabeled image beside a labeled one, nor a strong view beside a weak one. (BCP pastes them into each other.)"""
+    """Batch norm sees no unlabeled image beside a labeled one, nor a strong view beside a weak one.
+
+    (BCP pastes them into each other.)
+    """
     nets, teacher, batch = setting("4-class gray", students=train_ssl.STUDENTS.get(method, 1))
     batch.x, batch.u, batch.s1, batch.s2 = (
         torch.full_like(batch.x, kind) for kind in (1.0, 2.0, 3.0, 3.0)
@@ -494,7 +408,7 @@ def test_formulas_of_the_methods():
 
 
 class Echo(nn.Module):
-    """A network whose logits are given, [B, K, S, S] or broadcast, and that keeps the images that it was shown."""
+    """A network whose logits are given, [B, K, S, S] or broadcast; it keeps the images it saw."""
 
     def __init__(self, logits):
         super().__init__()
@@ -517,7 +431,10 @@ def step_of(method, nets, teacher, batch, *more, t=0.5):
 
 
 def test_ua_mt_trusts_by_entropy():
-    """Columns of p = .78, .8, .5, 1: entropies .527, .500, ln 2, 0 against limits of .521 at t = 0 and ln 2 at t = 1."""
+    """Columns of p = .78, .8, .5, 1 have entropies of .527, .500, ln 2, 0.
+
+    The limit is .521 at t = 0 and ln 2 at t = 1.
+    """
     p = torch.tensor([0.78, 0.8, 0.5, 1 - 1e-7])
     teacher = Echo(torch.stack([p.log(), (1 - p).log()])[None, :, None])  # [1, 2, 1, 4]
     image = torch.zeros(2, 1, 4, 4)
@@ -558,12 +475,13 @@ def test_ict_blends_images_answers_and_weights_alike():
     _, [term] = step_of("ict", [echo], teacher, batch)
     perm, share = term.mix
     p = teacher(batch.u).softmax(1)
-    for i, (j, s) in enumerate(zip(perm.tolist(), share.tolist())):
+    for i, (j, s) in enumerate(zip(perm.tolist(), share.flatten().tolist())):
         assert torch.allclose(echo.seen[1][i], (1 - s) * batch.u[i] + s * batch.u[j], atol=1e-6)
         error, only = ((1 - s) * p[i] + s * p[j] - 0.25).square().mean(), torch.zeros(4, 32, 32)
         only[i] = 1
         assert term.loss(only).item() == pytest.approx(error.item(), abs=1e-6)
-    assert share.std() > 0.05 and torch.allclose(term.target, p) and term.image is batch.u
+    assert share.std() > 0.05
+    assert torch.allclose(term.label.p, p) and term.label.image is batch.u
 
 
 def test_cps_is_symmetric_and_each_learns_from_the_other():
@@ -579,9 +497,8 @@ def test_cps_is_symmetric_and_each_learns_from_the_other():
         and torch.equal(b.loss(ones), c.loss(ones))
     )
     logits = [net(batch.u) for net in nets]
-    assert torch.allclose(a.target, logits[1].softmax(1), atol=1e-5) and torch.allclose(
-        b.target, logits[0].softmax(1), atol=1e-5
-    )
+    for term, taught_by in ((a, logits[1]), (b, logits[0])):
+        assert torch.allclose(term.label.p, taught_by.softmax(1), atol=1e-5)
     assert torch.allclose(
         a.loss(ones), seg_loss(logits[0], one_hot(logits[1].argmax(1), 4)), atol=1e-5
     )
@@ -631,13 +548,12 @@ def test_contrastive_adds_a_tenth_of_the_contrast():
 def test_cutmix_shows_another_sample_in_the_box_and_nowhere_else():
     torch.manual_seed(0)
     u = torch.arange(400.0)[:, None, None, None].expand(400, 2, 20, 20)
-    cut, (perm, box) = train_ssl.cutmix(u)
-    mixed, target = cut(u), cut(u[:, 0])
-    assert (
-        torch.equal(mixed[:, 0], target)
-        and torch.equal(mixed[:, 1], target)
-        and sorted(perm.tolist()) == list(range(400))
-    )
+    mix = train_ssl.cutmix(u)
+    perm, box = mix
+    mixed = mix.blend(u)
+    target = mix.blend(u[:, 0])
+    assert torch.equal(mixed[:, 0], target) and torch.equal(mixed[:, 1], target)
+    assert sorted(perm.tolist()) == list(range(400))
     assert torch.equal(target, torch.where(box > 0, perm[:, None, None].float(), u[:, 0]))
     area = box.mean((1, 2))
     assert (
@@ -654,7 +570,7 @@ def test_fixmatch_learns_its_own_label_of_the_weak_view_on_the_strong_one():
         torch.manual_seed(7)
         p = copy.deepcopy(nets[0])(batch.u).softmax(1)  # in train mode
     _, [term] = step_of("fixmatch", nets, teacher, batch, "--conf-threshold", "0.5")
-    assert torch.allclose(term.target, p, atol=1e-5) and not term.target.requires_grad
+    assert torch.allclose(term.label.p, p, atol=1e-5) and not term.label.p.requires_grad
     echo = Echo(torch.randn(1, 4, 1, 1))
     hard = one_hot(echo.logits.argmax(1), 4).expand(3, 4, 32, 32)
     _, [term] = step_of("fixmatch", [echo], teacher, batch, "--conf-threshold", "0")
@@ -695,7 +611,7 @@ class Threshold(nn.Module):
 
 @pytest.mark.parametrize("method", ["fixmatch", "unimatch"])
 def test_labels_and_confidence_are_cut_like_the_image(method):
-    """Where strong views are the weak one, a net without context must find exactly its own answers on the cut image."""
+    """Where strong views are the weak one, a net without context finds its own answers again."""
     _, teacher, batch = setting("binary RGB", count=8)
     batch.s1 = batch.s2 = batch.u
     net = Threshold()
@@ -766,10 +682,10 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
         assert box.sum() == 400 and rows.max() - rows.min() == columns.max() - columns.min() == 19
     logits = echo.logits.expand(n, -1, -1, -1)
     assert torch.allclose(sup, seg_loss(logits, y[:1].expand(n, -1, -1, -1), labeled))
-    assert term.image.shape == (n, 1, 30, 30) and term.target.shape == (n, 2, 30, 30)
-    assert torch.equal(train_ssl.as_seen(torch.ones(n, 30, 30), term), 1 - labeled)
+    assert term.label.image.shape == (n, 1, 30, 30) and term.label.p.shape == (n, 2, 30, 30)
+    assert torch.equal(train_ssl.as_mixed(torch.ones(n, 30, 30), term), 1 - labeled)
     for weights in (torch.ones(n, 30, 30), torch.rand(n, 30, 30)):
-        loss = term.loss(train_ssl.as_seen(weights, term))
+        loss = term.loss(train_ssl.as_mixed(weights, term))
         assert torch.allclose(
             loss,
             seg_loss(logits, one_hot(torch.zeros(n, 30, 30), 2), weights * (1 - labeled)),
@@ -823,8 +739,8 @@ def test_largest_component_of_a_pseudo_label():
     _, teacher, batch = setting("binary RGB")
     _, [plain] = step_of("bcp", [teacher], teacher, batch, "--no-largest-component")
     _, [largest] = step_of("bcp", [teacher], teacher, batch)
-    assert not torch.equal(plain.target, largest.target)
-    assert torch.equal(largest.target, train_ssl.keep_largest(plain.target))
+    assert not torch.equal(plain.label.p, largest.label.p)
+    assert torch.equal(largest.label.p, train_ssl.keep_largest(plain.label.p))
 
 
 def test_every_student_is_clipped_by_itself():
@@ -838,6 +754,13 @@ def test_every_student_is_clipped_by_itself():
     )
     norms = [torch.stack([p.grad.norm() for p in net.parameters()]).norm().item() for net in nets]
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_every_option_is_read():
+    files = ("train_ssl.py", "models/checkpoints.py", "models/inference.py")
+    source = "".join((ROOT / name).read_text() for name in files)
+    unread = [name for name in vars(options()) if not re.search(rf"\bargs\.{name}\b", source)]
+    assert not unread
 
 
 def test_schedules():
@@ -894,7 +817,7 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
         assert all(equal()) == (step <= 4), step  # the first step with lambda is the fifth
 
 
-# ---------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def train(data, out, *more):
@@ -958,7 +881,10 @@ HOOKS = [
     ],
 )
 def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
-    """Every method, weighting and dimension (of RGB, which g and f see as two more channels, one weighting)."""
+    """Every method, weighting and dimension.
+
+    Of RGB, which is two more channels to g and f, one weighting.
+    """
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
     state = train(
         data,
@@ -1164,21 +1090,14 @@ def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monke
     assert train(gray, tmp_path, "--resume")["finished"] and not (tmp_path / "step2.pt").exists()
 
 
-def test_qar_is_taken_on_a_share_of_the_images():
-    seen = []
-
-    class Watching(Constant):
-        def forward(self, image, mask):
-            seen.append(image)
-            return super().forward(image, mask)
-
+@pytest.mark.parametrize("share, count", [(1, 5), (1 / 2, 3), (0.4, 2), (0.01, 2)])
+def test_qar_is_taken_on_a_share_of_the_images(share, count):
     nets, teacher, batch = setting("4-class gray", count=5)
-    for share, count in ((1, 5), (1 / 2, 3), (0.4, 2), (0.01, 2)):
-        seen.clear()
-        train_ssl.total_loss(
-            nets, teacher, Watching(0.3, 4), batch, options("--qar-share", str(share), qar=0.1), 0.5
-        )
-        assert len(seen) == 1 and torch.equal(seen[0], batch.u[:count])
+    g = constant(0.3, 4)
+    args = options("--qar-share", str(share), qar=0.1)
+    train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+    (seen,) = g.asked
+    assert torch.equal(seen.image, batch.u[:count])
 
 
 def test_compiled_networks_train_alike(gray, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from data.options import Parser, cli
 from models import checkpoints, inference
 from models.device import channels_last, compute
 from models.losses import one_hot
-from models.quality import quality_target, true_dice
+from models.quality import Seen, quality_target, true_dice
 
 PROG = "python -m results.evidence.run"
 COMMON = "--size 64 --width 8 --batch 8 --batch-unlabeled 8 --ema 0.99".split()
@@ -96,14 +96,14 @@ class Oracle(torch.nn.Module):
     """Stands in for g and answers by labels [U, *S] that training must not see: the true Dice of a
     mask, or where it is wrong."""
 
-    def forward(self, image, mask):
-        return true_dice(mask, self.truth(len(mask))[:, 1:])
+    def forward(self, seen):
+        return true_dice(seen.mask, self.truth(len(seen))[:, 1:])
 
-    def error(self, image, mask):
-        return (mask != self.truth(len(mask))[:, 1:]).any(1).float()
+    def error(self, seen):
+        return (seen.mask != self.truth(len(seen))[:, 1:]).any(1).float()
 
-    def belief(self, image, mask):
-        return self.truth(len(mask))
+    def belief(self, seen):
+        return self.truth(len(seen))
 
     def truth(self, count):
         return one_hot(self.label[:count], self.classes)
@@ -116,14 +116,14 @@ class Shuffled(torch.nn.Module):
         super().__init__()
         self.g = g
 
-    def forward(self, image, mask):
-        return self.g(image, mask).roll(1, 0)
+    def forward(self, seen):
+        return self.g(seen).roll(1, 0)
 
-    def error(self, image, mask):
-        return self.g.error(image, mask).roll(1, 0)
+    def error(self, seen):
+        return self.g.error(seen).roll(1, 0)
 
-    def belief(self, image, mask):
-        return self.g.belief(image, mask).roll(1, 0)
+    def belief(self, seen):
+        return self.g.belief(seen).roll(1, 0)
 
 
 class Blind(torch.nn.Module):
@@ -133,20 +133,20 @@ class Blind(torch.nn.Module):
         super().__init__()
         self.g = g
 
-    def belief(self, image, mask):
-        logits = self.g.logits(image, mask) / self.g.temperature  # [members, views, B, K, *S]
+    def belief(self, seen):
+        logits = self.g.logits(seen) / self.g.temperature  # [members, views, B, K, *S]
         withheld = logits[:, 0]  # the first view does not show the mask
         p = withheld.softmax(2).mean(0)
-        return F.interpolate(p, mask.shape[2:], mode="bilinear")
+        return F.interpolate(p, seen.mask.shape[2:], mode="bilinear")
 
 
-def hard_quality_loss(g, nets, image):
+def hard_qar_loss(g, nets, image):
     """QAR on hard masks; the gradient passes straight through the argmax."""
     losses = []
     for net in nets:
         p = net(image).float().softmax(1)
         hard = train_ssl.harden(p) + p - p.detach()
-        losses.append((1 - g(image, hard[:, 1:])).mean())
+        losses.append((1 - g(Seen(image, hard[:, 1:]))).mean())
     return sum(losses)
 
 
@@ -163,7 +163,7 @@ def fresh_step(run, batch, args, step, train_step=train_ssl.train_step):
         run.nets[0].train()
         target = quality_target(mask, batch.y[:, 1:])
         run.g.optimizer.zero_grad()
-        F.smooth_l1_loss(run.g(batch.x, mask), target).backward()
+        F.smooth_l1_loss(run.g(Seen(batch.x, mask)), target).backward()
         run.g.optimizer.step()
         run.g.requires_grad_(False)
     return train_step(run, batch, args, step)
@@ -172,7 +172,7 @@ def fresh_step(run, batch, args, step, train_step=train_ssl.train_step):
 PATCHED = [
     (train_ssl, "views"),
     (train_ssl, "look"),
-    (train_ssl, "quality_loss"),
+    (train_ssl, "qar_loss"),
     (train_ssl, "train_step"),
     (checkpoints, "load_quality"),
     (loading, "load_slices"),
@@ -192,7 +192,7 @@ def controlled(control):
     if control == "blind":
         replace_quality(Blind)
     if control == "hard":
-        train_ssl.quality_loss = hard_quality_loss
+        train_ssl.qar_loss = hard_qar_loss
     if control == "fresh":
         train_ssl.train_step = fresh_step
     try:
@@ -397,7 +397,7 @@ class Segments(torch.nn.Module):
 
     def forward(self, image):
         nothing = torch.zeros(len(image), self.classes - 1, *image.shape[2:])
-        return self.blind.belief(image, nothing).log()
+        return self.blind.belief(Seen(image, nothing)).log()
 
 
 def g_itself(argv):

@@ -20,7 +20,7 @@ from models import checkpoints, inference
 from models.checkpoints import load_checkpoint
 from models.device import compute
 from models.losses import one_hot
-from models.quality import foreground, quality_target, resample, true_dice
+from models.quality import Seen, foreground, quality_target, resample, true_dice
 
 
 def views_of(g):
@@ -49,12 +49,13 @@ def answers(g, slices, mask, rows, on, variants):
     for part in rows:
         image = slices.batch(part, on.device)[0]
         with on.autocast():
-            logits = g.logits(image, mask[part].to(on.device))  # [members, views, B, K, S, S]
-        seen = resample(mask[part], g.size)
+            seen = Seen(image, mask[part].to(on.device))
+            logits = g.logits(seen)  # [members, views, B, K, S, S]
+        small = resample(mask[part], g.size)
         for members, view, temperature in variants:
             asked = logits[:members, views[view]] / temperature
             belief = asked.softmax(3).mean((0, 1))[:, 1:].cpu()
-            says[members, view, temperature].append(quality_target(seen, belief))
+            says[members, view, temperature].append(quality_target(small, belief))
     return {variant: torch.cat(parts).numpy() for variant, parts in says.items()}
 
 
