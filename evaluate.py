@@ -546,7 +546,7 @@ def estimates_of(g, by, x, mine, mask, on):
     x [B, C, *S]; mine [B, K, *S]: the probabilities of by.net; mask [B, K-1, *S]: its output.
     """
     with on.autocast():
-        says = {"g": g(x, mask)}
+        says = {"g": g(quality.Seen(x, mask))}
     turned = augment.strong(augment.mirror(x, by.flip), 0.5)
     again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
     other = inference.class_probabilities(by.other, x, on)
@@ -564,10 +564,10 @@ def estimates_of(g, by, x, mine, mask, on):
     return says
 
 
-def gigaflops(net, *inputs):
-    """Multiplications and additions of one pass, in billions."""
+def gigaflops(net, given):
+    """Multiplications and additions of one pass, in billions. given: images, or Seen for g"""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(*inputs)
+        net(given)
     return counter.get_total_flops() / 1e9
 
 
@@ -579,7 +579,7 @@ def cost_of(net, g, info, size, on):
     return (
         f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, shape))}: "
         f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
-        f"g {gigaflops(g, x, mask):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M)."
+        f"g {gigaflops(g, quality.Seen(x, mask)):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M)."
     )
 
 
@@ -717,7 +717,7 @@ def predicted_quality(g, label, samples, size, on):
         x, _ = samples.batch(rows, on.device)
         m = one_hot(masks[rows].to(on.device), g.config["classes"])[:, 1:]  # [B, K-1, *S]
         with on.autocast():
-            says.append(g(x, m).float().cpu().numpy())
+            says.append(g(quality.Seen(x, m)).float().cpu().numpy())
         areas.append(m.flatten(2).sum(2).cpu().numpy())
     outputs = Outputs(
         present=None,

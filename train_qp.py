@@ -45,7 +45,7 @@ from models.checkpoints import check_finite, save_checkpoint, start_run
 from models.device import Compute, channels_last, compiled, compute, device_name, samples_in
 from models.ema import update_average
 from models.losses import one_hot, seg_loss
-from models.quality import quality_target, resample, true_dice, with_background
+from models.quality import Seen, quality_target, resample, true_dice, with_background
 
 # ----------------------------------------------------------------------------------------- batches
 
@@ -61,7 +61,7 @@ def epoch_rows(masks, per_image):
 def augmented_batch(masks, rows, K, device, args):
     """One augmented batch.
 
-    -> image [B, C, *S], mask [B, K-1, *S] hard or soft, truth [B, K-1, *S]
+    -> Seen (its masks are hard or soft), truth [B, K-1, *S]
     Geometry moves image, mask and truth together; intensity changes the image alone.
     """
     image, label = masks.samples.batch(masks.index[rows], device)  # [B, C, *S], [B, *S]
@@ -73,7 +73,7 @@ def augmented_batch(masks, rows, K, device, args):
     mask = one_hot(mask, K)[:, 1:]
     truth = one_hot(augment.move(label, way), K)[:, 1:]
     mask = some_soft(mask, masks, rows, way, args.soft)
-    return augment.strong(augment.move(image, way), s), mask, truth
+    return Seen(augment.strong(augment.move(image, way), s), mask), truth
 
 
 def some_soft(mask, masks, rows, way, share):
@@ -101,13 +101,13 @@ def some_soft(mask, masks, rows, way, share):
 
 # --------------------------------------------------------------------------- the two heads' losses
 # loss(g, views, args) -> a number.
-# views: (x [B, C, *S], mask [B, K-1, *S], truth [B, K-1, *S]) of one batch, augmented anew in each.
+# views: (Seen, truth [B, K-1, *S]) of one batch, augmented anew in each.
 
 
 def scalar_loss(g, views, args):
     """Smooth L1 between g(image, mask) and the smoothed Dice of that mask."""
-    x, mask, truth = views[0]
-    return F.smooth_l1_loss(g(x, mask), quality_target(mask, truth))
+    seen, truth = views[0]
+    return F.smooth_l1_loss(g(seen), quality_target(seen.mask, truth))
 
 
 def dense_loss(g, views, args):
@@ -117,12 +117,12 @@ def dense_loss(g, views, args):
     read off the answer and the smoothed Dice of the mask.
     """
     total = 0.0
-    for member, (x, mask, truth) in zip(g.members, views):
-        withheld = (torch.rand(len(x), device=x.device) < args.mask_dropout).float()  # [B]
-        logits = member(channels_last(g.show(x, mask, withheld)))  # [B, K, *S]
+    for member, (seen, truth) in zip(g.members, views):
+        withheld = (torch.rand(len(seen), device=truth.device) < args.mask_dropout).float()  # [B]
+        logits = member(channels_last(g.show(seen, withheld)))  # [B, K, *S]
         answer = logits.float().softmax(1)[:, 1:]  # [B, K-1, *S]
-        expected = quality_target(mask, answer)  # [B, K-1]
-        wrong = F.smooth_l1_loss(expected, quality_target(mask, truth), beta=0.1)
+        expected = quality_target(seen.mask, answer)  # [B, K-1]
+        wrong = F.smooth_l1_loss(expected, quality_target(seen.mask, truth), beta=0.1)
         loss = seg_loss(logits, with_background(truth)) + args.quality_loss * wrong
         total = total + loss
     return total
@@ -258,7 +258,7 @@ def fit_temperature(g, masks, on, held, most=300):
         mask = one_hot(masks.mask[rows].to(on.device), K)[:, 1:]
         truth = one_hot(label, K)[:, 1:]
         with on.autocast():
-            logits = g.logits(x, mask)  # [M, V, B, K, *S]
+            logits = g.logits(Seen(x, mask))  # [M, V, B, K, *S]
         true = true_dice(mask, truth)  # [B, K-1]
         mask = resample(mask, g.size)
         for_each = []

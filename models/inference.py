@@ -341,7 +341,7 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
         m = one_hot(labels.to(on.device), K)[:, 1:]  # [B, K-1, *S]
         truth = one_hot(y, K)[:, 1:]
         with on.autocast():
-            predicted = g(change(x), m)  # [B, K-1]
+            predicted = g(quality.Seen(change(x), m))  # [B, K-1]
         true = quality.true_dice(m, truth)
         present = truth.flatten(2).any(2)
         found.append((predicted.cpu(), true.cpu(), present.cpu()))

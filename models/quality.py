@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.device import channels_last
-from models.losses import one_hot, soft_dice
+from models.losses import one_hot, soft_dice, to_samples
 from models.resnet import ResNet
 from models.unet import UNet
 
@@ -95,11 +95,6 @@ class Seen:
         return Seen(resample(self.image, size), resample(mask, size))
 
 
-def seen_of(image, mask=None):
-    """Seen, from itself or from image and mask."""
-    return image if isinstance(image, Seen) else Seen(image, mask)
-
-
 # ------------------------------------------------------------------------------------ the two heads
 
 
@@ -115,8 +110,7 @@ class QualityPredictor(nn.Module):
         self.backbone = ResNet(channels + classes - 1, "resnet18", dims, width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
-    def forward(self, seen, mask=None):
-        seen = seen_of(seen, mask)
+    def forward(self, seen):
         x = resample(seen.joined(), self.size)  # [B, C + K-1, *S]
         features = self.backbone.encode(x)[-1].flatten(2).mean(2)  # [B, 8 width]
         return self.head(features).float().sigmoid()
@@ -153,18 +147,18 @@ class DenseQualityPredictor(nn.Module):
         )
         self.register_buffer("temperature", torch.ones(()))
 
-    def show(self, image, mask, withheld):
-        """What a member sees. withheld [B] in {0, 1} -> [B, C + K, *S]"""
-        shown = 1 - withheld.reshape(-1, *[1] * (mask.dim() - 1))
-        return torch.cat([image, (with_background(mask) * shown).to(image.dtype)], 1)
+    def show(self, seen, withheld):
+        """What a member sees. withheld [B]: 1 where the mask is, else 0 -> [B, C + K, *S]"""
+        shown = with_background(seen.mask) * (1 - to_samples(withheld, seen.mask))
+        return torch.cat([seen.image, shown.to(seen.image.dtype)], 1)
 
-    def logits(self, seen, mask=None, both=True):
+    def logits(self, seen, both=True):
         """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]
 
         both: all views that the members know. Otherwise only the view with the mask, if they know
         it.
         """
-        seen = seen_of(seen, mask).on_grid(self.size)
+        seen = seen.on_grid(self.size)
         knows_withheld = self.mask_dropout > 0
         knows_shown = self.mask_dropout < 1
         withheld = []  # of each view
@@ -172,34 +166,31 @@ class DenseQualityPredictor(nn.Module):
             withheld.append(torch.ones(len(seen), device=seen.image.device))
         if knows_shown:
             withheld.append(torch.zeros(len(seen), device=seen.image.device))
-        x = channels_last(torch.cat([self.show(seen.image, seen.mask, view) for view in withheld]))
+        x = channels_last(torch.cat([self.show(seen, view) for view in withheld]))
         answers = torch.stack([member(x).float() for member in self.members])  # [M, V B, K, *S]
         return answers.unflatten(1, (len(withheld), len(seen)))
 
-    def truth(self, seen, mask=None, both=True):
+    def truth(self, seen, both=True):
         """The probability of the truth, on the grid of `size`. -> [B, K, *S]"""
-        logits = self.logits(seen, mask, both)  # [M, V, B, K, *S]
+        logits = self.logits(seen, both)  # [M, V, B, K, *S]
         return (logits / self.temperature).softmax(3).mean((0, 1))
 
-    def forward(self, seen, mask=None):
-        seen = seen_of(seen, mask)
+    def forward(self, seen):
         truth = self.truth(seen)[:, 1:]  # [B, K-1, *S]
         mask = seen.mask.to(seen.image.dtype)
         return quality_target(resample(mask, self.size), truth)
 
-    def belief(self, seen, mask=None, both=False):
+    def belief(self, seen, both=False):
         """The probability of the truth, interpolated to the grid of the mask. -> [B, K, *S]
 
         Unless `both`, only the view with the mask is asked, if members know it: at half the cost.
         """
-        seen = seen_of(seen, mask)
-        truth = self.truth(seen, both=both)
+        truth = self.truth(seen, both)
         mode = "bilinear" if truth.dim() == 4 else "trilinear"
         return F.interpolate(truth, seen.mask.shape[2:], mode=mode)
 
-    def error(self, seen, mask=None):
+    def error(self, seen):
         """The probability that the class of each pixel of the mask is wrong. -> [B, *S]"""
-        seen = seen_of(seen, mask)
         right = with_background(seen.mask) * self.belief(seen, both=True)  # [B, K, *S]
         return 1 - right.sum(1)
 

@@ -200,7 +200,8 @@ def test_what_g_learns_from_obeys(flip, swaps):
     masks = quality_masks.Masks(
         samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24)
     )
-    _, mask, truth = train_qp.augmented_batch(masks, every, 3, torch.device("cpu"), args)
+    seen, truth = train_qp.augmented_batch(masks, every, 3, torch.device("cpu"), args)
+    mask = seen.mask
     for shown in (mask, truth):
         assert swapped(shown.argmax(1) + (shown.amax(1) > 0), "W").any() == swaps
 
@@ -234,7 +235,7 @@ def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
     samples, net, on = sides("W"), Left(), compute("cpu", "off")
     samples.label = (samples.label == 1).byte()
     by = evaluate.Opinions(net, net, None, flip)
-    found = evaluate.compare_estimates(lambda x, m: torch.zeros(len(x), 1), by, samples, on, 40)
+    found = evaluate.compare_estimates(lambda seen: torch.zeros(len(seen), 1), by, samples, on, 40)
     says = found.estimates["agreement with an augmented pass"]
     assert says == pytest.approx(1.0 if agrees else 0.0, abs=1e-3)
 

@@ -23,6 +23,7 @@ from data import h5  # noqa: E402
 from models import checkpoints, distributed, inference  # noqa: E402
 from models.device import compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
+from models.quality import Seen  # noqa: E402
 
 ON = compute("cpu", "off")
 STEPS = {
@@ -266,7 +267,8 @@ def test_one_process_writes_and_speaks(two):
 def test_g_trained_by_two_is_a_g(two, gray):
     info = h5.read_info(gray)
     g, labeled = checkpoints.load_quality(str(two / "qp" / "qp.pt"), info, ON)
-    assert len(labeled) and g(torch.randn(2, 1, 32, 32), torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    seen = Seen(torch.randn(2, 1, 32, 32), torch.rand(2, 3, 32, 32))
+    assert len(labeled) and g(seen).shape == (2, 3)
     one, other, saved = (
         torch.load(two / name, weights_only=True) for name in ("qp_0.pt", "qp_1.pt", "qp/last.pt")
     )

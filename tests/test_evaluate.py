@@ -393,7 +393,7 @@ def test_each_estimate_asks_whom_it_names():
     )
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
     on, net, asked = compute("cpu", "off"), Says(left), []
-    g = lambda x, mask: asked.append(mask) or torch.full((len(x), 1), 0.25)
+    g = lambda seen: asked.append(seen.mask) or torch.full((len(seen), 1), 0.25)
     found = evaluate.compare_estimates(
         g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1
     )

@@ -23,6 +23,7 @@ import train_ssl
 from data import figures, h5, loading, metrics
 from data.log import Log
 from models import checkpoints
+from models.quality import Seen
 
 MACHADO = {  # Machado et al. 2009: linear RGB as seen without one kind of cone
     "protanopia": [
@@ -341,7 +342,8 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
         .float()
     )
     with torch.no_grad():
-        says = g(samples.batch(torch.arange(len(samples)))[0], mask)
+        image, _ = samples.batch(torch.arange(len(samples)))
+        says = g(Seen(image, mask))
     assert (
         found["g_predicted"] == pytest.approx(says.mean().item(), abs=1e-5)
         and len(found["pictures"]) == 2

@@ -12,6 +12,7 @@ from models.device import Compute, channels_last
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (
     SMOOTH,
+    Seen,
     certainty,
     confidence,
     expected_dice,
@@ -108,7 +109,7 @@ def test_g_answers_for_each_foreground_class_at_any_size(name, dims):
     g = models.build(name, channels=1, classes=4, dims=dims, size=sides[0], width=8).eval()
     for side in sides:
         mask = torch.rand(2, 3, *[side] * dims, requires_grad=True)
-        q = g(torch.randn(2, 1, *[side] * dims), mask)
+        q = g(Seen(torch.randn(2, 1, *[side] * dims), mask))
         assert q.shape == (2, 3) and q.dtype == torch.float32 and (0 < q).all() and (q < 1).all()
         q.sum().backward()
         assert mask.grad.abs().sum() > 0
@@ -198,17 +199,18 @@ def test_dense_head(dims):
     S = {2: (32, 32), 3: (20, 20, 20)}[dims]
     g = models.build("quality_dense", channels=1, classes=3, dims=dims, width=4, members=2).eval()
     image, mask = torch.randn(2, 1, *S), one_hot(torch.randint(3, (2, *S)), 3)[:, 1:]
-    p = g.truth(image, mask)
+    seen = Seen(image, mask)
+    p = g.truth(seen)
     assert p.shape == (2, 3, *S) and torch.allclose(p.sum(1), torch.ones(2, *S), atol=1e-5)
     views = [torch.cat([image, v], 1) for v in (with_background(mask), torch.zeros(2, 3, *S))]
     assert g.temperature == 1
     g.temperature.fill_(1.5)
     p, by_hand = (
-        g.truth(image, mask),
+        g.truth(seen),
         sum((m(v) / 1.5).softmax(1) for m in g.members for v in views) / 4,
     )
     assert torch.allclose(p, by_hand, atol=1e-5) and torch.allclose(
-        g(image, mask), quality_target(mask, by_hand[:, 1:]), atol=1e-5
+        g(seen), quality_target(mask, by_hand[:, 1:]), atol=1e-5
     )
     assert not torch.allclose(
         g.members[0](views[1]),
@@ -216,15 +218,15 @@ def test_dense_head(dims):
         atol=1e-3,
     )
     label = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1, keepdim=True)
-    assert torch.allclose(g.error(image, mask), 1 - p.gather(1, label)[:, 0], atol=1e-5)
+    assert torch.allclose(g.error(seen), 1 - p.gather(1, label)[:, 0], atol=1e-5)
     assert torch.allclose(
-        g.belief(image, mask), sum((m(views[0]) / 1.5).softmax(1) for m in g.members) / 2, atol=1e-5
+        g.belief(seen), sum((m(views[0]) / 1.5).softmax(1) for m in g.members) / 2, atol=1e-5
     )  # having seen the mask
     soft = mask.clone().requires_grad_()
-    g(image, soft).sum().backward()
+    g(Seen(image, soft)).sum().backward()
     assert soft.grad.abs().sum() > 0
     g.size = 16  # its own grid: the error map comes back to the mask's
-    error = g.error(image, mask)
+    error = g.error(seen)
     assert error.shape == (2, *S) and (error > -1e-5).all() and (error < 1 + 1e-5).all()
 
 
@@ -234,10 +236,12 @@ def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depend
     g = models.build(
         "quality_dense", channels=3, classes=2, width=4, members=1, mask_dropout=dropout
     ).eval()
-    image, a, b = torch.randn(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), torch.ones(1, 1, 32, 32)
+    image = torch.randn(1, 3, 32, 32)
+    a = Seen(image, torch.zeros(1, 1, 32, 32))
+    b = Seen(image, torch.ones(1, 1, 32, 32))
     assert (
-        torch.allclose(g.truth(image, a), g.truth(image, b)) != depends
-        and torch.allclose(g.belief(image, a), g.belief(image, b)) != depends
+        torch.allclose(g.truth(a), g.truth(b)) != depends
+        and torch.allclose(g.belief(a), g.belief(b)) != depends
     )
 
 

@@ -26,6 +26,7 @@ from data.files import InputError
 from models import checkpoints, inference
 from models.checkpoints import save_checkpoint
 from models.device import compute
+from models.quality import Seen
 
 ON = compute("cpu", "off")
 
@@ -52,8 +53,8 @@ class Smaller(nn.Module):
 
     config = dict(classes=2)
 
-    def forward(self, image, mask):
-        return 1 - mask.flatten(2).mean(2)
+    def forward(self, seen):
+        return 1 - seen.mask.flatten(2).mean(2)
 
 
 class Bands(nn.Module):
@@ -73,8 +74,9 @@ class Uneven(nn.Module):
 
     config = dict(classes=4)
 
-    def forward(self, image, mask):
-        return (image.flatten(1)[:, 40:60].mean(1)[:, None] + 3 * mask.flatten(2).mean(2)).sigmoid()
+    def forward(self, seen):
+        brightness = seen.image.flatten(1)[:, 40:60].mean(1)[:, None]
+        return (brightness + 3 * seen.mask.flatten(2).mean(2)).sigmoid()
 
 
 def disc(size, radius):
@@ -398,7 +400,8 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
         ).long()
         mask = nn.functional.one_hot(parts, 4).movedim(-1, 1)[:, 1:].float()
         with torch.no_grad():
-            says = g(samples.batch(torch.arange(len(samples)))[0], mask)
+            image, _ = samples.batch(torch.arange(len(samples)))
+            says = g(Seen(image, mask))
         area = mask.flatten(2).sum(2)
         expected = ((says * area).sum(0) / area.sum(0)).numpy()
     else:

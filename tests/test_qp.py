@@ -18,7 +18,7 @@ import train_qp
 from data import h5, images, phantom
 from data.quality_masks import load
 from models import checkpoints, inference
-from models.quality import DenseQualityPredictor, QualityPredictor, quality_target
+from models.quality import DenseQualityPredictor, QualityPredictor, Seen, quality_target
 
 
 def options_of(argv, dims=2):
@@ -38,9 +38,10 @@ def test_batches_show_what_they_should(kind, request):
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
     options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
-    x, mask, truth = train_qp.augmented_batch(
+    seen, truth = train_qp.augmented_batch(
         masks, rows, K, torch.device("cpu"), options("--soft", "0")
     )
+    x, mask = seen.image, seen.mask
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (
         len(rows),
         len(info.classes) - 1,
@@ -52,9 +53,8 @@ def test_batches_show_what_they_should(kind, request):
     assert (
         identical.any() and (quality_target(mask, truth)[identical] == 1).all()
     )  # moved together, an identity stays perfect
-    _, soft, _ = train_qp.augmented_batch(
-        masks, rows, K, torch.device("cpu"), options("--soft", "1")
-    )
+    seen, _ = train_qp.augmented_batch(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
+    soft = seen.mask
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001
 
@@ -195,8 +195,8 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
             (torch.rand(2, 1, 32, 32) > 0.5).float(),
         )
         assert torch.allclose(
-            g(x, m),
-            evaluate.models.rebuild(state["model"], state["weights"]).eval()(x, m),
+            g(Seen(x, m)),
+            evaluate.models.rebuild(state["model"], state["weights"]).eval()(Seen(x, m)),
             atol=1e-5,
         )
         assert (
@@ -205,7 +205,8 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
             and not any(p.requires_grad for p in g.parameters())
             and len(labeled) == 4
         )
-        assert g(torch.randn(2, 3, 40, 40), torch.rand(2, 1, 40, 40)).shape == (2, 1)
+        larger = Seen(torch.randn(2, 3, 40, 40), torch.rand(2, 1, 40, 40))
+        assert g(larger).shape == (2, 1)
 
 
 def test_losses_of_the_heads_fall_when_they_are_right():
@@ -228,7 +229,7 @@ def test_losses_of_the_heads_fall_when_they_are_right():
         ["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)]
     )
     loss = lambda certainty, weight: train_qp.dense_loss(
-        Knows(truth, certainty), [(x, mask, truth)], options(weight)
+        Knows(truth, certainty), [(Seen(x, mask), truth)], options(weight)
     ).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
     p = torch.full((2, 1, 16, 16), 0.5)

@@ -544,25 +544,27 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
         assert masks.patch == SIZE and masks.mask.shape[1:] == (size or SIZE)
         masks.mask[::2] = masks.samples.label[masks.index[::2]]
         rows = torch.arange(len(masks.mask))
-        x, mask, truth = train_qp.augmented_batch(
+        seen, truth = train_qp.augmented_batch(
             masks,
             rows,
             4,
             torch.device("cpu"),
             options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "0"], dims=3),
         )
+        x, mask = seen.image, seen.mask
         assert (
             x.shape == (len(rows), 1, *(size or SIZE))
             and (quality_target(mask, truth)[::2] == 1).all()
             and (quality_target(mask, truth)[1::2] < 1).any()
         )
-        _, soft, _ = train_qp.augmented_batch(
+        seen, _ = train_qp.augmented_batch(
             masks,
             rows,
             4,
             torch.device("cpu"),
             options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "1"], dims=3),
         )
+        soft = seen.mask
         assert ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1).float().mean() > 0.5
 
 
