@@ -68,7 +68,7 @@ def test_every_option_is_read(path):
         + (ROOT / "models" / "checkpoints.py").read_text()  # --resume and --overwrite
         + (ROOT / "models" / "inference.py").read_text()  # --window, --stride and --blend
     )
-    for option in re.findall(r'add_argument\("(?:--)?([\w-]+)"', source):
+    for option in re.findall(r'add_argument\(\s*"(?:--)?([\w-]+)"', source):
         assert re.search(rf"\bargs\.{option.replace('-', '_')}\b", source), (
             f"{path.name}: --{option} is read nowhere"
         )
