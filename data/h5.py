@@ -705,9 +705,9 @@ def check_foreground(info, names):
 
 
 def held_classes(info, split, names=None):
-    """Whether the labels of a split hold each class of the foreground. names: of the cases that
-    count (default: all). -> [K-1] bool
+    """Whether the labels of a split hold each class of the foreground. -> [K-1] bool
 
+    names: those of the cases that count (default: all).
     Reads labels up to the first by which all are found. InputError if there is no class at all.
     """
     info.entries(split)  # which refuses an empty split
@@ -854,18 +854,19 @@ def _words_of(data):
 
 
 def _differences(theirs, ours):
-    """What two preparations both say, and say otherwise, in words: those of theirs, those of ours.
+    """The settings that both preparations state but that differ, as two texts: theirs, ours.
 
-    Both are "" if there is nothing.
+    Both texts are empty if nothing differs.
     """
-    free = {"window", "nnunet"}  # compared already; how files are named
-    said = lambda value: _text(0 if value is None else value)  # channel: none is the first
-    keys = [
-        key
-        for key in theirs
-        if key in ours and key not in free and said(theirs[key]) != said(ours[key])
-    ]
-    return tuple(", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours))
+
+    def stated(value):
+        return _text(0 if value is None else value)  # channel: none is the first
+
+    free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
+    keys = [k for k in theirs if k in ours and k not in free]
+    keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
+    texts = [", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours)]
+    return tuple(texts)
 
 
 def _text(value, joined=" x "):

@@ -75,7 +75,7 @@ class Samples:
         )
 
     def to(self, device):
-        """Itself, held by a device."""
+        """Moves the tensors to a device, in place. -> itself"""
         for name in ("image", "mean", "std", "label"):
             value = getattr(self, name)
             if value is not None:
@@ -135,7 +135,7 @@ class Volumes:
         return standardized(self.fetch(index, place), device)
 
     def to(self, device):
-        """Itself, held by a device."""
+        """Moves the tensors to a device, in place. -> itself"""
         self.image = [volume.to(device) for volume in self.image]
         if self.label is not None:
             self.label = [volume.to(device) for volume in self.label]
@@ -325,7 +325,7 @@ class WholeCase(NamedTuple):
     label: np.ndarray | None  # (D, H, W)
     mean: float  # of the intensities; 0 and 1 where the file says that they are ready
     std: float
-    where: str  # it stands, for errors
+    where: str  # the place in the file, for error messages
 
 
 def whole_cases(info, split, names=None, labels=True):

@@ -156,7 +156,7 @@ def stem_of(name):
 def alike(rows):
     """Groups of rows that count as patients of their own, but whose names begin alike.
 
-    None where hardly any names do, or where all of them do, as in case_1, case_2.
+    -> a list of lists; empty where hardly any names do, or where all do, as in case_1, case_2
     """
     rows = [r for r in rows if r.patient in (r.name, f"{r.split}/{r.name}")]
     groups = {}

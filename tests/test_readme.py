@@ -323,7 +323,7 @@ def test_own_data(tmp_path, monkeypatch):
     from test_nifti import make as make_nifti
     from test_volumes import make_la
 
-    make_pictures(tmp_path / "MINE", 26), make_pictures(tmp_path / "new", 2, seed=1)
+    make_pictures(tmp_path / "MINE", 34), make_pictures(tmp_path / "new", 2, seed=1)
     (tmp_path / "new" / "images").rename(tmp_path / "NEW_PICTURES")
     (
         make_ssl4mis(tmp_path / "ACDC", range(10, 17)),
@@ -380,7 +380,7 @@ def test_rows_of_the_paper_parse(tmp_path):
     assert {
         train_ssl.parse_args(["DATA.h5", "--out", "RUN", *options.split()]).method
         for _, options in rows
-    } == set(train_ssl.METHODS)
+    } <= set(train_ssl.METHODS)
     for name, options in rows:
         args = train_ssl.parse_args(["DATA.h5", "--out", "RUN", "--labeled", "7", *options.split()])
         assert (args.weight == "quality") == ("QW" in name) and (args.qar > 0) == ("QAR" in name)
