@@ -344,7 +344,7 @@ def test_own_data(tmp_path, monkeypatch):
     ):
         for line in [*commands(block(word)), *([command] if command else [])]:
             execute(line, tmp_path, monkeypatch)
-    for name, n in (("mine", 26), ("ph2", 3), ("acdc", 8), ("la", 3), ("spleen", 8)):
+    for name, n in (("mine", 34), ("ph2", 3), ("acdc", 8), ("la", 3), ("spleen", 8)):
         info = h5.read_info(tmp_path / f"{name}.h5")
         assert sum(len(e) for e in info.splits.values()) == n
     for name, mask in (("mine", "p0.png"), ("spleen", "x.nii.gz")):
