@@ -336,7 +336,7 @@ def estimates(path, rows):
             axis.scatter(values, range(len(names)), label=run, zorder=3, **look)
         axis.grid(axis="x", lw=0.4)
         axis.set_xlabel(title)
-        axis.locator_params(axis="x", nbins=4)  # at most five ticks
+        axis.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])  # few and short numbers
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     legend_below(figure, axes[0].get_legend_handles_labels()[0], ncols=2)
