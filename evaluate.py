@@ -19,7 +19,8 @@ Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summ
 
 A class that no label of the split holds counts in no mean, and its column says "-". One that a case
 lacks, but not the split, has Dice 1 in this case where the output lacks it too, else 0. Runs that
-differ only in their seed form one row: mean and standard deviation. Cases are read, predicted and
+differ only in their seed (and in g, if each seed has its own) form one row: mean and standard
+deviation. Cases are read, predicted and
 scored one after the other, each on its own grid, as the dataset stores it, or, with --grid source,
 on that of its source, on which masks are delivered. Volumes are scored as volumes, also those that
 were segmented slice by slice. The estimates of quality are compared on the network's grid, for
@@ -59,7 +60,7 @@ from data.metrics import (
     LEVELS,
     TRIAGE,
     Outputs,
-    at_level,
+    area_mean,
     compare_rows,
     largest_component,
     of_classes,
@@ -96,7 +97,7 @@ class Scored:
     info: h5.Info
     split: str  # the file's, in which the cases are
     entries: list  # [cases]
-    states: list  # [runs] of their checkpoints: args, data, labeled
+    states: list  # [runs] of their checkpoints: KEPT
     groups: list  # of Group
     held: np.ndarray  # [K-1] whether the labels hold a class of the foreground; no other is scored
     scores: list = field(default_factory=list)  # [runs][cases][classes] of Score
@@ -162,7 +163,7 @@ class Calls:
 
 @contextlib.contextmanager
 def processes_live():
-    """A process that has died, noticed in its block, is an InputError."""
+    """Turns the death of a process of the pool, where its block meets it, into an InputError."""
     try:
         yield
     except BrokenProcessPool:
@@ -218,7 +219,7 @@ def on_source_grids(info):
     return replace(info, splits=splits)
 
 
-def progress(iterable, total, name):
+def bar(iterable, total, name):
     """A bar on a terminal; nothing where the output is not one."""
     return tqdm(iterable, name, total, leave=False, unit=" cases", disable=not sys.stderr.isatty())
 
@@ -262,13 +263,22 @@ def held_out(info, states):
     return names
 
 
+KEPT = ("args", "data", "labeled", "inputs", "best", "step")  # of a checkpoint, without weights
+
+
 def load_states(args):
-    """What the checkpoints of --second and of all runs say of them: {path: state}."""
+    """What the checkpoints of --second and of all runs say of them: {path: state}, KEPT alone."""
     states = {}
     for path in [*args.checkpoints, *filter(None, [args.second])]:
         state = load_checkpoint(path, "ssl")
-        states[path] = {key: state[key] for key in ("args", "data", "labeled")}
+        states[path] = {key: state[key] for key in KEPT if key in state}
     return states
+
+
+def _dict(state, key):
+    """A part of a checkpoint that it need not have; the file may come from anybody. -> dict"""
+    found = state.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def check_runs(args, info, states):
@@ -348,28 +358,90 @@ def run_name(args):
 def group_runs(states, paths):
     """Runs that differ only in their seed -> [Group]; names are made unique by what differs.
 
-    A checkpoint whose seed its group has already is no further seed: it stands alone, under its
-    path. states [runs]: of their checkpoints; paths [runs].
+    Options that one of two runs does not know, as it is older, do not tell them apart. Files of
+    --qp and --unlabeled are the same where their checksums are, whatever their paths. Seeds may
+    have a g each, see split_by_g(). A checkpoint whose seed is in its row already stands alone,
+    under its path.
+
+    states [runs]: of their checkpoints; paths [runs].
     """
-    groups, configs = {}, {}
+    qps, unlabeled = (list(file_names(option, states)) for option in ("qp", "unlabeled"))
+    alike = []  # (options, runs) that differ in seed and g alone
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {"correct": False, "flip": None}  # which older runs do not know
-        config |= {k: v for k, v in state["args"].items() if k not in FREE}
+        config = {k: v for k, v in state["args"].items() if k not in FREE}
+        config |= {"flip": config.get("flip"), "unlabeled": unlabeled[i]}  # see flip_of()
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
-        key = json.dumps(config, sort_keys=True, default=repr)
-        if state["args"]["seed"] in [states[j]["args"]["seed"] for j in groups.get(key, [])]:
-            key = path
-            config["checkpoint"] = path
-        groups.setdefault(key, []).append(i)
-        configs[key] = config
+        config |= {"run": run_name(config), "qp": None}
+        for known, members in alike:
+            if not differing(known, config):
+                known |= config
+                members.append(i)
+                break
+        else:
+            alike.append((config, [i]))
+
+    seeds = [state["args"]["seed"] for state in states]
+    rows = [row for config, members in alike for row in split_by_g(config, members, seeds, qps)]
+    rows = [
+        part for config, members in rows for part in split_by_seed(config, members, seeds, paths)
+    ]
+    rows.sort(key=lambda row: row[1][0])
+
     found = []
-    for key, config in configs.items():
-        title = (run_name(config), config["labeled"])
-        alike = [c for c in configs.values() if (run_name(c), c["labeled"]) == title]
-        extra = [f"{k}={v}" for k, v in config.items() if any(c.get(k) != v for c in alike)]
-        name = f"{title[0]} ({', '.join(extra)})" if extra else title[0]
-        found.append(Group(name, config["labeled"], groups[key]))
+    for config, members in rows:
+        name, labeled = config["run"], config["labeled"]
+        others = [c for c, _ in rows if (c["run"], c["labeled"]) == (name, labeled)]
+        extra = [k for k in config if any(k in differing(config, c) for c in others)]
+        if extra:
+            name += f" ({', '.join(f'{k}={config[k]}' for k in extra)})"
+        found.append(Group(name, labeled, members))
     return found
+
+
+def file_names(option, states):
+    """Yields the name of each run's file of an option, one name for each file, or None.
+
+    It is the first path under which a run had it. Files are told apart by the checksums in the
+    checkpoints, or by their paths where an older checkpoint has none. states [runs].
+    """
+    names = {None: None}  # {checksum or path: name}
+    for state in states:
+        path = state["args"].get(option)
+        mark = path and str(_dict(state, "inputs").get(option, path))
+        if mark not in names:  # two files may have had one path, one after the other
+            names[mark] = f"{path}, checksum {mark}" if path in names.values() else path
+        yield names[mark]
+
+
+def differing(a, b):
+    """The options that two runs both know and that differ. a, b: {option: value} -> a set"""
+    return {key for key in a.keys() & b.keys() if repr(a[key]) != repr(b[key])}
+
+
+def split_by_g(config, members, seeds, qps):
+    """Runs that differ in seed and g alone as rows. -> list of (options, runs)
+
+    They are one row where each seed has a g of its own, else a row for each g.
+    seeds, qps [runs]: of every run, also of those that are not among the members.
+    """
+    pairs = {(seeds[i], qps[i]) for i in members}
+    count = len(pairs)
+    own = count > 1 and count == len({s for s, _ in pairs}) == len({g for _, g in pairs} - {None})
+    rows = {}
+    for i in members:
+        rows.setdefault("one for each seed" if own else qps[i], []).append(i)
+    return [(config | {"qp": name}, mine) for name, mine in rows.items()]
+
+
+def split_by_seed(config, members, seeds, paths):
+    """A row, and one for each run whose seed is in it already. -> list of (options, runs)"""
+    first = {}  # {seed: run}
+    for i in members:
+        first.setdefault(seeds[i], i)
+    again = [i for i in members if i not in first.values()]
+    return [(config, list(first.values()))] + [
+        (config | {"checkpoint": paths[i]}, [i]) for i in again
+    ]
 
 
 def summarize(runs, unit):
@@ -396,7 +468,7 @@ def summarize(runs, unit):
             "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
             f"HD95 {unit}": table["hd95"].mean((1, 2)),
             f"ASD {unit}": table["asd"].mean((1, 2)),
-            "one empty": table["one_empty"].sum((1, 2)),
+            "one empty": table["one_empty"].sum((1, 2)).astype(int),
         }
         if len(runs.info.classes) > 2:
             per_class = dict(zip(runs.classes, 100 * table["dice"].mean(1).T))
@@ -506,7 +578,7 @@ def load_judge(args, runs, states, on):
 
 
 def judge_run(args, judge, runs, path, net, on):
-    """Adds what is said of a run's outputs to judge.ours and judge.reference.
+    """Adds a run's outputs, with all estimates of their quality, to judge.ours and judge.reference.
 
     runs: Scored; path: of the run; net: its network, of --weights.
     """
@@ -522,7 +594,7 @@ def judge_run(args, judge, runs, path, net, on):
 
 @torch.no_grad()
 def compare_estimates(g, by, samples, on, batch):
-    """g's estimate, and every one that needs no g, of the quality of by.net's outputs. -> Outputs
+    """Estimates the quality of by.net's outputs, by g and by all that needs no g. -> Outputs
 
     by: Opinions; samples: N with labels; batch: samples in a pass.
     """
@@ -571,16 +643,36 @@ def gigaflops(net, given):
     return counter.get_total_flops() / 1e9
 
 
-def cost_of(net, g, info, size, on):
+class Cost(NamedTuple):
     """What a pass of f and of g costs, in words."""
+
+    shape: str  # of what both see
+    f: str
+    g: str
+
+
+def cost_of(net, g, info, size, on):
+    """-> Cost. size: of slices or patches"""
     shape = loading.shape_of(size)
     x = torch.zeros(1, info.channels, *shape, device=on.device)
     mask = torch.zeros(1, len(info.classes) - 1, *shape, device=on.device)
-    return (
-        f"Cost of {'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, shape))}: "
-        f"f {gigaflops(net, x):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters), "
-        f"g {gigaflops(g, quality.Seen(x, mask)):.2f} GFLOPs ({models.parameters(g) / 1e6:.1f} M)."
+
+    def cost(net, given):
+        return (
+            f"{gigaflops(net, given):.2f} GFLOPs ({models.parameters(net) / 1e6:.1f} M parameters)"
+        )
+
+    return Cost(
+        shape=f"{'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, shape))}",
+        f=cost(net, x),
+        g=cost(g, quality.Seen(x, mask)),
     )
+
+
+def cost_line(costs):
+    """What a pass costs, for each network that occurs. costs [runs] of Cost, all of one shape"""
+    by_f = " or ".join(dict.fromkeys(cost.f for cost in costs))
+    return f"Cost of {costs[0].shape}: f {by_f}, g {costs[0].g}."
 
 
 # --------------------------------------------------------------------------------------- --predict
@@ -622,7 +714,7 @@ def predict(args):
         batch = args.batch or samples_in(32, loading.shape_of(size))
         found = inference.predict_read(net, cases, on, window, batch)
         rows = []
-        for case, label in progress(found, len(cases), "predict"):
+        for case, label in bar(found, len(cases), "predict"):
             if args.largest_component:
                 label = largest_component(label, len(info.classes))
             file = write_mask(masks, label, case.entry)
@@ -719,14 +811,7 @@ def predicted_quality(g, label, samples, size, on):
         with on.autocast():
             says.append(g(quality.Seen(x, m)).float().cpu().numpy())
         areas.append(m.flatten(2).sum(2).cpu().numpy())
-    outputs = Outputs(
-        present=None,
-        shared=None,
-        area=np.concatenate(areas),
-        total=None,
-        estimates={"g": np.concatenate(says)},
-    )
-    dice, _ = at_level(outputs, "volume", samples.case, "g")
+    (dice,) = area_mean(np.concatenate(says), np.concatenate(areas), samples.case)  # of one case
     return dice
 
 
@@ -787,10 +872,16 @@ def worst_panels(info, split, rows):
         for rank, row in enumerate(rows, 1):
             image, _ = h5.read_case(f, info, split, row.entry.name, label=False)
             place = f", slice {row.z}" if len(image) > 1 else ""
-            title = f"{rank}. {row.entry.name[:24]}{place}\npredicted Dice {row.dice.mean():.2f}"
+            title = f"{rank}. {row.entry.name[:24]}{place}"
+            title += f"\npredicted {dice_of(image)} {row.dice.mean():.2f}"
             mask = unpack(row.drawing, image)
             panels.append(figures.Panel(title, image[row.z], mask, row.entry.aspect))
     return panels
+
+
+def dice_of(image):
+    """What the Dice of a case (D, H, W[, 3]) is called beside one of its slices."""
+    return "volume Dice" if len(image) > 1 else "Dice"
 
 
 def pack(label):
@@ -810,13 +901,13 @@ def unpack(packed, image):
 # ------------------------------------------------------------------------------ tables and pictures
 
 
-def write_scores(args, runs, window):
+def write_scores(args, runs, windows):
     """The table, on the screen too, and a CSV with a row per run, case and class.
 
-    window: inference.Window or None.
+    windows: the inference.Window of each run, None for slices.
     """
     rows = summarize(runs, "mm" if all(e.spacing_known for e in runs.entries) else "px")
-    title = scores_title(args, runs, window)
+    title = scores_title(args, runs, windows)
     if args.baseline:
         patient = [entry.patient for entry in runs.entries]
         baselines = find_baselines(args.baseline, runs.groups, args.checkpoints)
@@ -832,21 +923,31 @@ def write_scores(args, runs, window):
     absent = [name for name in runs.info.classes[1:] if name not in runs.classes]
     found = dict(title=title, rows=rows, absent=absent, args=vars(args))
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
-    text = f"{title}\n\n{markdown(list(map(with_small_p, rows)))}"
+    text = f"{title}\n\n{markdown(list(map(with_small_p, rows)))}\n\n{COLUMNS}"
     if absent:
         text += f"\n\n{h5.without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
 
 
-def scores_title(args, runs, window):
-    """What stands above the table."""
+COLUMNS = (  # below the table
+    "HD95, ASD: distances between surfaces; 95th percentile of both directions, and mean from "
+    "output to truth\n"
+    "one empty: pairs of a case and a class in which either the output or the truth is empty; Dice "
+    "is 0, a distance is the grid's diagonal"
+)
+
+
+def scores_title(args, runs, windows):
+    """What stands above the table. windows: of write_scores()"""
     title = (
         f"{runs.info.name}, {args.split}, {len(runs.entries)} cases, mean over cases, then "
         "classes; ± over seeds"
     )
-    if window:
-        title += f"; {window}"
+    if args.split == "val" and "best.pt" in map(os.path.basename, args.checkpoints):
+        title += "; val chose these checkpoints (best.pt)"
+    if any(windows):
+        title += f"; {' or '.join(dict.fromkeys(map(str, windows)))}"
     resampled = sum(entry.source_grid is not None for entry in runs.entries)
     if resampled and args.grid == "source":
         title += "; scored on the sources' own grids"
@@ -883,10 +984,10 @@ def score_rows(args, runs):
     return rows
 
 
-def write_quality(args, runs, judge, cost):
+def write_quality(args, runs, judge, costs):
     """The tables, pictures and CSV of --qp. -> the names of further files, in words
 
-    runs: Scored; cost: a sentence.
+    runs: Scored; costs [runs] of Cost.
     """
     info = runs.info
     ours, reference = judge.ours, judge.reference
@@ -895,7 +996,7 @@ def write_quality(args, runs, judge, cost):
     patient = {e.name: e.patient for entries in info.splits.values() for e in entries}
     tables = compare_rows(runs.groups, ours.pair, reference and reference.pair, patient)
     shown, curves = triage(*ours.pair)
-    title = quality_title(args, runs, ours, reference) + cost
+    title = quality_title(args, runs, ours, reference) + cost_line(costs)
     true = [plain_dice(outputs.shared, outputs.total) for outputs in ours.outputs]  # [N, K-1] each
     first = next(iter(tables))  # "present", unless no class is
 
@@ -907,7 +1008,7 @@ def write_quality(args, runs, judge, cost):
     ranks = dict(rows=shown, curves=curves)
     found = dict(title=title, levels=tables, triage=ranks, args=vars(args))
     write_text(os.path.join(args.out, "quality.json"), json.dumps(found, indent=1))
-    write_csv(os.path.join(args.out, "quality.csv"), quality_rows(args, runs, ours, true, sample))
+    write_csv(os.path.join(args.out, "quality.csv"), quality_csv(args, runs, ours, true, sample))
 
     means = [
         {key: value for key, value in row.items() if key != "run"}
@@ -947,7 +1048,7 @@ def quality_title(args, runs, ours, reference):
     return title
 
 
-def quality_rows(args, runs, ours, true, sample):
+def quality_csv(args, runs, ours, true, sample):
     """The rows of quality.csv: one per run, sample and class.
 
     true [runs] of [N, K-1]: Dice; sample: what one is called.
@@ -975,7 +1076,11 @@ def draw_quality(args, runs, ours, true, rows):
     panels = {}
     for group in runs.groups:
         i = group.members[0]
-        panels[f"{group.name}, labeled {group.labeled}"] = (ours.outputs[i].estimates["g"], true[i])
+        title = f"{group.name}, labeled {group.labeled}"
+        if len(group.members) > 1:
+            title += f", seed {runs.states[i]['args']['seed']}"
+        outputs = ours.outputs[i]
+        panels[title] = outputs.estimates["g"], true[i], outputs.present
     classes = [runs.info.classes[0], *runs.classes]
     figures.quality(os.path.join(args.out, "quality.png"), panels, classes)
     figures.estimates(os.path.join(args.out, "estimates.png"), rows)
@@ -1020,7 +1125,7 @@ def case_panels(runs, f, c, mark, names):
     for name, group in zip(names, runs.groups):
         i = group.members[0]
         dice = case_dice(runs.scores, [i])[c]
-        title = "\n".join([*textwrap.wrap(name, 30), f"Dice {dice:.3f}"])
+        title = "\n".join([*textwrap.wrap(name, 30), f"{dice_of(image)} {dice:.3f}"])
         mask = unpack(runs.drawings[i][c], image)
         panels.append(figures.Panel(title, image[z], mask, entry.aspect))
     return panels
@@ -1042,10 +1147,24 @@ def draw_curves(args):
     return ", curves.png"
 
 
+def best_run(args, runs):
+    """The number of the run that is best on val. Another split is for the report, not for choosing.
+
+    A checkpoint holds the best Dice that its run had on val; the one of that very step goes before
+    others of the run. Where val itself is scored, or a checkpoint holds no Dice, the table decides.
+    """
+    best = [_dict(state, "best") for state in runs.states]
+    numbers = range(len(best))
+    if args.split == "val" or not all(isinstance(b.get("dice"), float) for b in best):
+        return max(numbers, key=lambda i: case_dice(runs.scores, [i]).mean())
+    return max(
+        numbers, key=lambda i: (best[i]["dice"], best[i].get("step") == runs.states[i].get("step"))
+    )
+
+
 def next_command(args, runs):
     """What to do with the best run, as a command."""
-    dice = [case_dice(runs.scores, [i]).mean() for i in range(len(runs.scores))]
-    best = args.checkpoints[int(np.argmax(dice))]
+    best = args.checkpoints[best_run(args, runs)]
     quality_predictor = ["--qp", args.qp] if args.qp else []
     command = ["python", "evaluate.py", "NEW", best, "--predict", *quality_predictor]
     return shlex.join([*command, "--out", "runs/new"]) + "    (NEW: images without labels)"
@@ -1159,7 +1278,7 @@ def parse_args(argv=None):
 
 
 def cores():
-    """How many this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -1194,6 +1313,7 @@ def main(argv=None):
     voxels = sum(math.prod(entry.grid) for entry in entries)
     keep = voxels * info.channels * 5 < KEEP
     cases = None
+    windows, costs = [], []  # [runs]
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):
             net, _ = checkpoints.load_run(path, args.weights, on)
@@ -1201,19 +1321,21 @@ def main(argv=None):
             if cases is None or size != cases.size:
                 cases = inference.Cases(info, split, size, runs.names, keep)
             window = inference.window_of(size, args, args.batch)
+            windows.append(window)
             found = inference.predict_cases(net, cases, on, window, args.batch)
-            found = progress(found, len(cases), path)
+            found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
             scores, runs.drawings[i] = score_run(args, cases, found, pool, draws)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
             if judge:
                 judge_run(args, judge, runs, path, net, on)
+                costs.append(cost_of(net, judge.g, info, size, on))
 
     # tables and pictures
-    write_scores(args, runs, window)
+    write_scores(args, runs, windows)
     written = "summary.md, summary.json, cases.csv"
     if judge:
-        written += write_quality(args, runs, judge, cost_of(net, judge.g, info, size, on))
+        written += write_quality(args, runs, judge, costs)
     if args.pictures:
         written += draw(args, runs)
     print(f"\nwrote {args.out}/{written}\nnext: {next_command(args, runs)}")

@@ -284,7 +284,7 @@ class Report(NamedTuple):
     """What a g is worth on val."""
 
     rows: list  # of a table: agreement with the true Dice
-    panels: dict  # {kind of masks: (predicted, true) [N, K-1]}
+    panels: dict  # {kind of masks: (predicted, true, present) [N, K-1]}
     image_dependence: dict  # {change of the image: correlation with g's answers before}
 
 
@@ -296,7 +296,7 @@ def make_report(g, data, on):
         estimate = inference.estimate_masks(g, masks, on, most=2000)
         predicted, true, present = (v[:, data.held] for v in estimate)  # [N, K-1] each
         rows += metrics.quality_rows(title, predicted, true, present, data.classes)
-        panels[title] = predicted, true
+        panels[title] = predicted, true, present
     return Report(rows, panels, image_dependence(g, data.synthetic, on))
 
 
@@ -683,7 +683,8 @@ def print_start(run, data):
 
 
 def print_end(report, text, data, args):
-    if is_blind(*report.panels["synthetic masks"]):
+    predicted, true, _ = report.panels["synthetic masks"]
+    if is_blind(predicted, true):
         print(
             "warning: g hardly tells good from bad masks of val (Pearson's r is below "
             f"{BLIND}), so it has learned nothing; try more --epochs or masks, and look at the "

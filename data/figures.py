@@ -279,21 +279,23 @@ def comparison(path, values):
 def quality(path, panels, classes):
     """True against predicted quality, one panel each, with the calibration line.
 
-    panels: {title: (predicted, true)}, both [N, K-1]
+    panels: {title: (predicted, true, present)}, each [N, K-1]; present: whether the truth holds the
+    class
     """
-    figure, axes = grid_of(len(panels), columns=4, width=(3.4, 0), height=(3.9, 0))
-    for axis, (title, (predicted, true)) in zip(axes.flat, panels.items()):
+    figure, axes = grid_of(len(panels), columns=4, width=(3.4, 0), height=(4.1, 0))
+    for axis, (title, (predicted, true, present)) in zip(axes.flat, panels.items()):
         axis.plot([0, 1], [0, 1], color="0.6", lw=1, zorder=0)
         for k in range(predicted.shape[1]):
             look = dict(s=6, alpha=0.35, linewidths=0, color=color(k))
             axis.scatter(predicted[:, k], true[:, k], **look)
-        predicted, true = predicted.ravel(), true.ravel()
         at = np.unique(predicted)
-        line = monotone(predicted, true)(at)
+        line = monotone(predicted.ravel(), true.ravel())(at)
         axis.plot(at, line, color="black", lw=1.5, label="calibration: mean true Dice, monotone")
-        found = agreement(predicted, true)
-        r = found["pearson"] or 0
-        axis.set_title(f"{title}\nMAE {found['mae']:.3f}, r {r:.3f}", fontsize=9)
+        said = [
+            in_words("classes that are present", predicted[present], true[present]),
+            in_words("present or absent (all dots)", predicted.ravel(), true.ravel()),
+        ]
+        axis.set_title("\n".join([title, *said]), fontsize=8)
         axis.set(xlabel="predicted Dice", ylabel="true Dice", aspect="equal")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     dot = dict(ls="", marker="o", markersize=4)
@@ -301,6 +303,13 @@ def quality(path, panels, classes):
     handles += axes.flat[0].get_legend_handles_labels()[0]
     legend_below(figure, handles, ncols=min(axes.shape[1], 3))
     save_figure(figure, path)
+
+
+def in_words(which, predicted, true):
+    """How well predicted quality [n] agrees with the true one, a line of a title."""
+    found = agreement(predicted, true)
+    mae, r = ("-" if found[k] is None else f"{found[k]:.3f}" for k in ("mae", "pearson"))
+    return f"{which}: MAE {mae}, r {r}"
 
 
 def estimates(path, rows):
@@ -327,6 +336,7 @@ def estimates(path, rows):
             axis.scatter(values, range(len(names)), label=run, zorder=3, **look)
         axis.grid(axis="x", lw=0.4)
         axis.set_xlabel(title)
+        axis.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])  # few and short numbers
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     legend_below(figure, axes[0].get_legend_handles_labels()[0], ncols=2)

@@ -252,16 +252,26 @@ def at_level(outputs, level, case, name=None):
 def at_volumes(outputs, case, name=None):
     """The entries of the level "volume", see at_level(). -> two arrays [volumes x (K-1)]"""
     names, volume = np.unique(case, return_inverse=True)
-
-    def add(values):  # [N, K-1] -> [volumes, K-1]
-        return np.stack([np.bincount(volume, column) for column in values.T], 1)
-
     if name is None:
-        found = plain_dice(add(outputs.shared), add(outputs.total))
+        found = plain_dice(sums(outputs.shared, volume), sums(outputs.total, volume))
     else:
-        weight = outputs.area + 1e-6
-        found = add(outputs.estimates[name] * weight) / add(weight)
+        found = area_mean(outputs.estimates[name], outputs.area, case)
     return found.ravel(), np.repeat(names, found.shape[1])
+
+
+def area_mean(values, area, case):
+    """The mean of each volume's samples, weighted with the output's area. -> [volumes, K-1]
+
+    values, area [N, K-1]; case [N]: of each sample. Volumes are in the order of their names.
+    """
+    volume = np.unique(case, return_inverse=True)[1]
+    weight = area + 1e-6  # where no sample has an output, all count alike
+    return sums(values * weight, volume) / sums(weight, volume)
+
+
+def sums(values, volume):
+    """Sums over the samples of each volume. values [N, K-1], volume [N] -> [volumes, K-1]"""
+    return np.stack([np.bincount(volume, column) for column in values.T], 1)
 
 
 def compare_rows(groups, ours, reference, patient):
@@ -398,15 +408,16 @@ def found_by(estimate, bad):
     return [float((lowest(estimate, s * len(bad)) * bad).sum() / bad.sum()) for s in shares]
 
 
-def quality_rows(title, predicted, true, present, classes):
+def quality_rows(masks, predicted, true, present, classes):
     """Agreement over all classes, and in parts. predicted, true, present [N, K-1] -> rows
 
+    masks: what these are, in words.
     Where some slice lacks a class, classes that are present and absent have a row each. Of several
     foreground classes, each has a row where it is present.
     """
 
     def row(entries, chosen):
-        return dict(run=title, entries=entries, **agreement(predicted[chosen], true[chosen]))
+        return dict(masks=masks, entries=entries, **agreement(predicted[chosen], true[chosen]))
 
     rows = [row("all", np.ones_like(present))]
     if not present.all():

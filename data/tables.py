@@ -10,13 +10,16 @@ from data.files import replacing
 def show(value):
     """A table's cell: values over seeds as 'mean ± deviation' (n - 1), an interval 'low to high'.
 
-    None, a value that does not exist, is '-'.
+    Counts of one seed are integers, of several their mean has one decimal. None, a value that does
+    not exist, is '-'.
     """
     if isinstance(value, tuple):
         return " to ".join(f"{v:.3f}" for v in value)
     if isinstance(value, list):
-        mean = f"{np.mean(value):.2f}"
-        return f"{mean} ± {np.std(value, ddof=1):.2f}" if len(value) > 1 else mean
+        counts = all(isinstance(v, int) for v in value)
+        digits = 2 if not counts else 1 if len(value) > 1 else 0
+        mean = f"{np.mean(value):.{digits}f}"
+        return f"{mean} ± {np.std(value, ddof=1):.{digits}f}" if len(value) > 1 else mean
     if isinstance(value, float):
         return f"{value:.3f}"
     return "-" if value is None else str(value)

@@ -19,7 +19,7 @@ from scipy import stats
 import evaluate
 import models
 import train_ssl
-from data import figures, h5, images, loading, metrics, nifti, phantom
+from data import figures, h5, images, loading, metrics, nifti, phantom, tables
 from models import checkpoints, inference
 from models.checkpoints import save_checkpoint
 from models.device import compute
@@ -725,7 +725,9 @@ def test_metrics_of_a_volume_are_those_of_the_stacked_slices(gray, tmp_path, mon
         z = (truth > 0).sum((1, 2)).argmax()
         (_, image, none, _), (_, _, drawn, _), (title, _, outline, _) = row
         assert (
-            none is None and (drawn == truth[z]).all() and title.endswith(f"Dice {mean[name]:.3f}")
+            none is None
+            and (drawn == truth[z]).all()
+            and title.endswith(f"volume Dice {mean[name]:.3f}")
         )
         assert (outline == label[z]).all() and (label != label[:1]).any()
 
@@ -934,6 +936,95 @@ def test_a_baseline_that_is_none_is_refused(gray, tmp_path, refused, monkeypatch
 # --------------------------------------------------------------------------------------------- rows
 
 
+def rows_of(states):
+    """Name and members of each row."""
+    paths = [f"{i}/best.pt" for i in range(len(states))]
+    return [(name, members) for name, _, members in evaluate.group_runs(states, paths)]
+
+
+@pytest.mark.parametrize(
+    "runs, rows",
+    [  # (seed, path of g, its checksum) of each run
+        ([(0, "qp.pt", 1), (1, "/a/qp.pt", 1)], {"": [0, 1]}),
+        ([(0, "a.pt", 1), (1, "b.pt", 2), (2, "c.pt", 3)], {"": [0, 1, 2]}),
+        ([(0, "a.pt", 1), (0, "b.pt", 2)], {" (qp=a.pt)": [0], " (qp=b.pt)": [1]}),
+        ([(0, "a.pt", 1), (0, "a.pt", 2)], {" (qp=a.pt)": [0], " (qp=a.pt, checksum 2)": [1]}),
+        (
+            [(0, "a.pt", 1), (1, "./a.pt", 1), (0, "b.pt", 2), (1, "b.pt", 2)],
+            {" (qp=a.pt)": [0, 1], " (qp=b.pt)": [2, 3]},
+        ),
+        (
+            [(0, "a.pt", 1), (1, "a.pt", 1), (2, "b.pt", 2)],
+            {" (qp=a.pt)": [0, 1], " (qp=b.pt)": [2]},
+        ),
+        ([(0, None, None), (1, None, None)], {"": [0, 1]}),
+        ([(0, "a.pt", None), (1, "b.pt", None)], {"": [0, 1]}),  # older, without checksums
+    ],
+)
+def test_a_g_is_known_by_its_file_and_not_by_its_path(runs, rows, gray, tmp_path):
+    state = torch.load(make_run(tmp_path, h5.read_info(gray)), weights_only=True)
+    states = []
+    for seed, path, checksum in runs:
+        states.append(dict(state, args=state["args"] | dict(seed=seed, qp=path)))
+        if checksum:
+            states[-1]["inputs"] = dict(qp=checksum, unlabeled=None)
+    assert rows_of(states) == [(f"supervised{extra}", who) for extra, who in rows.items()]
+
+
+def test_unlabeled_pictures_are_known_by_their_file(gray, tmp_path):
+    state = torch.load(make_run(tmp_path, h5.read_info(gray)), weights_only=True)
+    states = [
+        dict(state, args=state["args"] | dict(seed=i, unlabeled=path), inputs=dict(unlabeled=crc))
+        for i, (path, crc) in enumerate((("u.h5", 1), ("/a/u.h5", 1), ("v.h5", 2)))
+    ]
+    assert rows_of(states) == [
+        ("supervised (unlabeled=u.h5)", [0, 1]),
+        ("supervised (unlabeled=v.h5)", [2]),
+    ]
+
+
+def test_the_next_command_is_of_the_run_that_is_best_on_val():
+    """A run is not chosen by its score on test; last.pt has the best Dice of its run, too."""
+    dices = [[[metrics.Score(d, 0, 0, 0, False)]] for d in (0.9, 0.5, 0.6)]
+    best = [dict(best=dict(dice=d, step=8), step=s) for d, s in ((0.4, 8), (0.7, 9), (0.7, 8))]
+    choose = lambda split, states: evaluate.best_run(
+        types.SimpleNamespace(split=split), types.SimpleNamespace(scores=dices, states=states)
+    )
+    assert choose("test", best) == choose("held_out", best) == 2
+    assert choose("val", best) == 0
+    assert choose("test", [*best[:2], {}]) == choose("test", [*best[:2], dict(best=3)]) == 0
+
+
+def test_counts_are_whole_numbers():
+    assert [tables.show(v) for v in ([11], [11, 12], [0.5], [1.0, 2.0])] == [
+        "11",
+        "11.5 ± 0.7",
+        "0.50",
+        "1.50 ± 0.71",
+    ]
+
+
+def test_the_title_names_what_each_run_saw(volumes, tmp_path):
+    """Windows of both sizes; with --qp the cost of both networks."""
+    info, out = h5.read_info(volumes), tmp_path / "o"
+    sizes = ((16, 16, 16), (16, 16, 32))
+    runs = [make_run(tmp_path / str(i), info, size=size) for i, size in enumerate(sizes)]
+    evaluate.main([volumes, *runs, "--out", str(out), "--pictures", "0"])
+    text = (out / "summary.md").read_text()
+    for words in (
+        "16 x 16 x 16, stride 8 x 8 x 8 or",
+        "16 x 16 x 32",
+        "val chose these checkpoints",
+    ):
+        assert words in text
+    table = [line.split(" | ") for line in text.split("\n") if line.startswith("|")]
+    assert table[2][table[0].index("one empty")].isdigit() and "\none empty: " in text
+    costs = [evaluate.Cost("a patch of 8", f, "1 GFLOPs") for f in ("2 GFLOPs", "3 GFLOPs")]
+    assert (
+        evaluate.cost_line(costs * 2) == "Cost of a patch of 8: f 2 GFLOPs or 3 GFLOPs, g 1 GFLOPs."
+    )
+
+
 def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     info = h5.read_info(gray)
     settings = [
@@ -980,6 +1071,14 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
         name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
     ] == ["supervised", "supervised + correction"]
     states[2]["args"]["correct"] = False
+    states[2]["args"]["younger"] = 0.5  # an option of tomorrow, which the other run does not know
+    assert rows_of(states[1:3]) == [("supervised", [0, 1])]
+    later = dict(states[1], args=states[2]["args"] | dict(younger=0.7, seed=5))
+    assert rows_of([*states[1:3], later]) == [
+        ("supervised (younger=0.5)", [0, 1]),
+        ("supervised (younger=0.7)", [2]),
+    ]
+    del states[2]["args"]["younger"]
     groups = evaluate.group_runs(
         states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"]
     )

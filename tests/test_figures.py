@@ -197,7 +197,8 @@ def test_curves_of_several_runs(tmp_path, drawn, refused):
 def test_the_calibration_line_is_the_monotone_map(drawn):
     rng = np.random.default_rng(0)
     predicted, true = rng.random((40, 2)), rng.random((40, 2))
-    figures.quality("q.png", {"run": (predicted, true)}, ["background", "a", "b"])
+    present = np.arange(80).reshape(40, 2) % 3 > 0
+    figures.quality("q.png", {"run": (predicted, true, present)}, ["background", "a", "b"])
     axis = drawn[0][1].axes[0]
     x, y = axis.lines[1].get_xydata().T
     assert (
@@ -207,6 +208,38 @@ def test_the_calibration_line_is_the_monotone_map(drawn):
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted Dice", "true Dice")
     points = axis.collections[0].get_offsets()
     assert np.allclose(points, np.stack([predicted[:, 0], true[:, 0]], 1))
+    r = [np.corrcoef(predicted[at], true[at])[0, 1] for at in (present, np.ones_like(present))]
+    title, *said = axis.get_title().split("\n")
+    assert title == "run" and [line.split(":")[0] for line in said] == [
+        "classes that are present",
+        "present or absent (all dots)",
+    ]
+    assert [line.split(", r ")[1] for line in said] == [f"{value:.3f}" for value in r]
+
+
+def test_quality_without_a_present_class(drawn):
+    """Nothing can be correlated."""
+    zero = np.zeros((3, 1))
+    figures.quality("q.png", {"run": (zero, zero + 1, zero > 0)}, ["background", "a"])
+    assert "present: MAE -, r -\n" in drawn[0][1].axes[0].get_title()
+
+
+def test_numbers_below_the_estimates_do_not_touch(drawn):
+    rng = np.random.default_rng(0)
+    names = ("g", "mean confidence", "agreement of student and teacher")
+    for low, high in ((0, 1), (-0.1, 0.9), (0.11, 0.19), (0.5, 0.5001)):
+        found = [{"Pearson": v, "MAE calibrated": v / 4} for v in rng.uniform(low, high, 3)]
+        figures.estimates("e.png", [{"run": "a", "estimate": n} | f for n, f in zip(names, found)])
+        figure = drawn[-1][1]
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            boxes = [
+                label.get_window_extent()
+                for label in axis.get_xticklabels()
+                if axis.get_xlim()[0] <= label.get_position()[0] <= axis.get_xlim()[1]
+            ]
+            assert 2 <= len(boxes) <= 5
+            assert all(a.x1 + 4 < b.x0 for a, b in zip(boxes, boxes[1:]))
 
 
 # ---------------------------------------------------------------------------------- while it trains

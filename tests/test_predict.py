@@ -792,3 +792,13 @@ def test_files_that_pass_for_channels_and_axes_that_nobody_knows_are_noted(tmp_p
         assert [case.name for case in found] == ["case"]
         assert "2 of 3 files are further channels" in said
         assert ("does not know along which body axes" in said) == noted
+
+
+@pytest.mark.parametrize("kind, says", [("gray", "volume Dice"), ("rgb", "Dice")])
+def test_the_dice_of_a_volume_is_named_beside_its_slice(kind, says, request):
+    info = h5.read_info(request.getfixturevalue(kind))
+    entry = info.entries("val")[0]
+    drawing = evaluate.pack(np.zeros(entry.grid[-2:], np.uint8))
+    row = evaluate.Predicted(np.array([0.2, 0.4]), entry, "a.png", 0, drawing)
+    (panel,) = evaluate.worst_panels(info, "val", [row])
+    assert panel.title.endswith(f"\npredicted {says} 0.30")

@@ -122,7 +122,7 @@ def test_it_learns_to_tell_good_from_bad(head, more, discs, tmp_path):
     )
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(
-        r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all"
+        r for r in report["rows"] if r["masks"] == "synthetic masks" and r["entries"] == "all"
     )
     assert synthetic["pearson"] > 0.8
     assert report["image_dependence"]["blank image"] < 0.7
@@ -135,7 +135,7 @@ def test_report(kind, request):
     _, qp = request.getfixturevalue(f"{kind}_quality")
     folder, K = os.path.dirname(qp), 4 if kind == "gray" else 2
     report = json.load(open(os.path.join(folder, "qp.json")))
-    titles = {(r["run"], r["entries"]) for r in report["rows"]}
+    titles = {(r["masks"], r["entries"]) for r in report["rows"]}
     for run in ("synthetic masks", "real outputs"):
         assert (run, "all") in titles and ((run, "present") in titles) == (K > 2)
         assert K == 2 or {(run, "myocardium"), (run, "absent")} <= titles
