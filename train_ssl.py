@@ -607,7 +607,7 @@ def qar_loss(g, nets, image):
 
 
 def qar_images(u, args):
-    """--qar-share of this process's unlabeled images; at least two, for batch norm."""
+    """--qar-share of this process's unlabeled images; for batch norm two or more, if there are."""
     return u[: max(2, math.ceil(args.qar_share * len(u)))]
 
 
@@ -640,6 +640,11 @@ def lambdas(args, t):
     lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
     lam_qar = args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
     return lam, lam_qar
+
+
+def uses_unlabeled(args):
+    """Whether a run looks at unlabeled images at all: for its method, or for QAR."""
+    return args.method != "supervised" or args.qar > 0
 
 
 def needs_unlabeled(args, step):
@@ -1297,7 +1302,7 @@ def set_defaults(args, info):
         **options,
     )
     least = args.batch
-    if args.method != "supervised":
+    if uses_unlabeled(args):
         least = min(args.batch, args.batch_unlabeled)
     try:
         models.check(network, loading.shape_of(args.size), least)

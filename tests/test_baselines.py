@@ -196,6 +196,15 @@ def test_onset_counts_the_steps_without_lambda():
     )  # there are no unlabeled images
 
 
+@pytest.mark.parametrize("more", [("--method", "ict"), ("--qar", "0.01", "--qp", "g.pt")])
+def test_one_unlabeled_image_of_one_pixel_is_refused(more, gray):
+    """QAR sends unlabeled images through f, too, in a supervised run as well."""
+    deep = "--model resnet_unet --width 8 --size 32 --batch 2 --batch-unlabeled 1"
+    args = train_ssl.parse_args([gray, "--out", "o", *deep.split(), *more])
+    with pytest.raises(h5.InputError, match="one image of 32 x 32 is a single pixel"):
+        train_ssl.set_defaults(args, h5.read_info(gray))
+
+
 def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):
     """A batch of one unlabeled image is too small for a network that ends in one pixel.
 
