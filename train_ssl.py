@@ -963,6 +963,7 @@ def overlays(samples, mask):
 
 NOTHING = 0.01  # val Dice up to which nothing has been learned
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]
+REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
 
@@ -1001,14 +1002,20 @@ def advice(parts):
 
 
 def alarm(parts, dice, best, args):
-    """A line for the log where pseudo-labels collapse, else "".
+    """A line for the log where pseudo-labels teach nothing or collapse, else "".
 
     parts: means since the last validation; dice, best: of val, now and so far
 
+    Where guidance rejects them all, training is a supervised one, whatever --lam says.
     Pseudo-labels collapse where their share of foreground is under a third, or over three times,
     that of the labels, or where val lost a third of its best Dice. The share is a mean over
     classes, so that one vanished class of several may go unseen.
     """
+    if args.weight != "none" and parts.get("weight", 1) < REJECTED:
+        who, where = "--weight-threshold", ""
+        if args.weight == "quality":
+            who, where = "g, or --weight-threshold,", "; see qp.md"
+        return f"warning: {who} rejects (nearly) all pseudo-labels{where}"
     share = parts.get("share")
     truth = parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:

@@ -134,6 +134,35 @@ def test_the_alarm_names_what_a_run_can_change():
     assert "guidance" not in fell("--method", "ict", "--weight", "quality", "--qp", "g")
 
 
+@pytest.mark.parametrize(
+    "weight, says",
+    [
+        ("quality", "g, or --weight-threshold, rejects (nearly) all pseudo-labels; see qp.md"),
+        ("confidence", "--weight-threshold rejects (nearly) all pseudo-labels"),
+    ],
+)
+def test_the_alarm_says_first_that_all_pseudo_labels_are_rejected(weight, says):
+    """Then lambda changes nothing, and no advice is about it."""
+    guided = ["--method", "ict", "--weight", weight, "--qp", "g"]
+    args = train_ssl.parse_args(["d", "--out", "o", *guided])
+    fallen = {"share": 0.0, "share_y": 0.04}
+    assert train_ssl.alarm(fallen | {"weight": 0.0}, 0.1, 0.9, args) == f"warning: {says}"
+    assert "--lam" in train_ssl.alarm(fallen | {"weight": 0.02}, 0.1, 0.9, args)
+    assert "share" not in train_ssl.alarm({"share_y": 0.04}, 0.1, 0.9, args)  # lambda is 0
+    args = train_ssl.parse_args(["d", "--out", "o", "--method", "bcp", "--paste", "1"])
+    assert "rejects" not in train_ssl.alarm(fallen | {"weight": 0.0}, 0.1, 0.9, args)
+
+
+def test_a_g_that_rejects_everything_is_told(gray, gray_quality, tmp_path, capsys):
+    run = f"--method ict {SMALL} --steps 2 --eval-every 2 --lam-warmup 0 --lam-ramp 0"
+    reject = ["--weight", "quality", "--weight-threshold", "1", "--qp", gray_quality[1]]
+    train_ssl.main([gray, "--out", str(tmp_path), *run.split(), *reject])
+    with open(tmp_path / "log.csv", newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row["note"].startswith("warning: g, or --weight-threshold, rejects")
+    assert row["note"] in capsys.readouterr().out
+
+
 def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkeypatch, capsys):
     """A teacher finds nothing: the line stands once on the screen and in each row of the log.
 
