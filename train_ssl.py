@@ -637,7 +637,9 @@ def lambdas(args, t):
     While the first is 0, a step is a supervised one. Unlabeled images would only slow it, and in a
     batch with the labeled ones they would shift the statistics of batch norm.
     """
-    lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
+    lam = 0.0
+    if args.method != "supervised":
+        lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
     lam_qar = args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
     return lam, lam_qar
 
@@ -649,8 +651,7 @@ def uses_unlabeled(args):
 
 def needs_unlabeled(args, step):
     """Whether anybody will look at a step's unlabeled images."""
-    lam, lam_qar = lambdas(args, (step - 1) / args.steps)
-    return bool(lam_qar or (lam and args.method != "supervised"))
+    return any(lambdas(args, (step - 1) / args.steps))
 
 
 def onset(args):
@@ -760,7 +761,8 @@ def views(fetched, K, args, device):
 def load_data(info, args, compute):
     """Labeled and unlabeled slices or volumes, kept as --cache says; "auto" is decided here.
 
-    Labels of unlabeled cases are never read.
+    Labels of unlabeled cases are never read. Where nobody looks at unlabeled images, they are not
+    read, either, and None stands in their place.
     """
     labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
     h5.check_foreground(info, labeled)
@@ -769,6 +771,10 @@ def load_data(info, args, compute):
         parts.append((info, "unlabeled", None))
     if args.unlabeled:
         parts += second_file(args.unlabeled, info)
+    used = uses_unlabeled(args)
+    if parts and not used:
+        print(f"{count_samples(parts)} unlabeled {KINDS[info.dims]}, not used")
+        parts = []
     if args.cache == "auto":
         everything = [(info, "train", labeled), (info, "val", None), *parts]
         sizes = [loading.bytes_in_memory(i, s, args.size, names) for i, s, names in everything]
@@ -776,15 +782,29 @@ def load_data(info, args, compute):
     load = loading.load_slices if info.dims == 2 else loading.load_volumes
     if args.cache == "off":
         load = loading.Stored
-    train = unlabeled = load(info, "train", args.size, labeled)
+    train = load(info, "train", args.size, labeled)
+    unlabeled = train if used else None
     if parts:
         images = [load(i, split, args.size, names, labels=False) for i, split, names in parts]
         unlabeled = functools.reduce(operator.add, images)
-    elif args.method != "supervised":
+    elif used:
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
     if args.cache == "device":
-        return train.to(compute.device), unlabeled.to(compute.device)
+        train = train.to(compute.device)
+        unlabeled = unlabeled.to(compute.device) if used else None
     return train, unlabeled
+
+
+KINDS = {2: "slices", 3: "volumes"}  # of samples, by dims
+
+
+def count_samples(parts):
+    """The slices, or volumes, of (info, split, names), ... None: all cases."""
+    total = 0
+    for info, split, names in parts:
+        grids = [e.grid for e in info.entries(split) if names is None or e.name in names]
+        total += sum(math.prod(grid[: len(grid) - info.dims]) for grid in grids)
+    return total
 
 
 def second_file(path, info):
@@ -983,7 +1003,7 @@ def averaged(table, step, args):
     Those of the unlabeled loss are over the steps alone that had one.
     """
     lams = [lambdas(args, (s - 1) / args.steps)[0] for s in range(step - len(table) + 1, step + 1)]
-    weighed = [args.method != "supervised" and lam > 0 for lam in lams]
+    weighed = [lam > 0 for lam in lams]
     averages = dict(zip(PARTS, table.mean(0).tolist()))
     if not any(weighed):
         return {name: value for name, value in averages.items() if name not in OF_TERMS}
@@ -1459,11 +1479,14 @@ def tell_finished(args, state):
 
 
 def tell_start(run, args, labeled, unlabeled, first):
-    kind = {2: "slices", 3: "volumes"}[run.nets[0].config["dims"]]
+    count = f"{len(labeled)} labeled"
+    if unlabeled is not None:
+        count += f" and {len(unlabeled)} unlabeled"
+    kind = KINDS[run.nets[0].config["dims"]]
     place = dict(device="on the device", ram="in memory", off="read from disk")[args.cache]
     words = [
         f"{args.method}: {models.parameters(run.nets[0]) / 1e6:.1f} M parameters",
-        f"{len(labeled)} labeled and {len(unlabeled)} unlabeled {kind} ({place})",
+        f"{count} {kind} ({place})",
         str(run.compute),
     ]
     if distributed.world() > 1:
