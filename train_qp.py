@@ -372,6 +372,13 @@ def is_blind(predicted, true):
     return r is None or r < BLIND
 
 
+def keep_verdict(args, blind):
+    """Adds to qp.pt whether its g has learned nothing; load_quality() then says so."""
+    path = os.path.join(args.out, "qp.pt")
+    state = checkpoints.load_checkpoint(path, "qp")
+    save_checkpoint(path, **state | dict(blind=blind))
+
+
 # -------------------------------------------------------------------------- data, networks, saving
 
 
@@ -682,8 +689,8 @@ def print_start(run, data):
     )
 
 
-def print_end(report, text, data, args):
-    if is_blind(*report.panels["synthetic masks"]):
+def print_end(report, blind, text, data, args):
+    if blind:
         print(
             "warning: g hardly tells good from bad masks of val (Pearson's r is below "
             f"{BLIND}), so it has learned nothing; try more --epochs or masks, and look at the "
@@ -751,12 +758,14 @@ def main(argv=None):
     distributed.wait()  # for qp.pt
     kept, _ = checkpoints.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     report = make_report(kept, data, on)
+    blind = bool(is_blind(*report.panels["synthetic masks"]))
     text = report_text(report, run, data, args)
     if writes:
         write_report(report, text, run, data, args)
+        keep_verdict(args, blind)
     save_run(run, data, args, finished=True)
     distributed.wait()  # until everything is written
-    print_end(report, text, data, args)
+    print_end(report, blind, text, data, args)
 
 
 if __name__ == "__main__":

@@ -274,6 +274,30 @@ def test_a_g_that_learned_nothing(answer, blind):
     assert not train_qp.is_blind(answer(true), true * 0)  # which nobody can follow
 
 
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_blind_g_is_told_wherever_it_is_used(
+    blind, rgb, rgb_quality, tmp_path, monkeypatch, capsys
+):
+    """A file of an earlier version, which does not say, works without a note."""
+    monkeypatch.setattr(train_qp, "is_blind", lambda *_: blind)
+    options = "--head scalar --size 32 --width 8 --epochs 1 --batch 16".split()
+    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path), *options])
+    path = str(tmp_path / "qp.pt")
+    info, on = h5.read_info(rgb), evaluate.compute("cpu", "off")
+
+    def told():
+        capsys.readouterr()
+        checkpoints.load_quality(path, info, on)
+        return "hardly tells good from bad masks" in capsys.readouterr().out
+
+    assert ("warning: g hardly tells" in capsys.readouterr().out) == blind and told() == blind
+    state = torch.load(path, weights_only=True)
+    assert state.pop("blind") is blind
+    torch.save(state, path)
+    assert not told()
+
+
 def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
