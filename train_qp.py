@@ -21,6 +21,7 @@ slices or D, H, W of patches of volumes.
 import copy
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -190,8 +191,9 @@ class Data:
 
 
 def train_epoch(run, data, args, stop):
-    """Trains for an epoch, or the rest of one that was stopped. -> mean loss
+    """Trains for an epoch, or the rest of one that was stopped.
 
+    -> mean loss, and the learning rate of the epoch's first step
     stop: of postponed_signals(). If a signal comes, the process saves its steps and ends.
     """
     epoch = run.epoch + 1
@@ -211,9 +213,15 @@ def train_epoch(run, data, args, stop):
         run.losses.append(train_step(run, data.train, rows, args, step))
         leave_if_stopped(stop, run, data, args)
     loss = mean_losses(run).mean().item()
+    rate = rate_after(run.schedule, run.schedule.last_epoch - len(run.losses))
     run.epoch = epoch
     run.losses = []
-    return loss
+    return loss, rate
+
+
+def rate_after(schedule, steps):
+    """The learning rate of a cosine schedule after some steps; the schedule itself moves on."""
+    return schedule.base_lrs[0] * (1 + math.cos(math.pi * steps / schedule.T_max)) / 2
 
 
 def own_batches(rows, batch):
@@ -728,14 +736,15 @@ def main(argv=None):
 
     run = build_run(data, args, on, resumed, inputs)
     distributed.wait()  # until all have looked at what is in OUT
+    # The first column counts epochs. Its name is what readers of all logs look for.
     columns = ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"]
     writes = distributed.rank() == 0
-    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed)
+    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed, counts="epoch")
     print_start(run, data)
 
     with postponed_signals() as stop:
         while not is_over(run, args):
-            loss = train_epoch(run, data, args, stop)
+            loss, rate = train_epoch(run, data, args, stop)
             if args.head == "dense":
                 fit_temperature(run.g, data.real, on, data.held)
             error_synthetic = mean_error(run.g, data.synthetic, data, on)
@@ -746,7 +755,7 @@ def main(argv=None):
             log.write(
                 run.epoch,
                 loss=loss,
-                lr=run.optimizer.param_groups[0]["lr"],
+                lr=rate,
                 error_synthetic=error_synthetic,
                 error_real=error_real,
                 seconds=time.perf_counter() - run.start,

@@ -15,7 +15,7 @@ from conftest import make_pictures, quality, shared
 import corrupt
 import evaluate
 import train_qp
-from data import h5, images, phantom
+from data import figures, h5, images, phantom
 from data.quality_masks import load
 from models import checkpoints, inference
 from models.quality import DenseQualityPredictor, QualityPredictor, Seen, quality_target
@@ -322,6 +322,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
         "2",
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
+    told = capsys.readouterr().out
     step, calls = train_qp.train_step, []
 
     def dies(*args):
@@ -354,12 +355,21 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     )  # g is the moving average
     rows = [
         [
-            (r["step"], r["loss"], r["error_real"])
+            (r["step"], r["loss"], r["lr"], r["error_real"])
             for r in csv.DictReader(open(tmp_path / n / "log.csv"))
         ]
         for n in ("whole", "parts")
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 3
+    rates = [float(lr) for _, _, lr, _ in rows[0]]  # a cosine, by the first step of each epoch
+    first = {"dense": 1e-3, "scalar": 3e-4}[head]
+    assert rates == pytest.approx([first, 0.75 * first, 0.25 * first])
+    shown = [line.split() for line in told.splitlines() if line.split()[:2] == ["epoch", "loss"]]
+    assert shown and figures.read_log(str(tmp_path / "whole" / "log.csv"))["step"].tolist() == [
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.usefixtures("unrendered")
