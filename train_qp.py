@@ -263,12 +263,12 @@ def fit_temperature(g, masks, on, held, most=300):
     mine = inference.thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
     for rows in mine.split(samples_in(16, masks.mask.shape[1:])):
         x, label = masks.samples.batch(masks.index[rows], on.device)  # [B, C, *S], [B, *S]
-        mask = one_hot(masks.mask[rows].to(on.device), K)[:, 1:]
+        seen = Seen.of_label(x, masks.mask[rows].to(on.device), K)
         truth = one_hot(label, K)[:, 1:]
         with on.autocast():
-            logits = g.logits(Seen(x, mask))  # [M, V, B, K, *S]
-        true = true_dice(mask, truth)  # [B, K-1]
-        mask = resample(mask, g.size)
+            logits = g.logits(seen)  # [M, V, B, K, *S]
+        true = true_dice(seen.mask, truth)  # [B, K-1]
+        mask = resample(seen.mask, g.size)
         for_each = []
         for t in TEMPERATURES:
             answer = (logits / t).softmax(3).mean((0, 1))[:, 1:]  # [B, K-1, *S]
