@@ -603,22 +603,24 @@ def compare_estimates(g, by, samples, on, batch):
     for rows in torch.arange(len(samples)).split(batch):
         x, y = samples.batch(rows, on.device)
         mine = inference.class_probabilities(by.net, x, on)  # [B, K, *S]
-        mask = quality.foreground(mine)  # [B, K-1, *S]
+        seen = quality.Seen.of_label(x, mine.argmax(1), mine.shape[1])
+        mask = seen.mask  # [B, K-1, *S]
         truth = one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
-        says = estimates_of(g, by, x, mine, mask, on)  # {name: [B, K-1]}
+        says = estimates_of(g, by, seen, mine, on)  # {name: [B, K-1]}
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
     present, shared, area, total, *estimates = (np.concatenate(part) for part in zip(*parts))
     return Outputs(present, shared, area, total, dict(zip(says, estimates)))
 
 
-def estimates_of(g, by, x, mine, mask, on):
+def estimates_of(g, by, seen, mine, on):
     """All estimates of the quality of some outputs. -> {name: [B, K-1]}
 
-    x [B, C, *S]; mine [B, K, *S]: the probabilities of by.net; mask [B, K-1, *S]: its output.
+    seen: images and the output of by.net; mine [B, K, *S]: its probabilities.
     """
+    x = seen.image  # [B, C, *S]
     with on.autocast():
-        says = {"g": g(quality.Seen(x, mask))}
+        says = {"g": g(seen)}
     turned = augment.strong(augment.mirror(x, by.flip), 0.5)
     again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
     other = inference.class_probabilities(by.other, x, on)
@@ -655,7 +657,8 @@ def cost_of(net, g, info, size, on):
     """-> Cost. size: of slices or patches"""
     shape = loading.shape_of(size)
     x = torch.zeros(1, info.channels, *shape, device=on.device)
-    mask = torch.zeros(1, len(info.classes) - 1, *shape, device=on.device)
+    label = torch.zeros(1, *shape, device=on.device)
+    seen = quality.Seen.of_label(x, label, len(info.classes))
 
     def cost(net, given):
         return (
@@ -665,7 +668,7 @@ def cost_of(net, g, info, size, on):
     return Cost(
         shape=f"{'an image' if info.dims == 2 else 'a patch'} of {' x '.join(map(str, shape))}",
         f=cost(net, x),
-        g=cost(g, quality.Seen(x, mask)),
+        g=cost(g, seen),
     )
 
 
@@ -807,10 +810,10 @@ def predicted_quality(g, label, samples, size, on):
     says, areas = [], []
     for rows in torch.arange(len(samples)).split(samples_in(64, masks.shape[1:])):
         x, _ = samples.batch(rows, on.device)
-        m = one_hot(masks[rows].to(on.device), g.config["classes"])[:, 1:]  # [B, K-1, *S]
+        seen = quality.Seen.of_label(x, masks[rows].to(on.device), g.config["classes"])
         with on.autocast():
-            says.append(g(quality.Seen(x, m)).float().cpu().numpy())
-        areas.append(m.flatten(2).sum(2).cpu().numpy())
+            says.append(g(seen).float().cpu().numpy())
+        areas.append(seen.mask.flatten(2).sum(2).cpu().numpy())
     (dice,) = area_mean(np.concatenate(says), np.concatenate(areas), samples.case)  # of one case
     return dice
 

@@ -21,6 +21,7 @@ slices or D, H, W of patches of volumes.
 import copy
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -190,8 +191,9 @@ class Data:
 
 
 def train_epoch(run, data, args, stop):
-    """Trains for an epoch, or the rest of one that was stopped. -> mean loss
+    """Trains for an epoch, or the rest of one that was stopped.
 
+    -> mean loss, and the learning rate of the epoch's first step
     stop: of postponed_signals(). If a signal comes, the process saves its steps and ends.
     """
     epoch = run.epoch + 1
@@ -211,9 +213,15 @@ def train_epoch(run, data, args, stop):
         run.losses.append(train_step(run, data.train, rows, args, step))
         leave_if_stopped(stop, run, data, args)
     loss = mean_losses(run).mean().item()
+    rate = rate_after(run.schedule, run.schedule.last_epoch - len(run.losses))
     run.epoch = epoch
     run.losses = []
-    return loss
+    return loss, rate
+
+
+def rate_after(schedule, steps):
+    """The learning rate of a cosine schedule after some steps; the schedule itself moves on."""
+    return schedule.base_lrs[0] * (1 + math.cos(math.pi * steps / schedule.T_max)) / 2
 
 
 def own_batches(rows, batch):
@@ -255,12 +263,12 @@ def fit_temperature(g, masks, on, held, most=300):
     mine = inference.thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
     for rows in mine.split(samples_in(16, masks.mask.shape[1:])):
         x, label = masks.samples.batch(masks.index[rows], on.device)  # [B, C, *S], [B, *S]
-        mask = one_hot(masks.mask[rows].to(on.device), K)[:, 1:]
+        seen = Seen.of_label(x, masks.mask[rows].to(on.device), K)
         truth = one_hot(label, K)[:, 1:]
         with on.autocast():
-            logits = g.logits(Seen(x, mask))  # [M, V, B, K, *S]
-        true = true_dice(mask, truth)  # [B, K-1]
-        mask = resample(mask, g.size)
+            logits = g.logits(seen)  # [M, V, B, K, *S]
+        true = true_dice(seen.mask, truth)  # [B, K-1]
+        mask = resample(seen.mask, g.size)
         for_each = []
         for t in TEMPERATURES:
             answer = (logits / t).softmax(3).mean((0, 1))[:, 1:]  # [B, K-1, *S]
@@ -370,6 +378,13 @@ def is_blind(predicted, true):
         return False
     r = metrics.agreement(predicted.ravel(), true.ravel())["pearson"]
     return r is None or r < BLIND
+
+
+def keep_verdict(args, blind):
+    """Adds to qp.pt whether its g has learned nothing; load_quality() then says so."""
+    path = os.path.join(args.out, "qp.pt")
+    state = checkpoints.load_checkpoint(path, "qp")
+    save_checkpoint(path, **state | dict(blind=blind))
 
 
 # -------------------------------------------------------------------------- data, networks, saving
@@ -682,9 +697,8 @@ def print_start(run, data):
     )
 
 
-def print_end(report, text, data, args):
-    predicted, true, _ = report.panels["synthetic masks"]
-    if is_blind(predicted, true):
+def print_end(report, blind, text, data, args):
+    if blind:
         print(
             "warning: g hardly tells good from bad masks of val (Pearson's r is below "
             f"{BLIND}), so it has learned nothing; try more --epochs or masks, and look at the "
@@ -722,14 +736,15 @@ def main(argv=None):
 
     run = build_run(data, args, on, resumed, inputs)
     distributed.wait()  # until all have looked at what is in OUT
+    # The first column counts epochs. Its name is what readers of all logs look for.
     columns = ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"]
     writes = distributed.rank() == 0
-    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed)
+    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed, counts="epoch")
     print_start(run, data)
 
     with postponed_signals() as stop:
         while not is_over(run, args):
-            loss = train_epoch(run, data, args, stop)
+            loss, rate = train_epoch(run, data, args, stop)
             if args.head == "dense":
                 fit_temperature(run.g, data.real, on, data.held)
             error_synthetic = mean_error(run.g, data.synthetic, data, on)
@@ -740,7 +755,7 @@ def main(argv=None):
             log.write(
                 run.epoch,
                 loss=loss,
-                lr=run.optimizer.param_groups[0]["lr"],
+                lr=rate,
                 error_synthetic=error_synthetic,
                 error_real=error_real,
                 seconds=time.perf_counter() - run.start,
@@ -752,12 +767,15 @@ def main(argv=None):
     distributed.wait()  # for qp.pt
     kept, _ = checkpoints.load_quality(os.path.join(args.out, "qp.pt"), info, on)
     report = make_report(kept, data, on)
+    predicted, true, _ = report.panels["synthetic masks"]
+    blind = bool(is_blind(predicted, true))
     text = report_text(report, run, data, args)
     if writes:
         write_report(report, text, run, data, args)
+        keep_verdict(args, blind)
     save_run(run, data, args, finished=True)
     distributed.wait()  # until everything is written
-    print_end(report, text, data, args)
+    print_end(report, blind, text, data, args)
 
 
 if __name__ == "__main__":

@@ -607,7 +607,7 @@ def qar_loss(g, nets, image):
 
 
 def qar_images(u, args):
-    """--qar-share of this process's unlabeled images; at least two, for batch norm."""
+    """--qar-share of this process's unlabeled images; for batch norm two or more, if there are."""
     return u[: max(2, math.ceil(args.qar_share * len(u)))]
 
 
@@ -637,15 +637,21 @@ def lambdas(args, t):
     While the first is 0, a step is a supervised one. Unlabeled images would only slow it, and in a
     batch with the labeled ones they would shift the statistics of batch norm.
     """
-    lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
+    lam = 0.0
+    if args.method != "supervised":
+        lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
     lam_qar = args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
     return lam, lam_qar
 
 
+def uses_unlabeled(args):
+    """Whether a run looks at unlabeled images at all: for its method, or for QAR."""
+    return args.method != "supervised" or args.qar > 0
+
+
 def needs_unlabeled(args, step):
     """Whether anybody will look at a step's unlabeled images."""
-    lam, lam_qar = lambdas(args, (step - 1) / args.steps)
-    return bool(lam_qar or (lam and args.method != "supervised"))
+    return any(lambdas(args, (step - 1) / args.steps))
 
 
 def onset(args):
@@ -755,7 +761,8 @@ def views(fetched, K, args, device):
 def load_data(info, args, compute):
     """Labeled and unlabeled slices or volumes, kept as --cache says; "auto" is decided here.
 
-    Labels of unlabeled cases are never read.
+    Labels of unlabeled cases are never read. Where nobody looks at unlabeled images, they are not
+    read, either, and None stands in their place.
     """
     labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
     h5.check_foreground(info, labeled)
@@ -764,6 +771,10 @@ def load_data(info, args, compute):
         parts.append((info, "unlabeled", None))
     if args.unlabeled:
         parts += second_file(args.unlabeled, info)
+    used = uses_unlabeled(args)
+    if parts and not used:
+        print(f"{count_samples(parts)} unlabeled {KINDS[info.dims]}, not used")
+        parts = []
     if args.cache == "auto":
         everything = [(info, "train", labeled), (info, "val", None), *parts]
         sizes = [loading.bytes_in_memory(i, s, args.size, names) for i, s, names in everything]
@@ -771,15 +782,29 @@ def load_data(info, args, compute):
     load = loading.load_slices if info.dims == 2 else loading.load_volumes
     if args.cache == "off":
         load = loading.Stored
-    train = unlabeled = load(info, "train", args.size, labeled)
+    train = load(info, "train", args.size, labeled)
+    unlabeled = train if used else None
     if parts:
         images = [load(i, split, args.size, names, labels=False) for i, split, names in parts]
         unlabeled = functools.reduce(operator.add, images)
-    elif args.method != "supervised":
+    elif used:
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
     if args.cache == "device":
-        return train.to(compute.device), unlabeled.to(compute.device)
+        train = train.to(compute.device)
+        unlabeled = unlabeled.to(compute.device) if used else None
     return train, unlabeled
+
+
+KINDS = {2: "slices", 3: "volumes"}  # of samples, by dims
+
+
+def count_samples(parts):
+    """The slices, or volumes, of (info, split, names), ... None: all cases."""
+    total = 0
+    for info, split, names in parts:
+        grids = [e.grid for e in info.entries(split) if names is None or e.name in names]
+        total += sum(math.prod(grid[: len(grid) - info.dims]) for grid in grids)
+    return total
 
 
 def second_file(path, info):
@@ -958,6 +983,7 @@ def overlays(samples, mask):
 
 NOTHING = 0.01  # val Dice up to which nothing has been learned
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]
+REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
 
@@ -977,7 +1003,7 @@ def averaged(table, step, args):
     Those of the unlabeled loss are over the steps alone that had one.
     """
     lams = [lambdas(args, (s - 1) / args.steps)[0] for s in range(step - len(table) + 1, step + 1)]
-    weighed = [args.method != "supervised" and lam > 0 for lam in lams]
+    weighed = [lam > 0 for lam in lams]
     averages = dict(zip(PARTS, table.mean(0).tolist()))
     if not any(weighed):
         return {name: value for name, value in averages.items() if name not in OF_TERMS}
@@ -996,14 +1022,20 @@ def advice(parts):
 
 
 def alarm(parts, dice, best, args):
-    """A line for the log where pseudo-labels collapse, else "".
+    """A line for the log where pseudo-labels teach nothing or collapse, else "".
 
     parts: means since the last validation; dice, best: of val, now and so far
 
+    Where guidance rejects them all, training is a supervised one, whatever --lam says.
     Pseudo-labels collapse where their share of foreground is under a third, or over three times,
     that of the labels, or where val lost a third of its best Dice. The share is a mean over
     classes, so that one vanished class of several may go unseen.
     """
+    if args.weight != "none" and parts.get("weight", 1) < REJECTED:
+        who, where = "--weight-threshold", ""
+        if args.weight == "quality":
+            who, where = "g, or --weight-threshold,", "; see qp.md"
+        return f"warning: {who} rejects (nearly) all pseudo-labels{where}"
     share = parts.get("share")
     truth = parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
@@ -1297,7 +1329,7 @@ def set_defaults(args, info):
         **options,
     )
     least = args.batch
-    if args.method != "supervised":
+    if uses_unlabeled(args):
         least = min(args.batch, args.batch_unlabeled)
     try:
         models.check(network, loading.shape_of(args.size), least)
@@ -1447,11 +1479,14 @@ def tell_finished(args, state):
 
 
 def tell_start(run, args, labeled, unlabeled, first):
-    kind = {2: "slices", 3: "volumes"}[run.nets[0].config["dims"]]
+    count = f"{len(labeled)} labeled"
+    if unlabeled is not None:
+        count += f" and {len(unlabeled)} unlabeled"
+    kind = KINDS[run.nets[0].config["dims"]]
     place = dict(device="on the device", ram="in memory", off="read from disk")[args.cache]
     words = [
         f"{args.method}: {models.parameters(run.nets[0]) / 1e6:.1f} M parameters",
-        f"{len(labeled)} labeled and {len(unlabeled)} unlabeled {kind} ({place})",
+        f"{count} {kind} ({place})",
         str(run.compute),
     ]
     if distributed.world() > 1:

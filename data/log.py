@@ -18,17 +18,19 @@ class Log:
     screen.
     """
 
-    def __init__(self, out, columns, after=0, *, writes=True, fresh=True, shown=()):
+    def __init__(self, out, columns, after=0, *, writes=True, fresh=True, shown=(), counts="step"):
         """columns: of log.csv, "step" first.
 
         after: the step that a resumed run goes on from; later rows of it are dropped.
         writes: False for all but one of several processes, which keep no records.
         fresh: a former run is removed.
         shown: columns of the screen's table, which should fit into 80 characters; default: all.
+        counts: what the table calls the column "step".
         """
         self.writes = writes
         self.columns = columns
         self.shown = shown or columns
+        self.counts = counts
         self.lines = 0  # on the screen
         self.noted = False  # whether the last of them had a note
         if not writes:
@@ -73,7 +75,8 @@ class Log:
     def _show(self, row, note):
         """A line on the screen, past a bar, if there is one; the names of its columns at times."""
         if self.lines % 25 == 0:
-            tqdm.write(self._line({name: name for name in self.shown}))
+            heads = {name: name for name in self.shown} | {"step": self.counts}
+            tqdm.write(self._line(heads))
         tqdm.write(self._line({name: short(value) for name, value in row.items()}))
         if note and not self.noted:
             tqdm.write(note)

@@ -273,7 +273,8 @@ def load_quality(path, info, on, size=None, runs=None):
 
     InputError if it was trained for other classes, channels or intensities, or for patches of
     another size than `size`, those of f: it would see them at another scale.
-    runs: {path: args} of each f; a note says where its --flip is another than that of g.
+    runs: {path: args} of each f; a note says where its --flip is another than that of g. Another
+    note says that g has learned nothing, where train_qp.py has found so.
     """
     state = load_checkpoint(path, "qp")
     for key in ("classes", "channels", "dims"):
@@ -294,6 +295,8 @@ def load_quality(path, info, on, size=None, runs=None):
         raise InputError(f"{path}: its temperature is not above 0; train it again")
     h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
     _note_other_flips(path, info, state["args"], runs or {})
+    if state.get("blind") is True:  # files of earlier versions do not say
+        print(f"note: {path}: this g hardly tells good from bad masks of val; see its qp.md")
     names = [name for name in models.NETWORKS if name.startswith("quality")]
     g = fused(network_of(path, state, state["weights"], names, on))
     return g.requires_grad_(False), state["labeled"]

@@ -338,11 +338,11 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
     found = []
     for rows, labels in zip(index.split(batch), mask.split(batch)):
         x, y = samples.batch(rows, on.device)
-        m = one_hot(labels.to(on.device), K)[:, 1:]  # [B, K-1, *S]
+        seen = quality.Seen.of_label(change(x), labels.to(on.device), K)
         truth = one_hot(y, K)[:, 1:]
         with on.autocast():
-            predicted = g(quality.Seen(change(x), m))  # [B, K-1]
-        true = quality.true_dice(m, truth)
+            predicted = g(seen)  # [B, K-1]
+        true = quality.true_dice(seen.mask, truth)
         present = truth.flatten(2).any(2)
         found.append((predicted.cpu(), true.cpu(), present.cpu()))
     return Estimates(*(torch.cat(parts).numpy() for parts in zip(*found)))

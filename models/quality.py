@@ -77,7 +77,11 @@ def resample(x, size):
 
 @dataclass(eq=False)
 class Seen:
-    """What g is asked about: images, and a mask of each. A further input of g is one more field."""
+    """What g is asked about: images, and a mask of each.
+
+    A further input of g is one more field, its entries in joined(), channels() and on_grid(), and
+    the places that make it.
+    """
 
     image: torch.Tensor  # [B, C, *S] standardized
     mask: torch.Tensor  # [B, K-1, *S] foreground, hard or soft, in [0, 1]
@@ -85,9 +89,23 @@ class Seen:
     def __len__(self):
         return len(self.mask)
 
-    def joined(self):
-        """Everything that g sees, as channels. -> [B, C + K-1, *S]"""
-        return torch.cat([self.image, self.mask.to(self.image.dtype)], 1)
+    @classmethod
+    def of_label(cls, image, label, classes):
+        """Images and the hard masks of label maps [B, *S] of integers below `classes`."""
+        return cls(image, one_hot(label, classes)[:, 1:])
+
+    def joined(self, shown=None):
+        """Everything that g sees, as channels. -> [B, channels(), *S]
+
+        shown [B, ..., *S]: what stands in the place of the mask; default: the mask.
+        """
+        mask = self.mask if shown is None else shown
+        return torch.cat([self.image, mask.to(self.image.dtype)], 1)
+
+    @staticmethod
+    def channels(of_image, of_mask):
+        """How many channels joined() gives."""
+        return of_image + of_mask
 
     def on_grid(self, size):
         """The same on a grid of `size`, as resample() takes it."""
@@ -107,7 +125,8 @@ class QualityPredictor(nn.Module):
     def __init__(self, channels, classes, *, dims=2, size=None, width=64, dropout=0.15):
         super().__init__()
         self.size = size
-        self.backbone = ResNet(channels + classes - 1, "resnet18", dims, width)
+        inputs = Seen.channels(channels, classes - 1)
+        self.backbone = ResNet(inputs, "resnet18", dims, width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
     def forward(self, seen):
@@ -142,15 +161,14 @@ class DenseQualityPredictor(nn.Module):
         super().__init__()
         self.size = size
         self.mask_dropout = mask_dropout
-        self.members = nn.ModuleList(
-            UNet(channels + classes, classes, dims, width) for _ in range(members)
-        )
+        inputs = Seen.channels(channels, classes)
+        self.members = nn.ModuleList(UNet(inputs, classes, dims, width) for _ in range(members))
         self.register_buffer("temperature", torch.ones(()))
 
     def show(self, seen, withheld):
         """What a member sees. withheld [B]: 1 where the mask is, else 0 -> [B, C + K, *S]"""
         shown = with_background(seen.mask) * (1 - to_samples(withheld, seen.mask))
-        return torch.cat([seen.image, shown.to(seen.image.dtype)], 1)
+        return seen.joined(shown)
 
     def logits(self, seen, both=True):
         """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]

@@ -134,6 +134,35 @@ def test_the_alarm_names_what_a_run_can_change():
     assert "guidance" not in fell("--method", "ict", "--weight", "quality", "--qp", "g")
 
 
+@pytest.mark.parametrize(
+    "weight, says",
+    [
+        ("quality", "g, or --weight-threshold, rejects (nearly) all pseudo-labels; see qp.md"),
+        ("confidence", "--weight-threshold rejects (nearly) all pseudo-labels"),
+    ],
+)
+def test_the_alarm_says_first_that_all_pseudo_labels_are_rejected(weight, says):
+    """Then lambda changes nothing, and no advice is about it."""
+    guided = ["--method", "ict", "--weight", weight, "--qp", "g"]
+    args = train_ssl.parse_args(["d", "--out", "o", *guided])
+    fallen = {"share": 0.0, "share_y": 0.04}
+    assert train_ssl.alarm(fallen | {"weight": 0.0}, 0.1, 0.9, args) == f"warning: {says}"
+    assert "--lam" in train_ssl.alarm(fallen | {"weight": 0.02}, 0.1, 0.9, args)
+    assert "share" not in train_ssl.alarm({"share_y": 0.04}, 0.1, 0.9, args)  # lambda is 0
+    args = train_ssl.parse_args(["d", "--out", "o", "--method", "bcp", "--paste", "1"])
+    assert "rejects" not in train_ssl.alarm(fallen | {"weight": 0.0}, 0.1, 0.9, args)
+
+
+def test_a_g_that_rejects_everything_is_told(gray, gray_quality, tmp_path, capsys):
+    run = f"--method ict {SMALL} --steps 2 --eval-every 2 --lam-warmup 0 --lam-ramp 0"
+    reject = ["--weight", "quality", "--weight-threshold", "1", "--qp", gray_quality[1]]
+    train_ssl.main([gray, "--out", str(tmp_path), *run.split(), *reject])
+    with open(tmp_path / "log.csv", newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row["note"].startswith("warning: g, or --weight-threshold, rejects")
+    assert row["note"] in capsys.readouterr().out
+
+
 def test_collapsed_pseudo_labels_are_told_once_and_logged(gray, tmp_path, monkeypatch, capsys):
     """A teacher finds nothing: the line stands once on the screen and in each row of the log.
 
@@ -194,6 +223,15 @@ def test_onset_counts_the_steps_without_lambda():
     assert (
         counted()[0] == counted("--method", "ict", "--lam", 0)[0] == 0
     )  # there are no unlabeled images
+
+
+@pytest.mark.parametrize("more", [("--method", "ict"), ("--qar", "0.01", "--qp", "g.pt")])
+def test_one_unlabeled_image_of_one_pixel_is_refused(more, gray):
+    """QAR sends unlabeled images through f, too, in a supervised run as well."""
+    deep = "--model resnet_unet --width 8 --size 32 --batch 2 --batch-unlabeled 1"
+    args = train_ssl.parse_args([gray, "--out", "o", *deep.split(), *more])
+    with pytest.raises(h5.InputError, match="one image of 32 x 32 is a single pixel"):
+        train_ssl.set_defaults(args, h5.read_info(gray))
 
 
 def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):

@@ -245,6 +245,23 @@ def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depend
     )
 
 
+@pytest.mark.parametrize("S", [(32, 32), (16, 32, 32)])
+def test_one_assembly_of_what_g_sees(S, monkeypatch):
+    """A field that joins it reaches both heads, at the width that channels() counts."""
+    label = torch.randint(3, (2, *S))
+    seen = Seen.of_label(torch.randn(2, 1, *S), label, 3)
+    assert torch.equal(seen.mask, one_hot(label, 3)[:, 1:])
+    assert torch.equal(seen.joined(), torch.cat([seen.image, seen.mask], 1))
+    joined, channels = Seen.joined, Seen.channels
+    monkeypatch.setattr(
+        Seen, "joined", lambda self, *shown: torch.cat([joined(self, *shown), 0 * self.image], 1)
+    )
+    monkeypatch.setattr(Seen, "channels", lambda *counts: channels(*counts) + counts[0])
+    for name in ("quality", "quality_dense"):
+        g = models.build(name, channels=1, classes=3, dims=len(S), width=8).eval()
+        assert g(seen).shape == (2, 2)
+
+
 def test_the_default_g_is_small():
     for classes, channels in ((2, 3), (4, 1)):
         assert models.parameters(

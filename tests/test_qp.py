@@ -15,7 +15,7 @@ from conftest import make_pictures, quality, shared
 import corrupt
 import evaluate
 import train_qp
-from data import h5, images, phantom
+from data import figures, h5, images, phantom
 from data.quality_masks import load
 from models import checkpoints, inference
 from models.quality import DenseQualityPredictor, QualityPredictor, Seen, quality_target
@@ -274,6 +274,30 @@ def test_a_g_that_learned_nothing(answer, blind):
     assert not train_qp.is_blind(answer(true), true * 0)  # which nobody can follow
 
 
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.parametrize("blind", [True, False])
+def test_a_blind_g_is_told_wherever_it_is_used(
+    blind, rgb, rgb_quality, tmp_path, monkeypatch, capsys
+):
+    """A file of an earlier version, which does not say, works without a note."""
+    monkeypatch.setattr(train_qp, "is_blind", lambda *_: blind)
+    options = "--head scalar --size 32 --width 8 --epochs 1 --batch 16".split()
+    train_qp.main([rgb, "--vqm", rgb_quality[0], "--out", str(tmp_path), *options])
+    path = str(tmp_path / "qp.pt")
+    info, on = h5.read_info(rgb), evaluate.compute("cpu", "off")
+
+    def told():
+        capsys.readouterr()
+        checkpoints.load_quality(path, info, on)
+        return "hardly tells good from bad masks" in capsys.readouterr().out
+
+    assert ("warning: g hardly tells" in capsys.readouterr().out) == blind and told() == blind
+    state = torch.load(path, weights_only=True)
+    assert state.pop("blind") is blind
+    torch.save(state, path)
+    assert not told()
+
+
 def test_image_of_another_case(gray, gray_quality):
     masks = load(gray_quality[0], "val", h5.read_info(gray), 32)
     other = train_qp.of_another_case(masks)
@@ -298,6 +322,7 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
         "2",
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
+    told = capsys.readouterr().out
     step, calls = train_qp.train_step, []
 
     def dies(*args):
@@ -330,12 +355,21 @@ def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypa
     )  # g is the moving average
     rows = [
         [
-            (r["step"], r["loss"], r["error_real"])
+            (r["step"], r["loss"], r["lr"], r["error_real"])
             for r in csv.DictReader(open(tmp_path / n / "log.csv"))
         ]
         for n in ("whole", "parts")
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 3
+    rates = [float(lr) for _, _, lr, _ in rows[0]]  # a cosine, by the first step of each epoch
+    first = {"dense": 1e-3, "scalar": 3e-4}[head]
+    assert rates == pytest.approx([first, 0.75 * first, 0.25 * first])
+    shown = [line.split() for line in told.splitlines() if line.split()[:2] == ["epoch", "loss"]]
+    assert shown and figures.read_log(str(tmp_path / "whole" / "log.csv"))["step"].tolist() == [
+        1,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.usefixtures("unrendered")

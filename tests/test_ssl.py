@@ -1138,6 +1138,45 @@ def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
     assert "24 labeled and 24 unlabeled slices" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cache", ["ram", "off"])
+def test_a_supervised_run_reads_no_unlabeled_image(cache, gray, tmp_path, capsys):
+    """Their numbers may be damaged, and no lambda is logged. QAR does look at them."""
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        for name in list(f["train"])[2:]:
+            f[f"train/{name}/image"][...] = float("nan")
+    broken = str(tmp_path / "f.h5")
+    a, b = (
+        train(data, tmp_path / n, "--labeled", 2, "--cache", cache)
+        for data, n in ((gray, "a"), (broken, "b"))
+    )
+    assert same(a, b)
+    told = capsys.readouterr().out
+    assert "16 unlabeled slices, not used" in told and "8 labeled slices (" in told
+    with open(tmp_path / "a" / "log.csv", newline="") as f:
+        assert {float(row["lam"]) for row in csv.DictReader(f)} == {0}
+    qp = tmp_path / "g.pt"
+    args = train_ssl.parse_args(
+        [broken, "--out", "o", "--size", "32", "--labeled", "2", "--qar", "1", "--qp", str(qp)]
+    )
+    args.cache = "ram"
+    info = h5.read_info(broken)
+    train_ssl.set_defaults(args, info)
+    with pytest.raises(h5.InputError, match="NaN"):
+        train_ssl.load_data(info, args, compute("cpu", "off"))
+
+
+def test_samples_are_counted_without_reading_them(gray, volumes, rgb):
+    counted = [
+        train_ssl.count_samples([(h5.read_info(data), "train", None)])
+        for data in (gray, volumes, rgb)
+    ]
+    assert counted == [24, 6, 9]
+    info = h5.read_info(gray)
+    names = [info.entries("train")[0].name]
+    assert train_ssl.count_samples([(info, "train", names), (info, "val", None)]) == 4 + 8
+
+
 def test_fewer_labeled_slices_than_the_batch(gray, tmp_path):
     assert (
         train(gray, tmp_path, "--labeled", 1, "--batch", 11, "--method", "pseudo_label")["step"]
