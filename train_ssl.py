@@ -371,7 +371,7 @@ WARM_UP = {"bcp": copy_paste}  # until lambda sets in; the others: supervised
 
 PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
 DEFAULTS = {  # where the method's publication, or a measurement (results/baselines), says otherwise
-    "mean_teacher": dict(lam=3.0),
+    "mean_teacher": dict(lam=0.3),
     "ua_mt": dict(lam=3.0),
     "ict": dict(lam=3.0),
     "cps": dict(lam=1.0),
