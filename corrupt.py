@@ -92,6 +92,8 @@ def object_sides(m):
 
 
 # ------------------------------------------------------------------------------------------ chance
+# Random numbers are drawn x first, then y and z. [::-1] puts them in the order of the axes, (z,) y,
+# x. In another order, a seed would make other masks.
 
 
 def random_sign(rng):
@@ -330,7 +332,7 @@ def full(m, rng):
     return np.ones_like(m)
 
 
-def random_pixels(m, rng, share):
+def noise(m, rng, share):
     """Each pixel is foreground with p = share."""
     return (random_bytes(m, rng) < 256 * share).view(np.uint8)
 
@@ -413,7 +415,7 @@ BLOB = [
 ]
 CATASTROPHIC = [
     ("inverted", 1, inverted), ("empty", 0.5, empty), ("full", 0.5, full),
-    ("random .5", 0.3, random_pixels, 0.5),
+    ("random .5", 0.3, noise, 0.5),
 ]
 # fmt: on
 WARPS = {elastic, grid_distortion, shift, scale, rotate, affine}
@@ -517,7 +519,7 @@ def draw_corruptions(kind, K, rng):
     tables = {"heavy": HEAVY, "blob": BLOB, "catastrophic": CATASTROPHIC}
     rows = tables.get(kind, single)
     weights = [weight for _, weight, *_ in rows]
-    length = int(rng.integers(2, 4))  # of a chain
+    length = int(rng.integers(2, 4))  # of a chain; always drawn, so that seeds keep their masks
     count = length if kind == "chain" else 1
     return [corruption_of(weighted_choice(rows, weights, rng)) for _ in range(count)]
 
@@ -622,6 +624,16 @@ def balanced(drawn, count, bins=10):
 # ------------------------------------------------------------------------------- the weak networks
 # The paper's harvest: a U-Net from scratch, Adam 1e-3, batch 16, Dice loss, flips and rotation,
 # saved after a few epochs. Patients are dealt out to --folds folds.
+
+
+@dataclass
+class Labeled:
+    """The labeled samples of train and val that masks are made of."""
+
+    info: h5.Info
+    train: loading.Samples  # slices, or patches at random places
+    val: loading.Samples  # slices, or patches that tile the volumes
+    patients: list  # of each sample of train
 
 
 @dataclass
@@ -846,7 +858,7 @@ def weak_outputs(weights, samples, tasks, info, args):
         yield from map(Output, rows, index, in_bytes, masks)
 
 
-NOTHING = 0.01  # mean Dice up to which nothing has been learned
+WEAK_LEARNED_NOTHING = 0.01  # mean Dice up to which weak networks have learned nothing
 
 
 def best_of_weak(dice, label):
@@ -861,16 +873,6 @@ def best_of_weak(dice, label):
 
 
 # ------------------------------------------------------------------------------------------ vqm.h5
-
-
-@dataclass
-class Labeled:
-    """The labeled samples of train and val that masks are made of."""
-
-    info: h5.Info
-    train: loading.Samples  # slices, or patches at random places
-    val: loading.Samples  # slices, or patches that tile the volumes
-    patients: list  # of each sample of train
 
 
 def write_masks(path, labeled, weak, args, command):
@@ -1001,10 +1003,10 @@ def print_quality(split, dice):
 def warn_if_nothing_learned(dice, labeled):
     """dice [N, K-1]: of /real"""
     best = best_of_weak(dice, labeled.val.label)
-    if best is not None and best <= NOTHING:
+    if best is not None and best <= WEAK_LEARNED_NOTHING:
         print(
-            f"warning: no weak network has a mean Dice above {NOTHING} on val, so they have "
-            "learned nothing; look at the labels (python -m data.h5 "
+            f"warning: no weak network has a mean Dice above {WEAK_LEARNED_NOTHING} on val, so "
+            "they have learned nothing; look at the labels (python -m data.h5 "
             f"{shlex.quote(labeled.info.path)} --preview FILE.png), --harvest-epochs and "
             "--harvest-steps"
         )

@@ -53,7 +53,16 @@ from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
 from models.device import Compute, channels_last, compiled, device_name, fused
 from models.ema import update_average
-from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, to_samples, weighted_mean
+from models.losses import (
+    harden,
+    mse_loss,
+    one_hot,
+    pixel_contrast,
+    pixel_entropy,
+    seg_loss,
+    to_samples,
+    weighted_mean,
+)
 from models.quality import Seen, quality_target
 from models.resnet import RESNETS
 
@@ -62,14 +71,14 @@ from models.resnet import RESNETS
 
 @dataclass
 class Batch:
-    """What a method sees: no labels of u."""
+    """What a method sees: no labels of u. views() makes it; with --correct, total_loss() sets g."""
 
     x: torch.Tensor  # [B, C, *S] labeled images, weak view with some change of intensity
     y: torch.Tensor  # [B, K, *S] their labels, one-hot
     u: torch.Tensor  # [U, C, *S] unlabeled images, weak view
     s1: torch.Tensor  # [U, C, *S] strong view of u: other intensity, the same geometry
     s2: torch.Tensor  # [U, C, *S] another one
-    g: torch.nn.Module | None = None  # with --correct: corrects pseudo-labels
+    g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -142,9 +151,9 @@ class Term:
 # nets: the students; teacher: EMA of the first student, in eval mode; t in [0, 1]: progress of
 # training. Only the ratios of a Term's pixel weights matter to its loss.
 #
-# To add a method: one function, and its name in METHODS. It also stands in STUDENTS if it needs
-# two, in WARM_UP if it starts otherwise, in DEFAULTS if its options differ from the paper's; its
-# own options are in add_method_options.
+# To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
+# students, in WARM_UP if it starts otherwise, in DEFAULTS if its options differ from the paper's;
+# its own options are in add_method_options.
 #
 # Labeled images, weak views and strong views go through a student in passes of their own: mixed
 # statistics of batch norm let pseudo-labels drift (results/baselines).
@@ -425,18 +434,13 @@ def add_method_options(p):
 # fmt: on
 
 
-# ------------------------------------------------------------------------- what methods are made of
+# ------------------------------------------------------------------------------- helpers of methods
 
 
 @torch.no_grad()
 def probabilities(net, image):
     """Softmax of a network that gets no gradient here. [B, C, *S] -> [B, K, *S] float32"""
     return net(image).float().softmax(1)
-
-
-def harden(p):
-    """The one-hot label of the most probable class. [B, K, *S] -> [B, K, *S]"""
-    return one_hot(p.argmax(1), p.shape[1])
 
 
 def confident(p, args):
@@ -455,7 +459,7 @@ def uncertainty(net, image, passes):
     p = sum(probabilities(net, noisy(image)) for _ in range(passes)) / passes
     for m in dropouts:
         m.eval()
-    return -(p * p.clamp_min(1e-6).log()).sum(1)
+    return pixel_entropy(p, least=1e-6)
 
 
 def noisy(image):
@@ -514,7 +518,7 @@ def quality_of(g, label, args):
     For a class, q is g's answer for the hard label (Eq. 7), also where the label lacks the class.
     For an image, and for the pixels of the background, q is the mean over the foreground classes.
     For a pixel, q is the probability that its class is right. A corrected label is judged by the
-    belief that made it, and g is not asked again; that is optimistic, as any judgment of oneself.
+    belief that made it, and g is not asked again; this is optimistic: the belief judges itself.
     """
     if args.weight == "confidence":
         return confidence_of(label, args.weight_level)
@@ -661,8 +665,11 @@ def onset(args):
     return count % args.steps
 
 
+PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]  # of a step, logged
+
+
 def total_loss(nets, teacher, g, batch, args, t):
-    """The loss of one step, and its parts for the log: PARTS but the first. -> scalar, [7]"""
+    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]"""
     lam, lam_qar = lambdas(args, t)
     method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
     if args.correct:
@@ -688,7 +695,7 @@ def foreground_share(labels, device):
 
 
 def train_step(run, batch, args, step):
-    """One optimizer step on a batch. -> the loss and its parts [8], still on the device"""
+    """One optimizer step on a batch. -> its PARTS [parts], still on the device"""
     t = (step - 1) / args.steps
     with run.compute.autocast():
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, t)
@@ -893,7 +900,7 @@ class Progress:
     step: int = 0  # the last that was made
     best: dict = field(default_factory=lambda: dict(dice=-1.0, step=0))  # val Dice of best.pt
     peak: float = -1.0  # the best val Dice so far, also of the supervised steps
-    parts: list = field(default_factory=list)  # [8] of each step since the last validation
+    parts: list = field(default_factory=list)  # [parts] of each step since the last validation
     seconds: float = 0.0  # that these took in a process before this one
     since: float = 0.0  # when they began in this one, by time.perf_counter()
 
@@ -981,8 +988,7 @@ def overlays(samples, mask):
     return np.concatenate(rows)
 
 
-NOTHING = 0.01  # val Dice up to which nothing has been learned
-PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]
+F_LEARNED_NOTHING = 0.01  # val Dice up to which f has learned nothing
 REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
@@ -1339,7 +1345,7 @@ def set_defaults(args, info):
     return network
 
 
-# ----------------------------------------------------------------------------- what main is made of
+# ---------------------------------------------------------------------------------- helpers of main
 
 
 def only_writer(out):
@@ -1520,11 +1526,11 @@ def tell_end(args, progress):
         f"best val Dice {best['dice']:.4f} at step {best['step']}\n"
         f"wrote {args.out}/best.pt, last.pt, log.csv"
     )
-    if not max(progress.peak, best["dice"]) > NOTHING:
+    if not max(progress.peak, best["dice"]) > F_LEARNED_NOTHING:
         print(
-            f"warning: val Dice was never above {NOTHING}, so f has learned nothing; look at the "
-            f"labels (python -m data.h5 {shlex.quote(args.data)} --preview FILE.png), the "
-            "classes' shares of pixels, --lr and --steps"
+            f"warning: val Dice was never above {F_LEARNED_NOTHING}, so f has learned nothing; "
+            f"look at the labels (python -m data.h5 {shlex.quote(args.data)} --preview FILE.png), "
+            "the classes' shares of pixels, --lr and --steps"
         )
     words = [
         "python",
@@ -1546,7 +1552,7 @@ def tell_end(args, progress):
 # --------------------------------------------------------------------------------------------- main
 
 FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
-FREE = ("keep", "window", "stride", "blend", "cache", "workers")  # may change where a run resumes
+MAY_CHANGE = ("keep", "window", "stride", "blend", "cache", "workers")  # where a run resumes
 
 
 def main(argv=None):
@@ -1559,7 +1565,7 @@ def main(argv=None):
     lock = only_writer(args.out)  # noqa: F841 (until main ends)
     g, taught = load_g(args, info, compute)
     args.weight_level = args.weight_level or finest_level(g, args)
-    state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=FREE)
+    state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE)
     if state and state["finished"]:
         tell_finished(args, state)
         return

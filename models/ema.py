@@ -11,7 +11,7 @@ def update_average(average, net, count, decay):
     2017). count: the steps that the average has seen; at 0 it becomes a copy.
 
     The statistics of batch norm are averaged like the weights. The present statistics of the
-    network do not fit averaged weights: with them, pseudo-labels collapsed (results/baselines.md).
+    network do not fit averaged weights: with them, pseudo-labels collapsed (results/baselines).
     Counts of batches are copied.
     """
     decay = min(1 - 1 / (count + 1), decay)

@@ -12,12 +12,22 @@ from torch.nn import functional as F
 
 from models import distributed
 
-SMOOTH = 1e-5  # of Dice in losses; at 1, an empty target rewards empty predictions
+LOSS_SMOOTH = 1e-5  # of Dice in losses, in pixels; at 1, an empty target rewards empty predictions
 
 
 def one_hot(label, classes):
     """Integer labels [B, *S] -> float [B, K, *S]"""
     return F.one_hot(label.long(), classes).movedim(-1, 1).float()
+
+
+def harden(p):
+    """The one-hot label of the most probable class. [B, K, *S] -> [B, K, *S]"""
+    return one_hot(p.argmax(1), p.shape[1])
+
+
+def pixel_entropy(p, least):
+    """Entropy in nats, with log p no lower than log least. p [B, K, *S] -> [B, *S]"""
+    return -(p * p.clamp_min(least).log()).sum(1)
 
 
 def soft_dice(a, b, smooth=1.0):
@@ -47,7 +57,7 @@ def dice_loss(logits, target, weight=None):
     both = in_batch(w * (p * y))  # [K]
     one = in_batch(w * (p * p))
     other = in_batch(w * (y * y))
-    return 1 - ((2 * both + SMOOTH) / (one + other + SMOOTH)).mean()
+    return 1 - ((2 * both + LOSS_SMOOTH) / (one + other + LOSS_SMOOTH)).mean()
 
 
 def seg_loss(logits, target, weight=None):

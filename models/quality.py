@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.device import channels_last
-from models.losses import one_hot, soft_dice, to_samples
+from models.losses import harden, one_hot, pixel_entropy, soft_dice, to_samples
 from models.resnet import ResNet
 from models.unet import UNet
 
-SMOOTH = 1e-4  # of Dice: this share of the grid's pixels; one pixel at 96 x 96, five at 224 x 224
+# Of the Dice that g predicts, as a share of the grid's pixels: one at 96 x 96, five at 224 x 224.
+SMOOTH_SHARE = 1e-4
 
 
 def quality_target(mask, truth):
@@ -37,7 +38,7 @@ def quality_target(mask, truth):
     are beyond it. For an empty mask, it is s / (s + expected area): near 1 only where nothing of
     the class is expected.
     """
-    return soft_dice(mask, truth, smooth=SMOOTH * mask[0, 0].numel())
+    return soft_dice(mask, truth, smooth=SMOOTH_SHARE * mask[0, 0].numel())
 
 
 def true_dice(mask, truth):
@@ -220,7 +221,7 @@ class DenseQualityPredictor(nn.Module):
 
 def foreground(p):
     """The output of probabilities p, by foreground class. -> [B, K-1, *S] in {0, 1}"""
-    return one_hot(p.argmax(1), p.shape[1])[:, 1:]
+    return harden(p)[:, 1:]
 
 
 def confidence(p):
@@ -231,7 +232,7 @@ def confidence(p):
 
 def certainty(p):
     """1 - the mean entropy over all pixels in units of log K, the same for every class."""
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(1) / math.log(p.shape[1])  # [B, *S]
+    entropy = pixel_entropy(p, least=1e-12) / math.log(p.shape[1])  # [B, *S]
     return 1 - entropy.flatten(1).mean(1)[:, None].expand(-1, p.shape[1] - 1)
 
 

@@ -85,7 +85,7 @@ def test_lines_do_what_they_say():
         and not corrupt.empty(m, rng).any()
         and corrupt.full(m, rng).all()
     )
-    assert abs(corrupt.random_pixels(m, rng, 0.5).mean() - 0.5) < 0.02
+    assert abs(corrupt.noise(m, rng, 0.5).mean() - 0.5) < 0.02
     assert (corrupt.holes(m, rng, 3, 8, 15) <= m).all() and (
         corrupt.islands(m, rng, 2, 3, 8) >= m
     ).all()

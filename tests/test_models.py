@@ -11,7 +11,7 @@ import models
 from models.device import Compute, channels_last
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (
-    SMOOTH,
+    SMOOTH_SHARE,
     Seen,
     certainty,
     confidence,
@@ -130,7 +130,7 @@ def test_target_of_g_for_absent_classes():
     Close to Dice for a present one.
     """
     side, none = 100, torch.zeros(1, 1, 100, 100)
-    s, last = SMOOTH * side * side, 1.0
+    s, last = SMOOTH_SHARE * side * side, 1.0
     assert quality_target(none, none) == 1
     for n in (1, 10, 100, 1000):
         mask = none.clone()

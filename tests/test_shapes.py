@@ -40,7 +40,7 @@ SAME_IN_ONE_SLICE = GENTLE | {
         corrupt.inverted,
         corrupt.empty,
         corrupt.full,
-        corrupt.random_pixels,
+        corrupt.noise,
     )
 }
 
