@@ -648,15 +648,15 @@ class WeakRun:
     epoch: int = 0  # epochs done
 
 
-def train_weak_networks(labeled, args, done=None):
+def train_weak_networks(labeled, args, state=None):
     """The weak networks of all folds. -> {(fold, epoch): weights}
 
-    done: last.pt of an interrupted run, whose finished folds are not trained again.
+    state: last.pt of an interrupted run, whose finished folds are not trained again.
     """
     weak = {}
     for fold in range(args.folds):
         index = seen_by(fold, labeled.patients, args.folds)
-        run = start_weak(fold, labeled.info, args, done)
+        run = build_run(fold, labeled.info, args, state)
         saved = train_weak(run, labeled.train, index, labeled.info, args)
         weak |= {(fold, epoch): weights for epoch, weights in saved.items()}
     return weak
@@ -682,20 +682,25 @@ def weak_network(info):
     return models.build("unet", channels=info.channels, classes=classes, dims=info.dims)
 
 
-def start_weak(fold, info, args, done=None):
-    """A fold's network at its start, or where an interrupted run left it. done: its last.pt"""
+def build_run(fold, info, args, state=None):
+    """A fold's run at its start, or where an interrupted one left it. state: its last.pt"""
     torch.manual_seed(seed_of(args.seed, 0, fold))
     on = compute(args.device, args.amp, args.deterministic)
     net = on.place(weak_network(info))
     run = WeakRun(fold, net, torch.optim.Adam(net.parameters(), 1e-3), on.scaler(), on)
-    if done and done["fold"] == fold:
-        run.net.load_state_dict(done["net"])
-        run.optimizer.load_state_dict(done["optimizer"])
-        run.scaler.load_state_dict(done["scaler"])
-        run.epoch = done["epoch"]
-    elif done and done["fold"] > fold:
+    if state and state["fold"] == fold:
+        restore(run, state)
+    elif state and state["fold"] > fold:
         run.epoch = args.harvest_epochs[-1]
     return run
+
+
+def restore(run, state):
+    """Sets a run to the state of last.pt."""
+    run.net.load_state_dict(state["net"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch = state["epoch"]
 
 
 def train_weak(run, samples, index, info, args):
@@ -717,7 +722,7 @@ def train_weak(run, samples, index, info, args):
         run.epoch = epoch
         if epoch in args.harvest_epochs:
             save_weak(run, info, args)
-        save_state(run, info, args)
+        save_run(run, info, args)
     return {
         epoch: load_checkpoint(weak_path(args, run.fold, epoch), "weak")["weights"]
         for epoch in args.harvest_epochs
@@ -762,7 +767,7 @@ def save_weak(run, info, args):
     )
 
 
-def save_state(run, info, args):
+def save_run(run, info, args):
     """Writes OUT/weak/last.pt, from which --resume goes on with a fold; earlier folds are done."""
     write_last(
         args,
@@ -1216,6 +1221,10 @@ def remove_former_run(args, vqm):
             os.remove(path)
 
 
+def print_finished(vqm):
+    print(f"{vqm}: these masks are finished; --overwrite makes them again")
+
+
 def print_end(args, vqm, weak):
     written = [vqm, f"{args.folds * len(args.harvest_epochs)} networks in {weak}"]
     if args.preview:
@@ -1240,22 +1249,22 @@ def main(argv=None):
 
     lock = claim(args.out, "weak") if os.path.isdir(args.out) else None  # held until main ends
     free = ("workers", "preview")
-    done, _ = start_run("corrupt", args, info.describe(), free=free, folder=weak_folder)
-    if os.path.exists(vqm) and not (args.overwrite or done):
+    state, _ = start_run("corrupt", args, info.describe(), free=free, folder=weak_folder)
+    if os.path.exists(vqm) and not (args.overwrite or state):
         raise InputError(
             f"{vqm}: is there already; replace it with --overwrite, or choose another --out"
         )
-    finished = bool(done) and done["finished"] and os.path.exists(vqm)
+    finished = bool(state) and state["finished"] and os.path.exists(vqm)
     if finished and not args.preview:
-        print(f"{vqm}: these masks are finished; --overwrite makes them again")
+        print_finished(vqm)
         return
     labeled = load_labeled(info, train, val, args)
 
     if not finished:
         lock = lock or claim(args.out, "weak")
-        if not done:
+        if not state:
             remove_former_run(args, vqm)
-        weak = train_weak_networks(labeled, args, done)
+        weak = train_weak_networks(labeled, args, state)
         write_masks(vqm, labeled, weak, args, ["python", "corrupt.py", *words])
         write_last(args, info, fold=args.folds, finished=True)
 

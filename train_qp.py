@@ -424,10 +424,10 @@ def build_network(data, args, pretrained):
     return net
 
 
-def build_run(data, args, on, resumed, inputs):
-    """A run at its start, or where the checkpoint `resumed` left it. inputs: see Run"""
+def build_run(data, args, on, state, inputs):
+    """A run at its start, or where the checkpoint `state` left it. inputs: see Run"""
     torch.manual_seed(args.seed)
-    pretrained = bool(args.encoder_weights) and not resumed
+    pretrained = bool(args.encoder_weights) and not state
     net = distributed.synced(on.place(build_network(data, args, pretrained))).train()
     g = copy.deepcopy(net).eval().requires_grad_(False)
     if args.compile:
@@ -441,8 +441,8 @@ def build_run(data, args, on, resumed, inputs):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     run = Run(net, g, optimizer, schedule, on.scaler(), on, steps, inputs)
     run.start = time.perf_counter()
-    if resumed:
-        restore(run, resumed)
+    if state:
+        restore(run, state)
     return run
 
 
@@ -667,21 +667,27 @@ def check_batch(args):
         )
 
 
-def look_into_folder(args, info):
-    """What OUT holds. -> the state to resume or None, checksums of inputs, a lock to keep
+def lock_folder(out):
+    """The lock on a folder that exists. Nobody else writes to it while the lock is kept.
 
-    The lock keeps other processes from writing to OUT. A folder that is not there yet is not made,
-    and not locked: the input may still be refused.
+    A folder that is not there yet is not made: the input may still be refused.
     """
-    lock = claim(args.out) if distributed.rank() == 0 and os.path.isdir(args.out) else None
-    state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
-    return state, inputs, lock
+    if distributed.rank() == 0 and os.path.isdir(out):
+        return claim(out)
+    return None
 
 
 def is_over(run, args):
     """Whether all epochs are done, or --patience of them brought nothing better."""
     tired = args.select == "best" and run.epoch - run.best["epoch"] >= args.patience
     return tired or run.epoch >= args.epochs
+
+
+def print_finished(args, state):
+    print(
+        f"{args.out}: this run is finished (g of epoch {state['best']['epoch']}; its report "
+        f"is {args.out}/qp.md); --overwrite trains it again"
+    )
 
 
 def print_start(run, data):
@@ -724,22 +730,20 @@ def main(argv=None):
     set_defaults(args, info.dims)
     args.flip = h5.check_flip(info, args.flip)
     check_batch(args)
-    resumed, inputs, lock = look_into_folder(args, info)
-    if resumed and resumed["finished"]:
-        print(
-            f"{args.out}: this run is finished (g of epoch {resumed['best']['epoch']}; its report "
-            f"is {args.out}/qp.md); --overwrite trains it again"
-        )
+    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
+    if state and state["finished"]:
+        print_finished(args, state)
         return
 
     data = load_data(info, args)
 
-    run = build_run(data, args, on, resumed, inputs)
+    run = build_run(data, args, on, state, inputs)
     distributed.wait()  # until all have looked at what is in OUT
     # The first column counts epochs. Its name is what readers of all logs look for.
     columns = ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"]
     writes = distributed.rank() == 0
-    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not resumed, counts="epoch")
+    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not state, counts="epoch")
     print_start(run, data)
 
     with postponed_signals() as stop:

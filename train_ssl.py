@@ -627,7 +627,7 @@ class Run:
     g: torch.nn.Module | None  # frozen quality predictor
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    compute: Compute
+    on: Compute
 
 
 def ramp(t, warmup, length):
@@ -697,7 +697,7 @@ def foreground_share(labels, device):
 def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> its PARTS [parts], still on the device"""
     t = (step - 1) / args.steps
-    with run.compute.autocast():
+    with run.on.autocast():
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, t)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
@@ -765,7 +765,7 @@ def views(fetched, K, args, device):
     return Batch(x, y, u, s1, s2)
 
 
-def load_data(info, args, compute):
+def load_data(info, args, on):
     """Labeled and unlabeled slices or volumes, kept as --cache says; "auto" is decided here.
 
     Labels of unlabeled cases are never read. Where nobody looks at unlabeled images, they are not
@@ -785,7 +785,7 @@ def load_data(info, args, compute):
     if args.cache == "auto":
         everything = [(info, "train", labeled), (info, "val", None), *parts]
         sizes = [loading.bytes_in_memory(i, s, args.size, names) for i, s, names in everything]
-        args.cache = where_it_fits(sum(sizes), compute.device)
+        args.cache = where_it_fits(sum(sizes), on.device)
     load = loading.load_slices if info.dims == 2 else loading.load_volumes
     if args.cache == "off":
         load = loading.Stored
@@ -797,8 +797,8 @@ def load_data(info, args, compute):
     elif used:
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
     if args.cache == "device":
-        train = train.to(compute.device)
-        unlabeled = unlabeled.to(compute.device) if used else None
+        train = train.to(on.device)
+        unlabeled = unlabeled.to(on.device) if used else None
     return train, unlabeled
 
 
@@ -838,7 +838,7 @@ def where_it_fits(size, device):
     return "ram" if size < share / 2 else "off"
 
 
-def read_steps(labeled, unlabeled, args, first, compute):
+def read_steps(labeled, unlabeled, args, first, on):
     """Yields (step, item of Feed) for the steps after `first`, with a bar on a terminal."""
     steps = range(first + 1, args.steps + 1)
     loader = torch.utils.data.DataLoader(
@@ -847,7 +847,7 @@ def read_steps(labeled, unlabeled, args, first, compute):
         sampler=steps,
         worker_init_fn=workers.start_reader,
         num_workers=args.workers if args.cache == "off" else 0,
-        pin_memory=args.cache != "device" and compute.device.type == "cuda",
+        pin_memory=args.cache != "device" and on.device.type == "cuda",
     )
     return tqdm(
         zip(steps, loader),
@@ -924,7 +924,7 @@ def validate(run, val, progress, args):
     progress.parts = []
 
     classes = val.cases.info.classes
-    table = inference.dice_table(run.nets[0], val.cases, run.compute, len(classes), val.window)
+    table = inference.dice_table(run.nets[0], val.cases, run.on, len(classes), val.window)
     dice, per_class = inference.mean_dice(distributed.gather(table), val.held)
     note = alarm(averages, dice, progress.peak, args)
     progress.peak = max(dice, progress.peak)
@@ -933,7 +933,7 @@ def validate(run, val, progress, args):
     if dice > progress.best["dice"]:
         progress.best = dict(dice=dice, step=step)
 
-    looks = look(run.nets[0], run.g, val.shown, run.compute, val.held) if val.shown else {}
+    looks = look(run.nets[0], run.g, val.shown, run.on, val.held) if val.shown else {}
     return dict(
         note=note,
         **averages,
@@ -946,7 +946,7 @@ def validate(run, val, progress, args):
     )
 
 
-def look(net, g, samples, compute, held):
+def look(net, g, samples, on, held):
     """Outputs of f for a few val images: as pictures, and what g says of them.
 
     held: h5.held_classes() of val. -> what Log.write() takes: the mean over images and classes of
@@ -956,14 +956,14 @@ def look(net, g, samples, compute, held):
     rows = torch.arange(len(samples))
     with torch.no_grad():
         answers = [
-            inference.class_probabilities(net, samples.batch(part, compute.device)[0], compute)
+            inference.class_probabilities(net, samples.batch(part, on.device)[0], on)
             for part in rows.split(8)
         ]  # [8, K, *S] each
     mask = torch.cat([p.argmax(1).cpu() for p in answers])  # [N, *S]
     pictures = [("val: image, truth, output", overlays(samples, mask))]
     if g is None:
         return dict(pictures=pictures)
-    predicted, true, _ = inference.estimate_quality(g, samples, rows, mask, compute)
+    predicted, true, _ = inference.estimate_quality(g, samples, rows, mask, on)
     pictures.append(("val: predicted (across) and true (up) Dice", figures.dots(predicted, true)))
     predicted = predicted[:, held]
     true = true[:, held]
@@ -1348,14 +1348,14 @@ def set_defaults(args, info):
 # ---------------------------------------------------------------------------------- helpers of main
 
 
-def only_writer(out):
+def lock_folder(out):
     """The lock on a folder that exists. Nobody else writes to it while the lock is kept."""
     if distributed.rank() == 0 and os.path.isdir(out):
         return claim(out)
     return None
 
 
-def load_g(args, info, compute):
+def load_g(args, info, on):
     """g, and the train cases whose labels it has learned from; without --qp None and [].
 
     InputError if an option asks a scalar head about pixels.
@@ -1363,7 +1363,7 @@ def load_g(args, info, compute):
     if not args.qp:
         return None, []
     runs = {args.out: vars(args)}
-    g, taught = checkpoints.load_quality(args.qp, info, compute, args.size, runs)
+    g, taught = checkpoints.load_quality(args.qp, info, on, args.size, runs)
     of_pixels = args.weight == "quality" and args.weight_level == "pixel"
     if (args.correct or of_pixels) and not hasattr(g, "belief"):
         asks = "--correct" if args.correct else "--weight-level pixel"
@@ -1379,14 +1379,14 @@ def finest_level(g, args):
     return "pixel" if hasattr(g, "belief") and not args.correct else "image"
 
 
-def make_run(network, g, args, compute, fresh):
+def build_run(network, g, args, on, fresh):
     """Networks and optimizer. fresh: --encoder-weights are still to be loaded."""
     nets = [models.build(**network) for _ in range(STUDENTS.get(args.method, 1))]
     if args.encoder_weights and fresh:
         for net in nets:
             said = checkpoints.load_encoder(net, args.encoder_weights)
         print(said)
-    nets = [distributed.synced(compute.place(net)).train() for net in nets]
+    nets = [distributed.synced(on.place(net)).train() for net in nets]
     teacher = copy.deepcopy(nets[0]).eval().requires_grad_(False)
     if args.compile:
         nets = [compiled(net) for net in nets]
@@ -1399,7 +1399,7 @@ def make_run(network, g, args, compute, fresh):
         optimizer = torch.optim.SGD(
             parameters, args.lr, momentum=0.9, weight_decay=decay, fused=True
         )
-    return Run(nets, teacher, g, optimizer, compute.scaler(), compute)
+    return Run(nets, teacher, g, optimizer, on.scaler(), on)
 
 
 def set_rate(optimizer, args, step):
@@ -1417,7 +1417,7 @@ def set_seed(args, step):
     torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
 
 
-def save(path, run, progress, facts, finished=False):
+def save_run(path, run, progress, facts, finished=False):
     """Writes a checkpoint: all that a run resumes from, and that evaluate.py reads.
 
     facts: what stays the same throughout a run. InputError instead where a loss is not finite.
@@ -1445,7 +1445,7 @@ def save(path, run, progress, facts, finished=False):
     )
 
 
-def resume(run, state):
+def restore(run, state):
     """Goes on from the state of last.pt. -> Progress"""
     weights = [*state["nets"], state["teacher"]]
     for net, its in zip([*run.nets, run.teacher], weights, strict=True):
@@ -1456,7 +1456,7 @@ def resume(run, state):
         state["step"],
         state["best"],
         state.get("peak", -1.0),
-        [*state["parts"].to(run.compute.device)],
+        [*state["parts"].to(run.on.device)],
         state["seconds"],
     )
 
@@ -1476,7 +1476,7 @@ def open_log(args, info, first, fresh):
     )
 
 
-def tell_finished(args, state):
+def print_finished(args, state):
     best = state["best"]
     print(
         f"{args.out}: this run is finished (step {state['step']}, "
@@ -1484,7 +1484,7 @@ def tell_finished(args, state):
     )
 
 
-def tell_start(run, args, labeled, unlabeled, first):
+def print_start(run, args, labeled, unlabeled, first):
     count = f"{len(labeled)} labeled"
     if unlabeled is not None:
         count += f" and {len(unlabeled)} unlabeled"
@@ -1493,7 +1493,7 @@ def tell_start(run, args, labeled, unlabeled, first):
     words = [
         f"{args.method}: {models.parameters(run.nets[0]) / 1e6:.1f} M parameters",
         f"{count} {kind} ({place})",
-        str(run.compute),
+        str(run.on),
     ]
     if distributed.world() > 1:
         words.append(f"{distributed.world()} processes")
@@ -1502,7 +1502,7 @@ def tell_start(run, args, labeled, unlabeled, first):
     print(", ".join(words))
 
 
-def tell_taught(taught, labeled):
+def print_taught(taught, labeled):
     """A note where g knows labels of cases that are unlabeled here."""
     if more := set(taught) - set(labeled.case):
         print(
@@ -1511,14 +1511,23 @@ def tell_taught(taught, labeled):
         )
 
 
-def leave(code, args, step):
-    """Ends a run that was asked to stop, when last.pt is written."""
-    print(f"stopped after step {step}; {args.out}/last.pt holds it: go on with --resume")
+def leave_if_stopped(stop, run, progress, facts, args):
+    """Ends all processes if a signal came to one, and keeps what they have done in last.pt.
+
+    stop: of postponed_signals().
+    """
+    code = distributed.largest(stop())
+    if not code:
+        return
+    last = f"{args.out}/last.pt"
+    if progress.parts:  # else it is written
+        save_run(last, run, progress, facts)
+    print(f"stopped after step {progress.step}; {last} holds it: go on with --resume")
     distributed.wait()  # torchrun ends all when one has left
     sys.exit(code)
 
 
-def tell_end(args, progress):
+def print_end(args, progress):
     """The best Dice, the files, and the next command."""
     distributed.wait()  # until everything is written
     best = progress.best
@@ -1557,58 +1566,55 @@ MAY_CHANGE = ("keep", "window", "stride", "blend", "cache", "workers")  # where 
 
 def main(argv=None):
     args = parse_args(argv)
-    compute = models.device.compute(args.device, args.amp, args.deterministic)
+    on = models.device.compute(args.device, args.amp, args.deterministic)
     info = h5.read_info(args.data)
-    distributed.start(compute.device)
+    distributed.start(on.device)
     network = set_defaults(args, info)
     window = inference.window_of(args.size, args)
-    lock = only_writer(args.out)  # noqa: F841 (until main ends)
-    g, taught = load_g(args, info, compute)
+    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    g, taught = load_g(args, info, on)
     args.weight_level = args.weight_level or finest_level(g, args)
     state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE)
     if state and state["finished"]:
-        tell_finished(args, state)
+        print_finished(args, state)
         return
 
     held = check_val(info)
-    labeled, unlabeled = load_data(info, args, compute)
+    labeled, unlabeled = load_data(info, args, on)
     val = load_val(info, args, held, window)
-    tell_taught(taught, labeled)
+    print_taught(taught, labeled)
 
     torch.manual_seed(args.seed)
-    run = make_run(network, g, args, compute, fresh=not state)
-    progress = resume(run, state) if state else Progress()
+    run = build_run(network, g, args, on, fresh=not state)
+    progress = restore(run, state) if state else Progress()
     known = sorted({*labeled.case, *taught})  # whose labels f has seen, through g also
     facts = dict(args=vars(args), data=info.describe(), inputs=inputs, labeled=known)
 
     log = open_log(args, info, progress.step, fresh=not state)
-    tell_start(run, args, labeled, unlabeled, progress.step)
-    steps = read_steps(labeled, unlabeled, args, progress.step, compute)
+    print_start(run, args, labeled, unlabeled, progress.step)
+    steps = read_steps(labeled, unlabeled, args, progress.step, on)
     progress.since = time.perf_counter()
     with postponed_signals() as stop:
         for step, fetched in steps:
             set_seed(args, step)
             set_rate(run.optimizer, args, step)
-            batch = views(fetched, len(info.classes), args, compute.device)
+            batch = views(fetched, len(info.classes), args, on.device)
             progress.parts.append(train_step(run, batch, args, step))
             progress.step = step
             if step in args.keep:
-                save(f"{args.out}/step{step}.pt", run, progress, facts)
+                save_run(f"{args.out}/step{step}.pt", run, progress, facts)
             if step % args.eval_every == 0 or step == args.steps:
                 row = validate(run, val, progress, args)
                 if progress.best["step"] == step:
-                    save(f"{args.out}/best.pt", run, progress, facts)
+                    save_run(f"{args.out}/best.pt", run, progress, facts)
                 log.write(step, **row)
                 over = is_over(progress, args)
                 progress.restart_clock()
-                save(f"{args.out}/last.pt", run, progress, facts, finished=over)
+                save_run(f"{args.out}/last.pt", run, progress, facts, finished=over)
                 if over:
                     break
-            if code := distributed.largest(stop()):
-                if progress.parts:
-                    save(f"{args.out}/last.pt", run, progress, facts)
-                leave(code, args, step)
-    tell_end(args, progress)
+            leave_if_stopped(stop, run, progress, facts, args)
+    print_end(args, progress)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_the_weak_networks_obey(tmp_path, monkeypatch):
     info = h5.Info("d.h5", "d", ["background", "left", "right"], 2, 1, {}, 0)
     samples = sides("W")
     with pytest.raises(Reached) as found:
-        run = corrupt.start_weak(0, info, args)
+        run = corrupt.build_run(0, info, args)
         corrupt.train_weak(run, samples, range(len(samples)), info, args)
     assert found.value.args == ("H",)
 

@@ -265,7 +265,7 @@ def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
         ]
     )
     index = corrupt.seen_by(1, slices.case, 2)
-    corrupt.train_weak(corrupt.start_weak(1, info, args), slices, index, info, args)
+    corrupt.train_weak(corrupt.build_run(1, info, args), slices, index, info, args)
     assert {slices.case[i] for i in seen["all"]} == {labeled[0], labeled[2]}
 
 
