@@ -615,7 +615,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
     )
     report = json.loads((tmp_path / "qp.json").read_text())
     synthetic = next(
-        r for r in report["rows"] if r["run"] == "synthetic masks" and r["entries"] == "all"
+        r for r in report["rows"] if r["masks"] == "synthetic masks" and r["entries"] == "all"
     )
     assert synthetic["pearson"] > 0.8 and report["image_dependence"]["blank image"] < 0.7
 
