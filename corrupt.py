@@ -782,6 +782,7 @@ def save_run(run, info, args):
 
 
 def write_last(args, info, **state):
+    """Writes OUT/weak/last.pt: the state of the run, and what start_run() compares."""
     save_checkpoint(
         os.path.join(args.out, "weak", "last.pt"),
         "corrupt",
@@ -1226,6 +1227,7 @@ def print_finished(vqm):
 
 
 def print_end(args, vqm, weak):
+    """What was written, and the next command."""
     written = [vqm, f"{args.folds * len(args.harvest_epochs)} networks in {weak}"]
     if args.preview:
         written.append(args.preview)

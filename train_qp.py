@@ -691,6 +691,7 @@ def print_finished(args, state):
 
 
 def print_start(run, data):
+    """One line: sizes of g and of its data, steps of an epoch, device, processes."""
     masks = data.train.mask
     samples = "slices" if data.info.dims == 2 else "patches"
     size = " x ".join(map(str, masks.shape[1:]))
@@ -704,6 +705,7 @@ def print_start(run, data):
 
 
 def print_end(report, blind, text, data, args):
+    """The report, the files, and the next command; a warning first where g is blind."""
     if blind:
         print(
             "warning: g hardly tells good from bad masks of val (Pearson's r is below "

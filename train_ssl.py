@@ -1477,6 +1477,7 @@ def open_log(args, info, first, fresh):
 
 
 def print_finished(args, state):
+    """That a run is finished, and how to train it again. state: of its last.pt"""
     best = state["best"]
     print(
         f"{args.out}: this run is finished (step {state['step']}, "
@@ -1485,6 +1486,7 @@ def print_finished(args, state):
 
 
 def print_start(run, args, labeled, unlabeled, first):
+    """One line: method, sizes of f and of its data, device, processes. first: step"""
     count = f"{len(labeled)} labeled"
     if unlabeled is not None:
         count += f" and {len(unlabeled)} unlabeled"
