@@ -1,4 +1,4 @@
-# make demo   from nothing to a results table on the embedded phantom: all four stages, 10 to 20 minutes on two cores
+# make demo   from nothing to a results table on the embedded phantom: all four stages, about 25 minutes on two cores
 # make demo3d the same in 3D: volumes, V-Net, whole-volume scores; 8 minutes on two cores
 # make test   the style of the code, then the test suite
 PYTHON ?= python3

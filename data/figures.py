@@ -26,6 +26,7 @@ COLORS = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115],
                    [204, 121, 167], [86, 180, 233], [213, 94, 0]]) / 255
 # fmt: on
 STYLES = ("-", "--", ":", "-.")  # of the first six lines, of the next six, ...
+MARKERS = ("o", "s", "^", "D")  # of the first six kinds of dots, of the next six, ...
 
 
 def color(k):
@@ -36,6 +37,11 @@ def color(k):
 def style(k):
     """The color and line style of the k-th curve."""
     return dict(color=color(k), linestyle=STYLES[k // len(COLORS) % len(STYLES)])
+
+
+def dots_of(k):
+    """The color and marker of the k-th kind of dots."""
+    return dict(color=color(k), marker=MARKERS[k // len(COLORS) % len(MARKERS)])
 
 
 def pyplot():
@@ -315,7 +321,8 @@ def in_words(which, predicted, true):
 def estimates(path, rows):
     """Pearson r and calibrated MAE of every estimate for every group of runs.
 
-    Estimates are the lines of the figure, groups of runs its colors. rows: of compare_rows()
+    Estimates are the lines of the figure, groups of runs its colors and markers.
+    rows: of compare_rows()
     """
     names = list(dict.fromkeys(row["estimate"] for row in rows))
     runs = [run for run in dict.fromkeys(row["run"] for row in rows) if run != "pooled"]
@@ -330,7 +337,7 @@ def estimates(path, rows):
         for i, run in enumerate(runs):
             found = {row["estimate"]: row[column] for row in rows if row["run"] == run}
             values = [np.nan if found.get(name) is None else found[name] for name in names]
-            look = dict(s=30, marker="o", color=color(i))
+            look = dict(s=30, **dots_of(i))
             if run == "mean of all":
                 look = dict(s=70, marker="|", color="black")
             axis.scatter(values, range(len(names)), label=run, zorder=3, **look)

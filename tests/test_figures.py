@@ -224,6 +224,12 @@ def test_quality_without_a_present_class(drawn):
     assert "present: MAE -, r -\n" in drawn[0][1].axes[0].get_title()
 
 
+def test_no_two_runs_have_the_same_dots():
+    """The demo has seven runs, and six colors."""
+    looks = [figures.dots_of(k) for k in range(24)]
+    assert len({(tuple(look["color"]), look["marker"]) for look in looks}) == 24
+
+
 def test_numbers_below_the_estimates_do_not_touch(drawn):
     rng = np.random.default_rng(0)
     names = ("g", "mean confidence", "agreement of student and teacher")
