@@ -106,8 +106,9 @@ def rgb(tmp_path_factory):
 class FakeG(torch.nn.Module):
     """A g whose answers are functions of what it sees, a Seen; it keeps what it was asked about."""
 
-    def __init__(self, dice=None, error=None, belief=None):
+    def __init__(self, dice=None, error=None, belief=None, classes=None):
         super().__init__()
+        self.config = dict(classes=classes)
         self.answers = dict(dice=dice, error=error, belief=belief)
         self.asked = []
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import FakeG
 
 import corrupt
 import evaluate
@@ -235,7 +236,8 @@ def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
     samples, net, on = sides("W"), Left(), compute("cpu", "off")
     samples.label = (samples.label == 1).byte()
     by = evaluate.Opinions(net, net, None, flip)
-    found = evaluate.compare_estimates(lambda seen: torch.zeros(len(seen), 1), by, samples, on, 40)
+    g = FakeG(lambda seen: torch.zeros(len(seen), 1))
+    found = evaluate.compare_estimates(g, by, samples, on, 40)
     says = found.estimates["agreement with an augmented pass"]
     assert says == pytest.approx(1.0 if agrees else 0.0, abs=1e-3)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FakeG, shared
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,15 +35,13 @@ STEPS = {
 }  # method, dims, weight
 
 
-class Bright(nn.Module):
-    """A g that likes bright images, and some not at all.
+def likes_bright(seen):
+    """Answers of a g that likes bright images, and some not at all.
 
     So weights differ between samples and processes.
     """
-
-    def forward(self, seen):
-        q = (seen.image.flatten(1).mean(1, keepdim=True) * 3).sigmoid() + 0 * seen.mask.mean()
-        return q * (0.7 + 0.3 * seen.mask.flatten(2).mean(2)) * (q > 0.5)
+    q = (seen.image.flatten(1).mean(1, keepdim=True) * 3).sigmoid() + 0 * seen.mask.mean()
+    return q * (0.7 + 0.3 * seen.mask.flatten(2).mean(2)) * (q > 0.5)
 
 
 def trained(name, rank=0, world=1):
@@ -82,7 +81,7 @@ def trained(name, rank=0, world=1):
         ]
     )
     run, S, parts = (
-        train_ssl.Run(nets, teacher, Bright(), optimizer, ON.scaler(), ON),
+        train_ssl.Run(nets, teacher, FakeG(likes_bright), optimizer, ON.scaler(), ON),
         (32,) * dims if dims == 2 else (16, 16, 16),
         [],
     )
@@ -169,7 +168,6 @@ def work(folder, data, vqm):
 @pytest.fixture(scope="session")
 def two(gray, gray_quality, tmp_path_factory):
     """The folder in which two processes have done work()."""
-    from conftest import shared  # not for the processes below
 
     def make(folder):
         done = subprocess.run(

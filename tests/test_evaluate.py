@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, python
+from conftest import FakeG, make_pictures, python
 from medpy.metric import binary
 from scipy import stats
 
@@ -392,14 +392,14 @@ def test_each_estimate_asks_whom_it_names():
         lambda x: torch.zeros_like(x).index_fill_(3, torch.tensor(columns), p)
     )
     left, right, everything = at([0, 1, 2, 3]), at([4, 5, 6, 7]), at(list(range(8)), 0.75)
-    on, net, asked = compute("cpu", "off"), Says(left), []
-    g = lambda seen: asked.append(seen.mask) or torch.full((len(seen), 1), 0.25)
+    on, net = compute("cpu", "off"), Says(left)
+    g = FakeG(lambda seen: torch.full((len(seen), 1), 0.25))
     found = evaluate.compare_estimates(
         g, evaluate.Opinions(net, Says(right), Says(everything)), slices, on, 1
     )
-    assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2 and torch.equal(
-        torch.cat(asked)[:, 0], half.float()
-    )
+    asked = [seen.mask for seen in g.asked]
+    assert [v.shape for v in asked] == [(1, 1, 8, 8)] * 2
+    assert torch.equal(torch.cat(asked)[:, 0], half.float())
     assert (
         found.present.all()
         and (found.shared == 32).all()

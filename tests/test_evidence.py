@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import FakeG
 
 import train_ssl
 from data import h5, loading
@@ -93,13 +94,9 @@ def test_the_oracle_knows_the_truth():
 
 
 def test_a_shuffled_g_answers_for_the_next_image():
-    class Counts(torch.nn.Module):
-        def forward(self, seen):
-            return seen.image[:, 0, 0, :1]
-
-        error = belief = forward
-
-    g, image = run.Shuffled(Counts()), torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
+    counts = lambda seen: seen.image[:, 0, 0, :1]
+    g = run.Shuffled(FakeG(counts, counts, counts))
+    image = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
     assert all(f(Seen(image, None)).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_pictures
+from conftest import FakeG, make_pictures
 from PIL import Image
 from test_evaluate import make_run
 from test_nifti import ball, ct, make, nii, same_point, save, stored_along
@@ -48,13 +48,9 @@ class Corner(nn.Module):
         return nn.functional.one_hot(found, 2).movedim(-1, 1) * 50.0
 
 
-class Smaller(nn.Module):
-    """A stand-in for g, of two classes: the smaller a mask is, the better."""
-
-    config = dict(classes=2)
-
-    def forward(self, seen):
-        return 1 - seen.mask.flatten(2).mean(2)
+def smallness(seen):
+    """Answers of a g: the smaller a mask is, the better."""
+    return 1 - seen.mask.flatten(2).mean(2)
 
 
 class Bands(nn.Module):
@@ -69,14 +65,10 @@ class Bands(nn.Module):
         )
 
 
-class Uneven(nn.Module):
-    """A stand-in for g, of four classes, whose answers differ between slices and with the mask."""
-
-    config = dict(classes=4)
-
-    def forward(self, seen):
-        brightness = seen.image.flatten(1)[:, 40:60].mean(1)[:, None]
-        return (brightness + 3 * seen.mask.flatten(2).mean(2)).sigmoid()
+def uneven(seen):
+    """Answers of a g that differ between slices and with the mask."""
+    brightness = seen.image.flatten(1)[:, 40:60].mean(1)[:, None]
+    return (brightness + 3 * seen.mask.flatten(2).mean(2)).sigmoid()
 
 
 def disc(size, radius):
@@ -104,10 +96,11 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def bright(monkeypatch):
-    """Networks are replaced by Bright, g by Smaller; everything else of the checkpoints counts."""
+    """Networks are Bright, g likes small masks; everything else of the checkpoints counts."""
+    g = FakeG(smallness, classes=2)
     load_run = checkpoints.load_run
     monkeypatch.setattr(checkpoints, "load_run", lambda *args: (Bright(), load_run(*args)[1]))
-    monkeypatch.setattr(checkpoints, "load_quality", lambda *_: (Smaller(), []))
+    monkeypatch.setattr(checkpoints, "load_quality", lambda *_: (g, []))
 
 
 def read_list(folder):
@@ -383,7 +376,7 @@ def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsy
 def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
     """The list has what the comparison of estimates says of a volume, for the same masks."""
     info = h5.read_info(request.getfixturevalue(kind))
-    g, net = Uneven(), Bands()
+    g, net = FakeG(uneven, classes=4), Bands()
     name = info.entries("val")[0].name
     samples = loading.load_samples(info, "val", size, [name])
     outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, ON, 8)
