@@ -657,8 +657,7 @@ def cost_of(net, g, info, size, on):
     """-> Cost. size: of slices or patches"""
     shape = loading.shape_of(size)
     x = torch.zeros(1, info.channels, *shape, device=on.device)
-    label = torch.zeros(1, *shape, device=on.device)
-    seen = quality.Seen.of_label(x, label, len(info.classes))
+    seen = quality.Seen.of_probabilities(x, x.new_zeros(1, len(info.classes), *shape))
 
     def cost(net, given):
         return (

@@ -108,14 +108,9 @@ class PseudoLabel:
         return harden(self.p)
 
     @property
-    def mask(self):
-        """[U, K-1, *S] the foreground of the hard label."""
-        return self.hard[:, 1:]
-
-    @property
     def seen(self):
         """What g sees when it is asked about this pseudo-label."""
-        return Seen(self.image, self.mask)
+        return Seen.of_probabilities(self.image, self.p)
 
     def repeated(self, count):
         """The first `count` of these labels, over and over."""
@@ -526,7 +521,7 @@ def quality_of(g, label, args):
     if label.belief is not None:
         if pixel:
             return (label.hard * label.belief).sum(1)
-        q = quality_target(label.mask, label.belief[:, 1:])  # [U, K-1]
+        q = quality_target(label.hard[:, 1:], label.belief[:, 1:])  # [U, K-1]
     else:
         if pixel:
             return 1 - g.error(label.seen)
@@ -606,7 +601,7 @@ def qar_loss(g, nets, image):
     losses = []
     for net in nets:
         p = net(image).float().softmax(1)  # [U, K, *S]
-        losses.append((1 - g(Seen(image, p[:, 1:]))).mean())
+        losses.append((1 - g(Seen.of_probabilities(image, p, soft=True))).mean())
     return sum(losses)
 
 

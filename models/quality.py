@@ -80,8 +80,8 @@ def resample(x, size):
 class Seen:
     """What g is asked about: images, and a mask of each.
 
-    A further input of g is one more field, its entries in joined(), channels() and on_grid(), and
-    the places that make it.
+    A further input of g is one more field, its entries in joined() and channels(), and its value:
+    in of_probabilities(), and where masks are label maps (of_label() and train_qp.py's batches).
     """
 
     image: torch.Tensor  # [B, C, *S] standardized
@@ -95,12 +95,20 @@ class Seen:
         """Images and the hard masks of label maps [B, *S] of integers below `classes`."""
         return cls(image, one_hot(label, classes)[:, 1:])
 
+    @classmethod
+    def of_probabilities(cls, image, p, soft=False):
+        """Images and the output of f for them, hard or `soft`, of its probabilities p [B, K, *S]"""
+        return cls(image, p[:, 1:] if soft else foreground(p))
+
     def joined(self, shown=None):
         """Everything that g sees, as channels. -> [B, channels(), *S]
 
-        shown [B, ..., *S]: what stands in the place of the mask; default: the mask.
+        shown [B]: 1 where the mask is shown, 0 where it is withheld. Then its background is a
+        channel, too: else a withheld mask would look like an empty one.
         """
-        mask = self.mask if shown is None else shown
+        mask = self.mask
+        if shown is not None:
+            mask = with_background(mask) * to_samples(shown, mask)
         return torch.cat([self.image, mask.to(self.image.dtype)], 1)
 
     @staticmethod
@@ -110,8 +118,8 @@ class Seen:
 
     def on_grid(self, size):
         """The same on a grid of `size`, as resample() takes it."""
-        mask = self.mask.to(self.image.dtype)
-        return Seen(resample(self.image, size), resample(mask, size))
+        fields = (field.to(self.image.dtype) for field in vars(self).values())
+        return type(self)(*(resample(field, size) for field in fields))
 
 
 # ------------------------------------------------------------------------------------ the two heads
@@ -168,8 +176,7 @@ class DenseQualityPredictor(nn.Module):
 
     def show(self, seen, withheld):
         """What a member sees. withheld [B]: 1 where the mask is, else 0 -> [B, C + K, *S]"""
-        shown = with_background(seen.mask) * (1 - to_samples(withheld, seen.mask))
-        return seen.joined(shown)
+        return seen.joined(1 - withheld)
 
     def logits(self, seen, both=True):
         """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]

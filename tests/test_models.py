@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -245,21 +246,41 @@ def test_a_dense_head_that_never_saw_masks_does_not_look_at_them(dropout, depend
     )
 
 
-@pytest.mark.parametrize("S", [(32, 32), (16, 32, 32)])
-def test_one_assembly_of_what_g_sees(S, monkeypatch):
-    """A field that joins it reaches both heads, at the width that channels() counts."""
-    label = torch.randint(3, (2, *S))
-    seen = Seen.of_label(torch.randn(2, 1, *S), label, 3)
-    assert torch.equal(seen.mask, one_hot(label, 3)[:, 1:])
-    assert torch.equal(seen.joined(), torch.cat([seen.image, seen.mask], 1))
-    joined, channels = Seen.joined, Seen.channels
-    monkeypatch.setattr(
-        Seen, "joined", lambda self, *shown: torch.cat([joined(self, *shown), 0 * self.image], 1)
-    )
-    monkeypatch.setattr(Seen, "channels", lambda *counts: channels(*counts) + counts[0])
-    for name in ("quality", "quality_dense"):
-        g = models.build(name, channels=1, classes=3, dims=len(S), width=8).eval()
-        assert g(seen).shape == (2, 2)
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_g_sees_of_an_output_of_f(soft):
+    """The mask is p, or hard; its background joins it only where it may be withheld."""
+    image, p = torch.randn(2, 1, 8, 8), torch.randn(2, 3, 8, 8).softmax(1)
+    seen = Seen.of_probabilities(image, p, soft=soft)
+    assert torch.equal(seen.mask, p[:, 1:] if soft else one_hot(p.argmax(1), 3)[:, 1:])
+    assert soft or torch.equal(seen.mask, Seen.of_label(image, p.argmax(1), 3).mask)
+    assert torch.equal(seen.joined(), torch.cat([image, seen.mask], 1))
+    of_both = seen.joined(torch.tensor([1.0, 0.0]))
+    assert torch.equal(of_both[:, :1], image) and of_both[1, 1:].abs().sum() == 0
+    assert torch.allclose(of_both[0, 1:].sum(0), torch.ones(8, 8))
+
+
+@dataclass(eq=False)
+class Doubted(Seen):
+    """What g sees if it has a third input."""
+
+    doubt: torch.Tensor  # [B, 1, *S]
+
+    def joined(self, shown=None):
+        return torch.cat([super().joined(shown), self.doubt], 1)
+
+
+@pytest.mark.parametrize("name", ["quality", "quality_dense"])
+@pytest.mark.parametrize("S, size", [((32, 32), 16), ((16, 32, 32), (16, 16, 16))])
+def test_a_field_that_joins_what_g_sees_reaches_both_heads(name, S, size, monkeypatch):
+    """At the width that channels() counts, and on g's own grid."""
+    channels = Seen.channels
+    monkeypatch.setattr(Seen, "channels", lambda *counts: channels(*counts) + 1)
+    torch.manual_seed(0)
+    g = models.build(name, channels=1, classes=3, dims=len(S), size=size, width=8).eval()
+    mask = one_hot(torch.randint(3, (2, *S)), 3)[:, 1:]
+    seen = Doubted(torch.randn(2, 1, *S), mask, torch.rand(2, 1, *S))
+    other = g(replace(seen, doubt=torch.rand(2, 1, *S)))
+    assert g(seen).shape == (2, 2) and not torch.equal(g(seen), other)
 
 
 def test_the_default_g_is_small():

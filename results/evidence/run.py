@@ -146,7 +146,7 @@ def hard_qar_loss(g, nets, image):
     for net in nets:
         p = net(image).float().softmax(1)
         hard = train_ssl.harden(p) + p - p.detach()
-        losses.append((1 - g(Seen(image, hard[:, 1:]))).mean())
+        losses.append((1 - g(Seen.of_probabilities(image, hard, soft=True))).mean())
     return sum(losses)
 
 
@@ -159,11 +159,12 @@ def fresh_step(run, batch, args, step, train_step=train_ssl.train_step):
         if not hasattr(run.g, "optimizer"):
             run.g.optimizer = torch.optim.AdamW(run.g.parameters(), 1e-4)
         run.nets[0].eval()
-        mask = train_ssl.probabilities(run.nets[0], batch.x)[:, 1:]
+        p = train_ssl.probabilities(run.nets[0], batch.x)
         run.nets[0].train()
-        target = quality_target(mask, batch.y[:, 1:])
+        seen = Seen.of_probabilities(batch.x, p, soft=True)
+        target = quality_target(seen.mask, batch.y[:, 1:])
         run.g.optimizer.zero_grad()
-        F.smooth_l1_loss(run.g(Seen(batch.x, mask)), target).backward()
+        F.smooth_l1_loss(run.g(seen), target).backward()
         run.g.optimizer.step()
         run.g.requires_grad_(False)
     return train_step(run, batch, args, step)
@@ -396,8 +397,8 @@ class Segments(torch.nn.Module):
         self.classes = classes
 
     def forward(self, image):
-        nothing = torch.zeros(len(image), self.classes - 1, *image.shape[2:])
-        return self.blind.belief(Seen(image, nothing)).log()
+        nothing = torch.zeros(len(image), self.classes, *image.shape[2:])
+        return self.blind.belief(Seen.of_probabilities(image, nothing, soft=True)).log()
 
 
 def g_itself(argv):

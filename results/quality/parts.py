@@ -33,25 +33,25 @@ def views_of(g):
 
 
 def outputs(path, slices, rows, on):
-    """Foreground probabilities of a run for all slices."""
+    """Probabilities of a run for all slices. -> [slices, K, S, S]"""
     net = checkpoints.load_run(path, "student", on)[0]
     found = []
     for part in rows:
         image = slices.batch(part, on.device)[0]
-        found.append(foreground(inference.class_probabilities(net, image, on)).cpu())
+        found.append(inference.class_probabilities(net, image, on).cpu())
     return torch.cat(found)
 
 
-def answers(g, slices, mask, rows, on, variants):
-    """Dice that each variant of g expects of the masks. -> {variant: [slices, classes]}"""
+def answers(g, slices, p, rows, on, variants):
+    """Dice that each variant of g expects of outputs. -> {variant: [slices, classes]}"""
     says = {variant: [] for variant in variants}
     views = views_of(g)
     for part in rows:
         image = slices.batch(part, on.device)[0]
         with on.autocast():
-            seen = Seen(image, mask[part].to(on.device))
+            seen = Seen.of_probabilities(image, p[part].to(on.device))
             logits = g.logits(seen)  # [members, views, B, K, S, S]
-        small = resample(mask[part], g.size)
+        small = resample(seen.mask.cpu(), g.size)
         for members, view, temperature in variants:
             asked = logits[:members, views[view]] / temperature
             belief = asked.softmax(3).mean((0, 1))[:, 1:].cpu()
@@ -82,9 +82,9 @@ def main():
     variants = list(itertools.product(members, views_of(g), temperatures))
     found = {variant: [] for variant in variants}
     for path in args.checkpoints:
-        mask = outputs(path, slices, rows, on)
-        true = true_dice(mask, truth).numpy()[present]
-        for variant, says in answers(g, slices, mask, rows, on, variants).items():
+        p = outputs(path, slices, rows, on)
+        true = true_dice(foreground(p), truth).numpy()[present]
+        for variant, says in answers(g, slices, p, rows, on, variants).items():
             found[variant].append(metrics.agreement(says[present], true))
     table = []
     for (count, view, temperature), runs in found.items():
