@@ -74,7 +74,6 @@ from data.tables import markdown, write_csv, write_text
 from models import checkpoints, inference, quality
 from models.checkpoints import load_checkpoint
 from models.device import compute, device_name, samples_in
-from models.losses import one_hot
 
 # ---------------------------------------------------------------------------------------- scoring
 
@@ -600,12 +599,8 @@ def compare_estimates(g, by, samples, on, batch):
     """
     torch.manual_seed(0)  # of the augmented pass
     parts = []
-    for rows in torch.arange(len(samples)).split(batch):
-        x, y = samples.batch(rows, on.device)
-        mine = inference.class_probabilities(by.net, x, on)  # [B, K, *S]
-        seen = quality.Seen.of_label(x, mine.argmax(1), mine.shape[1])
+    for seen, truth, mine in inference.judged_outputs(by.net, samples, on, batch):
         mask = seen.mask  # [B, K-1, *S]
-        truth = one_hot(y, mine.shape[1])[:, 1:]  # [B, K-1, *S]
         says = estimates_of(g, by, seen, mine, on)  # {name: [B, K-1]}
         sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
         parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])

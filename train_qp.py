@@ -26,7 +26,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ from data.tables import markdown, write_text
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
-from models.device import Compute, channels_last, compiled, compute, device_name, samples_in
+from models.device import Compute, channels_last, compiled, compute, device_name
 from models.ema import update_average
 from models.losses import one_hot, seg_loss
 from models.quality import Seen, quality_target, resample, true_dice, with_background
@@ -258,13 +258,8 @@ def fit_temperature(g, masks, on, held, most=300):
     The masks are evenly thinned out to `most`. held [K-1]: the classes that count.
     Guo et al. (On calibration of modern neural networks, ICML 2017) fit it by likelihood.
     """
-    K = g.config["classes"]
     errors = []  # of each mask: [temperatures]
-    mine = inference.thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
-    for rows in mine.split(samples_in(16, masks.mask.shape[1:])):
-        x, label = masks.samples.batch(masks.index[rows], on.device)  # [B, C, *S], [B, *S]
-        seen = Seen.of_label(x, masks.mask[rows].to(on.device), K)
-        truth = one_hot(label, K)[:, 1:]
+    for seen, truth in inference.judged_masks(masks, g.config["classes"], on, most, batch=16):
         with on.autocast():
             logits = g.logits(seen)  # [M, V, B, K, *S]
         true = true_dice(seen.mask, truth)  # [B, K-1]
@@ -315,11 +310,12 @@ def image_dependence(g, masks, on):
     """
 
     def answers(**change):
-        return inference.estimate_masks(g, masks, on, most=500, **change)[0].ravel()
+        return inference.estimate_masks(g, replace(masks, **change), on, most=500)[0].ravel()
 
     usual = answers()
+    blank = replace(masks.samples, image=0 * masks.samples.image, mean=0 * masks.samples.mean)
     changed = {
-        "blank image": answers(change=torch.zeros_like),
+        "blank image": answers(samples=blank),
         "another case's image": answers(index=of_another_case(masks)),
     }
     return {name: metrics.agreement(found, usual)["pearson"] for name, found in changed.items()}

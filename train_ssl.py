@@ -51,7 +51,7 @@ from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, numb
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
-from models.device import Compute, channels_last, compiled, device_name, fused
+from models.device import Compute, channels_last, compiled, device_name, fused, samples_in
 from models.ema import update_average
 from models.losses import (
     harden,
@@ -947,18 +947,14 @@ def look(net, g, samples, on, held):
     held: h5.held_classes() of val. -> what Log.write() takes: the mean over images and classes of
     g's answers, of the true Dice, and of the error. Where g's answers rise alone, f fools g.
     """
-    net = fused(net)
-    rows = torch.arange(len(samples))
+    batch = samples_in(32, samples.image.shape[2:])
     with torch.no_grad():
-        answers = [
-            inference.class_probabilities(net, samples.batch(part, on.device)[0], on)
-            for part in rows.split(8)
-        ]  # [8, K, *S] each
-    mask = torch.cat([p.argmax(1).cpu() for p in answers])  # [N, *S]
+        outputs = list(inference.judged_outputs(fused(net), samples, on, batch))
+    mask = torch.cat([p.argmax(1).cpu() for _, _, p in outputs])  # [N, *S]
     pictures = [("val: image, truth, output", overlays(samples, mask))]
     if g is None:
         return dict(pictures=pictures)
-    predicted, true, _ = inference.estimate_quality(g, samples, rows, mask, on)
+    predicted, true, _ = inference.estimate_quality(g, outputs, on)
     pictures.append(("val: predicted (across) and true (up) Dice", figures.dots(predicted, true)))
     predicted = predicted[:, held]
     true = true[:, held]

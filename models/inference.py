@@ -315,7 +315,30 @@ def mean_dice(table, held):
     return float(per_class[held].mean()), shown
 
 
-# -------------------------------------------------------------------------------- g's estimates
+# ------------------------------------------------------------------- what g is asked, what it says
+
+
+def judged_outputs(net, samples, on, batch):
+    """Yields a net's outputs for labeled samples: Seen, truth [B, K-1, *S], softmax [B, K, *S]."""
+    for rows in torch.arange(len(samples)).split(batch):
+        x, y = samples.batch(rows, on.device)
+        p = class_probabilities(net, x, on)
+        truth = one_hot(y, p.shape[1])[:, 1:]
+        yield quality.Seen.of_probabilities(x, p), truth, p
+
+
+def judged_masks(masks, K, on, most=None, batch=64):
+    """Yields this process's share of the masks of a split of vqm.h5: Seen, truth [B, K-1, *S].
+
+    most: masks, evenly thinned out; batch: of slices of 224 x 224, see samples_in().
+    """
+    N = len(masks.mask)
+    every = torch.arange(N) if most is None else torch.linspace(0, N - 1, min(most, N)).long()
+    mine = every[distributed.rank() :: distributed.world()]
+    for rows in mine.split(samples_in(batch, masks.mask.shape[1:])):
+        x, y = masks.samples.batch(masks.index[rows], on.device)
+        seen = quality.Seen.of_label(x, masks.mask[rows].to(on.device), K)
+        yield seen, one_hot(y, K)[:, 1:]
 
 
 class Estimates(NamedTuple):
@@ -327,19 +350,10 @@ class Estimates(NamedTuple):
 
 
 @torch.no_grad()
-def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
-    """g's estimate and the true Dice of hard masks. -> Estimates
-
-    mask [N, *S]; index [N]: the sample of each, in samples that have labels; change: what to do to
-    the images first.
-    """
-    K = g.config["classes"]
-    batch = samples_in(64, mask.shape[1:])
+def estimate_quality(g, judged, on):
+    """g's estimate and the true Dice of what a judged_...() yields, hard masks. -> Estimates"""
     found = []
-    for rows, labels in zip(index.split(batch), mask.split(batch)):
-        x, y = samples.batch(rows, on.device)
-        seen = quality.Seen.of_label(change(x), labels.to(on.device), K)
-        truth = one_hot(y, K)[:, 1:]
+    for seen, truth, *_ in judged:
         with on.autocast():
             predicted = g(seen)  # [B, K-1]
         true = quality.true_dice(seen.mask, truth)
@@ -348,20 +362,8 @@ def estimate_quality(g, samples, index, mask, on, change=lambda x: x):
     return Estimates(*(torch.cat(parts).numpy() for parts in zip(*found)))
 
 
-def estimate_masks(g, masks, on, most=None, **how):
-    """estimate_quality() on the masks of a split of vqm.h5, by all processes together.
-
-    most: masks, evenly thinned out; how: another index or change for it.
-    """
-    rows = thinned(len(masks.mask), most)[distributed.rank() :: distributed.world()]
-    index = how.pop("index", masks.index)
-    found = estimate_quality(g, masks.samples, index[rows], masks.mask[rows], on, **how)
+def estimate_masks(g, masks, on, most=None):
+    """estimate_quality() on judged_masks(), by all processes together."""
+    found = estimate_quality(g, judged_masks(masks, g.config["classes"], on, most), on)
     every = distributed.gather(list(zip(*found)))  # N of a mask's predicted, true, present
     return Estimates(*(np.stack(parts) for parts in zip(*every)))
-
-
-def thinned(n, most=None):
-    """Numbers below n, all or `most` that are evenly spread."""
-    if most is None:
-        return torch.arange(n)
-    return torch.linspace(0, n - 1, min(most, n)).long()
