@@ -711,15 +711,15 @@ def predict(args):
         batch = args.batch or samples_in(32, loading.shape_of(size))
         found = inference.predict_read(net, cases, on, window, batch)
         rows = []
-        for case, label in bar(found, len(cases), "predict"):
+        for answer in bar(found, len(cases), "predict"):
+            entry, label = answer.case.entry, answer.label
             if args.largest_component:
                 label = largest_component(label, len(info.classes))
-            file = write_mask(masks, label, case.entry)
+            file = write_mask(masks, label, entry)
             if g:
-                samples = inference.samples_of(case, size)
-                dice = predicted_quality(g, label, samples, size, on)
+                dice = predicted_quality(g, answer._replace(label=label), size, on)
                 z = figures.middle(label, len(label))
-                rows.append(Predicted(dice, case.entry, file, z, pack(label[z])))
+                rows.append(Predicted(dice, entry, file, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {masks}")
         if g:
             rows.sort(key=lambda row: row.dice.mean())
@@ -788,28 +788,34 @@ def remove_former(out):
 
 
 @torch.no_grad()
-def predicted_quality(g, label, samples, size, on):
+def predicted_quality(g, answer, size, on):
     """What g says of a case's mask, over all its slices or patches. -> [K-1] Dice
 
-    Each counts as much as the area of the mask in it. label: (D, H, W) uint8 of any grid in the
-    plane; samples: N of the case, on the network's grid.
+    Each counts as much as the area of the mask in it. answer: inference.Answer, its label of any
+    grid in the plane; size: of the network's grid.
     """
-    if isinstance(size, int):
-        masks = [loading.resize_label(one, size) for one in label]
-    else:
-        label = loading.at_least(label, size)
-        parts = [tuple(slice(c, c + s) for c, s in zip(corner, size)) for corner in samples.at]
-        masks = [label[part] for part in parts]
-    masks = torch.from_numpy(np.stack(masks)).long()  # [N, *S]
+    samples = inference.samples_of(answer.case, size)
+    label = on_samples(answer.label, samples, size)  # [N, *S]
     says, areas = [], []
-    for rows in torch.arange(len(samples)).split(samples_in(64, masks.shape[1:])):
+    for rows in torch.arange(len(samples)).split(samples_in(64, label.shape[1:])):
         x, _ = samples.batch(rows, on.device)
-        seen = quality.Seen.of_label(x, masks[rows].to(on.device), g.config["classes"])
+        seen = quality.Seen.of_label(x, label[rows].to(on.device), g.config["classes"])
         with on.autocast():
             says.append(g(seen).float().cpu().numpy())
         areas.append(seen.mask.flatten(2).sum(2).cpu().numpy())
     (dice,) = area_mean(np.concatenate(says), np.concatenate(areas), samples.case)  # of one case
     return dice
+
+
+def on_samples(label, samples, size):
+    """The label of a case (D, H, W) on the grid of its N samples. -> [N, *S]"""
+    if isinstance(size, int):
+        parts = [loading.resize_label(one, size) for one in label]
+    else:
+        label = loading.at_least(label, size)
+        places = [tuple(slice(c, c + s) for c, s in zip(corner, size)) for corner in samples.at]
+        parts = [label[place] for place in places]
+    return torch.from_numpy(np.stack(parts))
 
 
 def write_mask(masks, label, entry):

@@ -213,17 +213,24 @@ def sliding_window(net, x, window, on):
 # ------------------------------------------------------------------------------------------ labels
 
 
+class Answer(NamedTuple):
+    """What a network says of a case."""
+
+    case: ReadCase
+    label: np.ndarray  # (D, H, W) uint8 on the case's own grid
+
+
 def predict_cases(net, cases, on, window=None, batch=32):
     """Yields each of `cases` as entry, predicted label and truth, (D, H, W) uint8 on its own grid.
 
     window: Window, for volumes; batch: slices in a pass.
     """
-    for case, label in predict_read(net, cases, on, window, batch):
-        yield case.entry, label, case.truth
+    for answer in predict_read(net, cases, on, window, batch):
+        yield answer.case.entry, answer.label, answer.case.truth
 
 
 def predict_read(net, cases, on, window=None, batch=32):
-    """predict_cases() that yields what was read, ReadCase, and the predicted label."""
+    """predict_cases() that yields the Answer to each case."""
     if window:
         return labels_of_volumes(net, cases, on, window)
     return labels_of_slices(net, cases, on, batch)
@@ -243,7 +250,7 @@ def labels_of_volumes(net, cases, on, window):
         x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)
         slabs = sliding_window(net, (x - mean) / std, this, on)
         label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in slabs])
-        yield case, loading.cut_back(label.numpy(), case.entry.grid)
+        yield Answer(case, loading.cut_back(label.numpy(), case.entry.grid))
 
 
 @torch.no_grad()
@@ -262,7 +269,7 @@ def labels_of_slices(net, cases, on, batch):
             back = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
             label.append(back.argmax(1).to(torch.uint8).cpu().numpy())
             if part.stop == len(case.image):
-                yield case, np.concatenate(label)
+                yield Answer(case, np.concatenate(label))
                 label = []
 
 

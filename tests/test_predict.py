@@ -411,9 +411,9 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
                 .numpy()
                 .astype(np.uint8)
             )
-    assert evaluate.predicted_quality(g, label, samples, size, ON) == pytest.approx(
-        expected, abs=1e-4
-    )
+    case = inference.ReadCase(info.entries("val")[0], samples, None)
+    answer = inference.Answer(case, label)
+    assert evaluate.predicted_quality(g, answer, size, ON) == pytest.approx(expected, abs=1e-4)
 
 
 def test_masks_of_several_classes_come_back(tmp_path):
