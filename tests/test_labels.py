@@ -543,7 +543,7 @@ def test_patients_across_splits_are_noted_in_every_layout(tmp_path, capsys):
 
 def test_options_of_lists_that_cannot_be(tmp_path, refused):
     argv = [la(tmp_path / "la"), "--out", tmp_path / "g.h5"]
-    refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing 0,1,1", "above 0")
+    refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing: 0,1,1", "above 0")
     refused(ssl4mis.main, [*argv, "--shrink", "4"], "--shrink 4", "2 x 4 x 5", "a smaller one")
 
 
