@@ -85,6 +85,8 @@ class Entry:
     itemsize: int = 1  # bytes of a number of the image
     nifti_header: np.ndarray | None = None  # of the source, see Case
     source_labeled: bool = False  # whether the label is there on source_grid, too
+    mean: float | None = None  # of the image's intensities; None in files of older versions
+    std: float | None = None
 
     @property
     def source_spacing(self):
@@ -119,15 +121,7 @@ class Info:
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return dict(
-            name=self.name,
-            classes=self.classes,
-            channels=self.channels,
-            dims=self.dims,
-            checksum=self.checksum,
-            standardize=self.standardize,
-            prepared=self.prepared,
-        )
+        return {k: v for k, v in vars(self).items() if k not in ("path", "splits")}
 
     def entries(self, split):
         """The entries of a split. InputError if it is absent or empty."""
@@ -183,18 +177,22 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
 
 def _write_case(group, case, channels, dims):
     grid = _grid_of(case.image, channels)
-    chunk = _chunk_of(grid, dims)
-    color = (*chunk, 3) if channels == 3 else chunk
-    packed = dict(compression="gzip", compression_opts=1, shuffle=True)
-    group.create_dataset("image", data=case.image, chunks=color, **packed)
-    if case.label is not None:
-        group.create_dataset("label", data=case.label, chunks=chunk, **packed)
-    if case.source_label is not None:
-        chunk = _chunk_of(case.source_grid, dims)
-        group.create_dataset("source_label", data=case.source_label, chunks=chunk, **packed)
-        group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
+    arrays = {
+        "image": (case.image, grid),
+        "label": (case.label, grid),
+        "source_label": (case.source_label, case.source_grid),
+    }
+    for name, (values, size) in arrays.items():
+        if values is not None:
+            chunks = _chunk_of(size, dims) + values.shape[len(size) :]
+            packed = dict(compression="gzip", compression_opts=1, shuffle=True)
+            group.create_dataset(name, data=values, chunks=chunks, **packed)
     mean, std = mean_and_std(case.image)
-    group.attrs.update(
+    source_checksum = None
+    if case.source_label is not None:
+        source_checksum = zlib.crc32(np.ascontiguousarray(case.source_label))
+    attributes = dict(
+        source_checksum=source_checksum,
         patient=str(case.patient),
         spacing=np.float64(case.spacing or (1.0,) * len(grid)),
         spacing_known=case.spacing is not None,
@@ -202,11 +200,11 @@ def _write_case(group, case, channels, dims):
         checksum=checksum_of(case.image, case.label),
         mean=mean,
         std=std,
+        affine=case.affine,
+        source_grid=case.source_grid,
+        nifti_header=case.nifti_header,
     )
-    for name in ("affine", "source_grid", "nifti_header"):
-        value = getattr(case, name)
-        if value is not None:
-            group.attrs[name] = value
+    group.attrs.update({name: v for name, v in attributes.items() if v is not None})
 
 
 def _grid_of(image, channels):
@@ -217,10 +215,8 @@ def _grid_of(image, channels):
 def _chunk_of(grid, dims):
     """What of a grid is read alone: a slice, or the blocks that a patch touches."""
     if len(grid) == 2:
-        return grid
-    if dims == 2:
-        return (1, *grid[1:])
-    return tuple(map(min, grid, (32, 64, 64)))
+        return tuple(grid)
+    return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
 
 
 def checksum_of(image, label):
@@ -269,11 +265,28 @@ def _check_layout(path, classes, dims, channels):
             )
 
 
-def _check_grid(where, grid, dims):
-    if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
+def _check_arrays(where, arrays, source_grid, channels, dims):
+    """InputError unless arrays or datasets have the types and shapes of the schema.
+
+    arrays: image, label and source_label, the last two of which may be None.
+    """
+    image, label, source_label = arrays
+    grid = _grid_of(image, channels)
+    color = channels != 3 or image.shape[-1:] == (3,)
+    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
         raise InputError(
-            f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
-            f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least "
+            f"{where}: image of shape {image.shape} and type {image.dtype} does not fit {channels} "
+            f"channel(s) and dims={dims} (uint8 or float32 is needed); convert the data again"
+        )
+    for name, found, size in (("label", label, grid), ("source_label", source_label, source_grid)):
+        if found is not None and (found.shape != size or found.dtype != np.uint8):
+            raise InputError(
+                f"{where}: {name} of shape {found.shape} and type {found.dtype}, but shape {size} "
+                "and class numbers of uint8 are needed; convert the data again"
+            )
+    if min(grid) < 1 or min(grid[-2:]) < SMALLEST:
+        raise InputError(
+            f"{where}: a grid of {' x '.join(map(str, grid))}, but H and W must be at least "
             f"{SMALLEST}; leave it out, or pad it, and convert the data again"
         )
 
@@ -285,66 +298,40 @@ def _check_case(path, case, K, channels, dims):
     check_text(where, "patient", str(case.patient))
     if case.split not in SPLITS:
         raise InputError(f"{where}: split '{case.split}' is none of {', '.join(SPLITS)}")
-    _check_image(where, case.image, channels, dims)
-    grid = _grid_of(case.image, channels)
-    if case.label is not None:
-        _check_label(where, case, grid, K)
-    if case.source_grid is not None and len(case.source_grid) != len(grid):
-        raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
-    if case.source_label is not None:
-        _check_source_label(where, case.source_label, case.source_grid)
-        _check_values(f"{where}: source_label", case.source_label, K)
-    _check_header(where, case.nifti_header, case.affine, case.source_grid or grid)
-    if case.spacing is not None:
-        positive = all(0 < s < math.inf for s in case.spacing)
-        if len(case.spacing) != len(grid) or not positive:
-            raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
-    _check_grid(where, grid, dims)
+    arrays = case.image, case.label, case.source_label
+    _check_arrays(where, arrays, case.source_grid, channels, dims)
+    _check_place(where, case, _grid_of(case.image, channels))
+    _check_pixels(where, case.image)
+    _check_label(where, case.label, K)
+    _check_label(f"{where}: source_label", case.source_label, K)
 
 
-def _check_image(where, image, channels, dims):
-    grid = _grid_of(image, channels)
-    if image.dtype not in (np.uint8, np.float32):
-        raise InputError(f"{where}: image of type {image.dtype}; uint8 or float32 is needed")
-    if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and image.shape[-1] != 3):
+def _check_place(where, case, grid):
+    """InputError unless what a Case or an Entry says of its place in space fits its grid."""
+    size = case.source_grid
+    for what, values, most in (("spacing", case.spacing, math.inf), ("source_grid", size, 2**15)):
+        if values is not None and not (
+            len(values) == len(grid) and all(0 < v < most for v in values)
+        ):
+            raise InputError(
+                f"{where}: {what} {values} does not fit the grid {grid}; convert the data again"
+            )
+    if case.affine is not None and not np.isfinite(case.affine).all():
+        raise InputError(f"{where}: affine has NaN or infinity; convert the data again")
+    _check_header(where, case.nifti_header, case.affine, size or grid)
+
+
+def _check_pixels(where, image):
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise InputError(f"{where}: NaN or infinite pixels; mend them and convert the data again")
+
+
+def _check_label(where, label, K):
+    """InputError for a label, if there is one, that holds more than the K classes."""
+    if label is not None and label.max() >= K:
         raise InputError(
-            f"{where}: image of shape {image.shape} does not fit {channels} channel(s)"
-        )
-    if dims == 3 and len(grid) != 3:
-        raise InputError(
-            f"{where}: image of shape {image.shape}, but a file that is segmented in 3D (dims=3) "
-            "holds volumes (D, H, W)"
-        )
-    if not np.isfinite(image).all():
-        raise InputError(f"{where}: image has NaN or infinite pixels")
-
-
-def _check_label(where, case, grid, K):
-    label = case.label
-    if label.shape != grid:
-        raise InputError(f"{where}: label of shape {label.shape}, image of {grid} ({case.source})")
-    if label.dtype != np.uint8:
-        raise InputError(f"{where}: label of type {label.dtype}; uint8 class numbers are needed")
-    if label.max() >= K:
-        raise InputError(
-            f"{where}: label values up to {label.max()}, but there are {K} classes (0 to {K - 1})"
-        )
-
-
-def _check_source_label(where, label, grid):
-    """InputError unless a label, an array or a dataset, is uint8 on the grid of the source."""
-    if grid is None or label.shape != tuple(grid) or label.dtype != np.uint8:
-        raise InputError(
-            f"{where}: source_label: {label.dtype} of shape {label.shape}, but uint8 "
-            f"of source_grid {grid} is needed; convert the data again"
-        )
-
-
-def _check_values(where, label, K):
-    if label.max() >= K:
-        raise InputError(
-            f"{where}: value {label.max()}, but the file has {K} classes "
-            f"(0 to {K - 1}); convert the data again"
+            f"{where}: label values up to {label.max()}, but there are {K} classes (0 to {K - 1}); "
+            "convert the data again"
         )
 
 
@@ -352,6 +339,7 @@ def _check_header(where, header, affine, grid):
     """InputError unless a NIfTI header is none, or of the volume that affine and grid describe."""
     if header is None:
         return
+    header = np.asarray(header)
     if affine is None or len(grid) != 3 or header.shape != (348,) or header.dtype != np.uint8:
         raise InputError(
             f"{where}: nifti_header: {header.dtype} of shape {header.shape}, but 348 "
@@ -469,53 +457,30 @@ def free_memory():
     return psutil.virtual_memory().available
 
 
-def check_memory(data, where):
-    """InputError for a dataset that does not fit into memory."""
-    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
-        raise InputError(
-            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory "
-            "are free; crop or resample it"
-        )
-
-
 # kinds of an attribute, as h5py has them -> numpy's letters for them
 KINDS = {str: "SUO", int: "iu", bool: "biu", float: "iuf"}
 
 
-def attribute(of, name, kind, where, shape=()):
+def attribute(of, name, kind, where, shape=(), optional=False):
     """An attribute of a group. InputError unless it is of a kind and a shape.
 
     kind: str, int, bool or float; shape: () for one value, which is returned as such, None for a
-    vector of any length. -> value, tuple of values (a list of texts), or an array
+    vector of any length; optional: None where there is no such attribute. To be called in a block
+    of reading(). -> value, tuple of values (a list of texts), or an array
     """
-    try:
-        value = of.attrs[name]
-        found = np.asarray(value)
-    except Exception as error:
-        raise InputError(
-            f"{where}: attribute '{name}' is missing or damaged "
-            f"({error or type(error).__name__}); convert the data again"
-        ) from None
+    if optional and name not in of.attrs:
+        return None
+    found = np.asarray(of.attrs[name])
     fits = found.ndim == 1 if shape is None else found.shape == shape
     if found.dtype.kind not in KINDS[kind] or not fits:
-        needed = kind.__name__ if shape == () else f"{kind.__name__} values"
         raise InputError(
-            f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {needed} of shape "
-            f"{'(n,)' if shape is None else shape} needed; convert the data again"
+            f"{where}: attribute '{name}' is {ascii(found.tolist())[:60]}, but {kind.__name__} of "
+            f"shape {'(n,)' if shape is None else shape} is needed; convert the data again"
         )
-    if kind is str:
-        texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
-        return texts if found.ndim else texts[0]
-    if found.ndim == 0:
-        return kind(value)
-    return tuple(map(kind, value)) if found.ndim == 1 else value
-
-
-def _optional(of, name, kind, where, shape=(), default=None):
-    """attribute(), or a default where there is no such attribute."""
-    return attribute(of, name, kind, where, shape) if name in of.attrs else default
+    found = found.astype(kind)
+    if found.ndim > 1:
+        return found
+    return tuple(found.tolist()) if found.ndim and kind is not str else found.tolist()
 
 
 def read_info(path):
@@ -527,93 +492,65 @@ def read_info(path):
                 f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 "
                 "--help"
             )
-        title = attribute(f, "name", str, path)
-        classes = attribute(f, "classes", str, path, None)
-        dims = attribute(f, "dims", int, path)
-        channels = attribute(f, "channels", int, path)
-        standardize = _optional(f, "standardize", bool, path, default=True)
-        prepared = json.loads(_optional(f, "prepared", str, path, default="null"))
+        prepared = json.loads(attribute(f, "prepared", str, path, optional=True) or "null")
         if prepared is not None and not isinstance(prepared, dict):
             raise InputError(
                 f"{path}: attribute 'prepared' is no JSON object; convert the data again"
             )
-        check_text(path, "the dataset's name", title)
-        _check_layout(path, classes, dims, channels)
-        splits = {}
+        info = Info(
+            path=path,
+            name=attribute(f, "name", str, path),
+            classes=attribute(f, "classes", str, path, None),
+            dims=attribute(f, "dims", int, path),
+            channels=attribute(f, "channels", int, path),
+            splits={},
+            checksum=0,
+            standardize=attribute(f, "standardize", bool, path, optional=True) is not False,
+            prepared=prepared,
+        )
+        check_text(path, "the dataset's name", info.name)
+        _check_layout(path, info.classes, info.dims, info.channels)
         for split in (s for s in SPLITS if s in set(f)):
             group = child(f, split, h5py.Group)
-            splits[split] = [_entry(path, group, name, channels, dims) for name in group]
-    _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
-    sums = [(s, e.name, e.checksum) for s in splits for e in splits[s]]
-    return Info(
-        path=path,
-        name=title,
-        classes=classes,
-        dims=dims,
-        channels=channels,
-        splits=splits,
-        checksum=zlib.crc32(repr(sums).encode()),
-        standardize=standardize,
-        prepared=prepared,
-    )
+            info.splits[split] = [_entry(info, group, name) for name in group]
+    _check_patients(path, {s: {e.patient for e in entries} for s, entries in info.splits.items()})
+    sums = [(s, e.name, e.checksum) for s, entries in info.splits.items() for e in entries]
+    info.checksum = zlib.crc32(repr(sums).encode())
+    return info
 
 
-def _entry(path, split, name, channels, dims):
+def _entry(info, split, name):
     """The Entry of a case of a split, a group. InputError unless it keeps the schema."""
-    check_name(f"{path}: {split.name}", name)
-    where = f"{path}: {split.name}/{name}"
+    check_name(f"{info.path}: {split.name}", name)
+    where = f"{info.path}: {split.name}/{name}"
     group = child(split, name, h5py.Group)
     image = child(group, "image", h5py.Dataset)
     label = _optional_dataset(group, "label")
     source_label = _optional_dataset(group, "source_label")
-    grid = _grid_of(image, channels)
-    color = channels != 3 or image.shape[-1:] == (3,)
-    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
-        raise InputError(
-            f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} "
-            f"channel(s), segmented in {dims}D (uint8 or float32 is needed); convert the data again"
-        )
-    _check_grid(f"{where}/image", grid, dims)
-    if label is not None and (label.shape != grid or label.dtype != np.uint8):
-        raise InputError(
-            f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the "
-            "image's grid, is needed; convert the data again"
-        )
-    patient = attribute(group, "patient", str, where)
-    check_text(where, "patient", patient)
-    spacing = attribute(group, "spacing", float, where, (len(grid),))
-    if not all(0 < s < math.inf for s in spacing):
-        raise InputError(
-            f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again"
-        )
-    affine = _optional(group, "affine", float, where, (4, 4))
-    source_grid = _optional(group, "source_grid", int, where, (len(grid),))
-    placed = affine is None or np.isfinite(affine).all()
-    if not placed or not all(0 < n < 2**15 for n in source_grid or ()):
-        raise InputError(
-            f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again"
-        )
-    header = None
-    if "nifti_header" in group.attrs:
-        header = np.asarray(group.attrs["nifti_header"])
-    _check_header(where, header, affine, source_grid or grid)
-    if source_label is not None:
-        _check_source_label(where, source_label, source_grid)
-    return Entry(
+    grid = _grid_of(image, info.channels)
+    axes = (len(grid),)
+    source_grid = attribute(group, "source_grid", int, where, axes, optional=True)
+    _check_arrays(where, (image, label, source_label), source_grid, info.channels, info.dims)
+    entry = Entry(
         name=name,
-        patient=patient,
+        patient=attribute(group, "patient", str, where),
         grid=grid,
         labeled=label is not None,
-        spacing=spacing,
+        spacing=attribute(group, "spacing", float, where, axes),
         spacing_known=attribute(group, "spacing_known", bool, where),
         source=attribute(group, "source", str, where),
-        checksum=_optional(group, "checksum", int, where, default=0),
-        affine=affine,
+        checksum=attribute(group, "checksum", int, where, optional=True) or 0,
+        affine=attribute(group, "affine", float, where, (4, 4), optional=True),
         source_grid=source_grid,
         itemsize=image.dtype.itemsize,
-        nifti_header=header,
+        nifti_header=group.attrs.get("nifti_header"),
         source_labeled=source_label is not None,
+        mean=attribute(group, "mean", float, where, optional=True),
+        std=attribute(group, "std", float, where, optional=True),
     )
+    check_text(where, "patient", entry.patient)
+    _check_place(where, entry, grid)
+    return entry
 
 
 def _optional_dataset(group, name):
@@ -630,36 +567,43 @@ def read_case(f, info, split, name, label=True, part=()):
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
         group = f[split][name]
-        if not part:
-            check_memory(group["image"], f"{where}/image")
-        image = group["image"][part]
-        y = group["label"][part] if label and "label" in group else None
+        image = _read(group, "image", where, part)
+        y = _read(group, "label", where, part) if label and "label" in group else None
         checksum = group.attrs.get("checksum")
-    if image.dtype == np.float32 and not np.isfinite(image).all():
+    _check_pixels(where, image)
+    _check_label(where, y, len(info.classes))
+    whole = y is not None and not part and checksum is not None
+    if whole and checksum != checksum_of(image, y):
         raise InputError(
-            f"{where}/image: NaN or infinite pixels; mend them and convert the data again"
+            f"{where}: image and label are not those that were written (checksum); convert the "
+            "data again"
         )
-    if y is not None:
-        _check_values(f"{where}/label", y, len(info.classes))
-        whole = not part and checksum is not None
-        if whole and checksum != checksum_of(image, y):
-            raise InputError(
-                f"{where}: image and label are not those that were written (checksum); convert the "
-                "data again"
-            )
     if len(_grid_of(image, info.channels)) == 2:
-        image = image[None]
-        y = None if y is None else y[None]
+        return image[None], None if y is None else y[None]
     return image, y
+
+
+def _read(group, name, where, part=()):
+    """A dataset of a case, or a part of it. InputError if all of it does not fit into memory."""
+    if not part:
+        check_memory(group[name], f"{where}/{name}")
+    return group[name][part]
+
+
+def check_memory(data, where):
+    """InputError for a dataset that does not fit into memory."""
+    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
+        raise InputError(
+            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory "
+            "are free; crop or resample it"
+        )
 
 
 def read_label(f, info, split, name):
     """The label of one case of an open file, on its own grid. -> (H, W) or (D, H, W) uint8"""
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
-        label = f[split][name]["label"]
-        check_memory(label, f"{where}/label")
-        return label[()]
+        return _read(f[split][name], "label", where)
 
 
 def read_source_label(info, split, entry):
@@ -667,18 +611,18 @@ def read_source_label(info, split, entry):
 
     InputError if there is none, or if it is not what was written.
     """
-    where = f"{info.path}: /{split}/{entry.name}/source_label"
+    where = f"{info.path}: /{split}/{entry.name}"
     if not entry.source_labeled:
         raise InputError(
-            f"{where}: missing, so the case cannot be scored on its source's grid; "
-            "convert the data again, or use --grid stored"
+            f"{where}: has no source_label, so it cannot be scored on its source's grid; convert "
+            "the data again, or use --grid stored"
         )
     with open_file(info.path) as f, reading(where):
         group = f[split][entry.name]
-        check_memory(group["source_label"], where)
-        label = group["source_label"][()]
+        label = _read(group, "source_label", where)
         checksum = group.attrs.get("source_checksum")
-    _check_values(where, label, len(info.classes))
+    where = f"{where}/source_label"
+    _check_label(where, label, len(info.classes))
     if checksum is not None and checksum != zlib.crc32(label):
         raise InputError(f"{where}: not what was written (checksum); convert the data again")
     return label if label.ndim == 3 else label[None]

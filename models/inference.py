@@ -85,7 +85,7 @@ def samples_of(case, size):
     if isinstance(case.image, loading.Samples):
         return case.image
     image, mean, std = case.image
-    whole = loading.WholeCase(case.entry.name, image, None, mean, std, where=case.entry.name)
+    whole = loading.WholeCase(case.entry.name, image, None, mean, std)
     return loading.samples_of(whole, size)
 
 
