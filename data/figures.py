@@ -105,24 +105,17 @@ class Panel(NamedTuple):
     aspect: float = 1.0  # height / width of a pixel
 
 
-class View(NamedTuple):
-    """A plane of a volume."""
-
-    image: np.ndarray  # (H, W)
-    label: np.ndarray | None  # (H, W)
-    aspect: float  # height / width of a pixel
-
-
-def draw(axis, image, label=None, title="", aspect=1.0):
-    """Shows a slice on a matplotlib axis with the outline of each class of a label, see Panel."""
-    axis.imshow(to_gray_levels(image), cmap="gray", vmin=0, vmax=255, aspect=aspect)
+def draw(axis, panel):
+    """Shows a Panel on a matplotlib axis, with the outline of each class of its label."""
+    image, label = panel.image, panel.label
+    axis.imshow(to_gray_levels(image), cmap="gray", vmin=0, vmax=255, aspect=panel.aspect)
     height, width = image.shape[:2]
     extent = (-1, width, -1, height)
     for k in () if label is None else np.unique(label[label > 0]):
         mask = np.pad(label == k, 1)
         axis.contour(mask, [0.5], colors=[color(k - 1)], linewidths=1.4, extent=extent)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    axis.set_title(title, fontsize=8)
+    axis.set_title(panel.title, fontsize=8)
     axis.axis("off")
 
 
@@ -147,26 +140,25 @@ def middle(label, depth):
 
 
 def planes(image, label, truth, spacing):
-    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [View]
+    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [Panel]
 
-    label and truth may be None.
+    label and truth may be None. The titles are empty.
     """
-    views = []
+    panels = []
     for axis in range(3):
         seen = None if truth is None else np.moveaxis(truth, axis, 0)
         at = middle(seen, image.shape[axis])
         outline = None if label is None else label.take(at, axis)
         height, width = np.delete(spacing, axis)  # of a pixel
-        views.append(View(image.take(at, axis), outline, np.divide(height, width)))
-    return views
+        panels.append(Panel("", image.take(at, axis), outline, np.divide(height, width)))
+    return panels
 
 
 def cases(path, rows, classes, columns=8, side=2.1):
-    """Panels in rows. rows: lists of Panel, or of tuples with its entries
+    """Panels in rows, lists of Panel. A row begins on a new line of at most `columns` panels.
 
-    A row begins on a new line of at most `columns` panels; side: of a panel, in inches.
+    side: of a panel, in inches.
     """
-    rows = [[Panel(*panel) for panel in row] for row in rows]
     lines = [line for row in rows for line in evenly(row, columns)]
     heights = [line_height(line, side) for line in lines]
     longest = max(map(len, lines))
@@ -182,7 +174,7 @@ def cases(path, rows, classes, columns=8, side=2.1):
         axis.axis("off")
     for line, panels in zip(axes, lines):
         for axis, panel in zip(line, panels):
-            draw(axis, panel.image, panel.label, panel.title, panel.aspect)
+            draw(axis, panel)
     legend(figure, classes)
     save_figure(figure, path)
 

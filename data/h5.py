@@ -35,6 +35,7 @@ import math
 import os
 import shlex
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -44,6 +45,7 @@ import psutil
 
 from data import figures
 from data.files import FORMAT, NO_LOCKS, InputError, absent, errno_of, replacing, unreadable
+from data.labels import without
 from data.options import Parser, cli, picture
 
 SPLITS = ("train", "val", "test", "unlabeled")
@@ -279,7 +281,7 @@ def _check_arrays(where, arrays, source_grid, channels, dims):
             f"channel(s) and dims={dims} (uint8 or float32 is needed); convert the data again"
         )
     for name, found, size in (("label", label, grid), ("source_label", source_label, source_grid)):
-        if found is not None and (found.shape != size or found.dtype != np.uint8):
+        if found is not None and (found.shape != tuple(size or ()) or found.dtype != np.uint8):
             raise InputError(
                 f"{where}: {name} of shape {found.shape} and type {found.dtype}, but shape {size} "
                 "and class numbers of uint8 are needed; convert the data again"
@@ -628,204 +630,6 @@ def read_source_label(info, split, entry):
     return label if label.ndim == 3 else label[None]
 
 
-def check_foreground(info, names):
-    """InputError if the labels of some train cases are background and nothing else.
-
-    A note names the classes that these lack, though val holds them.
-    """
-    learned = _found_classes(info, "train", names)
-    if not learned.any():
-        raise InputError(
-            f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty "
-            "(background alone), and nothing can be learned from them; give other or more patients "
-            "(--labeled, --labeled-seed), or convert the data again"
-        )
-    if not learned.all() and (lost := ~learned & _found_classes(info, "val")).any():
-        lost = [name for name, is_lost in zip(info.classes[1:], lost) if is_lost]
-        print(
-            f"note: {without(lost, 'the labeled cases')}, but val does: nothing can learn it, and "
-            "scores count it"
-        )
-
-
-def held_classes(info, split, names=None):
-    """Whether the labels of a split hold each class of the foreground. -> [K-1] bool
-
-    names: those of the cases that count (default: all).
-    Reads labels up to the first by which all are found. InputError if there is no class at all.
-    """
-    info.entries(split)  # which refuses an empty split
-    held = _found_classes(info, split, names)
-    if not held.any():
-        raise InputError(
-            f"{info.path}: /{split}: its labels hold no class but the background, so "
-            "nothing can be scored; take another split, or convert the data again"
-        )
-    return held
-
-
-def _found_classes(info, split, names=None):
-    """The work of held_classes(), for any split."""
-    held = np.zeros(len(info.classes) - 1, bool)
-    names = None if names is None else set(names)
-    with open_file(info.path) as f:
-        for entry in info.splits.get(split, ()):
-            if held.all():
-                break
-            if entry.labeled and (names is None or entry.name in names):
-                label = read_label(f, info, split, entry.name)
-                for k in np.flatnonzero(~held):
-                    held[k] = (label == k + 1).any()
-    return held
-
-
-def without(classes, split):
-    """What to say of classes that no label of a split holds. -> a sentence"""
-    names = ", ".join(f"'{name}'" for name in classes[:6])
-    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
-    return f"no label of {split} holds {names}{more}"
-
-
-def choose_labeled(info, spec, seed=None):
-    """Names of the train cases whose labels may be read, and of all others.
-
-    spec: "7" takes the first 7 patients that have labels, "0.1" that fraction of them, "all" every
-    one. seed: draws the patients at random instead of taking the first ones. InputError for a spec
-    that is none of these, or that no number of patients fits.
-    """
-    train = info.entries("train")
-    patients = list(dict.fromkeys(entry.patient for entry in train if entry.labeled))
-    n = _count_of(spec, len(patients))
-    if not patients:
-        raise InputError(
-            f"{info.path}: no train case has a label; convert the data again with labels of some"
-        )
-    if not 1 <= n <= len(patients):
-        raise InputError(
-            f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled "
-            f"train patients; give 1 to {len(patients)}, a fraction or all"
-        )
-    if seed is not None:
-        patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    chosen = set(patients[:n])
-    labeled = {entry.name: None for entry in train if entry.labeled and entry.patient in chosen}
-    return list(labeled), [entry.name for entry in train if entry.name not in labeled]
-
-
-def _count_of(spec, patients):
-    """The number of patients that --labeled means, of so many."""
-    if spec == "all":
-        return patients
-    try:
-        return round(float(spec) * patients) if "." in spec else int(spec)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; "
-            "give one of them"
-        ) from None
-
-
-# ---------------------------------------------------------------------- how images were prepared
-
-
-def check_prepared(known, others):
-    """Compares how the images of `others` were prepared with the first of `known` that says it.
-
-    known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    InputError if intensities or axes mean something else. Other differences are a note, once. Where
-    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
-    """
-    first = next(iter(known))
-    path = next((p for p, data in known.items() if _prepared(data)), first)
-    notes = {}
-    for other, data in others.items():
-        for name in dict.fromkeys((first, path)):
-            ours, theirs = _intensities(known[name]), _intensities(data)
-            alike = not (ours and theirs) or ours == theirs
-            if alike and _standardize(data) == _standardize(known[name]):
-                continue
-            remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
-            remedy = remedy if name == first else "leave one of them out"
-            raise InputError(
-                f"{other}: its images were {_words_of(data)}, but those of {name} "
-                f"were {_words_of(known[name])}; {remedy}"
-            )
-        ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
-        if ours and theirs and ours != theirs:
-            raise InputError(
-                f"{other}: D, H and W of its images point along the body axes "
-                f"{theirs}, but those of {path} along {ours}; convert {first} again "
-                f"with --axes {theirs}"
-            )
-        differences = _differences(_prepared(data), _prepared(known[path]))
-        if any(differences):
-            notes.setdefault(differences, []).append(other)
-    for (theirs, ours), paths in notes.items():
-        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        print(
-            f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
-            f"for {path}"
-        )
-
-
-def _prepared(data):
-    """What describe() says of the preparation, {} for nothing. It may come from anybody."""
-    found = data.get("prepared")
-    return found if isinstance(found, dict) else {}
-
-
-def _standardize(data):
-    return data.get("standardize", True) is not False  # older checkpoints do not say
-
-
-def _intensities(data):
-    """The options of data.nifti that bring images to these intensities; "" where nobody knows."""
-    prepared = _prepared(data)
-    if "window" not in prepared:
-        return ""
-    if prepared["window"] is None:
-        return "--intensity mr"
-    return f"--intensity ct --clip {_text(prepared['window'], ',')}"
-
-
-def _words_of(data):
-    """How intensities were brought to a scale, in words."""
-    if (window := _prepared(data).get("window")) is not None:
-        return f"clipped to the window {_text(window, ',')}"
-    if _standardize(data):
-        return "standardized case by case"
-    return "brought to an unknown window (standardize False)"
-
-
-def _differences(theirs, ours):
-    """The settings that both preparations state but that differ, as two texts: theirs, ours.
-
-    Both texts are empty if nothing differs.
-    """
-
-    def stated(value):
-        return _text(0 if value is None else value)  # channel: none is the first
-
-    free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
-    keys = [k for k in theirs if k in ours and k not in free]
-    keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
-    texts = [", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours)]
-    return tuple(texts)
-
-
-def _text(value, joined=" x "):
-    """A value of `prepared`, a plain one or a list of them, in at most 60 printable characters."""
-    parts = value[:10] if isinstance(value, (list, tuple)) else [value]
-    text = joined.join(map(_plain, parts))
-    return "".join(c if c.isprintable() else "?" for c in text)[:60]
-
-
-def _plain(value):
-    if type(value) in (int, float):
-        return f"{value:g}" if abs(value) < 1e15 else "beyond all numbers"
-    return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
-
-
 # -------------------------------------------------------------------------------- what networks see
 
 
@@ -876,7 +680,7 @@ def _panels(f, info, split, entry):
     title = f"{split}: {entry.name}"
     if info.dims == 3:
         first, *others = figures.planes(image, label, label, entry.spacing)
-        return [figures.Panel(title, *first), *(figures.Panel("", *view) for view in others)]
+        return [first._replace(title=title), *others]
     z = figures.middle(label, len(image))
     outline = None if label is None else label[z]
     return [figures.Panel(title, image[z], outline, entry.aspect)]
@@ -885,7 +689,7 @@ def _panels(f, info, split, entry):
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
     counts = {}  # of each split: pixels of each class [K]
-    images = {}  # (split, case) of each different image
+    images = defaultdict(list)  # (split, case) of each different image
     constant = []
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(info.classes))
     lines = [
@@ -897,10 +701,11 @@ def summary(info):
             count = np.zeros(len(info.classes))
             for entry in entries:
                 image, label = read_case(f, info, split, entry.name)
-                digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
-                images.setdefault(digest, []).append((split, entry.name))
                 if image.min() == image.max():
                     constant.append(f"{split}/{entry.name}")
+                else:
+                    digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
+                    images[digest].append((split, entry.name))
                 if entry.source_labeled:
                     read_source_label(info, split, entry)
                 if label is not None:
@@ -965,11 +770,11 @@ def _notes_on_labels(info, counts):
 def _notes_on_images(images, constant):
     """Lines on images that are scored and stand in another split, too, or that show nothing.
 
-    images: {digest: [(split, case), ...]}; constant: names of those of one value
+    images: {digest: [(split, case), ...]} of others than `constant`, names of those of one value
     """
-    shown = [cases for cases in images.values() if f"{cases[0][0]}/{cases[0][1]}" not in constant]
-    splits = [{split for split, _ in cases} for cases in shown]
-    twice = [c for c, held in zip(shown, splits) if len(held) > 1 and held & {"val", "test"}]
+    splits = [{split for split, _ in cases} for cases in images.values()]
+    among = [len(held) > 1 and held & {"val", "test"} for held in splits]
+    twice = [cases for cases, is_twice in zip(images.values(), among) if is_twice]
     lines = []
     if twice:
         first = twice[0][0]

@@ -89,6 +89,13 @@ def check_not_empty(found, where):
         )
 
 
+def without(classes, split):
+    """What to say of classes that no label of a split holds. -> a sentence"""
+    names = ", ".join(f"'{name}'" for name in classes[:6])
+    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    return f"no label of {split} holds {names}{more}"
+
+
 # ------------------------------------------------------------------------------------ options
 
 

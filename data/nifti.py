@@ -322,24 +322,22 @@ def start_of(header, path):
 
 def check_grids(image, label, image_path, label_path):
     """InputError if two Volumes are not on one grid: no label is moved onto its image by guess."""
-    a, b = (grid_of(v) for v in (image, label))
-    found = None
-    if (a["size"] != b["size"]).any():
-        found, remedy = "size", "resample the label to its image"
-    else:
-        extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
-        for what, reach in (("spacing", a["size"]), ("origin", 1.0), ("direction", extent)):
-            apart = np.abs((b[what] - a[what]) * reach).max()
-            if apart > space.SAME_PLACE * a["spacing"].min():
-                found, remedy = what, same_size_remedy(image, label)
-                break
-    if found:
-        sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
-        there, here = (np.round(g[found], 6).tolist() for g in (b, a))
-        raise InputError(
-            f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
-            f"({sizes[0]}): {found} {there}, not {here}; {remedy}"
-        )
+    a, b = grid_of(image), grid_of(label)
+    near = space.SAME_PLACE * a["spacing"].min()  # mm
+    extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
+    limits = dict(size=0, spacing=near / a["size"], origin=near, direction=near / extent)
+    wrong = [what for what, most in limits.items() if (np.abs(b[what] - a[what]) > most).any()]
+    if not wrong:
+        return
+    what, remedy = wrong[0], same_size_remedy(image, label)
+    if what == "size":
+        remedy = "resample the label to its image"
+    sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
+    there, here = (np.round(g[what], 6).tolist() for g in (b, a))
+    raise InputError(
+        f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
+        f"({sizes[0]}): {what} {there}, not {here}; {remedy}"
+    )
 
 
 def grid_of(volume):
@@ -356,14 +354,14 @@ def grid_of(volume):
 def same_size_remedy(image, label):
     """What to do where a label has its image's size and not its place."""
     match = "if the two match voxel by voxel"
-    if is_lost(label) and not is_lost(image):
-        return (
-            "the label's header has lost its place: copy the image's header to it "
-            f"{match}, and do not resample it"
-        )
-    if is_lost(image) and not is_lost(label):
+    if is_lost(label) == is_lost(image):
+        return f"copy the image's header to the label {match}, else resample the label to its image"
+    if is_lost(image):
         return f"the image's header has lost its place: copy the label's header to it {match}"
-    return f"copy the image's header to the label {match}, else resample the label to its image"
+    return (
+        "the label's header has lost its place: copy the image's header to it "
+        f"{match}, and do not resample it"
+    )
 
 
 def is_lost(volume):

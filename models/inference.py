@@ -307,8 +307,8 @@ def dice_table(net, cases, on, K, window=None, batch=32):
 def mean_dice(table, held):
     """Mean over cases and then classes, and per class: what training selects by.
 
-    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out,
-    and their Dice is None.
+    table: of dice_table(); held [K-1]: supervision.held_classes(). The mean leaves the other
+    classes out, and their Dice is None.
     """
     per_class = np.mean(table, 0)  # [K-1]
     shown = [d if h else None for d, h in zip(per_class.tolist(), held)]
