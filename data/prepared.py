@@ -3,6 +3,8 @@
 `prepared` of data/h5.py says which converter made a dataset, and with which options.
 """
 
+from collections import defaultdict
+
 from data.files import InputError
 
 
@@ -15,19 +17,10 @@ def check(known, others):
     """
     first = next(iter(known))
     path = next((p for p, data in known.items() if _prepared(data)), first)
-    notes = {}
+    notes = defaultdict(list)
     for other, data in others.items():
         for name in dict.fromkeys((first, path)):
-            ours, theirs = _intensities(known[name]), _intensities(data)
-            alike = not (ours and theirs) or ours == theirs
-            if alike and _standardize(data) == _standardize(known[name]):
-                continue
-            remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
-            remedy = remedy if name == first else "leave one of them out"
-            raise InputError(
-                f"{other}: its images were {_words_of(data)}, but those of {name} "
-                f"were {_words_of(known[name])}; {remedy}"
-            )
+            _check_intensities(other, data, name, known[name], first)
         ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
         if ours and theirs and ours != theirs:
             raise InputError(
@@ -35,15 +28,29 @@ def check(known, others):
                 f"{theirs}, but those of {path} along {ours}; convert {first} again "
                 f"with --axes {theirs}"
             )
-        differences = _differences(_prepared(data), _prepared(known[path]))
-        if any(differences):
-            notes.setdefault(differences, []).append(other)
+        notes[_differences(_prepared(data), _prepared(known[path]))].append(other)
+    notes.pop(("", ""), None)
     for (theirs, ours), paths in notes.items():
         more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
         print(
             f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
             f"for {path}"
         )
+
+
+def _check_intensities(other, theirs, name, ours, dataset):
+    """InputError unless the intensities of `other` mean what those of `name` do."""
+    options, wanted = _intensities(theirs), _intensities(ours)
+    known = options and wanted
+    if _standardize(theirs) == _standardize(ours) and not (known and options != wanted):
+        return
+    remedy = f"convert {dataset} again with {options}" if options else "convert both alike"
+    if name != dataset:
+        remedy = "leave one of them out"
+    raise InputError(
+        f"{other}: its images were {_words_of(theirs)}, but those of {name} were "
+        f"{_words_of(ours)}; {remedy}"
+    )
 
 
 def _prepared(data):
@@ -87,8 +94,7 @@ def _differences(theirs, ours):
     free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
     keys = [k for k in theirs if k in ours and k not in free]
     keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
-    texts = [", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours)]
-    return tuple(texts)
+    return tuple(", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours))
 
 
 def _text(value, joined=" x "):
@@ -99,6 +105,8 @@ def _text(value, joined=" x "):
 
 
 def _plain(value):
+    if value is None:
+        return "none"
     if type(value) in (int, float):
         return f"{value:g}" if abs(value) < 1e15 else "beyond all numbers"
-    return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
+    return str(value)[:60] if isinstance(value, (str, bool)) else "?"
