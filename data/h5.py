@@ -616,8 +616,8 @@ def read_source_label(info, split, entry):
     where = f"{info.path}: /{split}/{entry.name}"
     if not entry.source_labeled:
         raise InputError(
-            f"{where}: has no source_label, so it cannot be scored on its source's grid; convert "
-            "the data again, or use --grid stored"
+            f"{where}/source_label: missing, so the case cannot be scored on its source's grid; "
+            "convert the data again, or use --grid stored"
         )
     with open_file(info.path) as f, reading(where):
         group = f[split][entry.name]
