@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, loading, quality_masks, shapes, workers
+from data import augment, figures, h5, loading, quality_masks, shapes, supervision, workers
 from data.files import InputError, claim, replacing
 from data.options import (
     SEED,
@@ -1042,8 +1042,8 @@ def draw_preview(path, vqm_path, info, samples):
             case = group["case"].asstr()[row]
             i = number_of[case, tuple(group["at"][row].tolist())]
             shown = mask_views(samples, i, group["mask"][row], spacing[case])
-            for axis, (image, mask, aspect) in zip(panels, shown):
-                figures.draw(axis, image, mask, aspect=aspect)
+            for axis, panel in zip(panels, shown):
+                figures.draw(axis, panel)
             name = group["source"].asstr()[row][:30]
             dice = " ".join(f"{d:.2f}" for d in group["dice"][row])
             panels[views // 2].set_title(f"{name}\n{dice}", fontsize=6.5)
@@ -1052,10 +1052,10 @@ def draw_preview(path, vqm_path, info, samples):
 
 
 def mask_views(samples, i, mask, spacing):
-    """What is shown of a mask of sample i. -> [(image (H, W[, 3]), mask (H, W), aspect), ...]"""
+    """What is shown of a mask of sample i. -> list of figures.Panel"""
     image = samples.image[i].numpy()  # [C, *S]
     if mask.ndim == 2:
-        return [(image.transpose(1, 2, 0).squeeze(), mask, 1.0)]
+        return [figures.Panel("", image.transpose(1, 2, 0).squeeze(), mask)]
     return figures.planes(image[0], mask, samples.label[i].numpy(), spacing)
 
 
@@ -1181,8 +1181,8 @@ def set_defaults(args, info):
 
 def choose_cases(info, args):
     """The names of the labeled cases of train, and of val. InputError for too few of them."""
-    train, _ = h5.choose_labeled(info, args.labeled, args.labeled_seed)
-    h5.check_foreground(info, train)
+    train, _ = supervision.choose_labeled(info, args.labeled, args.labeled_seed)
+    supervision.check_foreground(info, train)
     val = [e.name for e in info.entries("val") if e.labeled]
     if not val:
         raise InputError(

@@ -53,8 +53,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, loading, workers
+from data import augment, figures, h5, loading, prepared, supervision, workers
 from data.files import InputError, claim
+from data.labels import without
 from data.metrics import (
     BAD,
     LEVELS,
@@ -296,7 +297,7 @@ def check_runs(args, info, states):
         checkpoints.check_trained_size(path, info, state["args"]["size"])
         checkpoints.flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
-    h5.check_prepared({info.path: info.describe()} | described, described)
+    prepared.check({info.path: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         found = ", ".join(f"{path} has {size}" for size, path in sizes.items())
@@ -928,7 +929,7 @@ def write_scores(args, runs, windows):
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
     text = f"{title}\n\n{markdown(list(map(with_small_p, rows)))}\n\n{COLUMNS}"
     if absent:
-        text += f"\n\n{h5.without(absent, args.split)}: left out of every mean."
+        text += f"\n\n{without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
 
@@ -1306,7 +1307,7 @@ def main(argv=None):
     # the cases
     split, entries = chosen_cases(info, args.split, states, args.qp)
     check_labels(args, info, split, entries)
-    held = h5.held_classes(info, split, [entry.name for entry in entries])
+    held = supervision.held_classes(info, split, [entry.name for entry in entries])
     runs = Scored(info, split, entries, chosen, groups, held)
     args.batch = args.batch or samples_in(32, loading.shape_of(chosen[0]["args"]["size"]))
     judge = load_judge(args, runs, states, on) if args.qp else None

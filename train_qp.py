@@ -35,8 +35,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, loading, metrics, quality_masks
+from data import augment, figures, h5, loading, metrics, quality_masks, supervision
 from data.files import InputError, claim
+from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, seed_of
 from data.tables import markdown, write_text
@@ -394,9 +395,10 @@ def load_data(info, args):
     train = load(args.vqm, "train", info, size, probabilities=args.soft > 0, shrink=shrink)
     synthetic = load(args.vqm, "val", info, size, shrink=shrink)
     real = load(args.vqm, "real", info, size, shrink=shrink)
-    data = Data(info, train, synthetic, real, h5.held_classes(info, "val", real.samples.case))
+    held = supervision.held_classes(info, "val", real.samples.case)
+    data = Data(info, train, synthetic, real, held)
     if absent := [c for c in info.classes if c not in data.classes]:
-        print(f"note: {h5.without(absent, 'val')}: left out of all that val selects")
+        print(f"note: {without(absent, 'val')}: left out of all that val selects")
     return data
 
 

@@ -44,8 +44,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import models
-from data import augment, figures, h5, loading, metrics, workers
+from data import augment, figures, h5, loading, metrics, prepared, supervision, workers
 from data.files import InputError, claim
+from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
 from data.workers import postponed_signals
@@ -766,8 +767,8 @@ def load_data(info, args, on):
     Labels of unlabeled cases are never read. Where nobody looks at unlabeled images, they are not
     read, either, and None stands in their place.
     """
-    labeled, others = h5.choose_labeled(info, args.labeled, args.labeled_seed)
-    h5.check_foreground(info, labeled)
+    labeled, others = supervision.choose_labeled(info, args.labeled, args.labeled_seed)
+    supervision.check_foreground(info, labeled)
     parts = [(info, "train", others)] if others else []  # of the unlabeled images
     if info.splits.get("unlabeled"):
         parts.append((info, "unlabeled", None))
@@ -817,7 +818,7 @@ def second_file(path, info):
         ours = getattr(info, key)
         if theirs != ours:
             raise InputError(f"{path}: has {key} {theirs}, but {info.path} has {ours}")
-    h5.check_prepared({other.path: other.describe()}, {info.path: info.describe()})
+    prepared.check({other.path: other.describe()}, {info.path: info.describe()})
     return [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
 
 
@@ -871,9 +872,9 @@ def check_val(info):
     """Which classes the labels of val hold, [K-1] bool. InputError if a case has no label."""
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(f"{info.path}: /val/{missing[0]} has no label, so it cannot validate")
-    held = h5.held_classes(info, "val")  # every process looks at all cases
+    held = supervision.held_classes(info, "val")  # every process looks at all cases
     if absent := list(itertools.compress(info.classes[1:], ~held)):
-        print(f"note: {h5.without(absent, 'val')}: left out of the Dice that selects best.pt")
+        print(f"note: {without(absent, 'val')}: left out of the Dice that selects best.pt")
     return held
 
 
@@ -944,8 +945,9 @@ def validate(run, val, progress, args):
 def look(net, g, samples, on, held):
     """Outputs of f for a few val images: as pictures, and what g says of them.
 
-    held: h5.held_classes() of val. -> what Log.write() takes: the mean over images and classes of
-    g's answers, of the true Dice, and of the error. Where g's answers rise alone, f fools g.
+    held: supervision.held_classes() of val. -> what Log.write() takes: the mean over images and
+    classes of g's answers, of the true Dice, and of the error. Where g's answers rise alone, f
+    fools g.
     """
     batch = samples_in(32, samples.image.shape[2:])
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data.files import InputError, replacing
+from data.files import InputError, absent, replacing
 from data.metrics import SHOWN, agreement, monotone
 from data.options import Parser, cli, picture
 
@@ -86,10 +86,11 @@ def grid_of(count, columns, width, height, **options):
     return figure, axes
 
 
-def legend_below(figure, handles, **options):
+def legend_below(figure, handles, ncols):
     """A legend under the panels."""
-    options = dict(loc="outside lower center", fontsize=8, frameon=False) | options
-    figure.legend(handles=handles, **options)
+    figure.legend(
+        handles=handles, ncols=ncols, loc="outside lower center", fontsize=8, frameon=False
+    )
 
 
 # -------------------------------------------------------------------------------------------- cases
@@ -104,32 +105,17 @@ class Panel(NamedTuple):
     aspect: float = 1.0  # height / width of a pixel
 
 
-class View(NamedTuple):
-    """A plane of a volume."""
-
-    image: np.ndarray  # (H, W)
-    label: np.ndarray | None  # (H, W)
-    aspect: float  # height / width of a pixel
-
-
-def draw(axis, image, label=None, title="", aspect=1.0):
-    """Shows a slice on a matplotlib axis with the outline of each class of a label, see Panel."""
-    axis.imshow(to_gray_levels(image), cmap="gray", vmin=0, vmax=255, aspect=aspect)
-    classes = 0 if label is None else int(label.max())
-    for k in range(1, classes + 1):
-        mask = label == k
-        if mask.any():
-            height, width = mask.shape
-            axis.contour(
-                np.pad(mask, 1),
-                [0.5],
-                colors=[color(k - 1)],
-                linewidths=1.4,
-                extent=(-1, width, -1, height),
-            )
+def draw(axis, panel):
+    """Shows a Panel on a matplotlib axis, with the outline of each class of its label."""
+    image, label = panel.image, panel.label
+    axis.imshow(to_gray_levels(image), cmap="gray", vmin=0, vmax=255, aspect=panel.aspect)
     height, width = image.shape[:2]
+    extent = (-1, width, -1, height)
+    for k in () if label is None else np.unique(label[label > 0]):
+        mask = np.pad(label == k, 1)
+        axis.contour(mask, [0.5], colors=[color(k - 1)], linewidths=1.4, extent=extent)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    axis.set_title(title, fontsize=8)
+    axis.set_title(panel.title, fontsize=8)
     axis.axis("off")
 
 
@@ -154,26 +140,25 @@ def middle(label, depth):
 
 
 def planes(image, label, truth, spacing):
-    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [View]
+    """Three planes of a volume (D, H, W), across each axis where the truth is largest. -> [Panel]
 
-    label and truth may be None.
+    label and truth may be None. The titles are empty.
     """
-    views = []
+    panels = []
     for axis in range(3):
         seen = None if truth is None else np.moveaxis(truth, axis, 0)
         at = middle(seen, image.shape[axis])
         outline = None if label is None else label.take(at, axis)
         height, width = np.delete(spacing, axis)  # of a pixel
-        views.append(View(image.take(at, axis), outline, np.divide(height, width)))
-    return views
+        panels.append(Panel("", image.take(at, axis), outline, np.divide(height, width)))
+    return panels
 
 
 def cases(path, rows, classes, columns=8, side=2.1):
-    """Panels in rows. rows: lists of Panel, or of tuples with its entries
+    """Panels in rows, lists of Panel. A row begins on a new line of at most `columns` panels.
 
-    A row begins on a new line of at most `columns` panels; side: of a panel, in inches.
+    side: of a panel, in inches.
     """
-    rows = [[Panel(*panel) for panel in row] for row in rows]
     lines = [line for row in rows for line in evenly(row, columns)]
     heights = [line_height(line, side) for line in lines]
     longest = max(map(len, lines))
@@ -189,7 +174,7 @@ def cases(path, rows, classes, columns=8, side=2.1):
         axis.axis("off")
     for line, panels in zip(axes, lines):
         for axis, panel in zip(line, panels):
-            draw(axis, panel.image, panel.label, panel.title, panel.aspect)
+            draw(axis, panel)
     legend(figure, classes)
     save_figure(figure, path)
 
@@ -225,8 +210,8 @@ def overlay(image, labels, side=192):
     for label in labels:
         panel = plain.copy()
         large = cv2.resize(label.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        for k in range(1, int(large.max()) + 1):
-            mask = (large == k).astype(np.uint8)
+        for k in np.unique(large[large > 0]):
+            mask = np.uint8(large == k)
             outlines, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(panel, outlines, -1, (255 * color(k - 1)).tolist(), 1)
         panels.append(panel)
@@ -260,7 +245,6 @@ def comparison(path, values):
     """
     size = (7.5, 1.3 + 0.5 * len(values))
     figure, axis = pyplot().subplots(figsize=size, layout="constrained")
-    mean = dict(marker="D", markersize=5, markerfacecolor="white", markeredgecolor="black")
     axis.boxplot(
         list(values.values()),
         orientation="horizontal",
@@ -268,7 +252,7 @@ def comparison(path, values):
         showfliers=False,
         medianprops=dict(color="black", lw=1.6),
         showmeans=True,
-        meanprops=mean,
+        meanprops=dict(marker="D", markersize=5, markerfacecolor="white", markeredgecolor="black"),
     )
     for i, v in enumerate(values.values()):
         jitter = np.random.default_rng(0).uniform(-0.16, 0.16, len(v))
@@ -277,8 +261,10 @@ def comparison(path, values):
     axis.set_yticks(range(1, len(values) + 1), names, fontsize=8)
     axis.invert_yaxis()
     axis.grid(axis="x", lw=0.4)
-    legend = "(box: quartiles and median; ◇ mean; dot: a case)"
-    axis.set_xlabel(f"mean foreground Dice of a case    {legend}", fontsize=9)
+    axis.set_xlabel(
+        "mean foreground Dice of a case    (box: quartiles and median; ◇ mean; dot: a case)",
+        fontsize=9,
+    )
     save_figure(figure, path)
 
 
@@ -336,7 +322,7 @@ def estimates(path, rows):
     for axis, (column, title) in zip(axes, titles.items()):
         for i, run in enumerate(runs):
             found = {row["estimate"]: row[column] for row in rows if row["run"] == run}
-            values = [np.nan if found.get(name) is None else found[name] for name in names]
+            values = np.array([found.get(name) for name in names], float)  # None is NaN
             look = dict(s=30, **dots_of(i))
             if run == "mean of all":
                 look = dict(s=70, marker="|", color="black")
@@ -369,8 +355,7 @@ def triage(path, panels):
         shown = dict(color="black", lw=0.8, ls=(0, (6, 3)), zorder=0)
         axis.axvline(SHOWN, label=f"{SHOWN:.0%} of the cases", **shown)
         axis.grid(lw=0.4)
-        axis.set(xlim=(0, 1), ylim=(0, 1.02))
-        axis.set_xlabel("share of cases shown, lowest estimate first")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of cases shown, lowest estimate first")
         axis.set_title(title, fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("share of the bad cases among them")
@@ -399,14 +384,17 @@ CURVES = {  # columns of log.csv -> the panel's title
 def read_log(path):
     """A log.csv. -> {column: values [rows]}, NaN where empty. InputError if it is none."""
     if not os.path.isfile(path):
-        problem = "a folder" if os.path.isdir(path) else "no such file"
-        raise InputError(f"{path}: {problem}; give the log.csv of a run")
+        raise InputError(f"{path}: {absent(path, 'file')}; give the log.csv of a run")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             rows = [row for row in csv.DictReader(f) if is_whole(row)]
         columns = rows[0] if rows else ()
-        table = {name: numbers(rows, name) for name in columns if name != "note"}
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
+        table = {
+            name: np.array([float(row[name] or "nan") for row in rows])
+            for name in columns
+            if name != "note"
+        }
+    except (ValueError, csv.Error) as error:
         raise InputError(
             f"{path}: not a log of a training ({error}); give the log.csv of a run"
         ) from None
@@ -419,11 +407,6 @@ def read_log(path):
 def is_whole(row):
     """Whether a row of csv.DictReader has all its entries; the last row may be cut short."""
     return bool(row.get("step", "-")) and None not in row.values() and None not in row
-
-
-def numbers(rows, name):
-    """A column of a log.csv, NaN where empty. -> [rows]"""
-    return np.array([float(row[name] or "nan") for row in rows])
 
 
 def is_told(log, name):
@@ -458,12 +441,10 @@ def curves(path, logs):
     figure, axes = grid_of(len(panels), columns=3, width=(3.6, 0), height=height)
     for axis, names in zip(axes.flat, panels):
         for i, log in enumerate(logs.values()):
-            few = len(log["step"]) < 12
-            for j, name in enumerate(names):
+            markers = ".x" if len(log["step"]) < 12 else (None, None)
+            for name, marker, dashed in zip(names, markers, ({}, {"linestyle": "--"})):
                 if is_told(log, name):
-                    look = style(i) | dict(lw=1.4, marker=".x"[j] if few else None)
-                    if j == 1:
-                        look["linestyle"] = "--"
+                    look = style(i) | dict(lw=1.4, marker=marker) | dashed
                     axis.plot(log["step"], log[name], **look)
         axis.set_title(CURVES[names], fontsize=9)
         in_steps = any("sup" in log and is_told(log, names[0]) for log in logs.values())
@@ -477,12 +458,11 @@ def curves(path, logs):
 
 def run_names(paths):
     """Names that tell runs apart: their folders, without the parents that all of them share."""
-    folders = [os.path.dirname(os.path.abspath(path)).split(os.sep) for path in paths]
-    if len(folders) > 1:
-        shared = len(os.path.commonprefix(folders))
-    else:
-        shared = len(folders[0]) - 1
-    names = [os.sep.join(folder[min(shared, len(folder) - 1) :]) for folder in folders]
+    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    shared = os.path.commonpath(folders)
+    if shared in folders:
+        shared = os.path.dirname(shared)
+    names = [os.path.relpath(folder, shared) for folder in folders]
     return [
         name if names.count(name) == 1 else os.path.join(name, os.path.basename(path))
         for name, path in zip(names, paths)

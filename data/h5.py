@@ -35,6 +35,7 @@ import math
 import os
 import shlex
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -44,6 +45,7 @@ import psutil
 
 from data import figures
 from data.files import FORMAT, NO_LOCKS, InputError, absent, errno_of, replacing, unreadable
+from data.labels import without
 from data.options import Parser, cli, picture
 
 SPLITS = ("train", "val", "test", "unlabeled")
@@ -85,6 +87,8 @@ class Entry:
     itemsize: int = 1  # bytes of a number of the image
     nifti_header: np.ndarray | None = None  # of the source, see Case
     source_labeled: bool = False  # whether the label is there on source_grid, too
+    mean: float | None = None  # of the image's intensities; None in files of older versions
+    std: float | None = None
 
     @property
     def source_spacing(self):
@@ -119,15 +123,7 @@ class Info:
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return dict(
-            name=self.name,
-            classes=self.classes,
-            channels=self.channels,
-            dims=self.dims,
-            checksum=self.checksum,
-            standardize=self.standardize,
-            prepared=self.prepared,
-        )
+        return {k: v for k, v in vars(self).items() if k not in ("path", "splits")}
 
     def entries(self, split):
         """The entries of a split. InputError if it is absent or empty."""
@@ -183,18 +179,22 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
 
 def _write_case(group, case, channels, dims):
     grid = _grid_of(case.image, channels)
-    chunk = _chunk_of(grid, dims)
-    color = (*chunk, 3) if channels == 3 else chunk
-    packed = dict(compression="gzip", compression_opts=1, shuffle=True)
-    group.create_dataset("image", data=case.image, chunks=color, **packed)
-    if case.label is not None:
-        group.create_dataset("label", data=case.label, chunks=chunk, **packed)
-    if case.source_label is not None:
-        chunk = _chunk_of(case.source_grid, dims)
-        group.create_dataset("source_label", data=case.source_label, chunks=chunk, **packed)
-        group.attrs["source_checksum"] = zlib.crc32(np.ascontiguousarray(case.source_label))
+    arrays = {
+        "image": (case.image, grid),
+        "label": (case.label, grid),
+        "source_label": (case.source_label, case.source_grid),
+    }
+    for name, (values, size) in arrays.items():
+        if values is not None:
+            chunks = _chunk_of(size, dims) + values.shape[len(size) :]
+            packed = dict(compression="gzip", compression_opts=1, shuffle=True)
+            group.create_dataset(name, data=values, chunks=chunks, **packed)
     mean, std = mean_and_std(case.image)
-    group.attrs.update(
+    source_checksum = None
+    if case.source_label is not None:
+        source_checksum = zlib.crc32(np.ascontiguousarray(case.source_label))
+    attributes = dict(
+        source_checksum=source_checksum,
         patient=str(case.patient),
         spacing=np.float64(case.spacing or (1.0,) * len(grid)),
         spacing_known=case.spacing is not None,
@@ -202,11 +202,11 @@ def _write_case(group, case, channels, dims):
         checksum=checksum_of(case.image, case.label),
         mean=mean,
         std=std,
+        affine=case.affine,
+        source_grid=case.source_grid,
+        nifti_header=case.nifti_header,
     )
-    for name in ("affine", "source_grid", "nifti_header"):
-        value = getattr(case, name)
-        if value is not None:
-            group.attrs[name] = value
+    group.attrs.update({name: v for name, v in attributes.items() if v is not None})
 
 
 def _grid_of(image, channels):
@@ -217,10 +217,8 @@ def _grid_of(image, channels):
 def _chunk_of(grid, dims):
     """What of a grid is read alone: a slice, or the blocks that a patch touches."""
     if len(grid) == 2:
-        return grid
-    if dims == 2:
-        return (1, *grid[1:])
-    return tuple(map(min, grid, (32, 64, 64)))
+        return tuple(grid)
+    return (1, *grid[1:]) if dims == 2 else tuple(map(min, grid, (32, 64, 64)))
 
 
 def checksum_of(image, label):
@@ -269,11 +267,28 @@ def _check_layout(path, classes, dims, channels):
             )
 
 
-def _check_grid(where, grid, dims):
-    if len(grid) not in (dims, 3) or min(grid) < 1 or min(grid[-2:]) < SMALLEST:
+def _check_arrays(where, arrays, source_grid, channels, dims):
+    """InputError unless arrays or datasets have the types and shapes of the schema.
+
+    arrays: image, label and source_label, the last two of which may be None.
+    """
+    image, label, source_label = arrays
+    grid = _grid_of(image, channels)
+    color = channels != 3 or image.shape[-1:] == (3,)
+    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
         raise InputError(
-            f"{where}: a grid of {' x '.join(map(str, grid)) or 'no axis'}; needs "
-            f"{'(D, H, W)' if dims == 3 else '(H, W) or (D, H, W)'}, H and W of at least "
+            f"{where}: image of shape {image.shape} and type {image.dtype} does not fit {channels} "
+            f"channel(s) and dims={dims} (uint8 or float32 is needed); convert the data again"
+        )
+    for name, found, size in (("label", label, grid), ("source_label", source_label, source_grid)):
+        if found is not None and (found.shape != tuple(size or ()) or found.dtype != np.uint8):
+            raise InputError(
+                f"{where}: {name} of shape {found.shape} and type {found.dtype}, but shape {size} "
+                "and class numbers of uint8 are needed; convert the data again"
+            )
+    if min(grid) < 1 or min(grid[-2:]) < SMALLEST:
+        raise InputError(
+            f"{where}: a grid of {' x '.join(map(str, grid))}, but H and W must be at least "
             f"{SMALLEST}; leave it out, or pad it, and convert the data again"
         )
 
@@ -285,66 +300,40 @@ def _check_case(path, case, K, channels, dims):
     check_text(where, "patient", str(case.patient))
     if case.split not in SPLITS:
         raise InputError(f"{where}: split '{case.split}' is none of {', '.join(SPLITS)}")
-    _check_image(where, case.image, channels, dims)
-    grid = _grid_of(case.image, channels)
-    if case.label is not None:
-        _check_label(where, case, grid, K)
-    if case.source_grid is not None and len(case.source_grid) != len(grid):
-        raise InputError(f"{where}: source_grid {case.source_grid} does not fit the grid {grid}")
-    if case.source_label is not None:
-        _check_source_label(where, case.source_label, case.source_grid)
-        _check_values(f"{where}: source_label", case.source_label, K)
-    _check_header(where, case.nifti_header, case.affine, case.source_grid or grid)
-    if case.spacing is not None:
-        positive = all(0 < s < math.inf for s in case.spacing)
-        if len(case.spacing) != len(grid) or not positive:
-            raise InputError(f"{where}: spacing {case.spacing} does not fit the grid {grid}")
-    _check_grid(where, grid, dims)
+    arrays = case.image, case.label, case.source_label
+    _check_arrays(where, arrays, case.source_grid, channels, dims)
+    _check_place(where, case, _grid_of(case.image, channels))
+    _check_pixels(where, case.image)
+    _check_label(where, case.label, K)
+    _check_label(f"{where}: source_label", case.source_label, K)
 
 
-def _check_image(where, image, channels, dims):
-    grid = _grid_of(image, channels)
-    if image.dtype not in (np.uint8, np.float32):
-        raise InputError(f"{where}: image of type {image.dtype}; uint8 or float32 is needed")
-    if len(grid) not in (2, 3) or min(grid) < 1 or (channels == 3 and image.shape[-1] != 3):
+def _check_place(where, case, grid):
+    """InputError unless what a Case or an Entry says of its place in space fits its grid."""
+    size = case.source_grid
+    for what, values, most in (("spacing", case.spacing, math.inf), ("source_grid", size, 2**15)):
+        if values is not None and not (
+            len(values) == len(grid) and all(0 < v < most for v in values)
+        ):
+            raise InputError(
+                f"{where}: {what} {values} does not fit the grid {grid}; convert the data again"
+            )
+    if case.affine is not None and not np.isfinite(case.affine).all():
+        raise InputError(f"{where}: affine has NaN or infinity; convert the data again")
+    _check_header(where, case.nifti_header, case.affine, size or grid)
+
+
+def _check_pixels(where, image):
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise InputError(f"{where}: NaN or infinite pixels; mend them and convert the data again")
+
+
+def _check_label(where, label, K):
+    """InputError for a label, if there is one, that holds more than the K classes."""
+    if label is not None and label.max() >= K:
         raise InputError(
-            f"{where}: image of shape {image.shape} does not fit {channels} channel(s)"
-        )
-    if dims == 3 and len(grid) != 3:
-        raise InputError(
-            f"{where}: image of shape {image.shape}, but a file that is segmented in 3D (dims=3) "
-            "holds volumes (D, H, W)"
-        )
-    if not np.isfinite(image).all():
-        raise InputError(f"{where}: image has NaN or infinite pixels")
-
-
-def _check_label(where, case, grid, K):
-    label = case.label
-    if label.shape != grid:
-        raise InputError(f"{where}: label of shape {label.shape}, image of {grid} ({case.source})")
-    if label.dtype != np.uint8:
-        raise InputError(f"{where}: label of type {label.dtype}; uint8 class numbers are needed")
-    if label.max() >= K:
-        raise InputError(
-            f"{where}: label values up to {label.max()}, but there are {K} classes (0 to {K - 1})"
-        )
-
-
-def _check_source_label(where, label, grid):
-    """InputError unless a label, an array or a dataset, is uint8 on the grid of the source."""
-    if grid is None or label.shape != tuple(grid) or label.dtype != np.uint8:
-        raise InputError(
-            f"{where}: source_label: {label.dtype} of shape {label.shape}, but uint8 "
-            f"of source_grid {grid} is needed; convert the data again"
-        )
-
-
-def _check_values(where, label, K):
-    if label.max() >= K:
-        raise InputError(
-            f"{where}: value {label.max()}, but the file has {K} classes "
-            f"(0 to {K - 1}); convert the data again"
+            f"{where}: label values up to {label.max()}, but there are {K} classes (0 to {K - 1}); "
+            "convert the data again"
         )
 
 
@@ -352,6 +341,7 @@ def _check_header(where, header, affine, grid):
     """InputError unless a NIfTI header is none, or of the volume that affine and grid describe."""
     if header is None:
         return
+    header = np.asarray(header)
     if affine is None or len(grid) != 3 or header.shape != (348,) or header.dtype != np.uint8:
         raise InputError(
             f"{where}: nifti_header: {header.dtype} of shape {header.shape}, but 348 "
@@ -469,53 +459,30 @@ def free_memory():
     return psutil.virtual_memory().available
 
 
-def check_memory(data, where):
-    """InputError for a dataset that does not fit into memory."""
-    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
-        raise InputError(
-            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory "
-            "are free; crop or resample it"
-        )
-
-
 # kinds of an attribute, as h5py has them -> numpy's letters for them
 KINDS = {str: "SUO", int: "iu", bool: "biu", float: "iuf"}
 
 
-def attribute(of, name, kind, where, shape=()):
+def attribute(of, name, kind, where, shape=(), optional=False):
     """An attribute of a group. InputError unless it is of a kind and a shape.
 
     kind: str, int, bool or float; shape: () for one value, which is returned as such, None for a
-    vector of any length. -> value, tuple of values (a list of texts), or an array
+    vector of any length; optional: None where there is no such attribute. To be called in a block
+    of reading(). -> value, tuple of values (a list of texts), or an array
     """
-    try:
-        value = of.attrs[name]
-        found = np.asarray(value)
-    except Exception as error:
-        raise InputError(
-            f"{where}: attribute '{name}' is missing or damaged "
-            f"({error or type(error).__name__}); convert the data again"
-        ) from None
+    if optional and name not in of.attrs:
+        return None
+    found = np.asarray(of.attrs[name])
     fits = found.ndim == 1 if shape is None else found.shape == shape
     if found.dtype.kind not in KINDS[kind] or not fits:
-        needed = kind.__name__ if shape == () else f"{kind.__name__} values"
         raise InputError(
-            f"{where}: attribute '{name}' is {ascii(value)[:60]}, but {needed} of shape "
-            f"{'(n,)' if shape is None else shape} needed; convert the data again"
+            f"{where}: attribute '{name}' is {ascii(found.tolist())[:60]}, but {kind.__name__} of "
+            f"shape {'(n,)' if shape is None else shape} is needed; convert the data again"
         )
-    if kind is str:
-        texts = [t.decode() if isinstance(t, bytes) else t for t in found.ravel().tolist()]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{where}: attribute '{name}' holds no text; convert the data again")
-        return texts if found.ndim else texts[0]
-    if found.ndim == 0:
-        return kind(value)
-    return tuple(map(kind, value)) if found.ndim == 1 else value
-
-
-def _optional(of, name, kind, where, shape=(), default=None):
-    """attribute(), or a default where there is no such attribute."""
-    return attribute(of, name, kind, where, shape) if name in of.attrs else default
+    found = found.astype(kind)
+    if found.ndim > 1:
+        return found
+    return tuple(found.tolist()) if found.ndim and kind is not str else found.tolist()
 
 
 def read_info(path):
@@ -527,93 +494,65 @@ def read_info(path):
                 f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 "
                 "--help"
             )
-        title = attribute(f, "name", str, path)
-        classes = attribute(f, "classes", str, path, None)
-        dims = attribute(f, "dims", int, path)
-        channels = attribute(f, "channels", int, path)
-        standardize = _optional(f, "standardize", bool, path, default=True)
-        prepared = json.loads(_optional(f, "prepared", str, path, default="null"))
+        prepared = json.loads(attribute(f, "prepared", str, path, optional=True) or "null")
         if prepared is not None and not isinstance(prepared, dict):
             raise InputError(
                 f"{path}: attribute 'prepared' is no JSON object; convert the data again"
             )
-        check_text(path, "the dataset's name", title)
-        _check_layout(path, classes, dims, channels)
-        splits = {}
+        info = Info(
+            path=path,
+            name=attribute(f, "name", str, path),
+            classes=attribute(f, "classes", str, path, None),
+            dims=attribute(f, "dims", int, path),
+            channels=attribute(f, "channels", int, path),
+            splits={},
+            checksum=0,
+            standardize=attribute(f, "standardize", bool, path, optional=True) is not False,
+            prepared=prepared,
+        )
+        check_text(path, "the dataset's name", info.name)
+        _check_layout(path, info.classes, info.dims, info.channels)
         for split in (s for s in SPLITS if s in set(f)):
             group = child(f, split, h5py.Group)
-            splits[split] = [_entry(path, group, name, channels, dims) for name in group]
-    _check_patients(path, {s: {e.patient for e in entries} for s, entries in splits.items()})
-    sums = [(s, e.name, e.checksum) for s in splits for e in splits[s]]
-    return Info(
-        path=path,
-        name=title,
-        classes=classes,
-        dims=dims,
-        channels=channels,
-        splits=splits,
-        checksum=zlib.crc32(repr(sums).encode()),
-        standardize=standardize,
-        prepared=prepared,
-    )
+            info.splits[split] = [_entry(info, group, name) for name in group]
+    _check_patients(path, {s: {e.patient for e in entries} for s, entries in info.splits.items()})
+    sums = [(s, e.name, e.checksum) for s, entries in info.splits.items() for e in entries]
+    info.checksum = zlib.crc32(repr(sums).encode())
+    return info
 
 
-def _entry(path, split, name, channels, dims):
+def _entry(info, split, name):
     """The Entry of a case of a split, a group. InputError unless it keeps the schema."""
-    check_name(f"{path}: {split.name}", name)
-    where = f"{path}: {split.name}/{name}"
+    check_name(f"{info.path}: {split.name}", name)
+    where = f"{info.path}: {split.name}/{name}"
     group = child(split, name, h5py.Group)
     image = child(group, "image", h5py.Dataset)
     label = _optional_dataset(group, "label")
     source_label = _optional_dataset(group, "source_label")
-    grid = _grid_of(image, channels)
-    color = channels != 3 or image.shape[-1:] == (3,)
-    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
-        raise InputError(
-            f"{where}/image: {image.dtype} of shape {image.shape} does not fit {channels} "
-            f"channel(s), segmented in {dims}D (uint8 or float32 is needed); convert the data again"
-        )
-    _check_grid(f"{where}/image", grid, dims)
-    if label is not None and (label.shape != grid or label.dtype != np.uint8):
-        raise InputError(
-            f"{where}/label: {label.dtype} of shape {label.shape}, but uint8 of {grid}, the "
-            "image's grid, is needed; convert the data again"
-        )
-    patient = attribute(group, "patient", str, where)
-    check_text(where, "patient", patient)
-    spacing = attribute(group, "spacing", float, where, (len(grid),))
-    if not all(0 < s < math.inf for s in spacing):
-        raise InputError(
-            f"{where}: spacing {spacing} is not above 0 mm along each axis; convert the data again"
-        )
-    affine = _optional(group, "affine", float, where, (4, 4))
-    source_grid = _optional(group, "source_grid", int, where, (len(grid),))
-    placed = affine is None or np.isfinite(affine).all()
-    if not placed or not all(0 < n < 2**15 for n in source_grid or ()):
-        raise InputError(
-            f"{where}: affine or source_grid {source_grid} place it nowhere; convert the data again"
-        )
-    header = None
-    if "nifti_header" in group.attrs:
-        header = np.asarray(group.attrs["nifti_header"])
-    _check_header(where, header, affine, source_grid or grid)
-    if source_label is not None:
-        _check_source_label(where, source_label, source_grid)
-    return Entry(
+    grid = _grid_of(image, info.channels)
+    axes = (len(grid),)
+    source_grid = attribute(group, "source_grid", int, where, axes, optional=True)
+    _check_arrays(where, (image, label, source_label), source_grid, info.channels, info.dims)
+    entry = Entry(
         name=name,
-        patient=patient,
+        patient=attribute(group, "patient", str, where),
         grid=grid,
         labeled=label is not None,
-        spacing=spacing,
+        spacing=attribute(group, "spacing", float, where, axes),
         spacing_known=attribute(group, "spacing_known", bool, where),
         source=attribute(group, "source", str, where),
-        checksum=_optional(group, "checksum", int, where, default=0),
-        affine=affine,
+        checksum=attribute(group, "checksum", int, where, optional=True) or 0,
+        affine=attribute(group, "affine", float, where, (4, 4), optional=True),
         source_grid=source_grid,
         itemsize=image.dtype.itemsize,
-        nifti_header=header,
+        nifti_header=group.attrs.get("nifti_header"),
         source_labeled=source_label is not None,
+        mean=attribute(group, "mean", float, where, optional=True),
+        std=attribute(group, "std", float, where, optional=True),
     )
+    check_text(where, "patient", entry.patient)
+    _check_place(where, entry, grid)
+    return entry
 
 
 def _optional_dataset(group, name):
@@ -630,36 +569,43 @@ def read_case(f, info, split, name, label=True, part=()):
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
         group = f[split][name]
-        if not part:
-            check_memory(group["image"], f"{where}/image")
-        image = group["image"][part]
-        y = group["label"][part] if label and "label" in group else None
+        image = _read(group, "image", where, part)
+        y = _read(group, "label", where, part) if label and "label" in group else None
         checksum = group.attrs.get("checksum")
-    if image.dtype == np.float32 and not np.isfinite(image).all():
+    _check_pixels(where, image)
+    _check_label(where, y, len(info.classes))
+    whole = y is not None and not part and checksum is not None
+    if whole and checksum != checksum_of(image, y):
         raise InputError(
-            f"{where}/image: NaN or infinite pixels; mend them and convert the data again"
+            f"{where}: image and label are not those that were written (checksum); convert the "
+            "data again"
         )
-    if y is not None:
-        _check_values(f"{where}/label", y, len(info.classes))
-        whole = not part and checksum is not None
-        if whole and checksum != checksum_of(image, y):
-            raise InputError(
-                f"{where}: image and label are not those that were written (checksum); convert the "
-                "data again"
-            )
     if len(_grid_of(image, info.channels)) == 2:
-        image = image[None]
-        y = None if y is None else y[None]
+        return image[None], None if y is None else y[None]
     return image, y
+
+
+def _read(group, name, where, part=()):
+    """A dataset of a case, or a part of it. InputError if all of it does not fit into memory."""
+    if not part:
+        check_memory(group[name], f"{where}/{name}")
+    return group[name][part]
+
+
+def check_memory(data, where):
+    """InputError for a dataset that does not fit into memory."""
+    if data.nbytes > LARGE and data.nbytes > (free := free_memory()):
+        raise InputError(
+            f"{where}: takes {data.nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB of memory "
+            "are free; crop or resample it"
+        )
 
 
 def read_label(f, info, split, name):
     """The label of one case of an open file, on its own grid. -> (H, W) or (D, H, W) uint8"""
     where = f"{info.path}: /{split}/{name}"
     with reading(where):
-        label = f[split][name]["label"]
-        check_memory(label, f"{where}/label")
-        return label[()]
+        return _read(f[split][name], "label", where)
 
 
 def read_source_label(info, split, entry):
@@ -667,219 +613,21 @@ def read_source_label(info, split, entry):
 
     InputError if there is none, or if it is not what was written.
     """
-    where = f"{info.path}: /{split}/{entry.name}/source_label"
+    where = f"{info.path}: /{split}/{entry.name}"
     if not entry.source_labeled:
         raise InputError(
-            f"{where}: missing, so the case cannot be scored on its source's grid; "
+            f"{where}/source_label: missing, so the case cannot be scored on its source's grid; "
             "convert the data again, or use --grid stored"
         )
     with open_file(info.path) as f, reading(where):
         group = f[split][entry.name]
-        check_memory(group["source_label"], where)
-        label = group["source_label"][()]
+        label = _read(group, "source_label", where)
         checksum = group.attrs.get("source_checksum")
-    _check_values(where, label, len(info.classes))
+    where = f"{where}/source_label"
+    _check_label(where, label, len(info.classes))
     if checksum is not None and checksum != zlib.crc32(label):
         raise InputError(f"{where}: not what was written (checksum); convert the data again")
     return label if label.ndim == 3 else label[None]
-
-
-def check_foreground(info, names):
-    """InputError if the labels of some train cases are background and nothing else.
-
-    A note names the classes that these lack, though val holds them.
-    """
-    learned = _found_classes(info, "train", names)
-    if not learned.any():
-        raise InputError(
-            f"{info.path}: /train: the labels of all {len(names)} labeled cases are empty "
-            "(background alone), and nothing can be learned from them; give other or more patients "
-            "(--labeled, --labeled-seed), or convert the data again"
-        )
-    if not learned.all() and (lost := ~learned & _found_classes(info, "val")).any():
-        lost = [name for name, is_lost in zip(info.classes[1:], lost) if is_lost]
-        print(
-            f"note: {without(lost, 'the labeled cases')}, but val does: nothing can learn it, and "
-            "scores count it"
-        )
-
-
-def held_classes(info, split, names=None):
-    """Whether the labels of a split hold each class of the foreground. -> [K-1] bool
-
-    names: those of the cases that count (default: all).
-    Reads labels up to the first by which all are found. InputError if there is no class at all.
-    """
-    info.entries(split)  # which refuses an empty split
-    held = _found_classes(info, split, names)
-    if not held.any():
-        raise InputError(
-            f"{info.path}: /{split}: its labels hold no class but the background, so "
-            "nothing can be scored; take another split, or convert the data again"
-        )
-    return held
-
-
-def _found_classes(info, split, names=None):
-    """The work of held_classes(), for any split."""
-    held = np.zeros(len(info.classes) - 1, bool)
-    names = None if names is None else set(names)
-    with open_file(info.path) as f:
-        for entry in info.splits.get(split, ()):
-            if held.all():
-                break
-            if entry.labeled and (names is None or entry.name in names):
-                label = read_label(f, info, split, entry.name)
-                for k in np.flatnonzero(~held):
-                    held[k] = (label == k + 1).any()
-    return held
-
-
-def without(classes, split):
-    """What to say of classes that no label of a split holds. -> a sentence"""
-    names = ", ".join(f"'{name}'" for name in classes[:6])
-    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
-    return f"no label of {split} holds {names}{more}"
-
-
-def choose_labeled(info, spec, seed=None):
-    """Names of the train cases whose labels may be read, and of all others.
-
-    spec: "7" takes the first 7 patients that have labels, "0.1" that fraction of them, "all" every
-    one. seed: draws the patients at random instead of taking the first ones. InputError for a spec
-    that is none of these, or that no number of patients fits.
-    """
-    train = info.entries("train")
-    patients = list(dict.fromkeys(entry.patient for entry in train if entry.labeled))
-    n = _count_of(spec, len(patients))
-    if not patients:
-        raise InputError(
-            f"{info.path}: no train case has a label; convert the data again with labels of some"
-        )
-    if not 1 <= n <= len(patients):
-        raise InputError(
-            f"--labeled {spec}: that is {n} patients, and {info.path} has {len(patients)} labeled "
-            f"train patients; give 1 to {len(patients)}, a fraction or all"
-        )
-    if seed is not None:
-        patients = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients))]
-    chosen = set(patients[:n])
-    labeled = {entry.name: None for entry in train if entry.labeled and entry.patient in chosen}
-    return list(labeled), [entry.name for entry in train if entry.name not in labeled]
-
-
-def _count_of(spec, patients):
-    """The number of patients that --labeled means, of so many."""
-    if spec == "all":
-        return patients
-    try:
-        return round(float(spec) * patients) if "." in spec else int(spec)
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"--labeled {spec}: a number of patients (7), a fraction (0.1) or 'all' is needed; "
-            "give one of them"
-        ) from None
-
-
-# ---------------------------------------------------------------------- how images were prepared
-
-
-def check_prepared(known, others):
-    """Compares how the images of `others` were prepared with the first of `known` that says it.
-
-    known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    InputError if intensities or axes mean something else. Other differences are a note, once. Where
-    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
-    """
-    first = next(iter(known))
-    path = next((p for p, data in known.items() if _prepared(data)), first)
-    notes = {}
-    for other, data in others.items():
-        for name in dict.fromkeys((first, path)):
-            ours, theirs = _intensities(known[name]), _intensities(data)
-            alike = not (ours and theirs) or ours == theirs
-            if alike and _standardize(data) == _standardize(known[name]):
-                continue
-            remedy = f"convert {first} again with {theirs}" if theirs else "convert both alike"
-            remedy = remedy if name == first else "leave one of them out"
-            raise InputError(
-                f"{other}: its images were {_words_of(data)}, but those of {name} "
-                f"were {_words_of(known[name])}; {remedy}"
-            )
-        ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
-        if ours and theirs and ours != theirs:
-            raise InputError(
-                f"{other}: D, H and W of its images point along the body axes "
-                f"{theirs}, but those of {path} along {ours}; convert {first} again "
-                f"with --axes {theirs}"
-            )
-        differences = _differences(_prepared(data), _prepared(known[path]))
-        if any(differences):
-            notes.setdefault(differences, []).append(other)
-    for (theirs, ours), paths in notes.items():
-        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        print(
-            f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
-            f"for {path}"
-        )
-
-
-def _prepared(data):
-    """What describe() says of the preparation, {} for nothing. It may come from anybody."""
-    found = data.get("prepared")
-    return found if isinstance(found, dict) else {}
-
-
-def _standardize(data):
-    return data.get("standardize", True) is not False  # older checkpoints do not say
-
-
-def _intensities(data):
-    """The options of data.nifti that bring images to these intensities; "" where nobody knows."""
-    prepared = _prepared(data)
-    if "window" not in prepared:
-        return ""
-    if prepared["window"] is None:
-        return "--intensity mr"
-    return f"--intensity ct --clip {_text(prepared['window'], ',')}"
-
-
-def _words_of(data):
-    """How intensities were brought to a scale, in words."""
-    if (window := _prepared(data).get("window")) is not None:
-        return f"clipped to the window {_text(window, ',')}"
-    if _standardize(data):
-        return "standardized case by case"
-    return "brought to an unknown window (standardize False)"
-
-
-def _differences(theirs, ours):
-    """The settings that both preparations state but that differ, as two texts: theirs, ours.
-
-    Both texts are empty if nothing differs.
-    """
-
-    def stated(value):
-        return _text(0 if value is None else value)  # channel: none is the first
-
-    free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
-    keys = [k for k in theirs if k in ours and k not in free]
-    keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
-    texts = [", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours)]
-    return tuple(texts)
-
-
-def _text(value, joined=" x "):
-    """A value of `prepared`, a plain one or a list of them, in at most 60 printable characters."""
-    parts = value[:10] if isinstance(value, (list, tuple)) else [value]
-    text = joined.join(map(_plain, parts))
-    return "".join(c if c.isprintable() else "?" for c in text)[:60]
-
-
-def _plain(value):
-    if type(value) in (int, float):
-        return f"{value:g}" if abs(value) < 1e15 else "beyond all numbers"
-    return "none" if value is None else str(value)[:60] if isinstance(value, (str, bool)) else "?"
 
 
 # -------------------------------------------------------------------------------- what networks see
@@ -932,7 +680,7 @@ def _panels(f, info, split, entry):
     title = f"{split}: {entry.name}"
     if info.dims == 3:
         first, *others = figures.planes(image, label, label, entry.spacing)
-        return [figures.Panel(title, *first), *(figures.Panel("", *view) for view in others)]
+        return [first._replace(title=title), *others]
     z = figures.middle(label, len(image))
     outline = None if label is None else label[z]
     return [figures.Panel(title, image[z], outline, entry.aspect)]
@@ -941,7 +689,7 @@ def _panels(f, info, split, entry):
 def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
     counts = {}  # of each split: pixels of each class [K]
-    images = {}  # (split, case) of each different image
+    images = defaultdict(list)  # (split, case) of each different image
     constant = []
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(info.classes))
     lines = [
@@ -953,10 +701,11 @@ def summary(info):
             count = np.zeros(len(info.classes))
             for entry in entries:
                 image, label = read_case(f, info, split, entry.name)
-                digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
-                images.setdefault(digest, []).append((split, entry.name))
                 if image.min() == image.max():
                     constant.append(f"{split}/{entry.name}")
+                else:
+                    digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
+                    images[digest].append((split, entry.name))
                 if entry.source_labeled:
                     read_source_label(info, split, entry)
                 if label is not None:
@@ -1021,11 +770,11 @@ def _notes_on_labels(info, counts):
 def _notes_on_images(images, constant):
     """Lines on images that are scored and stand in another split, too, or that show nothing.
 
-    images: {digest: [(split, case), ...]}; constant: names of those of one value
+    images: {digest: [(split, case), ...]} of others than `constant`, names of those of one value
     """
-    shown = [cases for cases in images.values() if f"{cases[0][0]}/{cases[0][1]}" not in constant]
-    splits = [{split for split, _ in cases} for cases in shown]
-    twice = [c for c, held in zip(shown, splits) if len(held) > 1 and held & {"val", "test"}]
+    splits = [{split for split, _ in cases} for cases in images.values()]
+    among = [len(held) > 1 and held & {"val", "test"} for held in splits]
+    twice = [cases for cases, is_twice in zip(images.values(), among) if is_twice]
     lines = []
     if twice:
         first = twice[0][0]

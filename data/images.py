@@ -29,11 +29,11 @@ data/pixels.py has the rules. Notes tell which files are not read.
 import re
 from pathlib import Path
 
-from data import h5, labels, loading
+from data import h5, labels, loading, splits
 from data.files import InputError, read_table
-from data.options import SEED, SHARE, Parser, cli, number
+from data.options import Parser, cli, number
 from data.pixels import PICTURES, TURNED, note, read_mask, read_picture, say
-from data.splits import Row, assign_splits, lists_of, name_patients, note_patients, plain_name
+from data.splits import Row, by_name, plain_name
 
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
 
@@ -54,23 +54,6 @@ def is_picture(path):
     return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
-def by_name(pairs):
-    """{name: path} of (name, path), ....
-
-    InputError if names differ by capitals alone, or not at all: such files would share a mask, or
-    one would hide the other.
-    """
-    found, seen = {}, {}
-    for name, path in pairs:
-        if other := seen.get(name.lower()):
-            raise InputError(
-                f"{path}: {other.name if other.parent == path.parent else other} is there too; "
-                "remove or rename one of the two"
-            )
-        found[name] = seen[name.lower()] = path
-    return found
-
-
 def say_unread(folders):
     """Prints how many files and folders in some folders are not read as pictures, if any."""
     found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
@@ -85,6 +68,11 @@ def say_unread(folders):
 # Each preset: folder -> [Row, ...]
 
 
+def rows_of(images, masks):
+    """A row for each of some pictures, {name: path}, which is a patient of its own."""
+    return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
+
+
 def find_ph2(src):
     """A lesion is a patient: PH2 does not say whose it is."""
 
@@ -92,17 +80,12 @@ def find_ph2(src):
         found = [p for p in sorted(src.rglob(f"*{ending}/*")) if is_picture(p)]
         return by_name((plain_name(p.parent.name).removesuffix(ending), p) for p in found)
 
-    images, masks = of_folders("_Dermoscopic_Image"), of_folders("_lesion")
-    return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
+    return rows_of(of_folders("_Dermoscopic_Image"), of_folders("_lesion"))
 
 
 def find_cvc(src):
     """A video sequence is a patient."""
-    images, masks, table = (
-        pictures(src / "Original"),
-        pictures(src / "Ground Truth"),
-        src / "sequences.csv",
-    )
+    table = src / "sequences.csv"
     if not table.is_file():
         raise InputError(
             f"{table}: missing; it maps frame to sequence, and neighboring frames must not be split"
@@ -117,12 +100,13 @@ def find_cvc(src):
         if frame in sequence:
             raise InputError(f"{table}: frame {frame} comes twice; remove one of its lines")
         sequence[frame] = f"sequence{int(text):02d}"
-    if lost := [name for name in images if name not in sequence]:
+    rows = rows_of(pictures(src / "Original"), pictures(src / "Ground Truth"))
+    if lost := [r.name for r in rows if r.name not in sequence]:
         raise InputError(
             f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames); add "
             "it, called as its picture without ending"
         )
-    return [Row(name, path, masks.get(name), sequence[name], None) for name, path in images.items()]
+    return [r._replace(patient=sequence[r.name]) for r in rows]
 
 
 def find_isic(src):
@@ -132,25 +116,24 @@ def find_isic(src):
         found = [pair for folder in sorted(src.rglob(pattern)) for pair in pictures(folder).items()]
         return by_name((name.removesuffix(ending), path) for name, path in found)
 
-    images, masks = of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation")
-    return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
+    return rows_of(of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation"))
 
 
 def find_folder(src):
     """A picture is a patient, with or without split folders."""
     rows = []
     for split in (None, *h5.SPLITS):
-        base = src / split if split else src
+        base = src / (split or "")
         images, masks = pictures(base / "images"), pictures(base / "masks")
         if lost := sorted(set(masks) - set(images)):
             raise InputError(
                 f"{masks[lost[0]]}: no picture of that name in {base / 'images'} "
                 f"({len(lost)} such masks); add it, or take the mask out"
             )
-        rows += [
-            Row(name, path, masks.get(name), f"{split}/{name}" if split else name, split)
-            for name, path in images.items()
-        ]
+        found = rows_of(images, masks)
+        if split:
+            found = [r._replace(patient=f"{split}/{r.name}", split=split) for r in found]
+        rows += found
     if other := [p.parent for p in sorted(src.glob("*/images")) if p.parent.name not in h5.SPLITS]:
         print(f"note: {other[0]} is not read; the names of splits are {', '.join(h5.SPLITS)}")
     return rows
@@ -194,6 +177,17 @@ def read_pair(image_path, mask_path, classes, gray, notes=None, values=None):
     return image, mask
 
 
+def to_case(row, src, args, classes, notes):
+    """A row as an h5.Case, resized to --size. notes: pixels.note()"""
+    image, label = read_pair(row.image, row.mask, classes, args.gray, notes, args.labels)
+    case = row.case(src, image, label)
+    if args.size:
+        case.source_grid, case.source_label = image.shape[:2], label
+        case.image = loading.resize_image(image, args.size)
+        case.label = None if label is None else loading.resize_label(label, args.size)
+    return case
+
+
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.images")
     p.add_argument("src", help="folder of the pictures")
@@ -206,92 +200,38 @@ def main(argv=None):
         help=f"resize to a square of this side, at least {h5.SMALLEST}; "
         "0 keeps the pictures' own sizes",
     )
-    p.add_argument(
-        "--classes",
-        type=labels.class_names,
-        metavar="NAMES",
-        help="names, background first (default: background, and what the preset shows)",
-    )
-    p.add_argument(
-        "--labels",
-        type=labels.label_values,
-        metavar="VALUES",
-        help="the masks' values that stand for the classes, background first, as in 0,128,255",
-    )
-    p.add_argument(
-        "--patient",
-        metavar="REGEX",
-        help="its one group gives the patient from a picture's name; default: as the "
-        "preset says, mostly a picture is a patient",
-    )
     p.add_argument("--gray", action="store_true", help="read the pictures as gray")
-    p.add_argument(
-        "--lists",
-        metavar="DIR",
-        help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them",
-    )
-    p.add_argument(
-        "--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says"
-    )
-    p.add_argument(
-        "--test", type=SHARE, default=0.0, help="share of the patients for test, where no list says"
-    )
-    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
+    labels.add_options(p)
+    splits.add_options(p)
     args = p.parse_args(argv)
+    labels.check_options(args)
     src, classes = Path(args.src), args.classes or ["background", SHOWS[args.preset]]
     if args.labels and not args.classes and len(args.labels) > 2:
         classes = labels.numbered(len(args.labels))
-    labels.check_options(args.labels, classes)
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give the one that holds the pictures")
-    if args.val + args.test >= 1:
-        raise InputError("--val and --test are shares that must leave something to train on")
     if 0 < args.size < h5.SMALLEST:
         raise InputError(f"--size {args.size}: networks need {h5.SMALLEST} pixels or more")
-    rows, notes = PRESETS[args.preset](src), {}
+    lists = splits.find_lists(args)
+    rows = PRESETS[args.preset](src)
     say_unread(p for name in FOLDERS[args.preset] for p in sorted(src.glob(name)) if p.is_dir())
     if not rows:
         raise InputError(
             f"{src}: no picture in the layout of preset '{args.preset}'; "
             "see python -m data.images --help"
         )
-    rows = name_patients(rows, args.patient) if args.patient else rows
-    lists = lists_of(Path(args.lists) if args.lists else src)
-    if args.lists and not lists:
-        raise InputError(
-            f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there"
-        )
+    found = len(rows)
     drawn = not lists and not any(r.split for r in rows)
-    if drawn:
-        print(f"no list of splits: by patient, with seed {args.seed}")
-    found, rows = len(rows), assign_splits(rows, lists, args)
-    note_patients(rows, drawn)
+    rows = splits.assign_splits(splits.name_patients(rows, args), lists, args)
+    splits.note_patients(rows, drawn)
     if len(rows) < found:
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
-
-    def cases():
-        for row in rows:
-            image, label = read_pair(row.image, row.mask, classes, args.gray, notes, args.labels)
-            source = plain_name(str(row.image.relative_to(src)))
-            case = h5.Case(
-                split=row.split,
-                name=row.name,
-                image=image,
-                label=label,
-                patient=row.patient,
-                source=source,
-            )
-            if args.size:
-                case.source_grid, case.source_label = image.shape[:2], label
-                case.image = loading.resize_image(image, args.size)
-                case.label = None if label is None else loading.resize_label(label, args.size)
-            yield case
-
+    notes = {}
     info = h5.write(
         args.out,
-        cases(),
+        (to_case(row, src, args, classes, notes) for row in rows),
         name=args.preset if args.preset != "folder" else src.resolve().name,
         classes=classes,
         dims=2,

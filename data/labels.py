@@ -89,7 +89,40 @@ def check_not_empty(found, where):
         )
 
 
+def without(classes, split):
+    """What to say of classes that no label of a split holds. -> a sentence"""
+    names = ", ".join(f"'{name}'" for name in classes[:6])
+    more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+    return f"no label of {split} holds {names}{more}"
+
+
 # ------------------------------------------------------------------------------------ options
+
+
+def add_options(p):
+    """The options of converters that name the classes and the values that stand for them."""
+    p.add_argument(
+        "--classes",
+        type=class_names,
+        metavar="NAMES",
+        help="names of the classes, background first; default: as the data or the layout say",
+    )
+    p.add_argument(
+        "--labels",
+        type=label_values,
+        metavar="VALUES",
+        help="the labels' values that stand for the classes, background first, as in 0,1,2,4",
+    )
+
+
+def check_options(args):
+    """InputError unless there is one name for each label value, where both are given."""
+    values, classes = args.labels, args.classes
+    if values and classes and len(values) != len(classes):
+        raise InputError(
+            f"--labels names {len(values)} values, --classes {len(classes)} classes; "
+            "give one name for each value"
+        )
 
 
 def label_values(text):
@@ -132,15 +165,6 @@ def not_background_first(names):
     if any(map(is_background, names[1:])):
         return "the background comes twice"
     return None
-
-
-def check_options(values, classes):
-    """InputError unless there is one name for each label value, where both are given."""
-    if values and classes and len(values) != len(classes):
-        raise InputError(
-            f"--labels names {len(values)} values, --classes {len(classes)} classes; "
-            "give one name for each value"
-        )
 
 
 def numbered(count):

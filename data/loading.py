@@ -10,10 +10,9 @@ Legend: N samples, B batch, K classes, C channels, D depth, H height, W width, *
 grid: S, S of slices, D, H, W of patches.
 """
 
-import functools
+import copy
 import itertools
 import math
-import operator
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,41 +65,15 @@ class Samples:
         """Standardized images [B, C, *S] float32, and labels [B, *S] int64 or None."""
         return standardized(self.fetch(index), device)
 
-    def only(self, i):
-        """One of the samples. -> Samples"""
-        one = slice(i, i + 1)
-        label = None if self.label is None else self.label[one]
-        return Samples(
-            self.image[one], self.mean[one], self.std[one], label, self.case[one], self.at[one]
-        )
-
     def to(self, device):
         """Moves the tensors to a device, in place. -> itself"""
-        for name in ("image", "mean", "std", "label"):
-            value = getattr(self, name)
-            if value is not None:
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
                 setattr(self, name, value.to(device))
         return self
 
     def __add__(self, other):
-        """Both, one after the other.
-
-        Images of mixed types become float32. Labels are kept only if both have them.
-        """
-        image, more = self.image, other.image
-        if image.dtype != more.dtype:
-            image, more = image.float(), more.float()
-        label = None
-        if self.label is not None and other.label is not None:
-            label = torch.cat([self.label, other.label])
-        return Samples(
-            image=torch.cat([image, more]),
-            mean=torch.cat([self.mean, other.mean]),
-            std=torch.cat([self.std, other.std]),
-            label=label,
-            case=self.case + other.case,
-            at=self.at + other.at,
-        )
+        return joined(self, other)
 
 
 @dataclass
@@ -142,18 +115,24 @@ class Volumes:
         return self
 
     def __add__(self, other):
-        """Both, one after the other. Labels are kept only if both have them."""
-        label = None
-        if self.label is not None and other.label is not None:
-            label = self.label + other.label
-        return Volumes(
-            image=self.image + other.image,
-            mean=self.mean + other.mean,
-            std=self.std + other.std,
-            label=label,
-            case=self.case + other.case,
-            size=self.size,
-        )
+        return joined(self, other)
+
+
+def joined(a, b):
+    """Two Samples, or two Volumes, one after the other.
+
+    Images of mixed types become float32. Labels are kept only if both have them.
+    """
+    parts = {}
+    for name, mine in vars(a).items():
+        theirs = getattr(b, name)
+        if mine is None or theirs is None:
+            parts[name] = None
+        elif torch.is_tensor(mine):
+            parts[name] = torch.cat([mine, theirs])
+        else:
+            parts[name] = mine + theirs if isinstance(mine, list) else mine
+    return type(a)(**parts)
 
 
 def standardized(fetched, device):
@@ -179,6 +158,8 @@ class Item(NamedTuple):
     split: str
     entry: h5.Entry
     z: int | None  # of a slice; None: a patch of the volume
+    mean: float  # intensity of the sample's whole case
+    std: float
 
 
 class Stored:
@@ -194,23 +175,15 @@ class Stored:
 
         Wrong pixels are found when they are read.
         """
-        entries = _entries(info, split, names)
-        if not entries:
-            raise InputError(f"{info.path}: no case to read in split '{split}'")
-        if labels:
-            for entry in entries:
-                if not entry.labeled:
-                    raise _no_label(info, split, entry.name)
         self.size = size
         self.labels = labels
         self.infos = {info.path: info}
         self.files = {}  # (process, path) -> the open file
         self.items = []
-        for entry in entries:
+        for entry in _entries(info, split, names, labels):
             slices = range(_slices(entry)) if isinstance(size, int) else [None]
-            self.items += [Item(info.path, split, entry, z) for z in slices]
-        keys = [(info.path, split, entry.name) for entry in entries]
-        self.mean_std = dict(zip(keys, _stored_means(info, split, entries)))
+            mean_std = _stored_mean(info, split, entry)
+            self.items += [Item(info.path, split, entry, z, *mean_std) for z in slices]
 
     def __len__(self):
         return len(self.items)
@@ -222,30 +195,30 @@ class Stored:
 
     def fetch(self, index, place):
         """Some samples, read now. index [B]; place [B, 3]: see part_at() -> Fetched"""
-        found = [self._read(self.items[i], at) for i, at in zip(index.tolist(), place)]
-        image, label, mean, std = zip(*found)
-        kind = np.result_type(*image)  # images of two files may differ
+        items = [self.items[i] for i in index.tolist()]
+        image, label = zip(*map(self._read, items, place))
         return Fetched(
-            image=torch.from_numpy(np.stack(image).astype(kind, copy=False)),
+            image=torch.from_numpy(np.stack(image)),
             label=torch.from_numpy(np.stack(label)) if self.labels else None,
-            mean=torch.tensor(mean),
-            std=torch.tensor(std),
+            mean=torch.tensor([item.mean for item in items]),
+            std=torch.tensor([item.std for item in items]),
         )
 
     def _read(self, item, place):
-        """-> image [C, *S], label [*S] or None, mean, std"""
-        path, split, entry, z = item
-        part = self._patch(entry, place) if z is None else _slice_of(entry, z)
+        """-> image [C, *S], label [*S] or None"""
+        path, split, entry, z, *_ = item
+        if z is None:
+            part = self._patch(entry, place)
+        else:
+            part = (slice(z, z + 1),) if len(entry.grid) == 3 else ()
         image, label = h5.read_case(
             self._file(path), self.infos[path], split, entry.name, self.labels, part
         )
         if z is None:
             image = at_least(image, self.size)[None]
-            label = at_least(label, self.size) if self.labels else None
-        else:
-            image = as_slice(image[0], self.size)
-            label = resize_label(label[0], self.size) if self.labels else None
-        return image, label, *self.mean_std[path, split, entry.name]
+            return image, at_least(label, self.size) if self.labels else None
+        label = resize_label(label[0], self.size) if self.labels else None
+        return as_slice(image[0], self.size), label
 
     def _patch(self, entry, place):
         """The slices of the stored volume that a patch takes: all of an axis that is too short."""
@@ -268,13 +241,10 @@ class Stored:
 
     def __add__(self, other):
         """Both, one after the other. Labels are kept only if both have them."""
-        both = Stored.__new__(Stored)
-        both.size = self.size
+        both = copy.copy(self)
         both.labels = self.labels and other.labels
         both.infos = self.infos | other.infos
-        both.files = {}
         both.items = self.items + other.items
-        both.mean_std = self.mean_std | other.mean_std
         return both
 
 
@@ -283,35 +253,14 @@ def _slices(entry):
     return entry.grid[0] if len(entry.grid) == 3 else 1
 
 
-def _slice_of(entry, z):
-    """What h5.read_case() takes as part for one slice."""
-    return (slice(z, z + 1),) if len(entry.grid) == 3 else ()
-
-
-def _stored_means(info, split, entries):
-    """(mean, deviation) of the intensities of each case, as its file says.
-
-    Files of older versions do not say it: there its pixels are read.
-    """
+def _stored_mean(info, split, entry):
+    """Mean and deviation of a case's intensities, as its file says. Old files do not say it."""
     if not info.standardize:
-        return [(0.0, 1.0)] * len(entries)
+        return 0.0, 1.0
+    if entry.mean is not None:
+        return entry.mean, entry.std
     with h5.open_file(info.path) as f:
-        return [_stored_mean(f, info, split, entry.name) for entry in entries]
-
-
-def _stored_mean(f, info, split, name):
-    case = f[split][name]
-    where = f"{info.path}: /{split}/{name}"
-    if "mean" not in case.attrs:
-        image, _ = h5.read_case(f, info, split, name, label=False)
-        return h5.mean_and_std(image)
-    mean = h5.attribute(case, "mean", float, where)
-    std = h5.attribute(case, "std", float, where)
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise InputError(
-            f"{where}: mean {mean}, std {std} are not those of an image; convert the data again"
-        )
-    return mean, std
+        return h5.mean_and_std(h5.read_case(f, info, split, entry.name, label=False)[0])
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -325,39 +274,35 @@ class WholeCase(NamedTuple):
     label: np.ndarray | None  # (D, H, W)
     mean: float  # of the intensities; 0 and 1 where the file says that they are ready
     std: float
-    where: str  # the place in the file, for error messages
 
 
 def whole_cases(info, split, names=None, labels=True):
-    """Yields the named cases of a split, or all of them, as WholeCase.
+    """Yields the named cases of a split, or all of them, as WholeCase. InputError: see _entries()
 
-    InputError if there is no case at all, and, where labels are asked for, for a case without one.
+    Labels are read only where they are asked for.
     """
-    if names is None:
-        names = [entry.name for entry in info.entries(split)]
-    names = list(names)
-    if not names:
-        raise InputError(f"{info.path}: no case to read in split '{split}'")
+    entries = _entries(info, split, names, labels)
     with h5.open_file(info.path) as f:
-        for name in names:
-            image, label = h5.read_case(f, info, split, name, labels)
-            if labels and label is None:
-                raise _no_label(info, split, name)
+        for entry in entries:
+            image, label = h5.read_case(f, info, split, entry.name, labels)
             mean, std = h5.mean_and_std(image) if info.standardize else (0.0, 1.0)
-            yield WholeCase(name, image, label, mean, std, f"{info.path}: /{split}/{name}")
+            yield WholeCase(entry.name, image, label, mean, std)
 
 
-def _no_label(info, split, name):
-    return InputError(f"{info.path}: /{split}/{name} has no label, but one is needed here")
+def _entries(info, split, names=None, labels=False):
+    """The entries of the named cases of a split, or all of them, in the file's order.
 
-
-def _entries(info, split, names=None):
-    """The entries of the named cases of a split, or all of them, in the file's order."""
+    InputError if there is none, and, where labels are asked for, for a case without one.
+    """
     entries = info.entries(split)
-    if names is None:
-        return entries
-    names = set(names)
-    return [entry for entry in entries if entry.name in names]
+    if names is not None:
+        names = set(names)
+        entries = [entry for entry in entries if entry.name in names]
+    if not entries:
+        raise InputError(f"{info.path}: no case to read in split '{split}'")
+    if labels and (bare := [entry.name for entry in entries if not entry.labeled]):
+        raise InputError(f"{info.path}: /{split}/{bare[0]} has no label, but one is needed here")
+    return entries
 
 
 def load_slices(info, split, size, names=None, labels=True):
@@ -369,8 +314,8 @@ def load_slices(info, split, size, names=None, labels=True):
 def load_patches(info, split, size, corners, labels=True, grid=None):
     """Patches of volumes. -> Samples
 
-    size: (D, H, W); corners: {case: [(z, y, x), ...]}; grid: (D, H, W) to which patches are resized
-    (default: none). InputError for a patch that is not within its volume.
+    size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume; grid: (D, H, W) to
+    which patches are resized (default: none).
     """
     cases = whole_cases(info, split, corners, labels)
     return _stacked(
@@ -385,8 +330,8 @@ def load_samples(info, split, size, names=None, labels=True):
     """
     if info.dims == 2:
         return load_slices(info, split, size, names, labels)
-    corners = {entry.name: tiles(entry.grid, size) for entry in _entries(info, split, names)}
-    return load_patches(info, split, size, corners, labels)
+    cases = whole_cases(info, split, names, labels)
+    return _stacked([one for case in cases for one in parts_of(case, size)])
 
 
 def load_volumes(info, split, size, names=None, labels=True):
@@ -408,13 +353,11 @@ def showcase(info, split, size, most=16):
     It is the slice, or the patch, with the most foreground.
     """
     entries = info.entries(split)
-    step = -(-len(entries) // most)
+    names = [entry.name for entry in entries[:: -(-len(entries) // most)]]
     found = []
-    for entry in entries[::step]:
-        samples = load_samples(info, split, size, [entry.name])
-        foreground = (samples.label > 0).flatten(1).sum(1)  # [N]
-        found.append(samples.only(int(foreground.argmax())))
-    return functools.reduce(operator.add, found)
+    for case in whole_cases(info, split, names):
+        found.append(max(parts_of(case, size), key=lambda one: np.count_nonzero(one.label)))
+    return _stacked(found)
 
 
 class _Sample(NamedTuple):
@@ -445,19 +388,22 @@ def patches_of(case, size, corners, grid=None):
     found = []
     for corner in corners:
         part = tuple(slice(c, c + s) for c, s in zip(corner, size))
-        if volume[part].shape != tuple(size):
-            raise InputError(f"{case.where} has no patch of {size} at {corner}")
         image = resize_image(volume[part], grid or size)[None]
         label = None if truth is None else resize_label(truth[part], grid or size)
         found.append(_Sample(image, label, case.mean, case.std, case.name, tuple(corner)))
     return found
 
 
+def parts_of(case, size):
+    """The slices of a WholeCase, or the fewest patches that cover it. -> list, for _stacked()"""
+    if isinstance(size, int):
+        return slices_of(case, size)
+    return patches_of(case, size, tiles(case.image.shape, size))
+
+
 def samples_of(case, size):
     """What load_samples() gives for one WholeCase. -> Samples"""
-    if isinstance(size, int):
-        return _stacked(slices_of(case, size))
-    return _stacked(patches_of(case, size, tiles(case.image.shape, size)))
+    return _stacked(parts_of(case, size))
 
 
 def _stacked(found):
@@ -477,12 +423,10 @@ def bytes_in_memory(info, split, size, names=None):
     """Bytes that load_slices() or load_volumes() of these cases would hold."""
     total = 0
     for entry in _entries(info, split, names):
-        if isinstance(size, int):
-            pixels = _slices(entry) * size**2
-            total += pixels * (info.channels * entry.itemsize + 1)
-        else:
-            voxels = math.prod(map(max, entry.grid, size))
-            total += voxels * (entry.itemsize + 1)
+        pixels = math.prod(shape_of(size)) * _slices(entry)
+        if info.dims == 3:
+            pixels = math.prod(map(max, entry.grid, size))
+        total += pixels * (info.channels * entry.itemsize + 1)
     return total
 
 
@@ -635,8 +579,6 @@ def random_corners(grid, size, count, rng):
 
     There are fewer where some coincide. rng: a generator of numpy.
     """
-    corners = []
-    for _ in range(count):
-        corner = (int(rng.integers(max(0, n - s) + 1)) for n, s in zip(grid, size))
-        corners.append(tuple(corner))
+    ends = [max(0, n - s) + 1 for n, s in zip(grid, size)]
+    corners = [tuple(int(rng.integers(end)) for end in ends) for _ in range(count)]
     return list(dict.fromkeys(corners))

@@ -87,31 +87,18 @@ def convert(source, out, data):
     data: what a checkpoint says of its data -> Info. InputError if they cannot be what the network
     has learned from, or if one of them cannot be read.
     """
-    (kind, paths), prepared = find(Path(source)), data.get("prepared")
+    kind, paths = find(Path(source))
+    prepared = data.get("prepared")
     if prepared is None:
-        if not data.get("standardize", True):
-            raise InputError(
-                f"{source}: the network has learned from data that were brought to a window of "
-                "intensities, and its checkpoint does not say which; convert the data again, and "
-                "train on them"
-            )
-        color = "gray" if data["channels"] == 1 else "RGB"
-        manner = "as MR, each at its own spacing" if kind == "nifti" else color
-        print(
-            "note: the checkpoint does not say how its data were prepared; "
-            f"{KINDS[kind]} are taken as they are, {manner}"
-        )
-        prepared = {"from": kind}
+        prepared = assumed(kind, source, data)
     how = preparation(prepared, source)
-    if prepared["from"] != kind:
+    learned = prepared["from"]
+    if learned == kind and (data["dims"] == 3 or data["channels"] == 3):
+        learned = "nifti" if data["dims"] == 3 else "pictures"
+    if learned != kind:
         raise InputError(
-            f"{source}: holds {KINDS[kind]}, but the network has learned from "
-            f"{KINDS[prepared['from']]}; give images of that kind"
-        )
-    if kind == "pictures" and data["dims"] == 3 or kind == "nifti" and data["channels"] == 3:
-        raise InputError(
-            f"{source}: holds {KINDS[kind]}, but the network has learned from "
-            f"{'volumes' if data['dims'] == 3 else 'RGB pictures'}; give images of that kind"
+            f"{source}: holds {KINDS[kind]}, but the network has learned from {KINDS[learned]}; "
+            "give images of that kind"
         )
     notes = defaultdict(list)
     gray = data["channels"] == 1
@@ -128,21 +115,33 @@ def convert(source, out, data):
             prepared=prepared,
         )
     except InputError as error:  # in words that fit images which nobody had to convert
-        raise InputError(
-            str(error)
-            .replace(str(out), str(source))
-            .replace(" and convert the data again", "")
-            .replace("; convert the data again", "")
-        ) from None
-    if data["dims"] == 2:
-        notes.pop("one slice", None)
+        text = re.sub("( and|;) convert the data again", "", str(error))
+        raise InputError(text.replace(str(out), str(source))) from None
     if kind == "pictures":
         pixels.say(notes)
     else:
-        nifti.say(notes, how.axes, len(info.entries("unlabeled")))
+        nifti.say(notes, how.axes, info)
     if constant:
         print(f"note: {len(constant)} images have one value everywhere, such as {constant[0]}")
     return info
+
+
+def assumed(kind, source, data):
+    """What `prepared` is taken for, with a note, where a checkpoint does not say it."""
+    if not data.get("standardize", True):
+        raise InputError(
+            f"{source}: the network has learned from data that were brought to a window of "
+            "intensities, and its checkpoint does not say which; convert the data again, and "
+            "train on them"
+        )
+    manner = "gray" if data["channels"] == 1 else "RGB"
+    if kind == "nifti":
+        manner = "as MR, each at its own spacing"
+    print(
+        "note: the checkpoint does not say how its data were prepared; "
+        f"{KINDS[kind]} are taken as they are, {manner}"
+    )
+    return {"from": kind}
 
 
 def noted(cases, constant):
@@ -158,9 +157,7 @@ def pictures(paths, gray, notes):
     for name, path in paths.items():
         h5.check_name(path, name)
         image = pixels.read_picture(path, gray, notes)
-        yield h5.Case(
-            split="unlabeled", name=name, image=image, label=None, patient=name, source=path.name
-        )
+        yield Row(name, path, None, name, "unlabeled").case(path.parent, image, None)
 
 
 def preparation(prepared, source):
@@ -169,36 +166,29 @@ def preparation(prepared, source):
     InputError if that is none.
     """
 
-    def numbers(value, n, low, high):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == n
-            and all(type(v) in (int, float) and low < v < high for v in value)
-        )  # no NaN, no bool
+    def numbers(value, n, low, high):  # no NaN, no bool
+        fits = isinstance(value, (list, tuple)) and len(value) == n
+        return fits and all(type(v) in (int, float) and low < v < high for v in value)
 
-    how = (
-        {key: value for key, value in prepared.items() if key != "from"}
-        if isinstance(prepared, dict)
-        else {"": prepared}
-    )
-    spacing, window, channel = (how.get(key) for key in ("spacing", "window", "channel"))
-    axes = how.get("axes")
-    known = {"spacing", "window", "channel", "nnunet", "axes"}
-    if not (
-        set(how) <= known
-        and isinstance(prepared.get("from"), str)
-        and prepared["from"] in KINDS
-        and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
-        and (axes is None or space.are_axes(axes))
-        and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
-        and (channel is None or type(channel) is int and 0 <= channel < 10_000)
-        and type(how.get("nnunet", False)) is bool
-    ):
+    try:
+        how = nifti.Preparation(**{k: v for k, v in prepared.items() if k != "from"})
+        spacing, window, channel = how.spacing, how.window, how.channel
+        known = (
+            prepared["from"] in KINDS
+            and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
+            and (how.axes is None or space.are_axes(how.axes))
+            and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
+            and (channel is None or type(channel) is int and 0 <= channel < 10_000)
+            and type(how.nnunet) is bool
+        )
+    except (AttributeError, KeyError, TypeError):
+        known = False
+    if not known:
         raise InputError(
             f"{source}: the checkpoint says of its data what cannot be understood "
             f"({ascii(prepared)[:100]}); convert the data again, and train on them"
         )
-    return nifti.Preparation(**how)
+    return how
 
 
 def volumes(paths, how, notes):

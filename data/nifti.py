@@ -37,10 +37,10 @@ from nibabel.nifti1 import data_type_codes
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from data import h5, labels, space
+from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
-from data.options import SEED, SHARE, Parser, cli, number
-from data.splits import Row, assign_splits, lists_of, name_patients, note_patients, plain_name
+from data.options import Parser, cli, decimals, number
+from data.splits import Row, by_name, plain_name
 
 NAME = re.compile(
     r"([^.].*)\.nii(\.gz)?"
@@ -52,14 +52,9 @@ NAME = re.compile(
 
 def volumes(folder):
     """Name without ending -> path, for the NIfTI files directly in a folder, sorted by name."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := NAME.fullmatch(path.name):
-            name = plain_name(match[1])
-            if name in found:
-                raise InputError(f"{path}: {found[name].name} is there too; remove one of the two")
-            found[name] = path
-    return found
+    paths = sorted(folder.iterdir()) if folder.is_dir() else ()
+    named = ((NAME.fullmatch(path.name), path) for path in paths)
+    return by_name((plain_name(match[1]), path) for match, path in named if match)
 
 
 def find(src, channel):
@@ -78,20 +73,18 @@ def find(src, channel):
     for part, (images, labels) in layout.items():
         cases, found = one_channel(images, channel, nnunet)
         channels |= found
-        rows += [
-            Row(name, path, labels.get(name), name, "test" if part == "Ts" else None)
-            for name, path in cases.items()
-        ]
         if lost := sorted(set(labels) - set(cases)):
             raise InputError(
                 f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} "
                 f"({len(lost)} such labels); add it, or take the label out"
             )
-    if both := {r.name for r in rows if r.split} & {r.name for r in rows if not r.split}:
-        raise InputError(
-            f"{src}: case '{min(both)}' is in both imagesTr and imagesTs; remove or rename one of "
-            "the two"
-        )
+        if both := sorted(set(cases) & {r.name for r in rows}):
+            raise InputError(
+                f"{src}: case '{both[0]}' is in both imagesTr and imagesTs; remove or rename one "
+                "of the two"
+            )
+        split = "test" if part == "Ts" else None
+        rows += [Row(name, path, labels.get(name), name, split) for name, path in cases.items()]
     if channel is None and len(channels) > 1:
         print(
             f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose "
@@ -105,25 +98,26 @@ def one_channel(images, channel, nnunet):
 
     images: {name: path}; nnunet: as in Preparation -> {case: path}, set
     """
-    if nnunet and (lost := [n for n in images if not re.search(r"_\d{4}$", n)]):
-        raise InputError(
-            f"{images[lost[0]]}: the cases have names of nnU-Net, NAME_0000, and this has no "
-            "channel; rename it"
-        )
-    cases = {}  # name -> {channel: path}
+    taken = channel or 0
+    cases = defaultdict(dict)  # name -> {channel: path}
     for name, path in images.items():
-        cases.setdefault(name[:-5] if nnunet else name, {})[
-            int(name[-4:]) if nnunet else channel or 0
-        ] = path
-    for name, paths in cases.items():
-        if (channel or 0) not in paths:
+        if not nnunet:
+            cases[name][taken] = path
+        elif re.search(r"_\d{4}$", name):
+            cases[name[:-5]][int(name[-4:])] = path
+        else:
             raise InputError(
-                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {channel or 0} "
+                f"{path}: the cases have names of nnU-Net, NAME_0000, and this has no channel; "
+                "rename it"
+            )
+    for name, paths in cases.items():
+        if taken not in paths:
+            raise InputError(
+                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {taken} "
                 f"(it has: {', '.join(map(str, paths))}); add it, or choose another --channel"
             )
-    return {name: paths[channel or 0] for name, paths in cases.items()}, {
-        c for paths in cases.values() for c in paths
-    }
+    found = {name: paths[taken] for name, paths in cases.items()}
+    return found, set().union(*cases.values())
 
 
 def split_cases(rows, lists, args):
@@ -131,7 +125,8 @@ def split_cases(rows, lists, args):
 
     Says what has no label, what is left out, and whose names look like those of one patient.
     """
-    bare = [r.name for r in rows if not (r.mask or r.split)]
+    held = [r for r in rows if r.split]  # of imagesTs
+    bare = [r for r in rows if not (r.mask or r.split)]
     if not any(r.mask for r in rows):
         raise InputError(
             f"{args.src}: no case has a label; labelsTr must hold files named like the cases, such "
@@ -140,39 +135,38 @@ def split_cases(rows, lists, args):
     if bare:
         print(
             f"{len(bare)} of {len(rows)} cases have no label and stay unlabeled (the first: "
-            f"{bare[0]})"
+            f"{bare[0].name})"
         )
     if lists:
-        out = assign_splits(rows, lists, args)
+        out = splits.assign_splits(rows, lists, args)
         if lost := [r.name for r in out if r.split == "val" and not r.mask]:
             raise InputError(
                 f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in "
                 "train.txt or unlabeled.txt"
             )
         named = {r.name for r in out}
-        out += [r for r in rows if r.split and r.name not in named]
+        out += [r for r in held if r.name not in named]
+        why = "they are in no list"
     else:
-        print(f"no list of splits: by patient, with seed {args.seed}")
-        out = assign_splits([r for r in rows if r.mask and not r.split], None, args)
-        held_out = {r.patient for r in out if r.split != "train"}
-        bare = [r for r in rows if not (r.mask or r.split)]
-        out += [r._replace(split="train") for r in bare if r.patient not in held_out]
-        out += [r for r in rows if r.split]
-    note_patients(out, drawn=not lists)
-    if len(out) < len(rows):
+        out = splits.assign_splits([r for r in rows if r.mask and not r.split], None, args)
+        others = {r.patient for r in out if r.split != "train"}
+        out += [r._replace(split="train") for r in bare if r.patient not in others]
+        out += held
         why = "they have no label, and their patients are in val or test"
-        why = "they are in no list" if lists else why
+    splits.note_patients(out, drawn=not lists)
+    if len(out) < len(rows):
         print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: {why}")
     return out
 
 
-def name_classes(src, names, values, paths):
+def name_classes(src, args, paths):
     """Names of the classes, background first, and the values that stand for them in the labels.
 
-    names, values: of --classes and --labels, or None, which dataset.json then says; paths: of the
-    labels, which must hold 0, 1, 2 and so on without a gap where nobody says anything.
+    They are those of --classes and --labels, else of dataset.json. paths: of the labels, which must
+    hold 0, 1, 2 and so on without a gap where nobody says anything.
     """
-    labels.check_options(values, names)
+    labels.check_options(args)
+    names, values = args.classes, args.labels
     if names:
         return names, values or range(len(names))
     path = src / "dataset.json"
@@ -184,11 +178,10 @@ def name_classes(src, names, values, paths):
                 "--classes, too, with a name for each"
             )
         return [table[v] for v in values], values
-    if values:
-        return labels.numbered(len(values)), values
-    found = {p: np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths}
-    count = labels.count_classes(found, paths[0].parent)
-    return labels.numbered(count), range(count)
+    if not values:
+        found = {p: np.unique(labels.class_numbers(load(p).values, p)).tolist() for p in paths}
+        values = range(labels.count_classes(found, paths[0].parent))
+    return labels.numbered(len(values)), values
 
 
 def named_values(path):
@@ -211,28 +204,20 @@ def named_values(path):
         numbers_first = all(key.isdigit() for key in table)  # as the Decathlon has it
         pairs = list(table.items()) if numbers_first else [(v, k) for k, v in table.items()]
         by_value = {int(str(value).removesuffix(".0")): name for value, name in pairs}
-        if not all(isinstance(name, str) for name in by_value.values()):
-            raise TypeError
+        others = [name for value, name in sorted(by_value.items()) if value != 0]
+        wrong = labels.not_background_first([by_value.get(0, ""), *others])
     except (TypeError, ValueError, AttributeError):
+        wrong = '"labels" must map one number to each name; regions are not supported'
+    else:
+        if "ignore" in others:
+            wrong = "an 'ignore' label is not supported; change it to a class in the labels"
+        elif len(by_value) < len(table):
+            values = ", ".join(str(value) for value, _ in pairs)
+            wrong = f"label values {values}, but each class needs its own"
+    if wrong:
         raise InputError(
-            f'{path}: "labels" must map one number to each name; regions (lists of '
-            "numbers) are not supported; mend it, or give --classes"
-        ) from None
-    if "ignore" in by_value.values():
-        raise InputError(
-            f"{path}: an 'ignore' label is not supported; change it to a class in the labels, or "
-            "give --classes"
-        )
-    if len(by_value) < len(table):
-        values = ", ".join(str(value) for value, _ in pairs)
-        raise InputError(
-            f"{path}: label values {values}; each class needs its own; mend it, or give --classes"
-        )
-    others = [name for value, name in sorted(by_value.items()) if value != 0]
-    if wrong := labels.not_background_first([by_value.get(0, ""), *others]):
-        raise InputError(
-            f"{path}: {wrong}; mend it (label value 0 is the background), or give --labels and "
-            "--classes"
+            f"{path}: {wrong}; mend it (label value 0 is the background), or give --classes and, "
+            "if need be, --labels"
         )
     return by_value
 
@@ -284,11 +269,24 @@ def load(path, channel=None):
             "save one volume of plain numbers"
         )
     if len(size) == 4:
-        start += volume_of(size[3], channel, path) * math.prod(size[:3]) * kind.itemsize
+        if channel is None:
+            raise InputError(
+                f"{path}: 4D, {size[3]} volumes in one file; choose an image's with "
+                "--channel; a label must have one"
+            )
+        if channel >= size[3]:
+            raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
+        start += channel * math.prod(size[:3]) * kind.itemsize
     elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
         raise InputError(f"{path}: has no channel {channel}; it holds one volume")
     values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
-    values = scaled(values.astype(kind.newbyteorder("=")), header, path)
+    values = values.astype(kind.newbyteorder("="))
+    try:
+        values = apply_read_scaling(values, *header.get_slope_inter())
+    except HeaderDataError:
+        raise InputError(
+            f"{path}: the header's intercept (scl_inter) is {header['scl_inter']}; mend the header"
+        ) from None
     with np.errstate(over="ignore"):
         usable = values.dtype.kind != "f" or np.isfinite(np.float32(values)).all()
     if not usable:
@@ -322,48 +320,24 @@ def start_of(header, path):
     return int(start)
 
 
-def volume_of(count, channel, path):
-    """Which of a file's volumes is meant."""
-    if channel is None:
-        raise InputError(
-            f"{path}: 4D, {count} volumes in one file; choose an image's with "
-            "--channel; a label must have one"
-        )
-    if channel >= count:
-        raise InputError(f"{path}: has no channel {channel}; it has 0 to {count - 1}")
-    return channel
-
-
-def scaled(values, header, path):
-    """Voxels after the header's slope and intercept; no slope, 0 or NaN: as they are."""
-    try:
-        return apply_read_scaling(values, *header.get_slope_inter())
-    except HeaderDataError:
-        raise InputError(
-            f"{path}: the header's intercept (scl_inter) is {header['scl_inter']}; mend the header"
-        ) from None
-
-
 def check_grids(image, label, image_path, label_path):
     """InputError if two Volumes are not on one grid: no label is moved onto its image by guess."""
-    a, b = (grid_of(v) for v in (image, label))
-    found = None
-    if (a["size"] != b["size"]).any():
-        found, remedy = "size", "resample the label to its image"
-    else:
-        extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
-        for what, reach in (("spacing", a["size"]), ("origin", 1.0), ("direction", extent)):
-            apart = np.abs((b[what] - a[what]) * reach).max()
-            if apart > space.SAME_PLACE * a["spacing"].min():
-                found, remedy = what, same_size_remedy(image, label)
-                break
-    if found:
-        sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
-        there, here = (np.round(g[found], 6).tolist() for g in (b, a))
-        raise InputError(
-            f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
-            f"({sizes[0]}): {found} {there}, not {here}; {remedy}"
-        )
+    a, b = grid_of(image), grid_of(label)
+    near = space.SAME_PLACE * a["spacing"].min()  # mm
+    extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
+    limits = dict(size=0, spacing=near / a["size"], origin=near, direction=near / extent)
+    wrong = [what for what, most in limits.items() if (np.abs(b[what] - a[what]) > most).any()]
+    if not wrong:
+        return
+    what, remedy = wrong[0], same_size_remedy(image, label)
+    if what == "size":
+        remedy = "resample the label to its image"
+    sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
+    there, here = (np.round(g[what], 6).tolist() for g in (b, a))
+    raise InputError(
+        f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
+        f"({sizes[0]}): {what} {there}, not {here}; {remedy}"
+    )
 
 
 def grid_of(volume):
@@ -380,14 +354,14 @@ def grid_of(volume):
 def same_size_remedy(image, label):
     """What to do where a label has its image's size and not its place."""
     match = "if the two match voxel by voxel"
-    if is_lost(label) and not is_lost(image):
-        return (
-            "the label's header has lost its place: copy the image's header to it "
-            f"{match}, and do not resample it"
-        )
-    if is_lost(image) and not is_lost(label):
+    if is_lost(label) == is_lost(image):
+        return f"copy the image's header to the label {match}, else resample the label to its image"
+    if is_lost(image):
         return f"the image's header has lost its place: copy the label's header to it {match}"
-    return f"copy the image's header to the label {match}, else resample the label to its image"
+    return (
+        "the label's header has lost its place: copy the image's header to it "
+        f"{match}, and do not resample it"
+    )
 
 
 def is_lost(volume):
@@ -410,11 +384,10 @@ def scale(image, window):
     """
     low, high = window or np.percentile(image, (0.5, 99.5))
     image = image.clip(low, high).astype(np.float64)
-    scaled = (
-        (image - low) / (high - low) * 2 - 1
-        if window
-        else (image - image.mean()) / max(image.std(), 1e-6)
-    )
+    if window:
+        scaled = (image - low) / (high - low) * 2 - 1
+    else:
+        scaled = (image - image.mean()) / max(image.std(), 1e-6)
     return scaled.astype(np.float32)
 
 
@@ -456,10 +429,12 @@ NOTES = {  # of cases, in the order in which they are said
 TINY = 2  # mm: a volume of a body that is shorter along each axis has a wrong unit
 
 
-def say(notes, axes, total):
-    """Prints what read_case() has noted. notes: {kind: [case, ...]}; total: number of cases"""
+def say(notes, axes, info):
+    """Prints what read_case() has noted. notes: {kind: [case, ...]}; info: of all cases"""
+    total = sum(map(len, info.splits.values()))
     for kind, text in NOTES.items():
-        if names := notes.get(kind):
+        names = notes[kind]
+        if names and not (kind == "one slice" and info.dims == 2):
             print(
                 f"note: {len(names)} of {total} volumes "
                 f"{text.format(axes=axes, tiny=TINY)} (the first: {names[0]})"
@@ -472,69 +447,51 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
     how: Preparation; notes: {kind: [case, ...]} to fill; values: those that stand for the classes
     in its label.
     """
-    name, image_path, label_path, patient, split = row
-    volume, label = load(image_path, how.channel), None
-    note_header(volume, name, notes)
-    if label_path:
-        other = load(label_path)
-        check_grids(volume, other, image_path, label_path)
-        label = labels.class_numbers(other.values, label_path, values)
-    image, affine, swapped = volume.values.astype(np.float32), volume.affine, False
-    if space.forms_differ(volume.header, image_path):
-        notes["two places"].append(name)
-    if how.axes and space.has_axes(volume.header):
+    volume, label = load(row.image, how.channel), None
+    if row.mask:
+        other = load(row.mask)
+        check_grids(volume, other, row.image, row.mask)
+        label = labels.class_numbers(other.values, row.mask, values)
+    image, affine = volume.values.astype(np.float32), volume.affine
+    placed, swapped, turned = space.has_axes(volume.header), False, False
+    if how.axes and placed:
         turn = space.turn_to(how.axes, affine)
         affine = space.reoriented_affine(affine, image.shape, turn)
         image, label = (None if v is None else space.reoriented(v, turn) for v in (image, label))
         swapped = turn[:, 0].tolist() != [0, 1, 2]
-        if swapped or (turn[:, 1] < 0).any():
-            notes["turned"].append(name)
-        uneven = max(volume.spacing) > 1.01 * min(volume.spacing)
-        if swapped and uneven and not how.spacing:
-            notes["swapped"].append(name)
-    elif how.axes:
-        notes["unplaced"].append(name)
+        turned = swapped or (turn[:, 1] < 0).any()
+    spacing = space.spacing_of(affine)
+    doubts = {
+        "turned": turned,
+        "swapped": swapped and not how.spacing and max(spacing) > 1.01 * min(spacing),
+        "two places": space.forms_differ(volume.header, row.image),
+        "unplaced": how.axes and not placed,
+        "identity": is_identity(volume.affine),
+        "tiny": max(np.multiply(image.shape, spacing)) < TINY,
+        "one slice": min(image.shape) == 1,
+    }
+    for kind in doubts:
+        if doubts[kind]:
+            notes[kind].append(row.name)
     if how.window and (why := not_hounsfield(image, how.window)):
-        notes["not HU"].append(f"{name}, {why}")
-    spacing, source_grid, source_label = space.spacing_of(affine), None, None
-    if how.spacing:
-        source_grid, source_label = image.shape, label
-        ratio = np.divide(how.spacing, spacing)
-        size = resampled_size(source_grid, ratio, image_path)
-        image = space.resample(image, size, ratio)
-        label = None if label is None else space.resample(label, size, ratio, nearest=True)
-        spacing = how.spacing
-    if swapped and min(image.shape[1:]) < h5.SMALLEST:
-        raise InputError(
-            f"{image_path}: turned to the body axes of the others ({how.axes}), it "
-            f"has {' x '.join(map(str, image.shape))} voxels, too few in a slice; "
-            "leave it out"
-        )
+        notes["not HU"].append(f"{row.name}, {why}")
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
-    return h5.Case(
-        split=split,
-        name=name,
-        image=scale(image, how.window),
-        label=label,
-        patient=patient,
-        spacing=spacing,
-        source=plain_name(str(image_path.relative_to(src))),
-        affine=affine,
-        source_grid=source_grid,
-        nifti_header=header,
-        source_label=source_label,
+    case = row.case(
+        src, image, label, spacing=how.spacing or spacing, affine=affine, nifti_header=header
     )
-
-
-def note_header(volume, name, notes):
-    """Notes what is doubtful of a header that contradicts nothing. notes: see read_case()"""
-    size = volume.values.shape
-    if is_identity(volume.affine):
-        notes["identity"].append(name)
-    if max(np.multiply(size, volume.spacing)) < TINY:
-        notes["tiny"].append(name)
-    if min(size) == 1:
-        notes["one slice"].append(name)
+    if how.spacing:
+        case.source_grid, case.source_label = image.shape, label
+        ratio = np.divide(how.spacing, spacing)
+        size = resampled_size(image.shape, ratio, row.image)
+        case.image = space.resample(image, size, ratio)
+        case.label = None if label is None else space.resample(label, size, ratio, nearest=True)
+    if swapped and min(case.image.shape[1:]) < h5.SMALLEST:
+        raise InputError(
+            f"{row.image}: turned to the body axes of the others ({how.axes}), it has "
+            f"{' x '.join(map(str, case.image.shape))} voxels, too few in a slice; leave it out"
+        )
+    case.image = scale(case.image, how.window)
+    return case
 
 
 PADDINGS = 3  # values around a field of view, or beyond a scanner's range, that mean no intensity
@@ -559,15 +516,12 @@ def resampled_size(grid, ratio, path):
     InputError if it is too large for any memory, or too small for networks.
     """
     size = tuple(max(1, round(n / s)) for n, s in zip(grid, ratio))
-    if min(size[1:]) < h5.SMALLEST <= min(grid[1:]):
+    small = min(size[1:]) < h5.SMALLEST <= min(grid[1:])
+    if small or math.prod(size) > 2**31:
+        remedy = "too few in a slice; choose a smaller" if small else "too many; choose a larger"
         raise InputError(
             f"{path}: {' x '.join(map(str, grid))} voxels would become "
-            f"{' x '.join(map(str, size))}, too few in a slice; choose a smaller --spacing"
-        )
-    if math.prod(size) > 2**31:
-        raise InputError(
-            f"{path}: {' x '.join(map(str, grid))} voxels would become "
-            f"{' x '.join(map(str, size))}; choose a larger --spacing"
+            f"{' x '.join(map(str, size))}, {remedy} --spacing"
         )
     return size
 
@@ -605,20 +559,6 @@ def write_mask(path, label, entry):
 # ------------------------------------------------------------------------------------ main
 
 
-def decimals(option, text, count, low=-math.inf):
-    """`count` numbers above `low`, joined by commas. -> tuple"""
-    try:
-        values = tuple(map(float, text.split(",")))
-    except ValueError:
-        values = ()
-    if len(values) != count or not all(low < v < math.inf for v in values):
-        raise InputError(
-            f"{option} {text}: {count} numbers{f' above {low}' if low > -math.inf else ''}, joined "
-            "by commas, are needed"
-        )
-    return values
-
-
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.nifti")
     # else argparse takes the value of --clip -175,250 for an option
@@ -627,6 +567,7 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="dataset file to write")
     p.add_argument(
         "--spacing",
+        type=decimals(3, low=0),
         metavar="D,H,W",
         help="resample to this spacing in mm; default: each case keeps its own",
     )
@@ -643,6 +584,7 @@ def main(argv=None):
     )
     p.add_argument(
         "--clip",
+        type=decimals(2),
         metavar="LOW,HIGH",
         help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)",
     )
@@ -650,72 +592,33 @@ def main(argv=None):
         "--channel", type=number(0), help="which channel (nnU-Net) or volume (of a 4D file) to take"
     )
     p.add_argument(
-        "--patient",
-        metavar="REGEX",
-        help="its one group gives the patient from a case's name; default: a case is a patient",
-    )
-    p.add_argument(
         "--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes"
     )
-    p.add_argument(
-        "--lists",
-        metavar="DIR",
-        help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them",
-    )
-    p.add_argument(
-        "--val", type=SHARE, default=0.2, help="share of the patients for val, where no list says"
-    )
-    p.add_argument(
-        "--test",
-        type=SHARE,
-        default=0.0,
-        help="share of the imagesTr patients for test, where no list says",
-    )
-    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
-    p.add_argument(
-        "--classes",
-        type=labels.class_names,
-        metavar="NAMES",
-        help="names, background first; default: those of dataset.json",
-    )
-    p.add_argument(
-        "--labels",
-        type=labels.label_values,
-        metavar="VALUES",
-        help="the values in the labels that stand for the classes, background first, "
-        "as in 0,1,2,4; default: those of dataset.json, or 0, 1, 2, ...",
-    )
+    labels.add_options(p)
+    splits.add_options(p)
     args = p.parse_args(argv)
     src = Path(args.src)
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give the one that holds imagesTr")
-    if args.val + args.test >= 1:
-        raise InputError("--val and --test are shares that must leave something to train on")
     if args.clip and args.intensity == "mr":
         raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
     if args.axes and not space.are_axes(args.axes):
         raise InputError(
             f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, as in SAR"
         )
-    args.spacing = decimals("--spacing", args.spacing, 3, low=0) if args.spacing else None
-    window = decimals("--clip", args.clip or "-175,250", 2) if args.intensity == "ct" else None
+    window = args.clip or (-175.0, 250.0) if args.intensity == "ct" else None
     if window and window[0] >= window[1]:
-        raise InputError(f"--clip {args.clip}: the first number must be the lower one")
+        raise InputError(f"--clip {window}: the first number must be the lower one")
+    lists = splits.find_lists(args)
     rows, nnunet = find(src, args.channel)
-    rows = name_patients(rows, args.patient) if args.patient else rows
-    lists = lists_of(Path(args.lists) if args.lists else src)
-    if args.lists and not lists:
-        raise InputError(
-            f"--lists {args.lists}: none of {', '.join(f'{s}.txt' for s in h5.SPLITS)} is there"
-        )
-    rows = split_cases(rows, lists, args)
-    classes, values = name_classes(src, args.classes, args.labels, [r[2] for r in rows if r[2]])
-    axes, notes = args.axes or common_axes([r[1] for r in rows]), defaultdict(list)
+    rows = split_cases(splits.name_patients(rows, args), lists, args)
+    classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
+    axes = args.axes or common_axes([r.image for r in rows])
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
-    cases = (read_case(row, how, src, notes, values) for row in rows)
+    notes = defaultdict(list)
     info = h5.write(
         args.out,
-        cases,
+        (read_case(row, how, src, notes, values) for row in rows),
         name=src.resolve().name,
         classes=classes,
         dims=args.dims,
@@ -723,11 +626,9 @@ def main(argv=None):
         standardize=window is None,
         prepared={"from": "nifti", **asdict(how)},
     )
-    if args.dims == 2:
-        notes.pop("one slice", None)
     labels.tell_mapping(values)
     h5.report(info)
-    say(notes, axes, len(rows))
+    say(notes, axes, info)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,22 @@ def numbers(text):
     return sorted({number(1)(part) for part in text.split(",")})
 
 
+def decimals(count, low=-math.inf):
+    """argparse type: so many numbers above `low`, joined by commas. -> a tuple"""
+
+    def parse(text):
+        try:
+            values = tuple(map(float, text.split(",")))
+        except ValueError:
+            values = ()
+        if len(values) != count or not all(low < v < math.inf for v in values):
+            above = f" above {low}" if low > -math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {count} numbers{above}, as in 1,2.5")
+        return values
+
+    return parse
+
+
 def grid(text):
     """argparse type: one whole number of at least 1, or three joined by commas. -> a tuple"""
     sizes = tuple(number(1)(part) for part in text.split(","))

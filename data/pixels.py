@@ -92,42 +92,35 @@ def examine(path):
     """Reads a file and what it says of its pixels -> File. InputError if they would be misread."""
     content = Path(path).read_bytes()
     with reading(path):
-        return check_file(Path(path), content)
-
-
-def check_file(path, content):
-    """The work of examine()."""
-    tags, pages, opened = {}, 1, None
-    if content[:4] in TIFF:
-        tags, pages = read_tags(content)
-    try:
-        opened = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        if not tags:
-            raise
-    if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
-        pages = getattr(opened, "n_frames", 1)
-    if pages > 1:
-        raise InputError(
-            f"{path}: has {pages} pages or frames, of which one alone would be read; "
-            "save each that is meant as a picture of its own"
-        )
-    if opened and opened.mode in ("CMYK", "LAB", "HSV"):
-        raise InputError(f"{path}: its colors are {opened.mode}; save it as RGB")
-    if tags:
-        check_tags(path, tags, opened.mode if opened else "")
-    if opened and opened.has_transparency_data:
-        lowest = lowest_opacity(opened)
-        if lowest < 255:
+        tags, pages, opened = {}, 1, None
+        if content[:4] in TIFF:
+            tags, pages = read_tags(content)
+        try:
+            opened = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            if not tags:
+                raise
+        if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
+            pages = getattr(opened, "n_frames", 1)
+        if pages > 1:
+            raise InputError(
+                f"{path}: has {pages} pages or frames, of which one alone would be read; "
+                "save each that is meant as a picture of its own"
+            )
+        mode = opened.mode if opened else ""
+        if mode in ("CMYK", "LAB", "HSV"):
+            raise InputError(f"{path}: its colors are {mode}; save it as RGB")
+        if tags:
+            check_tags(path, tags, mode)
+        if opened and opened.has_transparency_data and (lowest := lowest_opacity(opened)) < 255:
             raise InputError(
                 f"{path}: has transparent pixels (opacity down to {lowest} of 255), "
                 "and nobody knows what was seen there; save it without transparency"
             )
-    if tags:
         check_strips(path, tags, content)
-    turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
+        turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
-    return File(path, content, opened, turned, lossy)
+    return File(Path(path), content, opened, turned, lossy)
 
 
 def read_tags(content):
@@ -193,10 +186,11 @@ DAMAGE = "Corrupt JPEG|Premature end of JPEG|Inconsistent|Invalid SOS|TIFF_Error
 PADDING = r"(\d+) extraneous bytes before marker 0xd9"  # of a JPEG: its end
 
 
-def decode(file, flag, notes=None):
-    """Pixels through OpenCV, on the grid on which they are stored. notes: see note().
+def decode(file, flag=cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, notes=None):
+    """Pixels through OpenCV, on the grid on which they are stored: (H, W) gray, or (H, W, 3) RGB.
 
-    InputError if there are none, or if libjpeg or libtiff say that they are damaged.
+    flag: of OpenCV; default: as they are in the file. notes: see note(). InputError if there are
+    none, or if libjpeg or libtiff say that they are damaged.
     """
     found, content = None, np.frombuffer(file.content, np.uint8)
     with words_of_libraries() as words, contextlib.suppress(cv2.error):
@@ -206,7 +200,7 @@ def decode(file, flag, notes=None):
         raise unreadable(file.path)
     if further:
         check_padding(file, int(further[1]), notes)
-    return found
+    return found if found.ndim == 2 else found[..., ::-1]
 
 
 def check_padding(file, count, notes):
@@ -249,12 +243,6 @@ def words_of_libraries():
             words[0] = file.read().decode(errors="replace")
 
 
-def decode_all(file, notes=None):
-    """Pixels of any depth: (H, W) gray, or (H, W, 3) RGB, as they are in the file."""
-    found = decode(file, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, notes)
-    return found if found.ndim == 2 else found[..., ::-1]
-
-
 # ------------------------------------------------------------------------------------ images
 
 
@@ -266,14 +254,13 @@ def read_picture(path, gray, notes=None):
     file = examine(path)
     if file.turned:
         note(notes, TURNED, path)
-    image = decode_all(file, notes)
-    if image.dtype == np.uint8:
-        if gray and image.ndim == 3:
-            return decode(file, cv2.IMREAD_GRAYSCALE)
-    else:
+    image = decode(file, notes=notes)
+    if image.dtype != np.uint8:
         image = to_float32(image, path)
         if gray and image.ndim == 3:
-            return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    elif gray and image.ndim == 3:
+        image = decode(file, cv2.IMREAD_GRAYSCALE)
     if gray or image.ndim == 3:
         return np.ascontiguousarray(image)
     return np.dstack([image] * 3)
@@ -317,7 +304,7 @@ def read_mask(path, classes, notes=None, values=None):
     if file.opened and file.opened.mode == "P":
         mask = read_palette(file, K, notes)
     else:
-        mask = to_gray(decode_all(file, notes), file, K, values)
+        mask = to_gray(decode(file, notes=notes), file, K, values)
     if values:
         return class_numbers(mask, path, values)
     if K == 2:

@@ -153,17 +153,17 @@ def ball(width, flat=0.0):
 
 
 def morph(operation, join, m, ball, outside):
-    """Morphology of a slice or volume. -> [D, H, W]
+    """Morphology of a slice or volume. -> [*m.shape]
 
     operation: cv2.dilate or cv2.erode, applied to each slice with each disc of the ball.
     join: np.maximum or np.minimum, which joins neighboring slices.
     outside: the value beyond the grid.
     """
-    m, rz = layers(m), len(ball) // 2
+    slices, rz = layers(m), len(ball) // 2
     border = dict(borderType=cv2.BORDER_CONSTANT, borderValue=outside)
     for dz in range(rz + 1):
-        part = np.empty_like(m)
-        for source, result in zip(m, part):
+        part = np.empty_like(slices)
+        for source, result in zip(slices, part):
             operation(source, ball[rz + dz], dst=result, **border)
         if dz == 0:
             out = part
@@ -172,7 +172,7 @@ def morph(operation, join, m, ball, outside):
         join(out[:-dz], part[dz:], out=out[:-dz])
         for beyond in (out[:dz], out[-dz:]):
             join(beyond, outside, out=beyond)
-    return out
+    return out.reshape(m.shape)
 
 
 def dilated(m, ball, outside=0):
@@ -185,32 +185,22 @@ def eroded(m, ball, outside=0):
 
 def dilate(m, ball):
     """Dilation by a ball."""
-    reach = np.array(ball.shape) // 2
-    return within(m, reach, lambda part: dilated(part, ball).reshape(part.shape))
+    return within(m, np.array(ball.shape) // 2, lambda part: dilated(part, ball))
 
 
 def erode(m, ball):
     """Erosion by a ball; beyond the grid is background."""
-    reach = np.array(ball.shape) // 2
-    return within(m, reach, lambda part: eroded(part, ball).reshape(part.shape))
+    return within(m, np.array(ball.shape) // 2, lambda part: eroded(part, ball))
 
 
 def opening(m, ball):
     """Erosion, then dilation; as in OpenCV, the border of the grid does not erode."""
-
-    def opened(part):
-        return dilated(eroded(part, ball, outside=1), ball).reshape(part.shape)
-
-    return within(m, ball.shape, opened)
+    return within(m, ball.shape, lambda part: dilated(eroded(part, ball, outside=1), ball))
 
 
 def closing(m, ball):
     """Dilation, then erosion; as in OpenCV, the border of the grid does not erode."""
-
-    def closed(part):
-        return eroded(dilated(part, ball), ball, outside=1).reshape(part.shape)
-
-    return within(m, ball.shape, closed)
+    return within(m, ball.shape, lambda part: eroded(dilated(part, ball), ball, outside=1))
 
 
 def smooth(m, width, flat=0.0):

@@ -8,6 +8,7 @@ Legend: x, y, z a file's axes, of which x is the fastest; (D, H, W) the axes of 
 """
 
 import math
+from itertools import permutations, product
 
 import nibabel
 import numpy as np
@@ -42,16 +43,13 @@ def parse(raw, where):
         )
     header = nibabel.Nifti1Header(bytes(raw[:BYTES]), "<>"[order == "big"], check=False)
     magic = header["magic"].item()
-    if magic != b"n+1":
-        pair = magic == b"ni1"
+    if magic == b"ni1":
         raise InputError(
-            f"{where}: "
-            + (
-                "the header of a pair, whose voxels are in an .img file; save both as one .nii"
-                if pair
-                else "not a NIfTI-1 file (an Analyze file?); save it as NIfTI-1"
-            )
+            f"{where}: the header of a pair, whose voxels are in an .img file; save both as one "
+            ".nii"
         )
+    if magic != b"n+1":
+        raise InputError(f"{where}: not a NIfTI-1 file (an Analyze file?); save it as NIfTI-1")
     size_of(header, where)
     affine_of(header, where)
     return header
@@ -171,21 +169,8 @@ def mask_header(header):
     header["datatype"], header["bitpix"] = 2, 8  # uint8
     header["vox_offset"], header["magic"] = VOXELS, b"n+1"
     header["scl_slope"], header["scl_inter"] = 1, 0
-    for name in (
-        "cal_max",
-        "cal_min",
-        "glmax",
-        "glmin",
-        "toffset",
-        "intent_code",
-        "intent_p1",
-        "intent_p2",
-        "intent_p3",
-        "slice_start",
-        "slice_end",
-        "slice_code",
-        "slice_duration",
-    ):
+    unused = "cal_max cal_min glmax glmin toffset intent_code intent_p1 intent_p2 intent_p3"
+    for name in f"{unused} slice_start slice_end slice_code slice_duration".split():
         header[name] = 0
     return header
 
@@ -217,15 +202,12 @@ def axes_of(affine):
     return "".join(nibabel.aff2axcodes(affine))[::-1]
 
 
+AXES = {"".join(a) for pairs in permutations(("RL", "AP", "SI")) for a in product(*pairs)}
+
+
 def are_axes(value):
     """Whether a value of anybody is what axes_of() gives."""
-    pairs = {letter: pair for pair in ("RL", "AP", "SI") for letter in pair}
-    return (
-        isinstance(value, str)
-        and len(value) == 3
-        and set(value) <= set(pairs)
-        and len({pairs[letter] for letter in value}) == 3
-    )
+    return isinstance(value, str) and value in AXES
 
 
 def turn_to(axes, affine):
@@ -255,10 +237,8 @@ def turn_to_source(header, affine, grid, where):
     turn = orientations.io_orientation(np.linalg.inv(source) @ affine)
     size = size_of(header, where)[:3]
     same = not np.isnan(turn).any() and tuple(np.array(grid[::-1])[np.argsort(turn[:, 0])]) == size
-    if (
-        not same
-        or largest_distance(source, reoriented_affine(affine, grid, turn), size) > SAME_PLACE
-    ):
+    turned = reoriented_affine(affine, grid, turn) if same else None
+    if not same or largest_distance(source, turned, size) > SAME_PLACE:
         raise InputError(
             f"{where}: header and affine are of different grids; convert the data again"
         )

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import h5
 from data.files import InputError, read_lists
-from data.h5 import SPLITS
+from data.options import SEED, SHARE
 
 
 class Row(NamedTuple):
@@ -21,6 +22,18 @@ class Row(NamedTuple):
     mask: Path | None
     patient: str
     split: str | None  # None: the source does not say
+
+    def case(self, src, image, label, **more):
+        """What was read of it as an h5.Case. src: the folder of all; more: as h5.Case has it"""
+        return h5.Case(
+            split=self.split,
+            name=self.name,
+            image=image,
+            label=label,
+            patient=self.patient,
+            source=plain_name(str(self.image.relative_to(src))),
+            **more,
+        )
 
 
 # ------------------------------------------------------------------------------------ names
@@ -40,12 +53,50 @@ def plain_name(text):
     return unicodedata.normalize("NFC", text)
 
 
-def lists_of(folder):
-    """train.txt, val.txt, test.txt, unlabeled.txt of a folder, a name a line -> {split: [names]}"""
-    return read_lists({s: folder / f"{s}.txt" for s in SPLITS}, plain_name)
+def by_name(pairs):
+    """{name: path} of (name, path), ....
+
+    InputError if names differ by capitals alone, or not at all: such files would share a mask, or
+    one would hide the other.
+    """
+    found, seen = {}, {}
+    for name, path in pairs:
+        if other := seen.get(name.lower()):
+            raise InputError(
+                f"{path}: {other.name if other.parent == path.parent else other} is there too; "
+                "remove or rename one of the two"
+            )
+        found[name] = seen[name.lower()] = path
+    return found
 
 
 # ------------------------------------------------------------------------------------ splits
+
+
+def add_options(p):
+    """The options of converters that say which split each case belongs to."""
+    add_patient(p)
+    p.add_argument(
+        "--lists",
+        metavar="DIR",
+        help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them",
+    )
+    where = "of the patients, where no list and no folder says which"
+    p.add_argument("--val", type=SHARE, default=0.2, help=f"share for val {where}")
+    p.add_argument("--test", type=SHARE, default=0.0, help=f"share for test {where}")
+    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
+
+
+def find_lists(args):
+    """train.txt, val.txt, test.txt, unlabeled.txt of --lists or SRC. -> {split: [names]}"""
+    if args.val + args.test >= 1:
+        raise InputError("--val and --test are shares that must leave something to train on")
+    folder = Path(args.lists or args.src)
+    lists = read_lists({s: folder / f"{s}.txt" for s in h5.SPLITS}, plain_name)
+    if args.lists and not lists:
+        names = ", ".join(f"{s}.txt" for s in h5.SPLITS)
+        raise InputError(f"--lists {args.lists}: none of {names} is there")
+    return lists
 
 
 def assign_splits(rows, lists, args):
@@ -57,19 +108,19 @@ def assign_splits(rows, lists, args):
         return assign_lists(rows, lists, args.src)
     if any(r.split for r in rows):
         return [r._replace(split=r.split or "train") for r in rows]
+    print(f"no list of splits: by patient, with seed {args.seed}")
     patients = sorted({r.patient for r in rows})
     order = np.random.default_rng(args.seed).permutation(len(patients))
+    drawn = [patients[i] for i in order]
     n_val, n_test = (
-        max(round(share * len(patients)), int(share > 0 and len(patients) > 2))
+        max(round(share * len(drawn)), int(share > 0 and len(drawn) > 2))
         for share in (args.val, args.test)
     )
-    split = {
-        patients[i]: "val" if j < n_val else "test" if j < n_val + n_test else "train"
-        for j, i in enumerate(order)
-    }
+    splits = ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)
     # train order is random too: --labeled takes the first patients
-    rank = {patients[i]: j for j, i in enumerate(order)}
-    return [r._replace(split=split[r.patient]) for r in sorted(rows, key=lambda r: rank[r.patient])]
+    rank = {patient: i for i, patient in enumerate(drawn)}
+    rows = sorted(rows, key=lambda r: rank[r.patient])
+    return [r._replace(split=splits[rank[r.patient]]) for r in rows]
 
 
 def assign_lists(rows, lists, src):
@@ -104,8 +155,21 @@ def assign_lists(rows, lists, src):
 # ------------------------------------------------------------------------------------ patients
 
 
-def name_patients(rows, regex):
-    """Rows whose patient is what the one group of a regular expression finds in the case's name."""
+def add_patient(p):
+    """The option of converters that says which cases are of one patient."""
+    p.add_argument(
+        "--patient",
+        metavar="REGEX",
+        help="its one group gives the patient from a case's name; default: as the layout says, "
+        "mostly a case is a patient",
+    )
+
+
+def name_patients(rows, args):
+    """Rows whose patient is what the one group of --patient, if given, finds in the case's name."""
+    regex = args.patient
+    if not regex:
+        return rows
     try:
         pattern = re.compile(regex)
     except re.error as error:

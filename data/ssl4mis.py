@@ -24,6 +24,7 @@ are not 0, 1, 2 and so on.
 """
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import h5py
@@ -31,8 +32,8 @@ import numpy as np
 
 from data import h5, labels, loading
 from data.files import InputError, read_lists
-from data.options import Parser, cli, number
-from data.splits import Row, name_patients, note_patients, plain_name
+from data.options import Parser, cli, decimals, number
+from data.splits import Row, add_patient, name_patients, note_patients, plain_name
 
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
@@ -99,13 +100,17 @@ def patient_of(frame):
     return match[1] if match else frame
 
 
+def frame_of(slice_name):
+    return slice_name.split("_slice_")[0]
+
+
 def acdc_rows(src):
     """What the lists of the ACDC layout name. -> [Row, ...], {frame of train: its slices' names}"""
     paths = {"train": src / "train_slices.list"} | {s: src / f"{s}.list" for s in ("val", "test")}
     lists = read_lists(paths, name_of)
     slices = {}  # dicts keep the list's order
     for name in lists["train"]:
-        slices.setdefault(name.split("_slice_")[0], []).append(name)
+        slices.setdefault(frame_of(name), []).append(name)
     for names in slices.values():
         if not all(re.fullmatch(r".*_slice_\d+", n) for n in names):
             raise InputError(
@@ -113,10 +118,9 @@ def acdc_rows(src):
                 "form FRAME_slice_N; mend the list"
             )
         names.sort(key=number_of)
-    lists["train"] = list(slices)
     files = files_in(src / "data")
     rows = []
-    for split, names in lists.items():
+    for split, names in (lists | {"train": slices}).items():
         for name in names:
             path = files.get(name, src / "data" / f"{name}.h5")
             rows.append(Row(name, path, None, patient_of(name), split))
@@ -133,17 +137,16 @@ def note_slices(slices, files):
     slices: {frame: names in the list}; files: {name: path} of all slices
     """
     listed = {name for names in slices.values() for name in names}
-    others = [n for n in files if n.split("_slice_")[0] in slices and n not in listed]
+    others = [n for n in files if frame_of(n) in slices and n not in listed]
     if others:
         print(
             f"note: {len(others)} slices of frames in train_slices.list are not in it, such as "
             f"{others[0]}; the volumes are made without them"
         )
+    told = set(map(frame_of, others))
     for frame, names in slices.items():
         first, last = number_of(names[0]), number_of(names[-1])
-        if last - first + 1 != len(names) and not any(
-            n.startswith(f"{frame}_slice_") for n in others
-        ):
+        if last - first + 1 != len(names) and frame not in told:
             print(
                 f"note: {frame} has {len(names)} slices between {first} and {last}; its volume "
                 "is made of these alone"
@@ -155,23 +158,15 @@ def acdc_cases(rows, slices, src, spacing, values):
     files = files_in(src / "data" / "slices")
     note_slices(slices, files)
     for row in rows:
-        source = f"data/{row.name}.h5"
-        if row.split == "train":
-            source = f"data/slices/{row.name}_slice_*.h5"
-            names = slices[row.name]
-            paths = [files.get(n, src / "data" / "slices" / f"{n}.h5") for n in names]
-            image, label = stack(row.name, names, [read(p, 2, values) for p in paths], src)
-        else:
-            image, label = read(row.image, 3, values)
-        yield h5.Case(
-            split=row.split,
-            name=row.name,
-            image=image,
-            label=label,
-            patient=row.patient,
-            spacing=spacing,
-            source=source,
-        )
+        if row.split != "train":
+            yield row.case(src, *read(row.image, 3, values), spacing=spacing)
+            continue
+        names = slices[row.name]
+        paths = [files.get(n, src / "data" / "slices" / f"{n}.h5") for n in names]
+        image, label = stack(row.name, names, [read(p, 2, values) for p in paths], src)
+        case = row.case(src, image, label, spacing=spacing)
+        case.source = f"data/slices/{row.name}_slice_*.h5"
+        yield case
 
 
 def stack(frame, names, found, src):
@@ -201,15 +196,15 @@ def la_rows(src, val):
             raise InputError(
                 f"--val {val}: train.list of {src} has only {len(train)} volumes; give fewer"
             )
-        lists["train"], lists["val"] = train[: len(train) - val], train[len(train) - val :]
+        lists["train"], lists["val"] = train[:-val], train[-val:]
         print(f"no val.list: the last {val} of train.list validate (--val)")
-    files = {}
+    files = defaultdict(list)
     for path in sorted(src.rglob(f"{VOLUME}.h5")):
-        files.setdefault(plain_name(path.parent.name), []).append(path)
+        files[plain_name(path.parent.name)].append(path)
     rows = []
     for split, names in lists.items():
         for name in names:
-            if name not in files:
+            if not files[name]:
                 raise InputError(
                     f"{src}: {split}.list names '{name}', but there is no "
                     f"{name}/{VOLUME}.h5; mend the list"
@@ -224,9 +219,9 @@ def la_rows(src, val):
 def la_cases(rows, src, spacing, values, shrink):
     """Volumes of the LA layout as cases, each axis shrunk to a part."""
     for row in rows:
-        image, label = read(row.image, 3, values)
         image, label = (
-            v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1)) for v in (image, label)
+            v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1))
+            for v in read(row.image, 3, values)
         )
         size = tuple(max(1, n // shrink) for n in image.shape)
         if min(size[1:]) < h5.SMALLEST <= min(image.shape[1:]):
@@ -237,16 +232,7 @@ def la_cases(rows, src, spacing, values, shrink):
         wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
         image = loading.resize_image(image, size)
         label = None if label is None else loading.resize_label(label, size)
-        source = plain_name(str(row.image.relative_to(src)))
-        yield h5.Case(
-            split=row.split,
-            name=row.name,
-            image=image,
-            label=label,
-            patient=row.patient,
-            spacing=wide,
-            source=source,
-        )
+        yield row.case(src, image, label, spacing=wide)
 
 
 def of_layout(cases, src, layout):
@@ -269,32 +255,20 @@ def main(argv=None):
     p = Parser(__doc__, prog="python -m data.ssl4mis")
     p.add_argument("src", help="folder that holds the .list files")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument(
-        "--classes",
-        type=labels.class_names,
-        metavar="NAMES",
-        help="names, background first (default: those of ACDC or LA)",
-    )
-    p.add_argument(
-        "--labels",
-        type=labels.label_values,
-        metavar="VALUES",
-        help="with --classes: the values in the labels that stand for them, as in "
-        "0,1,2,4 (default: 0, 1, 2, ...)",
-    )
+    labels.add_options(p)
     p.add_argument(
         "--dims",
         type=int,
         choices=(2, 3),
         help="segmented as slices or volumes (default: ACDC 2, LA 3)",
     )
+    add_patient(p)
     p.add_argument(
-        "--patient",
-        metavar="REGEX",
-        help="its one group gives the patient from a case's name; default: the patientNNN of "
-        "ACDC's names, else a case is a patient",
+        "--spacing",
+        type=decimals(3, low=0),
+        metavar="D,H,W",
+        help="voxel spacing in mm, if it is known",
     )
-    p.add_argument("--spacing", metavar="D,H,W", help="voxel spacing in mm, if it is known")
     p.add_argument(
         "--shrink",
         type=number(1),
@@ -310,26 +284,21 @@ def main(argv=None):
     )
     args = p.parse_args(argv)
     src = Path(args.src)
-    if args.spacing and not re.fullmatch(r"(\d+\.?\d*,){2}\d+\.?\d*", args.spacing):
-        raise InputError(
-            f"--spacing {args.spacing}: three numbers in mm are needed, as in 10,1.25,1.25"
-        )
-    spacing = tuple(map(float, args.spacing.split(","))) if args.spacing else None
-    if spacing and min(spacing) == 0:
-        raise InputError(f"--spacing {args.spacing}: each of the three must be above 0")
     if args.labels and not args.classes:
         raise InputError(
             "--labels says which values there are; give --classes, too, with a name for each"
         )
-    labels.check_options(args.labels, args.classes)
+    labels.check_options(args)
     if (src / "train_slices.list").is_file():
         if args.shrink > 1:
             raise InputError(
                 "--shrink is for the volumes of the LA layout; --size of the scripts shrinks slices"
             )
         layout, dims = "ACDC", 2
+        rows, slices = acdc_rows(src)
     elif (src / "train.list").is_file():
         layout, dims = "LA", 3
+        rows = la_rows(src, args.val)
     else:
         raise InputError(
             f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the "
@@ -337,16 +306,20 @@ def main(argv=None):
         )
     classes = args.classes or LAYOUTS[layout]
     values = args.labels or range(len(classes))
-    rows, slices = acdc_rows(src) if layout == "ACDC" else (la_rows(src, args.val), None)
-    rows = name_patients(rows, args.patient) if args.patient else rows
+    rows = name_patients(rows, args)
     note_patients(rows)
     if layout == "ACDC":
-        cases = acdc_cases(rows, slices, src, spacing, values)
+        cases = acdc_cases(rows, slices, src, args.spacing, values)
     else:
-        cases = la_cases(rows, src, spacing, values, args.shrink)
-    cases = cases if args.classes else of_layout(cases, src, layout)
-    name = src.resolve().name if args.classes else layout
-    info = h5.write(args.out, cases, name=name, classes=classes, dims=args.dims or dims, channels=1)
+        cases = la_cases(rows, src, args.spacing, values, args.shrink)
+    info = h5.write(
+        args.out,
+        cases if args.classes else of_layout(cases, src, layout),
+        name=src.resolve().name if args.classes else layout,
+        classes=classes,
+        dims=args.dims or dims,
+        channels=1,
+    )
     labels.tell_mapping(args.labels)
     h5.report(info)
 

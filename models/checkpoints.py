@@ -16,7 +16,7 @@ import zipfile
 import torch
 
 import models
-from data import files, h5, loading
+from data import files, h5, loading, prepared
 from data.files import FORMAT, InputError
 from models.device import fused
 
@@ -293,7 +293,7 @@ def load_quality(path, info, on, size=None, runs=None):
     check_trained_size(path, info, state["model"].get("size"))
     if not state["weights"].get("temperature", torch.ones(())) > 0:
         raise InputError(f"{path}: its temperature is not above 0; train it again")
-    h5.check_prepared({info.path: info.describe()}, {path: state["data"]})
+    prepared.check({info.path: info.describe()}, {path: state["data"]})
     _note_other_flips(path, info, state["args"], runs or {})
     if state.get("blind") is True:  # files of earlier versions do not say
         print(f"note: {path}: this g hardly tells good from bad masks of val; see its qp.md")

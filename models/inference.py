@@ -85,7 +85,7 @@ def samples_of(case, size):
     if isinstance(case.image, loading.Samples):
         return case.image
     image, mean, std = case.image
-    whole = loading.WholeCase(case.entry.name, image, None, mean, std, where=case.entry.name)
+    whole = loading.WholeCase(case.entry.name, image, None, mean, std)
     return loading.samples_of(whole, size)
 
 
@@ -314,8 +314,8 @@ def dice_table(net, cases, on, K, window=None, batch=32):
 def mean_dice(table, held):
     """Mean over cases and then classes, and per class: what training selects by.
 
-    table: of dice_table(); held [K-1]: h5.held_classes(). The mean leaves the other classes out,
-    and their Dice is None.
+    table: of dice_table(); held [K-1]: supervision.held_classes(). The mean leaves the other
+    classes out, and their Dice is None.
     """
     per_class = np.mean(table, 0)  # [K-1]
     shown = [d if h else None for d, h in zip(per_class.tolist(), held)]

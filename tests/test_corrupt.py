@@ -10,7 +10,7 @@ import torch
 from conftest import python
 
 import corrupt
-from data import h5, loading, shapes
+from data import h5, loading, shapes, supervision
 
 EVERY_LINE = corrupt.SINGLE + corrupt.HEAVY + corrupt.BLOB + corrupt.CATASTROPHIC
 
@@ -206,7 +206,7 @@ def test_file_holds_what_it_says(kind, request, tmp_path):
         str(tmp_path / "p.png"),
     )
     info, K = h5.read_info(data), len(attrs["classes"])
-    labeled, others = h5.choose_labeled(info, "3")
+    labeled, others = supervision.choose_labeled(info, "3")
     assert (
         attrs["spec"] == "3" and "--labeled 3" in attrs["command"] and (tmp_path / "p.png").exists()
     )
@@ -246,7 +246,7 @@ def test_harvest_predicts_the_fold_that_was_left_out():
 
 def test_networks_of_a_fold_never_see_it(gray, tmp_path, monkeypatch):
     info, seen = h5.read_info(gray), {}
-    labeled, _ = h5.choose_labeled(info, "4")
+    labeled, _ = supervision.choose_labeled(info, "4")
     slices = loading.load_slices(info, "train", 32, labeled)
     original = loading.Samples.batch
     monkeypatch.setattr(

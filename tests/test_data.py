@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make_pictures
 
-from data import h5, images, loading, phantom, ssl4mis
+from data import h5, images, loading, phantom, ssl4mis, supervision
 from data.files import InputError
 
 REAL = ROOT.parent / "shared" / "data"
@@ -118,14 +118,15 @@ def test_reading_refuses_damage(tmp_path, gray, refused):
 def test_labeled_means_the_first_patients_in_order(gray):
     info = h5.read_info(gray)
     names = [e.name for e in info.entries("train")]
-    assert h5.choose_labeled(info, "2") == (names[:2], names[2:])
-    assert h5.choose_labeled(info, "0.5") == (names[:3], names[3:])
-    assert h5.choose_labeled(info, "all") == (names, [])
-    drawn = [h5.choose_labeled(info, "2", seed)[0] for seed in range(6)]
-    assert len({tuple(d) for d in drawn}) > 1 and drawn[1] == h5.choose_labeled(info, "2", 1)[0]
+    assert supervision.choose_labeled(info, "2") == (names[:2], names[2:])
+    assert supervision.choose_labeled(info, "0.5") == (names[:3], names[3:])
+    assert supervision.choose_labeled(info, "all") == (names, [])
+    drawn = [supervision.choose_labeled(info, "2", seed)[0] for seed in range(6)]
+    again = supervision.choose_labeled(info, "2", 1)[0]
+    assert len({tuple(d) for d in drawn}) > 1 and drawn[1] == again
     for wrong in ("0", "7", "many", "0.0", "-1"):
         with pytest.raises(InputError, match="--labeled"):
-            h5.choose_labeled(info, wrong)
+            supervision.choose_labeled(info, wrong)
 
 
 def test_labels_of_unlabeled_cases_are_never_read_and_need_not_exist(tmp_path, gray):
@@ -134,9 +135,9 @@ def test_labels_of_unlabeled_cases_are_never_read_and_need_not_exist(tmp_path, g
         for name in list(f["train"])[2:]:
             del f["train"][name]["label"]
     info = h5.read_info(tmp_path / "f.h5")
-    labeled, others = h5.choose_labeled(info, "2")
+    labeled, others = supervision.choose_labeled(info, "2")
     assert len(loading.load_slices(info, "train", 32, others, labels=False)) == 16
-    assert h5.choose_labeled(info, "all")[0] == labeled
+    assert supervision.choose_labeled(info, "all")[0] == labeled
     with pytest.raises(InputError, match="no label"):
         loading.load_slices(info, "train", 32, others)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import models  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
-from data import h5  # noqa: E402
+from data import h5, supervision  # noqa: E402
 from models import checkpoints, distributed, inference  # noqa: E402
 from models.device import compute  # noqa: E402
 from models.losses import one_hot  # noqa: E402
@@ -228,7 +228,7 @@ def test_validation_is_that_of_a_single_process(two, gray):
     info = h5.read_info(gray)
     mean, per_class = inference.mean_dice(
         inference.dice_table(net, inference.Cases(info, "val", 32), ON, 4),
-        h5.held_classes(info, "val"),
+        supervision.held_classes(info, "val"),
     )
     assert float(row["val_dice"]) == pytest.approx(mean, abs=1e-5)
     assert [float(row[f"val_{c}"]) for c in info.classes[1:]] == pytest.approx(per_class, abs=1e-5)

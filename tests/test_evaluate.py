@@ -19,7 +19,7 @@ from scipy import stats
 import evaluate
 import models
 import train_ssl
-from data import figures, h5, images, loading, metrics, nifti, phantom, tables
+from data import figures, h5, images, loading, metrics, nifti, phantom, supervision, tables
 from models import checkpoints, inference
 from models.checkpoints import save_checkpoint
 from models.device import compute
@@ -126,7 +126,7 @@ def test_a_perfect_network_scores_one_on_the_original_grid(kind, batch, request)
     table = inference.dice_table(
         net, inference.Cases(info, "val", 48), compute("cpu", "off"), len(info.classes), batch=batch
     )
-    mean, per_class = inference.mean_dice(table, h5.held_classes(info, "val"))
+    mean, per_class = inference.mean_dice(table, supervision.held_classes(info, "val"))
     assert (
         len(table) == len(info.entries("val"))
         and mean == pytest.approx(np.mean(table))
@@ -266,7 +266,7 @@ def make_run(folder, info, **args):
         args=full,
         step=1,
         data=info.describe(),
-        labeled=h5.choose_labeled(info, full["labeled"])[0],
+        labeled=supervision.choose_labeled(info, full["labeled"])[0],
     )
     return str(folder / "best.pt")
 

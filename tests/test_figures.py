@@ -84,9 +84,8 @@ def test_an_outline_lies_half_a_pixel_around_its_mask(drawn):
     """Also of one that ends with the image; in image coordinates, x across and y down."""
     label = np.zeros((9, 12), np.uint8)
     label[2:5, 3:8], label[8, 11] = 1, 2
-    figures.cases(
-        "f.png", [[("title", np.arange(108.0).reshape(9, 12), label)]], ["background", "a", "b"]
-    )
+    panel = figures.Panel("title", np.arange(108.0).reshape(9, 12), label)
+    figures.cases("f.png", [[panel]], ["background", "a", "b"])
     ((_, figure),) = drawn
     axis = figure.axes[0]
     outlines = [np.concatenate([path.vertices for path in c.get_paths()]) for c in axis.collections]

@@ -16,7 +16,7 @@ from test_nifti import convert, load, make, save
 
 import evaluate
 import train_ssl
-from data import h5, images, labels, nifti, splits, ssl4mis
+from data import h5, images, labels, nifti, splits, ssl4mis, supervision
 from data.files import InputError, read_lists, read_table
 from models import inference
 
@@ -543,7 +543,7 @@ def test_patients_across_splits_are_noted_in_every_layout(tmp_path, capsys):
 
 def test_options_of_lists_that_cannot_be(tmp_path, refused):
     argv = [la(tmp_path / "la"), "--out", tmp_path / "g.h5"]
-    refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing 0,1,1", "above 0")
+    refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing: 0,1,1", "above 0")
     refused(ssl4mis.main, [*argv, "--shrink", "4"], "--shrink 4", "2 x 4 x 5", "a smaller one")
 
 
@@ -643,11 +643,11 @@ def dataset(path, val, train=(0, 1, 2, 3), count=2):
 
 def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     info = dataset(tmp_path / "f.h5", (0, 1, 3))
-    held = h5.held_classes(info, "val")
-    assert held.tolist() == [True, False, True] and h5.held_classes(
+    held = supervision.held_classes(info, "val")
+    assert held.tolist() == [True, False, True] and supervision.held_classes(
         info, "val", ["val0"]
     ).tolist() == [True, False, False]
-    assert h5.held_classes(info, "train").all()
+    assert supervision.held_classes(info, "train").all()
     mean, per_class = inference.mean_dice([[0.5, 1.0, 1.0], [0.3, 1.0, 0.2]], held)
     assert mean == pytest.approx((0.4 + 0.6) / 2) and per_class == pytest.approx([0.4, None, 0.6])
     h5.report(info)
@@ -663,10 +663,10 @@ def test_mean_dice_leaves_out_what_a_split_does_not_hold(tmp_path, capsys):
     h5.report(info)
     said = capsys.readouterr().out
     assert "no label of train holds 'b', 'c': nothing can learn it, and scores count it" in said
-    h5.check_foreground(info, ["train0"])
+    supervision.check_foreground(info, ["train0"])
     said = capsys.readouterr().out
     assert "no label of the labeled cases holds 'b', 'c', but val does" in said
-    h5.check_foreground(dataset(tmp_path / "k.h5", (0, 1), (0, 1)), ["train0"])
+    supervision.check_foreground(dataset(tmp_path / "k.h5", (0, 1), (0, 1)), ["train0"])
     assert not capsys.readouterr().out
 
 

@@ -560,7 +560,7 @@ def test_big_endian_files_are_understood(tmp_path, refused):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--spacing", "1,0,1"], ["--spacing 1,0,1", "above 0"]),
+        (["--spacing", "1,0,1"], ["--spacing: 1,0,1", "above 0"]),
         (["--spacing", "1,1"], ["--spacing"]),
         (["--spacing", "a,b,c"], ["--spacing"]),
         (["--spacing", "1,nan,1"], ["--spacing"]),
@@ -1143,14 +1143,18 @@ def test_grids_that_differ_by_rounding_are_one(image, label, tmp_path):
         ("affine", lambda g: np.eye(4), ["nifti_header", "different grids"]),
         ("affine", lambda g: np.diag([0.0, 0, 0, 1]), ["affine", "0 x 0 x 0"]),
         ("affine", None, ["nifti_header", "affine"]),
-        ("source_grid", lambda g: np.array([9, 12, 10]), ["different grids"]),
+        ("source_grid", lambda g: np.array([9, 12, 10]), ["source_label of shape"]),
         (
             "source_label",
             lambda g: np.zeros((9, 10, 11), np.uint8),
             ["source_label", "(9, 10, 11)"],
         ),
         ("source_label", lambda g: np.zeros((9, 10, 12), np.int16), ["source_label", "int16"]),
-        ("source_label", lambda g: np.full((9, 10, 12), 7, np.uint8), ["source_label", "value 7"]),
+        (
+            "source_label",
+            lambda g: np.full((9, 10, 12), 7, np.uint8),
+            ["source_label", "values up to 7"],
+        ),
         ("source_label", lambda g: np.zeros((9, 10, 12), np.uint8), ["source_label", "checksum"]),
     ],
 )

@@ -10,7 +10,7 @@ from test_evaluate import make_run
 
 import evaluate
 import train_ssl
-from data import h5
+from data import h5, prepared
 from data.files import InputError
 from models import checkpoints
 
@@ -61,7 +61,7 @@ def said(prepared=None, standardize=None):
 )
 def test_other_intensities_are_refused(theirs, ours, words):
     with pytest.raises(InputError) as found:
-        h5.check_prepared({"d.h5": ours}, {"b.pt": theirs})
+        prepared.check({"d.h5": ours}, {"b.pt": theirs})
     assert all(word in str(found.value) for word in words), found.value
 
 
@@ -81,7 +81,7 @@ def test_other_intensities_are_refused(theirs, ours, words):
     ],
 )
 def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, of_a, of_d, capsys):
-    h5.check_prepared({"d.h5": ours}, {"a.pt": theirs, "b.pt": theirs, "c.pt": ours})
+    prepared.check({"d.h5": ours}, {"a.pt": theirs, "b.pt": theirs, "c.pt": ours})
     words = f"{of_a} for a.pt (and 1 more), but {of_d} for d.h5"
     assert capsys.readouterr().out == f"note: images were prepared differently: {words}\n"
 
@@ -104,20 +104,20 @@ def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, of
     ],
 )
 def test_what_fits_or_is_not_known_passes_without_a_word(theirs, ours, capsys):
-    h5.check_prepared({"d.h5": ours}, {"a.pt": theirs})
+    prepared.check({"d.h5": ours}, {"a.pt": theirs})
     assert capsys.readouterr().out == ""
 
 
 def test_checkpoints_are_compared_where_the_data_say_nothing():
     runs = {"a.pt": said(CT), "b.pt": said(NARROW)}
     with pytest.raises(InputError, match="b.pt: .* 0,200, but those of a.pt .*; leave one of them"):
-        h5.check_prepared({"d.h5": said(None, False)} | runs, runs)
+        prepared.check({"d.h5": said(None, False)} | runs, runs)
 
 
 def test_each_is_compared_with_the_data_even_where_those_say_little():
     runs = {"a.pt": said(CT)}
     with pytest.raises(InputError, match="a.pt: .* but those of d.h5 .*; convert d.h5 again with"):
-        h5.check_prepared({"d.h5": said()} | runs, runs)
+        prepared.check({"d.h5": said()} | runs, runs)
 
 
 def as_ct(source, path, window):

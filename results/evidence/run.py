@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 import evaluate
 import train_ssl
-from data import augment, h5, loading
+from data import augment, h5, loading, supervision
 from data.files import InputError, checksum
 from data.options import Parser, cli
 from models import checkpoints, inference
@@ -413,7 +413,7 @@ def g_itself(argv):
         names = [e.name for e in info.entries("test")]
         cases = inference.Cases(info, "test", 64, names, keep=False)
         dice = inference.dice_table(Segments(g, K), cases, on, K)
-        mean, _ = inference.mean_dice(dice, h5.held_classes(info, "test"))
+        mean, _ = inference.mean_dice(dice, supervision.held_classes(info, "test"))
         print(f"{data}: {100 * mean:.1f}")
 
 

@@ -1,0 +1,112 @@
+"""How images were prepared: what a dataset and checkpoints say of it, compared.
+
+`prepared` of data/h5.py says which converter made a dataset, and with which options.
+"""
+
+from collections import defaultdict
+
+from data.files import InputError
+
+
+def check(known, others):
+    """Compares how the images of `others` were prepared with the first of `known` that says it.
+
+    known, others: {path: what Info.describe() says}; of known, the first is the dataset.
+    InputError if intensities or axes mean something else. Other differences are a note, once. Where
+    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
+    """
+    first = next(iter(known))
+    path = next((p for p, data in known.items() if _prepared(data)), first)
+    notes = defaultdict(list)
+    for other, data in others.items():
+        for name in dict.fromkeys((first, path)):
+            _check_intensities(other, data, name, known[name], first)
+        ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
+        if ours and theirs and ours != theirs:
+            raise InputError(
+                f"{other}: D, H and W of its images point along the body axes "
+                f"{theirs}, but those of {path} along {ours}; convert {first} again "
+                f"with --axes {theirs}"
+            )
+        notes[_differences(_prepared(data), _prepared(known[path]))].append(other)
+    notes.pop(("", ""), None)
+    for (theirs, ours), paths in notes.items():
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        print(
+            f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
+            f"for {path}"
+        )
+
+
+def _check_intensities(other, theirs, name, ours, dataset):
+    """InputError unless the intensities of `other` mean what those of `name` do."""
+    options, wanted = _intensities(theirs), _intensities(ours)
+    known = options and wanted
+    if _standardize(theirs) == _standardize(ours) and not (known and options != wanted):
+        return
+    remedy = f"convert {dataset} again with {options}" if options else "convert both alike"
+    if name != dataset:
+        remedy = "leave one of them out"
+    raise InputError(
+        f"{other}: its images were {_words_of(theirs)}, but those of {name} were "
+        f"{_words_of(ours)}; {remedy}"
+    )
+
+
+def _prepared(data):
+    """What describe() says of the preparation, {} for nothing. It may come from anybody."""
+    found = data.get("prepared")
+    return found if isinstance(found, dict) else {}
+
+
+def _standardize(data):
+    return data.get("standardize", True) is not False  # older checkpoints do not say
+
+
+def _intensities(data):
+    """The options of data.nifti that bring images to these intensities; "" where nobody knows."""
+    prepared = _prepared(data)
+    if "window" not in prepared:
+        return ""
+    if prepared["window"] is None:
+        return "--intensity mr"
+    return f"--intensity ct --clip {_text(prepared['window'], ',')}"
+
+
+def _words_of(data):
+    """How intensities were brought to a scale, in words."""
+    if (window := _prepared(data).get("window")) is not None:
+        return f"clipped to the window {_text(window, ',')}"
+    if _standardize(data):
+        return "standardized case by case"
+    return "brought to an unknown window (standardize False)"
+
+
+def _differences(theirs, ours):
+    """The settings that both preparations state but that differ, as two texts: theirs, ours.
+
+    Both texts are empty if nothing differs.
+    """
+
+    def stated(value):
+        return _text(0 if value is None else value)  # channel: none is the first
+
+    free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
+    keys = [k for k in theirs if k in ours and k not in free]
+    keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
+    return tuple(", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours))
+
+
+def _text(value, joined=" x "):
+    """A value of `prepared`, a plain one or a list of them, in at most 60 printable characters."""
+    parts = value[:10] if isinstance(value, (list, tuple)) else [value]
+    text = joined.join(map(_plain, parts))
+    return "".join(c if c.isprintable() else "?" for c in text)[:60]
+
+
+def _plain(value):
+    if value is None:
+        return "none"
+    if type(value) in (int, float):
+        return f"{value:g}" if abs(value) < 1e15 else "beyond all numbers"
+    return str(value)[:60] if isinstance(value, (str, bool)) else "?"
