@@ -2,9 +2,8 @@
 
     python tests/bad_inputs.py
         prints a table of the stages, and every input with what is said of it (Markdown)
-    python tests/bad_inputs.py FOLDER FILE.json 0|1
-        writes what the tests read: each kind of input once, not at every place that reads it; one
-        half of them
+    python tests/bad_inputs.py FOLDER FILE.json
+        writes what the tests read: each kind of input once, not at every place that reads it
 
 What is asked of the answers is in test_bad_input.py. The scripts are imported once, and each input
 is given to a forked child, so that one costs a fraction of a second, and a crash or a hang ends
@@ -1601,8 +1600,8 @@ def names():
     return [f"{stage}: {name}" for stage, name, *_ in corpus()]
 
 
-def run_all(folder, everything=False, half=None):
-    """Runs the corpus, or every second input of it (from half 0 or 1 on), in a folder.
+def run_all(folder, everything=False):
+    """Runs the corpus in a folder.
 
     -> a dict for each input: stage, name, code, error, seconds, peak, changed, words, loose,
     exploded
@@ -1613,8 +1612,6 @@ def run_all(folder, everything=False, half=None):
     folder = Path(folder).resolve()
     make_base(folder)
     for i, (stage, name, make, words, loose) in enumerate(corpus(folder, everything)):
-        if half not in (None, i % 2):
-            continue
         work = folder / "work" / str(i)
         work.mkdir(parents=True)
         argv = [str(a) for a in make(work)]
@@ -1695,7 +1692,7 @@ def table(results):
 def main(argv):
     folder = Path(argv[0]) if argv else Path(tempfile.mkdtemp())
     try:
-        results = list(run_all(folder, everything=not argv, half=int(argv[2]) if argv else None))
+        results = list(run_all(folder, everything=not argv))
     finally:
         if not argv:
             shutil.rmtree(folder)

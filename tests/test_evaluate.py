@@ -253,7 +253,8 @@ def make_run(folder, info, **args):
     """A checkpoint of train_ssl.py with an untrained network."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.get("seed", 0))
-    net = models.build("unet", channels=info.channels, classes=len(info.classes), dims=info.dims)
+    shape = dict(channels=info.channels, classes=len(info.classes), dims=info.dims)
+    net = models.build("unet", **shape, width=4)
     full = train_ssl.parse_args([info.path, "--out", str(folder), "--size", "32"])
     train_ssl.set_defaults(full, info)
     full = vars(full) | args

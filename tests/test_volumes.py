@@ -499,8 +499,8 @@ def test_masks_of_patches(volumes, tmp_path):
     """
     common = [
         volumes,
-        *"--labeled 3 --size 16,16,32 --patches 2 --masks 10 --val-masks 1 --folds 2".split(),
-        *"--harvest-share 0.3 --harvest-epochs 1 --harvest-steps 1".split(),
+        *"--labeled 3 --size 16,16,32 --patches 2 --masks 5 --val-masks 1 --folds 2".split(),
+        *"--harvest-share 0.4 --harvest-epochs 1 --harvest-steps 1".split(),
     ]
     for name, more in (
         ("a", ["--preview", str(tmp_path / "p.png")]),
@@ -517,7 +517,7 @@ def test_masks_of_patches(volumes, tmp_path):
         str(tmp_path / "p.png")
     ).std() > 5
     info, K = h5.read_info(volumes), 4
-    assert tuple(attrs["size"]) == SIZE and found["train/mask"].shape == (3 * 2 * 10, *SIZE)
+    assert tuple(attrs["size"]) == SIZE and found["train/mask"].shape == (3 * 2 * 5, *SIZE)
     n_tiles = len(loading.tiles(info.entries("val")[0].grid, SIZE))
     assert len(found["val/mask"]) == 2 * n_tiles and len(found["real/mask"]) == 2 * n_tiles * 2
     with h5.open_file(volumes) as f:
@@ -533,7 +533,7 @@ def test_masks_of_patches(volumes, tmp_path):
                 )
     assert set(found["train/case"]) == {e.name.encode() for e in info.entries("train")[:3]}
     harvested = found["train/prob_index"] >= 0
-    assert harvested.mean() == pytest.approx(0.3) and len(found["train/prob"]) == harvested.sum()
+    assert harvested.mean() == pytest.approx(0.4) and len(found["train/prob"]) == harvested.sum()
 
 
 def test_masks_and_patches_stay_together(volumes, volumes_quality):
@@ -598,7 +598,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
             data,
             "--out",
             str(tmp_path),
-            *"--size 16,20,20 --patches 1 --masks 20 --val-masks 8 --harvest-epochs 1".split(),
+            *"--size 16,20,20 --patches 1 --masks 14 --val-masks 8 --harvest-epochs 1".split(),
             *"--harvest-steps 2 --harvest-share 0.3".split(),
         ]
     )
@@ -609,7 +609,7 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
             str(tmp_path / "vqm.h5"),
             "--out",
             str(tmp_path),
-            *"--size 16,16,16 --epochs 4 --batch 8 --per-image 20 --lr 5e-3 --width 4".split(),
+            *"--size 16,16,16 --epochs 3 --batch 8 --per-image 14 --lr 5e-3 --width 4".split(),
             *"--members 1".split(),
         ]
     )
@@ -621,15 +621,16 @@ def test_it_learns_to_tell_good_from_bad(tmp_path):
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("head", ["dense", "scalar"])
-def test_g_resumed_equals_uninterrupted(head, volumes, volumes_quality, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head, width", [("dense", "4"), ("scalar", "8")])
+def test_g_resumed_equals_uninterrupted(
+    head, width, volumes, volumes_quality, tmp_path, monkeypatch
+):
     common = [
         volumes,
         "--vqm",
         volumes_quality[0],
-        *"--size 16 --width 8 --batch 8 --epochs 2".split(),
-        "--head",
-        head,
+        *"--size 16 --batch 8 --epochs 2".split(),
+        *("--head", head, "--width", width),
         *"--members 1 --per-image 4".split(),
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
@@ -658,7 +659,7 @@ def test_g_resumed_equals_uninterrupted(head, volumes, volumes_quality, tmp_path
 
 def test_resumed_equals_uninterrupted(volumes, volumes_quality, tmp_path, monkeypatch):
     more = (
-        *"--method ua_mt --weight quality".split(),
+        *"--method ua_mt --weight quality --steps 4".split(),
         "--qp",
         volumes_quality[1],
         "--qar",
@@ -696,7 +697,7 @@ def test_labels_of_unlabeled_volumes_have_no_influence(volumes, tmp_path):
         for name in list(f["train"])[4:]:
             del f["train"][name]["label"]
     a, b = (
-        train(data, tmp_path / n, "--method", "pseudo_label", "--conf-threshold", 0)
+        train(data, tmp_path / n, *"--method pseudo_label --conf-threshold 0 --steps 2".split())
         for data, n in ((volumes, "a"), (str(tmp_path / "f.h5"), "b"))
     )
     assert same(a, b)
@@ -717,12 +718,13 @@ def test_volumes_of_a_second_file_and_patches_larger_than_a_volume(volumes, tmp_
         "mean_teacher",
         "--unlabeled",
         str(tmp_path / "flat.h5"),
+        "--steps",
+        1,
     )
     assert "2 labeled and 7 unlabeled volumes" in capsys.readouterr().out
-    state = train(
-        str(tmp_path / "flat.h5"), tmp_path / "b", "--method", "bcp", "--size", "16,48,32"
-    )
-    assert state["step"] == 5 and state["args"]["size"] == (16, 48, 32)
+    more = "--method bcp --size 16,48,32 --steps 2".split()
+    state = train(str(tmp_path / "flat.h5"), tmp_path / "b", *more)
+    assert state["step"] == 2 and state["args"]["size"] == (16, 48, 32)
     assert "are mirrored" in capsys.readouterr().out
     evaluate.main(
         [
@@ -737,9 +739,10 @@ def test_volumes_of_a_second_file_and_patches_larger_than_a_volume(volumes, tmp_
 
 
 def test_network_options_reach_the_network_and_its_checkpoint(volumes, tmp_path, refused):
-    config = train(volumes, tmp_path / "a", "--dropout", 0.1)["model"]
-    assert config == dict(name="vnet", channels=1, classes=4, dims=3, width=4, dropout=0.1)
-    assert train(volumes, tmp_path / "b", "--model", "unet")["model"]["name"] == "unet"
+    config = train(volumes, tmp_path / "a", "--dropout", 0.1, "--steps", 1)["model"]
+    assert config == dict(name="vnet", channels=1, classes=4, dims=3, width=2, dropout=0.1)
+    state = train(volumes, tmp_path / "b", "--model", "unet", "--steps", 1)
+    assert state["model"]["name"] == "unet"
     refused(
         train_ssl.main,
         [volumes, "--out", tmp_path / "o", "--model", "unet", "--dropout", "0.1"],
@@ -773,6 +776,8 @@ def test_all_four_stages_and_the_table(volumes, volumes_quality, tmp_path, capsy
                 split,
                 "--pictures",
                 "1" if split == "val" else "0",
+                "--window",
+                "sliding" if split == "val" else "whole",
                 "--amp",
                 "off",
             ]
@@ -835,7 +840,7 @@ def test_refusals(volumes, gray, volumes_quality, gray_quality, tmp_path, refuse
     with h5py.File(tmp_path / "flat.h5", "a") as f:
         f.attrs["dims"] = 2
     refused(train_qp.main, [tmp_path / "flat.h5", "--vqm", volumes_quality[0], *out], "3D", "2D")
-    train(volumes, tmp_path / "run")
+    train(volumes, tmp_path / "run", "--steps", 1)
     refused(evaluate.main, [tmp_path / "flat.h5", tmp_path / "run" / "best.pt", *out], "dims")
     refused(
         evaluate.main,
