@@ -50,4 +50,4 @@ demo3d: .venv/ready
 test: .venv/ready
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
-	$(PY) -m pytest -q -n 2 tests
+	$(PY) -m pytest -q -n 2 --dist worksteal tests

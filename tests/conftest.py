@@ -24,6 +24,7 @@ from data import figures, h5, images, phantom  # noqa: E402
 from data.options import cli  # noqa: E402
 
 torch.set_num_threads(1)  # two workers of pytest-xdist, two cores
+cv2.setNumThreads(1)
 os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure
 
 
@@ -144,7 +145,7 @@ def shared_quality(factory, name, *args):
 
 @pytest.fixture(scope="session")
 def gray_quality(gray, tmp_path_factory):
-    return shared_quality(tmp_path_factory, "gray_quality", gray)
+    return shared_quality(tmp_path_factory, "gray_quality", gray, "32", 4, "1,2", 1)
 
 
 @pytest.fixture(scope="session")

@@ -119,13 +119,10 @@ def fork(main, argv, limit=None, wait=True):
     child = os.fork()
     if not child:
         os.setsid()
+        log = os.environ.get("SOAK_LOG", os.devnull)
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
         for number in (1, 2):
-            os.dup2(
-                os.open(
-                    os.environ.get("SOAK_LOG", os.devnull), os.O_WRONLY | os.O_APPEND | os.O_CREAT
-                ),
-                number,
-            )
+            os.dup2(sys.stdout.fileno(), number)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         torch.set_num_threads(1)

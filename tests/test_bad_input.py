@@ -13,28 +13,16 @@ from conftest import python, shared
 
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory):
-    """What the scripts said to each input, by its name.
+    """What the scripts said to each input, by its name."""
 
-    Of two workers, each begins with another half.
-    """
+    def made(folder):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        argv = ["tests/bad_inputs.py", folder / "inputs", folder / "answers.json"]
+        done = python(*argv, env=env)
+        assert done.returncode == 0, done.stderr
 
-    def make(half):
-        def made(folder):
-            done = python(
-                "tests/bad_inputs.py",
-                folder / "inputs",
-                folder / "answers.json",
-                half,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            assert done.returncode == 0, done.stderr
-
-        return json.loads(
-            (shared(tmp_path_factory, f"bad_inputs{half}", made) / "answers.json").read_text()
-        )
-
-    first = int(os.environ.get("PYTEST_XDIST_WORKER") == "gw1")
-    return {f"{f['stage']}: {f['name']}": f for half in (first, 1 - first) for f in make(half)}
+    found = json.loads((shared(tmp_path_factory, "bad", made) / "answers.json").read_text())
+    return {f"{f['stage']}: {f['name']}": f for f in found}
 
 
 @pytest.mark.parametrize("name", bad_inputs.names(), ids=ascii)

@@ -3,13 +3,13 @@
 Nothing is lost, and nothing is silently wrong.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+import soak
 import torch
 from conftest import ROOT, python
 
@@ -21,40 +21,26 @@ from data import files, workers
 from data.files import InputError
 from models.checkpoints import check_finite, load_checkpoint
 
-SOAK = """
-import json, sys
-sys.path.insert(0, "tests")
-import soak
-number, folder, data, volumes, vqm, qp, *names = sys.argv[1:]
-runs = soak.scripts(data, volumes, vqm, qp)
-rows = []
-for name in names:
-    rows += soak.soak(name, *runs[name], soak.Path(folder), 1, [int(number)], 0.6)
-print(json.dumps(rows))
-"""
-
 
 @pytest.mark.parametrize(
-    "number, names",
+    "name, number, less",
     [
-        (signal.SIGKILL, ("corrupt.py --workers 2", "train_qp.py")),
-        (signal.SIGTERM, ("train_ssl.py --cache off --workers 2",)),
+        ("corrupt.py --workers 2", signal.SIGKILL, "--masks 30 --harvest-epochs 1,2"),
+        ("train_qp.py", signal.SIGKILL, ""),
+        ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 24 --eval-every 4"),
     ],
 )
 def test_interrupted_at_a_random_moment_equals_uninterrupted(
-    number, names, gray, volumes, gray_quality, tmp_path
+    name, number, less, gray, volumes, gray_quality, tmp_path
 ):
     """Weights, optimizers, logs, masks and reports bit by bit; no process, no file left over.
 
     By tests/soak.py. The moment lies in the second half of the run, when there is something to go
     on from.
     """
-    done = python("-c", SOAK, int(number), tmp_path, gray, volumes, *gray_quality, *names)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert [row["run"] for row in rows] == list(names)
-    for row in rows:
-        assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
+    main, argv = soak.scripts(gray, volumes, *gray_quality)[name]
+    (row,) = soak.soak(name, main, [*argv, *less.split()], tmp_path, 1, [number], 0.6)
+    assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
 
 
 SSL = [
@@ -129,43 +115,39 @@ def test_a_second_signal_does_not_wait(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def limited(limit, *argv):
-    """Runs a script that can write no file of more than `limit` bytes, as on a full disk."""
-    code = (
-        "import resource, runpy, sys; "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
-        "sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return python("-c", code, *argv)
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
+    """full_disk(main, argv, limit, words): no file of more than `limit` bytes can be written.
+
+    The run ends with exit code 2 and one line that holds the words.
+    """
+
+    def run(main, argv, limit, words):
+        monkeypatch.setenv("SOAK_LOG", str(tmp_path / "said"))
+        assert soak.fork(main, argv, limit) == 2
+        (said,) = [line for line in (tmp_path / "said").read_text().split("\n") if "error" in line]
+        assert words in said
+
+    return run
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, stopped):
-    argv = [gray, *SSL, "--out", str(tmp_path)]
+def test_a_full_disk_keeps_the_last_checkpoint(gray, tmp_path, stopped, full_disk):
+    run = tmp_path / "run"
+    argv = [gray, *SSL, "--out", str(run)]
     stopped(train_ssl, argv, 4)
-    before = (tmp_path / "last.pt").read_bytes()
-    done = limited(
-        300_000, "train_ssl.py", *argv, "--resume"
-    )  # room for a row of the log, and pictures for TensorBoard
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "last.pt: cannot be written" in done.stderr
-    ), done.stderr
-    assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob(".*.part"))
+    before = (run / "last.pt").read_bytes()
+    # room for a row of the log, and pictures for TensorBoard
+    full_disk(train_ssl.main, [*argv, "--resume"], 300_000, "last.pt: cannot be written")
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*.part"))
 
 
-def test_a_full_disk_leaves_no_half_of_the_masks(gray, tmp_path):
-    argv = [gray, *MASKS, "--out", str(tmp_path)]
+def test_a_full_disk_leaves_no_half_of_the_masks(gray, tmp_path, full_disk):
+    run = tmp_path / "run"
+    argv = [gray, *MASKS, "--out", str(run)]
     corrupt.main(argv)
-    (tmp_path / "vqm.h5").unlink()
-    done = limited(20_000, "corrupt.py", *argv, "--resume")
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "vqm.h5: cannot be written" in done.stderr
-    ), done.stderr
-    assert not (tmp_path / "vqm.h5").exists() and not list(tmp_path.rglob(".*.part"))
+    (run / "vqm.h5").unlink()
+    full_disk(corrupt.main, [*argv, "--resume"], 20_000, "vqm.h5: cannot be written")
+    assert not (run / "vqm.h5").exists() and not list(run.rglob(".*.part"))
 
 
 def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, capsys):
@@ -318,7 +300,8 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
         *"--method unimatch --lam-warmup 0 --deterministic --out".split(),
     ]
     done = python("train_ssl.py", *argv, tmp_path / "a", env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "next: python evaluate.py" in done.stdout
     try:
         train_ssl.main([*argv, str(tmp_path / "b")])
         assert torch.are_deterministic_algorithms_enabled()

@@ -114,15 +114,10 @@ def test_compiled_and_in_bfloat16():
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    "name, method",
-    [
-        (name, method)
-        for name in SMALL
-        for method in (["unimatch", "contrastive"] if name == "resnet_unet" else train_ssl.METHODS)
-    ],
-)
-def test_every_method_trains_every_network(name, method):
+@pytest.mark.parametrize("method", ["ua_mt", "contrastive", "unimatch"])
+@pytest.mark.parametrize("name", SMALL)
+def test_methods_that_look_into_a_network_train_every_network(name, method):
+    """At its dropout, or at what its encoder finds; others see its answers alone."""
     from test_ssl import options
 
     torch.manual_seed(0)
@@ -580,22 +575,8 @@ def test_another_file_at_the_address_is_not_kept(published, tmp_path):
 # --------------------------------------------------------------------------------------- by command
 
 RUN = [
-    "--labeled",
-    "3",
-    "--size",
-    "64",
-    "--steps",
-    "4",
-    "--eval-every",
-    "2",
-    "--batch",
-    "2",
-    "--batch-unlabeled",
-    "2",
-    "--lam-warmup",
-    "0",
-    "--amp",
-    "off",
+    *"--labeled 3 --size 64 --steps 4 --eval-every 2 --batch 2 --batch-unlabeled 2".split(),
+    *"--lam-warmup 0 --amp off".split(),
 ]
 
 
@@ -603,24 +584,9 @@ def test_a_run_from_published_weights(rgb, rgb_quality, tmp_path, capsys):
     """Stage 3 with guidance, interrupted and resumed without the file, and stage 4."""
     torch.save({"model": swin_t()}, tmp_path / "w.pth")
     argv = [
-        rgb,
-        *RUN,
-        "--model",
-        "swin_unet",
-        "--width",
-        str(SMALL["swin_unet"]["width"]),
-        "--encoder-weights",
-        str(tmp_path / "w.pth"),
-        "--method",
-        "mean_teacher",
-        "--weight",
-        "quality",
-        "--qar",
-        "0.01",
-        "--qp",
-        rgb_quality[1],
-        "--out",
-        str(tmp_path / "run"),
+        *[rgb, *RUN, "--size", "32", "--out", str(tmp_path / "run"), "--qp", rgb_quality[1]],
+        *"--model swin_unet --width 12 --method mean_teacher --weight quality --qar 0.01".split(),
+        *["--encoder-weights", str(tmp_path / "w.pth")],
     ]
     torch.manual_seed(3)
     train_ssl.main([*argv, "--lr", "0"])
@@ -649,16 +615,8 @@ def test_a_run_from_published_weights(rgb, rgb_quality, tmp_path, capsys):
     train_ssl.main([*argv, "--resume"])
     again = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(torch.equal(v, again["nets"][0][k]) for k, v in whole["nets"][0].items())
-    evaluate.main(
-        [
-            rgb,
-            str(tmp_path / "run" / "best.pt"),
-            "--out",
-            str(tmp_path / "table"),
-            "--pictures",
-            "0",
-        ]
-    )
+    best, table = str(tmp_path / "run" / "best.pt"), str(tmp_path / "table")
+    evaluate.main([rgb, best, "--out", table, "--pictures", "0"])
     assert "mean_teacher" in (tmp_path / "table" / "summary.md").read_text()
 
 
@@ -762,7 +720,7 @@ def test_refusals(argv, words, rgb, tmp_path, refused, monkeypatch):
             {"bn1.weight": torch.zeros(64, dtype=torch.complex64)}, tmp_path / "complex.pth"
         ),
     )
-    torch.save(torchvision_weights("resnet18"), tmp_path / "resnet18.pth")
+    torch.save(torchvision_weights("resnet18", width=8), tmp_path / "resnet18.pth")
     (tmp_path / "w.safetensors").touch()
     files = {
         "DATA": rgb,
@@ -786,7 +744,7 @@ def test_volumes_are_refused_where_a_network_cannot(volumes, tmp_path, refused):
         [*argv, "--model", "swin_unet"],
         "--model swin_unet: segments slices, not volumes",
     )
-    torch.save(torchvision_weights("resnet18"), tmp_path / "w.pth")
+    torch.save(torchvision_weights("resnet18", width=8), tmp_path / "w.pth")
     for weights in ("imagenet", tmp_path / "w.pth"):
         refused(
             train_ssl.main,
@@ -870,16 +828,8 @@ def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, 
         ("resnet18", None),
         ("resnet18", "imagenet"),
     ]  # tried, built, and with weights
-    evaluate.main(
-        [
-            rgb,
-            str(tmp_path / "run" / "best.pt"),
-            "--out",
-            str(tmp_path / "table"),
-            "--pictures",
-            "0",
-        ]
-    )
+    best, table = str(tmp_path / "run" / "best.pt"), str(tmp_path / "table")
+    evaluate.main([rgb, best, "--out", table, "--pictures", "0"])
     refused(
         train_ssl.main,
         [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Nothing"],

@@ -41,10 +41,10 @@ BLOCKS = [  # words that tell the blocks of commands apart; a test below runs ea
 SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
     "data.phantom": "--train 8 --val 2 --test 1 --size 32 --depth 4",
     "data.ssl4mis": "--val 1",
-    "corrupt.py": "--size 32 --masks 8 --val-masks 2 --harvest-epochs 1 --harvest-steps 1 "
+    "corrupt.py": "--size 32 --masks 4 --val-masks 1 --harvest-epochs 1 --harvest-steps 1 "
     "--harvest-batch 4",
-    "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1",
-    "train_ssl.py": "--size 32 --width 4 --steps 2 --batch 3 --batch-unlabeled 3 --keep 1,2",
+    "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1 --per-image 1 --batch 8",
+    "train_ssl.py": "--size 32 --width 4 --steps 2 --batch 2 --batch-unlabeled 2 --keep 1,2",
     "evaluate.py": "--pictures 1",
 }
 

@@ -310,24 +310,20 @@ def test_take_at_looks_up():
 
 @pytest.mark.parametrize("line", EVERY_LINE + corrupt.SEVERAL_CLASSES, ids=lambda line: line[0])
 def test_every_line_on_volumes(line):
+    """On any body; one that is no point and no plane it changes, mostly.
+
+    tests/test_properties.py asks whether the seed fixes it, and whether it leaves its input alone.
+    """
     for name, body in BODIES.items():
         for K, truth in ((2, body), (4, classes(body))):
             if K == 2 and line in corrupt.SEVERAL_CLASSES:
                 continue
-            before, changed = truth.copy(), 0
-            for seed in range(3 if name == "atrium" else 6):
-                out = corrupted(line, truth, K, np.random.default_rng(seed))
-                assert (
-                    out.shape == truth.shape
-                    and out.dtype == np.uint8
-                    and out.flags.c_contiguous
-                    and out.max(initial=0) < K
-                ), name
-                assert (out == corrupted(line, truth, K, np.random.default_rng(seed))).all(), name
-                changed += (out != truth).any() / (3 if name == "atrium" else 6)
-            assert (truth == before).all(), f"the {name} was written to"
+            made = [corrupted(line, truth, K, np.random.default_rng(seed)) for seed in range(3)]
+            for out in made:
+                assert out.shape == truth.shape and out.dtype == np.uint8, name
+                assert out.flags.c_contiguous and out.max(initial=0) < K, name
             if name in ("atrium", "flat") and line[0] not in GENTLE:
-                assert changed >= 0.5, name
+                assert np.mean([(out != truth).any() for out in made]) >= 0.5, name
 
 
 @pytest.mark.parametrize(

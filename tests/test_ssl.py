@@ -71,16 +71,20 @@ def loss_of(kind, g, args, seed=1):
         return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
 
 
-@pytest.mark.parametrize("kind", ["4-class gray", "3-class volumes"])
+GUIDANCE = [  # weight, level, lambda of QAR
+    ("none", "image", 0.0),
+    ("none", "image", 0.1),
+    *(("confidence", level, 0.0) for level in LEVELS),
+    *(("quality", level, 0.1) for level in LEVELS),
+]
+
+
 @pytest.mark.parametrize(
-    "method, weight, level, qar",
+    "kind, method, weight, level, qar",
     [
-        c
-        for c in itertools.product(
-            train_ssl.METHODS, ("none", "confidence", "quality"), LEVELS, (0.0, 0.1)
-        )
-        if (c[1] != "none" or c[2] == "image")
-        and not (c[3] and (c[1] == "confidence" or c[2] != "image"))
+        (kind, method, *guidance)
+        for kind, some in (("4-class gray", GUIDANCE), ("3-class volumes", GUIDANCE[1::3]))
+        for method, guidance in itertools.product(train_ssl.METHODS, some)
     ],
 )
 def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, level, qar):
@@ -151,15 +155,18 @@ def test_the_unlabeled_loss_alone_reaches_every_student(kind, method):
 
 @pytest.mark.parametrize(
     "kind, level",
-    [c for c in itertools.product(KINDS, LEVELS) if c[0] != "3-class volumes" or c[1] == "pixel"],
+    [
+        *(("4-class gray", level) for level in LEVELS),
+        ("binary RGB", "class"),
+        ("3-class volumes", "pixel"),
+    ],
 )
 @pytest.mark.parametrize("method", UNLABELED)
 def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(kind, method, level):
     K, keep, common = KINDS[kind][1], ("--conf-threshold", "0"), dict(method=method, level=level)
     plain, parts = loss_of(kind, None, options(*keep, method=method))
-    for value in (0.5, 0.7):
-        weighted, _ = loss_of(kind, constant(value, K), options(*keep, weight="quality", **common))
-        assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
+    weighted, _ = loss_of(kind, constant(0.5, K), options(*keep, weight="quality", **common))
+    assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
     zero, zero_parts = loss_of(kind, constant(0.0, K), options(*keep, weight="quality", **common))
     assert (
         zero.item() == pytest.approx(parts[0].item(), abs=1e-7)
@@ -821,36 +828,11 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
 
 
 def train(data, out, *more):
-    size = (
-        ["--size", "32", "--width", "8"]
-        if h5.read_info(data).dims == 2
-        else ["--size", "16,16,32", "--width", "4", "--window", "whole"]
-    )
-    train_ssl.main(
-        [
-            data,
-            "--out",
-            str(out),
-            "--labeled",
-            "2",
-            *size,
-            "--batch",
-            "3",
-            "--batch-unlabeled",
-            "3",
-            "--steps",
-            "5",
-            "--eval-every",
-            "2",
-            "--lr",
-            "1e-3",
-            "--lam-warmup",
-            "0",
-            "--mc-passes",
-            "2",
-            *map(str, more),
-        ]
-    )
+    flat = h5.read_info(data).dims == 2
+    size = ("--size 32 --width 4" if flat else "--size 16,16,32 --width 2 --window whole").split()
+    usual = "--labeled 2 --batch 2 --batch-unlabeled 2 --steps 5 --eval-every 2 --lr 1e-3"
+    argv = [data, "--out", str(out), *size, *usual.split(), "--lam-warmup", "0", "--mc-passes", "2"]
+    train_ssl.main([*argv, *map(str, more)])
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -881,28 +863,14 @@ HOOKS = [
     ],
 )
 def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
-    """Every method, weighting and dimension.
+    """Every method, weighting and dimension; and the seed fixes what a method draws.
 
     Of RGB, which is two more channels to g and f, one weighting.
     """
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    state = train(
-        data,
-        tmp_path,
-        "--method",
-        method,
-        *hooks,
-        "--qp",
-        qp,
-        "--steps",
-        2,
-        "--lam-ramp",
-        0,
-        "--qar-warmup",
-        0,
-        "--qar-ramp",
-        0,
-    )
+    at_once = "--steps 2 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
+    run = lambda out: train(data, out, "--method", method, *hooks, "--qp", qp, *at_once)
+    state = run(tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert (
         state["step"] == 2
@@ -914,6 +882,8 @@ def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
     assert (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
+    if kind == "gray" and "--qar" in hooks:
+        assert same(state, run(tmp_path / "again"))
 
 
 def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
@@ -944,22 +914,8 @@ def test_the_level_of_a_weight_is_the_finest_that_g_knows_unless_it_is_given(
         ("d", ("--weight", "confidence"), "image"),
         ("e", (*dense, "--correct"), "image"),
     ):
-        state = train(rgb, tmp_path / name, "--method", "mean_teacher", "--steps", 2, *hooks)
+        state = train(rgb, tmp_path / name, "--method", "mean_teacher", "--steps", 1, *hooks)
         assert state["args"]["weight_level"] == level
-        assert same(
-            state,
-            train(
-                rgb,
-                tmp_path / f"{name}_said",
-                "--method",
-                "mean_teacher",
-                "--steps",
-                2,
-                *hooks,
-                "--weight-level",
-                level,
-            ),
-        )
 
 
 def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
@@ -971,47 +927,13 @@ def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
     assert len(alone) == 2 and len(guided) == 4 and set(alone) < set(guided)
 
 
-@pytest.mark.parametrize("method", UNLABELED)
-def test_same_seed_same_weights_and_another_seed_others(method, gray, gray_quality, tmp_path):
-    more = (
-        "--method",
-        method,
-        "--weight",
-        "quality",
-        "--qp",
-        gray_quality[1],
-        "--qar",
-        0.01,
-        "--qar-warmup",
-        0,
-        "--steps",
-        3,
-        "--eval-every",
-        3,
-    )
-    a, b, c = (
-        train(gray, tmp_path / n, *more, "--seed", s) for n, s in (("a", 0), ("b", 0), ("c", 1))
-    )
-    assert same(a, b) and not same(a, c)
-
-
 @pytest.mark.parametrize(
     "optimizer, method",
-    [("adamw", "mean_teacher"), ("sgd", "mean_teacher"), ("adamw", "cps"), ("adamw", "ict")],
+    [("adamw", "mean_teacher"), ("sgd", "cps"), ("adamw", "ict")],
 )
 def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp_path, monkeypatch):
-    more = (
-        "--method",
-        method,
-        "--weight",
-        "quality",
-        "--qp",
-        gray_quality[1],
-        "--optimizer",
-        optimizer,
-        "--steps",
-        6,
-    )
+    guided = ("--method", method, "--weight", "quality", "--qp", gray_quality[1])
+    more = (*guided, "--optimizer", optimizer, "--steps", 4)
     whole = train(gray, tmp_path / "whole", *more)
     step, calls = train_ssl.train_step, []
 
@@ -1104,16 +1026,13 @@ def test_compiled_networks_train_alike(gray, tmp_path, monkeypatch):
     """With a compiler that only traces; the weights are those of the plain network."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="eager"))
-    for method in ("mean_teacher", "unimatch"):
-        a, b = (
-            train(gray, tmp_path / f"{method}{len(more)}", "--method", method, "--steps", 2, *more)
-            for more in ((), ("--compile",))
-        )
-        assert all(
-            torch.allclose(u[k].float(), v[k].float(), atol=1e-5)
-            for u, v in zip(a["nets"], b["nets"])
-            for k in u
-        )
+    common = ("--method", "contrastive", "--steps", 2)  # encodes and decodes, also the teacher's
+    a, b = (train(gray, tmp_path / str(len(more)), *common, *more) for more in ((), ("--compile",)))
+    assert all(
+        torch.allclose(u[k].float(), v[k].float(), atol=1e-5)
+        for u, v in zip(a["nets"], b["nets"])
+        for k in u
+    )
 
 
 def test_labels_of_unlabeled_cases_have_no_influence(gray, tmp_path):
@@ -1147,7 +1066,7 @@ def test_a_supervised_run_reads_no_unlabeled_image(cache, gray, tmp_path, capsys
             f[f"train/{name}/image"][...] = float("nan")
     broken = str(tmp_path / "f.h5")
     a, b = (
-        train(data, tmp_path / n, "--labeled", 2, "--cache", cache)
+        train(data, tmp_path / n, "--labeled", 2, "--cache", cache, "--workers", 0)
         for data, n in ((gray, "a"), (broken, "b"))
     )
     assert same(a, b)
@@ -1219,7 +1138,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, refused):
     out = ["--out", tmp_path / "o", "--size", "32"]
-    refused(train_ssl.main, ["none.h5", *out], "none.h5")
     refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
     refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
     refused(
@@ -1244,13 +1162,9 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         "scalar head",
         "--head dense",
     )
-    refused(train_ssl.main, [gray, *out, "--keep", "3,x"], "--keep")
     refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
     refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
-    refused(train_ssl.main, [gray, *out, "--labeled", "0"], "--labeled")
-    refused(train_ssl.main, [gray, *out, "--steps", "-1"], "--steps")
     refused(train_ssl.main, [gray, *out, "--ema", "1"], "--ema")
-    refused(train_ssl.main, [gray, *out, "--metho", "supervised"], "--metho")
     shutil.copy(gray, tmp_path / "no_val.h5")
     with h5py.File(tmp_path / "no_val.h5", "a") as f:
         del f["val"]
@@ -1301,23 +1215,7 @@ def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.pt")) and len(list(tmp_path.glob("events.*"))) == 1
 
 
-def test_as_a_command(gray, tmp_path):
-    done = python(
-        "train_ssl.py",
-        gray,
-        "--out",
-        tmp_path,
-        "--size",
-        "32",
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--labeled",
-        "1",
-    )
-    assert (
-        done.returncode == 0 and done.stderr == "" and "next: python evaluate.py" in done.stdout
-    ), done.stderr
-    done = python("train_ssl.py", gray, "--out", tmp_path, "--size", "32")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+def test_a_command_that_is_refused(gray, tmp_path):
+    """Without a traceback; tests/test_interrupted.py has one that works."""
+    done = python("train_ssl.py", gray, "--out", tmp_path / "o", "--size", "31")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--size" in done.stderr
