@@ -85,3 +85,17 @@ def test_tables_with_another_story_are_refused(tmp_path, refused):
     both = RUNS | {("mean_teacher", "2"): (0.5, 0.5, 0.5, 0.5)}
     refused(conclusion.main, [table(tmp_path, both)], "mean_teacher", "fixmatch", "one of them")
     refused(conclusion.main, [tmp_path / "nothing"], "nothing", "--out of evaluate.py")
+
+
+def test_several_demos_make_a_table(tmp_path, capsys):
+    folders = [tmp_path / name for name in "ab"]
+    for folder, g in zip(folders, (0.5, 0.6)):
+        folder.mkdir()
+        table(folder, RUNS, {"g": g, "region confidence": 0.55})
+    conclusion.main([str(folder) for folder in folders])
+    head, _, first, second, mean = capsys.readouterr().out.strip().splitlines()
+    cells = ["supervised", "fixmatch", "fixmatch + QW", "all labels", "r of g", "best r without g"]
+    assert head == "| table | " + " | ".join(cells) + " |"
+    assert first == f"| {folders[0]} | 61.00 | 71.00 | 81.00 | 91.00 | 0.50 | 0.55 |"
+    assert second.endswith("| 0.60 | 0.55 |")
+    assert mean.endswith("| 91.00 ± 0.00 | 0.55 ± 0.07 | 0.55 ± 0.00 |")

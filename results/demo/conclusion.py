@@ -1,6 +1,7 @@
 """Says in plain words what a table of evaluate.py shows: the last lines of `make demo`.
 
     python -m results.demo.conclusion runs/demo/table
+    python -m results.demo.conclusion runs/demo/table runs/demo-seed1/table ...   # a row each
 
 Reads TABLE/cases.csv, and TABLE/quality.json where evaluate.py was given --qp. Four runs have a
 part: supervised training with few labels and with all, a method without guidance, and the same
@@ -16,6 +17,7 @@ import numpy as np
 from data.files import InputError
 from data.metrics import paired
 from data.options import Parser, cli
+from data.tables import markdown
 
 FEW, PLAIN, GUIDED, FULL = "supervised", "a method", "the method guided", "all labels"
 
@@ -98,23 +100,59 @@ def conclusion(scores, estimates):
     return lines
 
 
-def judgment(estimates):
-    """Whether g tells good masks from bad ones, as lines of text. estimates: of read()"""
+def correlations(estimates):
+    """-> r of g, r of the best estimate without g and its name; or None. estimates: of read()"""
     r = {row["estimate"]: row["Pearson"] for row in estimates if row["run"] == "mean of all"}
     r = {name: value for name, value in r.items() if value is not None}
     if "g" not in r or len(r) < 2:
-        return []
+        return None
     mine = r.pop("g")
     best = max(r, key=r.get)
-    words = "tells good masks from bad ones" if mine >= r[best] else "trails a simpler estimate"
-    return [f"g {words}: r = {mine:.2f}; the best without g: r = {r[best]:.2f} ({best})."]
+    return mine, r[best], best
+
+
+def judgment(estimates):
+    """Whether g tells good masks from bad ones, as lines of text. estimates: of read()"""
+    found = correlations(estimates)
+    if found is None:
+        return []
+    mine, best, name = found
+    words = "tells good masks from bad ones" if mine >= best else "trails a simpler estimate"
+    return [f"g {words}: r = {mine:.2f}; the best without g: r = {best:.2f} ({name})."]
+
+
+def row_of(folder):
+    """A row of the table of several demos."""
+    scores, estimates = read(folder)
+    names, dice = dice_of(scores)
+    row = {"table": folder}
+    for part in (FEW, PLAIN, GUIDED, FULL):
+        if part in dice:
+            name = FULL if part == FULL else names[part]
+            row[name] = [float(np.mean(list(dice[part].values())))]
+    found = correlations(estimates)
+    if found:
+        row |= {"r of g": [found[0]], "best r without g": [found[1]]}
+    return row
+
+
+def table(folders):
+    """The Markdown table of several demos, and of their mean and deviation."""
+    rows = [row_of(folder) for folder in folders]
+    mean = {"table": "mean ± deviation"}
+    for name in list(rows[0])[1:]:
+        mean[name] = [value for row in rows for value in row[name]]
+    return markdown([*rows, mean])
 
 
 def main(argv=None):
     p = Parser(__doc__, prog="python -m results.demo.conclusion")
-    p.add_argument("table", help="the --out of evaluate.py")
+    p.add_argument("tables", nargs="+", metavar="TABLE", help="the --out of evaluate.py")
     args = p.parse_args(argv)
-    print("\n".join(conclusion(*read(args.table))))
+    if len(args.tables) == 1:
+        print("\n".join(conclusion(*read(args.tables[0]))))
+    else:
+        print(table(args.tables))
 
 
 if __name__ == "__main__":
