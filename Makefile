@@ -7,11 +7,12 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 SEED = 0
-out = runs/$(1)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+FOLDER = runs
+SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: demo demo3d story test clean
 demo: .venv/ready
-	@$(MAKE) --no-print-directory -j 2 story OUT=$(call out,demo) \
+	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo$(SUFFIX) \
 	    PHANTOM="--train 30 --val 6 --test 16 --size 64 --unlabeled 60 --foreign 0.5" \
 	    LABELED=2 METHOD=fixmatch \
 	    MASKS="--size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6,10" \
@@ -20,8 +21,8 @@ demo: .venv/ready
 	    GUIDANCE="--weight quality --weight-level image"
 
 demo3d: .venv/ready
-	@$(MAKE) --no-print-directory -j 2 story OUT=$(call out,demo3d) \
-	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64" \
+	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
+	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 --unlabeled 30 --foreign 0.5" \
 	    LABELED=2 METHOD=mean_teacher \
 	    MASKS="--size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
 	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3" \
@@ -34,7 +35,7 @@ test: .venv/ready
 	$(PY) -m pytest -q -n 2 tests
 
 clean:
-	rm -rf $(call out,demo) $(call out,demo3d)
+	rm -rf $(FOLDER)/demo$(SUFFIX) $(FOLDER)/demo3d$(SUFFIX)
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,8 +1,10 @@
 """What the demo says in plain words, from tables that are made up."""
 
 import json
+import subprocess
 
 import pytest
+from conftest import ROOT
 
 from data import tables
 from results.demo import conclusion
@@ -99,3 +101,33 @@ def test_several_demos_make_a_table(tmp_path, capsys):
     assert first == f"| {folders[0]} | 61.00 | 71.00 | 81.00 | 91.00 | 0.50 | 0.55 |"
     assert second.endswith("| 0.60 | 0.55 |")
     assert mean.endswith("| 91.00 ± 0.00 | 0.55 ± 0.07 | 0.55 ± 0.00 |")
+
+
+def make(folder, *options):
+    """Makes the demo with a stand-in for Python, which writes its arguments down."""
+    python = folder / "python"
+    python.write_text(
+        'echo "$@" >> "$(dirname "$0")/calls"\n'
+        'case "$*" in *"$BROKEN"*) echo no luck; exit 1;; esac\n'
+        'echo "| run |"\n'
+    )
+    (folder / "calls").write_text("")
+    command = ["make", "demo", "-o", ".venv/ready", f"FOLDER={folder}", f"PY=sh {python}"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    return done, [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_a_demo_goes_on_where_it_stopped(tmp_path):
+    """What has failed is shown and is made again; what was made is not."""
+    done, calls = make(tmp_path, "SEED=3", "BROKEN=train_qp.py")
+    assert done.returncode and "no luck" in done.stdout
+    assert "train_qp.py" in calls and "-m" in calls and calls.count("evaluate.py") == 0
+    assert not (tmp_path / "demo-seed3" / "log" / "g.txt").exists()
+    done, again = make(tmp_path, "SEED=3", "BROKEN=nothing")
+    assert done.returncode == 0, done.stderr
+    assert "corrupt.py" not in again and again.count("train_qp.py") == 1
+    assert calls.count("train_ssl.py") + again.count("train_ssl.py") == 4
+    assert again.count("evaluate.py") == 2
+    assert len(done.stdout.splitlines()) < 60
+    _, finished = make(tmp_path, "SEED=3", "BROKEN=nothing")
+    assert finished == ["-m"]  # the conclusion alone
