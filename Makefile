@@ -14,11 +14,11 @@ SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 demo: .venv/ready
 	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo$(SUFFIX) \
 	    PHANTOM="--train 30 --val 6 --test 16 --size 64 --unlabeled 60 --foreign 0.5" \
-	    LABELED=2 METHOD=fixmatch \
-	    MASKS="--size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6,10" \
-	    G="--size 48 --width 8 --members 1 --batch 16 --epochs 8" \
-	    F="--size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 600 --eval-every 200 --lr 2e-3" \
-	    GUIDANCE="--weight quality --weight-level image"
+	    LABELED=4 METHOD=fixmatch \
+	    MASKS="--size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6" \
+	    G="--size 48 --width 8 --members 1 --batch 16 --per-image 40 --epochs 7 --strength 1" \
+	    F="--size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 500 --eval-every 250 --lr 2e-3" \
+	    GUIDANCE="--correct --weight quality"
 
 demo3d: .venv/ready
 	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
