@@ -1,53 +1,99 @@
-# make demo   from nothing to a results table on the embedded phantom: all four stages, about 25 minutes on two cores
-# make demo3d the same in 3D: volumes, V-Net, whole-volume scores; 8 minutes on two cores
-# make test   the style of the code, then the test suite
+# make demo    from nothing to a table and a conclusion: all four stages on the embedded phantom
+# make demo3d  the same in 3D: volumes, V-Net, whole-volume scores
+# make test    the style of the code, then the test suite
+# make clean   deletes what the demos made
+#
+# A demo goes on where it was stopped. SEED=3 make demo: other patients, other networks.
 PYTHON ?= python3
 PY = .venv/bin/python
-OUT = runs/demo
-STEPS = 300
-LABELED = 6
-DATA = $(OUT)/phantom.h5
-TRAIN = $(PY) train_ssl.py $(DATA) --labeled $(LABELED) --qp $(OUT)/qp/qp.pt --size 64 --steps $(STEPS) --eval-every 100 \
-        --batch 16 --batch-unlabeled 16 --lr 2e-3 --lam-warmup 0.4 --lam-ramp 0.3 --overwrite
+SEED = 0
+FOLDER = runs
+SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: demo demo3d test
-.venv/ready: requirements.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -r requirements.txt
-	touch $@
-
+.PHONY: demo demo3d story test clean
 demo: .venv/ready
-	$(PY) -m data.phantom --out $(DATA)
-	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled $(LABELED) --size 64 --masks 100 --val-masks 10 --overwrite --preview $(OUT)/masks.png
-	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 64 --members 1 --batch 16 --per-image 50 --epochs 3 --overwrite
-	$(TRAIN) --out $(OUT)/sup --method supervised
-	$(TRAIN) --out $(OUT)/sup_all --method supervised --labeled all
-	$(TRAIN) --out $(OUT)/pl --method pseudo_label
-	$(TRAIN) --out $(OUT)/pl_qw --method pseudo_label --conf-threshold 0 --weight quality --weight-level class
-	$(TRAIN) --out $(OUT)/pl_correct --method pseudo_label --conf-threshold 0 --correct --weight quality
-	$(TRAIN) --out $(OUT)/mt_correct --method mean_teacher --correct --weight quality
-	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
-	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --out $(OUT)/table --split test
-	$(PY) evaluate.py $(DATA) $(OUT)/mt_correct/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --out $(OUT)/new --overwrite
+	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo$(SUFFIX) \
+	    PHANTOM="--train 30 --val 6 --test 16 --size 64 --unlabeled 60 --foreign 0.5" \
+	    LABELED=4 METHOD=fixmatch \
+	    MASKS="--size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6" \
+	    G="--size 48 --width 8 --members 1 --batch 16 --per-image 40 --epochs 7 --strength 1" \
+	    F="--size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 500 --eval-every 250 --lr 2e-3" \
+	    GUIDANCE="--correct --weight quality"
 
-demo3d: OUT = runs/demo3d
-demo3d: TRAIN = $(PY) train_ssl.py $(DATA) --labeled 4 --qp $(OUT)/qp/qp.pt --size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 \
-        --lam-warmup 0.4 --lam-ramp 0.3 --window whole --overwrite
 demo3d: .venv/ready
-	$(PY) -m data.phantom --out $(DATA) --dims 3 --train 30 --val 4 --test 8 --depth 32 --size 64
-	$(PY) -m data.h5 $(DATA) --preview $(OUT)/phantom.png
-	$(PY) corrupt.py $(DATA) --out $(OUT)/vqm --labeled 4 --size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6 --overwrite --preview $(OUT)/masks.png
-	$(PY) train_qp.py $(DATA) --vqm $(OUT)/vqm/vqm.h5 --out $(OUT)/qp --size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3 --overwrite
-	$(TRAIN) --out $(OUT)/sup --method supervised
-	$(TRAIN) --out $(OUT)/mt --method mean_teacher
-	$(TRAIN) --out $(OUT)/mt_qw --method mean_teacher --weight quality --weight-level class
-	$(TRAIN) --out $(OUT)/ua_mt_qw --method ua_mt --weight quality --weight-level class
-	$(TRAIN) --out $(OUT)/qar --method supervised --qar 0.01
-	$(PY) evaluate.py $(DATA) $(OUT)/*/best.pt --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/table --split test
-	$(PY) evaluate.py $(DATA) $(OUT)/mt_qw/best.pt --predict --split test --qp $(OUT)/qp/qp.pt --window whole --out $(OUT)/new --overwrite
+	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
+	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 --unlabeled 30 --foreign 0.5" \
+	    LABELED=2 METHOD=mean_teacher \
+	    MASKS="--size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
+	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3" \
+	    F="--size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 --window whole" \
+	    GUIDANCE="--weight quality --weight-level image" WINDOW="--window whole"
 
 test: .venv/ready
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 	$(PY) -m pytest -q -n 2 --dist worksteal tests
+
+clean:
+	rm -rf $(FOLDER)/demo$(SUFFIX) $(FOLDER)/demo3d$(SUFFIX)
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+# The story that both demos tell. A step prints into LOG/STEP.txt, which is there when it is done.
+DATA = $(OUT)/phantom.h5
+LOG = $(OUT)/log
+QP = --qp $(OUT)/qp/qp.pt
+SAME = --seed $(SEED) --resume
+TRAIN = $(PY) train_ssl.py $(DATA) $(F) $(SAME) --out $(OUT)
+RUNS = supervised unguided guided all_labels
+BEST = $(RUNS:%=$(OUT)/%/best.pt)
+
+define step  # TEXT,COMMAND: says TEXT, runs COMMAND, shows what it printed if it fails
+@echo "$(1)"
+@mkdir -p $(LOG)
+@$(2) > $@.part 2>&1 || { cat $@.part; exit 1; }
+@mv $@.part $@
+endef
+
+story: export OMP_NUM_THREADS ?= $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + 1 \) / 2)
+story: $(LOG)/table.txt $(LOG)/new.txt
+	@sed -n '/^| run/,/^$$/p' $<
+	@$(PY) -m results.demo.conclusion $(OUT)/table
+	@echo "Pictures: $(OUT)/table/*.png; new images, the worst first: $(OUT)/new"
+
+$(LOG)/phantom.txt:
+	$(call step,phantoms -> $(DATA),$(PY) -m data.phantom --out $(DATA) --seed $(SEED) $(PHANTOM))
+
+$(LOG)/masks.txt: $(LOG)/phantom.txt
+	$(call step,stage 1: masks of variable quality -> $(OUT)/vqm,$(PY) corrupt.py $(DATA) \
+	    --labeled $(LABELED) $(MASKS) $(SAME) --out $(OUT)/vqm --preview $(OUT)/masks.png)
+
+$(LOG)/g.txt: $(LOG)/masks.txt
+	$(call step,stage 2: the quality predictor g -> $(OUT)/qp,$(PY) train_qp.py $(DATA) \
+	    --vqm $(OUT)/vqm/vqm.h5 $(G) $(SAME) --out $(OUT)/qp)
+
+$(LOG)/supervised.txt: $(LOG)/phantom.txt
+	$(call step,stage 3: supervised with $(LABELED) labeled patients -> $(OUT)/supervised,$(TRAIN)/supervised \
+	    --labeled $(LABELED))
+
+$(LOG)/unguided.txt: $(LOG)/phantom.txt
+	$(call step,stage 3: $(METHOD) without guidance -> $(OUT)/unguided,$(TRAIN)/unguided \
+	    --labeled $(LABELED) --method $(METHOD))
+
+$(LOG)/guided.txt: $(LOG)/g.txt
+	$(call step,stage 3: $(METHOD) guided by g -> $(OUT)/guided,$(TRAIN)/guided \
+	    --labeled $(LABELED) --method $(METHOD) $(QP) $(GUIDANCE))
+
+$(LOG)/all_labels.txt: $(LOG)/phantom.txt
+	$(call step,stage 3: supervised with all labels -> $(OUT)/all_labels,$(TRAIN)/all_labels)
+
+$(LOG)/table.txt: $(LOG)/guided.txt $(RUNS:%=$(LOG)/%.txt)  # the longest chain first
+	$(call step,stage 4: the table -> $(OUT)/table,$(PY) evaluate.py $(DATA) $(BEST) $(QP) \
+	    $(WINDOW) --split test --out $(OUT)/table)
+
+$(LOG)/new.txt: $(LOG)/guided.txt
+	$(call step,stage 4: masks of new images -> $(OUT)/new,$(PY) evaluate.py $(DATA) \
+	    $(OUT)/guided/best.pt $(QP) $(WINDOW) --predict --split unlabeled --overwrite --out $(OUT)/new)

@@ -1,11 +1,16 @@
 """The embedded default: short-axis heart phantoms, made in seconds, offline, the same for a seed.
 
-    python -m data.phantom --out phantom.h5
+    python -m data.phantom --out phantom.h5 [--unlabeled 60 --foreign 0.5]
 
 Each patient is a volume of slices with a right ventricle, a myocardium (a ring) and a left
-ventricle (its cavity) on a cluttered background. Shape, position, contrast, bias field and noise
-vary between patients. Distractors have the same intensity as the cavities, and some have the shape
-of a ring. So a handful of labels trails full supervision clearly.
+ventricle (its cavity) on a cluttered background. Three things are hard on purpose:
+
+- Shape, position, contrast, bias field and noise vary between patients. Two labeled patients show
+  little of this, and the images without labels show it all.
+- Distractors have the intensities of the heart, and some have the shape of a ring. What is near an
+  object decides whether it is a ventricle.
+- --unlabeled adds an archive of patients without labels. A share of them, --foreign, is of another
+  kind (FOREIGN), as in archives of hospitals, and pseudo-labels go wrong there.
 """
 
 from typing import NamedTuple
@@ -17,6 +22,7 @@ from data import h5
 from data.options import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
+FOREIGN = ("contrast", "cut", "ghosts", "body")  # kinds of foreign patients, see patient()
 DEPTH = 64.0  # mm: of a volume, however many slices it has
 PIXEL = 1.5  # mm: the side of a slice's pixel
 
@@ -99,17 +105,22 @@ def draw_heart(image, label, heart, gray, *, grid, center, level, rng):
     image[(papillary < 0) & (label == 3)] = gray.muscle  # dark, but the cavity by convention
 
 
-def patient(rng, depth, side):
-    """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8"""
+def patient(rng, depth, side, foreign=None):
+    """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8
+
+    foreign: None or one of FOREIGN: "contrast", dark is bright, as of another scanner; "cut", a
+    part of the heart is out of view; "ghosts", shifted copies of the body; "body", of another part
+    of the body, without a heart.
+    """
     grid = np.mgrid[:side, :side] / side - 0.5  # [2, H, W]
     slices = depth / 8  # in 8 mm
     heart = Heart(
-        center=rng.uniform(-0.12, 0.12, 2),
-        cavity=rng.uniform(0.07, 0.14),
-        wall=rng.uniform(0.025, 0.06),
+        center=rng.uniform(-0.1, 0.1, 2),
+        cavity=rng.uniform(0.11, 0.19),
+        wall=rng.uniform(0.06, 0.09),
         squeeze=rng.uniform(0.8, 1.25),
         turn=rng.uniform(0, 2 * np.pi),
-        right_size=rng.uniform(0.8, 1.5),
+        right_size=rng.uniform(0.9, 1.3),
         right_gap=rng.uniform(0.75, 1.05),
     )
     gray = Gray(
@@ -118,8 +129,8 @@ def patient(rng, depth, side):
         tissue=rng.uniform(0.3, 0.55),
         lung=rng.uniform(0.05, 0.2),
     )
-    first = rng.integers(0, 2)  # slices beyond base and apex hold no heart
-    last = depth - rng.integers(0, 3)
+    if foreign == "contrast":
+        gray = Gray(*(1 - value for value in gray))
     drift = rng.uniform(-0.06, 0.06, 2)  # of the heart's center from base to apex
     coarseness = (0, 1.5 * slices, side / 14, side / 14)
     wobble = smooth_noise((2, depth, side, side), coarseness, rng)
@@ -130,23 +141,46 @@ def patient(rng, depth, side):
             angle=rng.uniform(0, np.pi),
             kind=rng.random(),
         )
-        for _ in range(5)
+        for _ in range(7 if foreign == "body" else 4)
     ]
 
     image = np.empty((depth, side, side))
     label = np.zeros((depth, side, side), np.uint8)
     for z in range(depth):
         warped = grid + 0.012 * wobble[:, z]
-        body = ellipse(warped, (0, 0), (0.46, 0.38), 0) < 0
+        body = ellipse(warped, (0, 0), (0.48, 0.42), 0) < 0
         image[z] = np.where(body, gray.tissue, gray.lung)
         for thing in clutter:
             draw_distractor(image[z], thing, gray, grid=warped, height=z / slices)
-        if first <= z < last:
-            level = (z - first) / max(last - first - 1, 1)
+        if foreign != "body":
+            level = z / (depth - 1)
             center = heart.center + drift * level
             place = dict(grid=warped, center=center, level=level)
             draw_heart(image[z], label[z], heart, gray, **place, rng=rng)
-    return scanned(image, slices, rng), label
+    image = scanned(image, slices, rng)
+    if foreign == "cut":
+        image, label = cut_off(image, label, rng)
+    if foreign == "ghosts":
+        image = with_ghosts(image)
+    return image, label
+
+
+def cut_off(image, label, rng):
+    """A patient off the center of the scanner: a side of the image is black."""
+    side = image.shape[-1]
+    axis, shift = rng.integers(1, 3), int(rng.uniform(0.3, 0.45) * side)
+    gone = [slice(None)] * 3
+    gone[axis] = slice(0, shift)
+    image, label = np.roll(image, shift, axis), np.roll(label, shift, axis)
+    image[tuple(gone)], label[tuple(gone)] = 0, 0
+    return image, label
+
+
+def with_ghosts(image):
+    """A patient who moved: four copies of the body, along an axis."""
+    fifth = image.shape[-1] / 5
+    ghosts = sum(np.roll(image, round(k * fifth), 1) for k in (-2, -1, 1, 2)) / 4
+    return np.clip(0.55 * image + 0.6 * ghosts, 0, 1)
 
 
 def scanned(image, slices, rng):
@@ -156,26 +190,30 @@ def scanned(image, slices, rng):
     strength = rng.uniform(0.1, 0.35)
     field = smooth_noise(image.shape, (4 * slices, side / 3, side / 3), rng)
     bias = np.exp(strength * field)
-    texture = rng.uniform(0.02, 0.06) * smooth_noise(image.shape, (0, 1, 1), rng)
-    noise = rng.uniform(0.02, 0.06) * rng.standard_normal(image.shape)
+    texture = rng.uniform(0.01, 0.04) * smooth_noise(image.shape, (0, 1, 1), rng)
+    noise = rng.uniform(0.01, 0.04) * rng.standard_normal(image.shape)
     image = image * bias + texture + noise
     low, high = np.percentile(image, (0.5, 99.5))
     return np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
 
 
 def cases(args):
-    """Yields the patients of all splits as h5.Case."""
-    splits = ["train"] * args.train + ["val"] * args.val + ["test"] * args.test
-    for i, split in enumerate(splits):
-        image, label = patient(np.random.default_rng([args.seed, i]), args.depth, args.size)
+    """Yields the patients of all splits as h5.Case. The foreign ones of the archive come last."""
+    counts = dict(train=args.train, val=args.val, test=args.test, unlabeled=args.unlabeled)
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    foreign = [FOREIGN[i % len(FOREIGN)] for i in range(round(args.foreign * args.unlabeled))]
+    kinds = [None] * (len(splits) - len(foreign)) + foreign
+    for i, (split, kind) in enumerate(zip(splits, kinds)):
+        rng = np.random.default_rng([args.seed, i])
+        image, label = patient(rng, args.depth, args.size, kind)
         name = f"phantom{i:03d}"
         spacing = (DEPTH / args.depth, PIXEL, PIXEL)
-        source = f"seed {args.seed}, patient {i}"
+        source = f"seed {args.seed}, patient {i}" + (f", foreign: {kind}" if kind else "")
         yield h5.Case(
             split=split,
             name=name,
             image=image,
-            label=label,
+            label=None if split == "unlabeled" else label,
             patient=name,
             spacing=spacing,
             source=source,
@@ -188,6 +226,13 @@ def main(argv=None):
     p.add_argument("--train", type=number(1), default=60, help="train patients")
     p.add_argument("--val", type=number(1), default=10, help="validation patients")
     p.add_argument("--test", type=number(0), default=10, help="test patients")
+    p.add_argument("--unlabeled", type=number(0), default=0, help="patients of the archive")
+    p.add_argument(
+        "--foreign",
+        type=number(0, 1, kind=float),
+        default=0,
+        help="share of the archive's patients that are of another kind",
+    )
     p.add_argument("--depth", type=number(4), default=8, help="slices of a volume")
     p.add_argument("--size", type=number(32), default=96, help="side of a slice, pixels")
     p.add_argument(

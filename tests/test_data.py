@@ -1,5 +1,6 @@
 """Datasets: what is written is read back, order and patients are kept, usual layouts are read."""
 
+import collections
 import csv
 import shutil
 
@@ -155,6 +156,40 @@ def test_slices_are_standardized_per_case(gray):
 def test_rgb_keeps_channels(rgb):
     slices = loading.load_slices(h5.read_info(rgb), "train", 32)
     assert slices.image.shape[1:] == (3, 32, 32) and slices.label.max() == 1
+
+
+def test_phantoms_of_another_kind():
+    """The same patient, once as usual and once of each foreign kind."""
+
+    def draw(kind):
+        return phantom.patient(np.random.default_rng(5), 6, 48, kind)
+
+    image, label = draw(None)
+
+    def contrast(image):  # of the left ventricle to its muscle
+        return image[label == 3].mean() - image[label == 2].mean()
+
+    dark, same = draw("contrast")
+    assert (same == label).all() and contrast(image) > 0 > contrast(dark)
+    cut, less = draw("cut")
+    black = [(np.moveaxis(cut, axis, 0)[:14] == 0).all() for axis in (1, 2)]
+    assert sum(black) == 1  # .3 of 48 at least, at the start of one axis
+    assert not less[cut == 0].any() and 0 < (less > 0).sum() < (label > 0).sum()
+    ghosts, same = draw("ghosts")
+    assert (same == label).all() and contrast(ghosts) < 0.9 * contrast(image)
+    assert not draw("body")[1].any()
+    assert set(phantom.FOREIGN) == {"contrast", "cut", "ghosts", "body"}
+
+
+def test_phantom_with_an_archive(tmp_path):
+    """Half of the archive's patients are foreign, of each kind alike; none has a label."""
+    small = "--train 2 --val 1 --test 1 --depth 4 --size 32 --unlabeled 16 --foreign 0.5"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    info = h5.read_info(tmp_path / "p.h5")
+    archive = info.splits["unlabeled"]
+    assert len(archive) == 16 and not any(entry.labeled for entry in archive)
+    kinds = [entry.source.partition("foreign: ")[2] for entry in archive]
+    assert collections.Counter(kinds) == {"": 8, "contrast": 2, "cut": 2, "ghosts": 2, "body": 2}
 
 
 def test_phantom_is_the_same_for_a_seed():
