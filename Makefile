@@ -23,11 +23,11 @@ demo: .venv/ready
 demo3d: .venv/ready
 	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
 	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 --unlabeled 30 --foreign 0.5" \
-	    LABELED=2 METHOD=mean_teacher \
-	    MASKS="--size 32,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
-	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 3" \
-	    F="--size 32,48,48 --width 8 --steps 120 --eval-every 60 --lr 2e-3 --window whole" \
-	    GUIDANCE="--weight quality --weight-level image" WINDOW="--window whole"
+	    LABELED=4 METHOD=fixmatch \
+	    MASKS="--size 16,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
+	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 4 --strength 1" \
+	    F="--size 16,48,48 --width 8 --dropout 0 --steps 300 --eval-every 150 --lr 2e-3" \
+	    GUIDANCE="--correct --weight quality" WINDOW="--window whole"
 
 test: .venv/ready
 	$(PY) -m ruff format --check
@@ -47,7 +47,7 @@ DATA = $(OUT)/phantom.h5
 LOG = $(OUT)/log
 QP = --qp $(OUT)/qp/qp.pt
 SAME = --seed $(SEED) --resume
-TRAIN = $(PY) train_ssl.py $(DATA) $(F) $(SAME) --out $(OUT)
+TRAIN = $(PY) train_ssl.py $(DATA) $(F) $(WINDOW) $(SAME) --out $(OUT)
 RUNS = supervised unguided guided all_labels
 BEST = $(RUNS:%=$(OUT)/%/best.pt)
 
