@@ -351,7 +351,13 @@ def to_gray(mask, file, K, values=None):
     With `values`, which class_numbers() is to map, the levels keep their depth.
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
-        mask = np.round(mask / 257)
+        levels = np.unique(mask)
+        if len(levels) <= FEW_LEVELS and (levels % 257).any():  # no black and white of 8 bits
+            raise InputError(
+                f"{file.path}: values {shares(mask)}, so not a mask of two classes; save the "
+                "foreground as 255 and all else as 0, or say with --labels which values there are"
+            )
+        mask = np.ceil(mask / 257)  # up, so that 1 does not become the background
     usable = are_whole(mask) & (mask >= 0) & (mask <= 255)
     if K == 2 and not usable.all():
         raise InputError(
@@ -453,7 +459,7 @@ def levels_of(mask):
 
 
 def shares(mask):
-    """The most frequent values of a mask (uint8) and their shares of the pixels, as text."""
+    """The most frequent values of a mask (8 or 16 bits) and their shares of its pixels, as text."""
     counts = levels_of(mask)
     most = sorted(np.argsort(-counts, kind="stable")[: min(4, (counts > 0).sum())])
     more = (counts > 0).sum() - len(most)
