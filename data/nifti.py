@@ -421,8 +421,8 @@ NOTES = {  # of cases, in the order in which they are said
     "tiny": "are less than {tiny} mm long; if that is a wrong unit, mend the spacing or its "
     "unit (xyzt_units)",
     "one slice": "have one slice alone, and a network for volumes learns and predicts little of it",
-    "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
-    "(often 1024), or set the header's slope and intercept",
+    "not HU": "do not look like Hounsfield units, and a window means nothing in others; if so, "
+    "subtract the offset (often 1000 or 1024), or set the header's slope and intercept",
 }
 
 
@@ -498,13 +498,18 @@ PADDINGS = 3  # values around a field of view, or beyond a scanner's range, that
 
 
 def not_hounsfield(image, window):
-    """Why the intensities (D, H, W) of a CT can hardly be Hounsfield units; None: they can."""
+    """Why the intensities (D, H, W) of a CT look unlike Hounsfield units; None: they do not."""
     low, high = window
     if np.ptp(image) < (high - low) / 20:
         return f"whose voxels are all between {image.min():g} and {image.max():g}"
     negative = np.bincount(np.minimum(-image[image < 0], 2**16).astype(int))
-    if np.sort(negative)[:-PADDINGS].sum() < 1e-3 * image.size:
+    negative[np.argsort(negative)[-PADDINGS:]] = 0
+    if negative.sum() < 1e-3 * image.size:
         return "whose voxels, but for padding, are all 0 or more"
+    # with an offset of 1000, noisy air is about 0, and a body above 600, where HU have little bone
+    dense, bright = (np.count_nonzero(image > v) / image.size for v in (100, 600))
+    if negative[200:].sum() < 0.01 * image.size and bright > max(0.01, dense - bright):
+        return f"hardly any of whose voxels are below -200, as air is, and {bright:.0%} above 600"
     if np.count_nonzero((image > low) & (image < high)) < 0.02 * image.size:
         return "nearly all of which lies outside of the window"
     return None

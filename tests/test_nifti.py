@@ -949,7 +949,7 @@ def test_two_places_are_pointed_out(tmp_path, capsys):
 # ------------------------------------------------------------------------------ Hounsfield units
 
 
-def ct(shift=0, padding=None, scale=1):
+def ct(shift=0, padding=None, scale=1, noise=15):
     """A body of soft tissue, fat, lung and bone in air, as a scanner would store it."""
     rng, shape = np.random.default_rng(0), (9, 24, 24)
     values = np.full(shape, -1000.0)
@@ -960,7 +960,7 @@ def ct(shift=0, padding=None, scale=1):
         ((4, 16, 12), 2, 700),
     ):
         values[ball(shape, center, radius, (0, 1, 1)) > 0] = level
-    values = np.maximum(values + rng.normal(0, 15, shape), -1024) * scale + shift
+    values = np.maximum(values + rng.normal(0, noise, shape), -1024) * scale + shift
     if padding is not None:
         values[ball(shape, (4, 12, 12), 11, (0, 1, 1)) == 0] = padding
     return values
@@ -980,6 +980,12 @@ def two_paddings(values):
         (ct()[:, 8:16, 4:20], None),
         (ct(1024), "0 or more"),
         (ct(1024, padding=-2000), "0 or more"),
+        (ct(1000), "below -200, as air is, and 39% above 600"),
+        (ct(1000, padding=-2000), "below -200"),
+        (ct(1000, noise=30), "below -200"),
+        (ct(1010, noise=30), "below -200"),
+        (ct(noise=30), None),
+        (ct()[:, 12:22, 4:20], None),  # without air
         (ct(scale=1 / 1000), "are all between"),
         (ct(9000, padding=-2000), "0 or more"),
         (ct(-5000), "outside of the window"),
@@ -996,7 +1002,7 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_pa
     assert "Hounsfield" not in capsys.readouterr().out
     convert(tmp_path / "src", "--val", 0, "--intensity", "ct")
     said = capsys.readouterr().out
-    assert "Hounsfield" not in said if why is None else "1 of 2 volumes cannot be in Houns" in said
+    assert "Hounsfield" not in said if why is None else "1 of 2 volumes do not look like" in said
     assert why is None or "(the first: b, " in said and why in said
 
 
