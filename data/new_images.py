@@ -71,8 +71,7 @@ def find_in(path):
         raise InputError(
             f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind"
         )
-    if kind == "pictures":
-        images.say_unread([folder])
+    (images if kind == "pictures" else nifti).say_unread([folder])
     if others:
         print(
             f"note: images of {folder} alone are taken; those of {others[0][0]} need a run of "

@@ -40,11 +40,10 @@ from nibabel.volumeutils import apply_read_scaling
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
 from data.options import Parser, cli, decimals, number
-from data.splits import Row, by_name, plain_name
+from data.splits import Row, by_name, note_unread, plain_name
 
-NAME = re.compile(
-    r"([^.].*)\.nii(\.gz)?"
-)  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+# no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+NAME = re.compile(r"(?i)([^.].*)\.nii(\.gz)?")
 
 
 # ------------------------------------------------------------------------------------ finding cases
@@ -55,6 +54,11 @@ def volumes(folder):
     paths = sorted(folder.iterdir()) if folder.is_dir() else ()
     named = ((NAME.fullmatch(path.name), path) for path in paths)
     return by_name((plain_name(match[1]), path) for match, path in named if match)
+
+
+def say_unread(folders):
+    """Prints how many files and folders in some folders are not read as NIfTI, if any."""
+    note_unread(folders, lambda path: NAME.fullmatch(path.name), ".nii, .nii.gz")
 
 
 def find(src, channel):
@@ -69,6 +73,8 @@ def find(src, channel):
         raise InputError(
             f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help"
         )
+    folders = [src / f"{what}{part}" for part in layout for what in ("images", "labels")]
+    say_unread(folder for folder in folders if folder.is_dir())
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
     for part, (images, labels) in layout.items():
         cases, found = one_channel(images, channel, nnunet)
@@ -277,7 +283,7 @@ def load(path, channel=None):
         if channel >= size[3]:
             raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
         start += channel * math.prod(size[:3]) * kind.itemsize
-    elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
+    elif channel and not re.search(rf"(?i)_{channel:04d}\.nii", path.name):
         raise InputError(f"{path}: has no channel {channel}; it holds one volume")
     values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
     values = values.astype(kind.newbyteorder("="))

@@ -492,6 +492,26 @@ def test_names_that_come_twice(tmp_path, refused):
     refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "'a'", "both imagesTr and imagesTs")
 
 
+def test_files_that_are_not_read_are_noted(tmp_path, capsys):
+    """Endings may have capitals. New volumes are found alike."""
+    src, data = tmp_path / "src", dict(classes=["background", "x"], dims=3, channels=1)
+    for name, ending in (("a", ".NII.GZ"), ("b", ".Nii"), ("c", ".nii.gz")):
+        pair(src, name, ending=ending, **STRAIGHT)
+    info = convert(src, "--val", 0)
+    assert sorted(e.name for e in info.entries("train")) == ["a", "b", "c"]
+    assert "not read" not in capsys.readouterr().out
+    for name in ("labelsTr/c.mha", "labelsTr/d.dcm", "imagesTs/e.nrrd", "imagesTr/f.dcm"):
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).touch()
+    convert(src, "--val", 0)
+    new_images.convert(str(src / "imagesTr"), str(tmp_path / "n.h5"), data | dict(prepared=None))
+    one = new_images.convert(str(src / "imagesTr" / "a.NII.GZ"), str(tmp_path / "o.h5"), data)
+    said, name = capsys.readouterr().out, src / "imagesTr" / "f.dcm"
+    for words in ("4 of 10", "1 of 4"):
+        assert f"note: {words} files and folders are not read, such as {name}; read are .ni" in said
+    assert one.entries("unlabeled")[0].name == "a"
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("part", ["images", "labels"])
 def test_truncated_files(tmp_path, refused, ending, part):
