@@ -135,7 +135,17 @@ def read_tags(content):
         stream.seek(directory.next)
         directory.load(stream)
         tags = tags or dict(directory)
-    return tags, len(places)
+    return tags, max(len(places), pages_of_imagej(tags, len(content)))
+
+
+def pages_of_imagej(tags, size):
+    """How many pages ImageJ says there are: a file may have one directory (tags) for all of them.
+
+    1 if the file, of so many bytes, has no room for them: other programs keep ImageJ's text.
+    """
+    stack = re.search(r"(?m)^images=(\d{1,9})$", str(tags.get(270, "")))
+    page = tags.get(256, 0) * tags.get(257, 0) * np.max(tags.get(258, 8)) // 8
+    return int(stack[1]) if stack and int(stack[1]) * page <= size else 1
 
 
 def check_tags(path, tags, mode):

@@ -58,6 +58,7 @@ def assert_refused(read, name, words):
 
 # ------------------------------------------------------------------------------------ images
 
+STACK = {270: "ImageJ=1.53t\nimages=3\nslices=3\nloop=false\n"}  # what ImageJ says of 3 pages
 QUANTIZED = Image.fromarray(RGB).quantize(16)
 IMAGES = {
     "gray.png": (GRAY, {}, GRAY),
@@ -68,6 +69,7 @@ IMAGES = {
     "palette.png": (QUANTIZED, {}, np.array(QUANTIZED.convert("RGB"))),
     "one_bit.png": (Image.fromarray(GRAY > 99), {}, (GRAY > 99) * np.uint8(255)),
     "twelve.png": (DEEP, {}, DEEP),  # a handful of levels, if cut to 8 bits
+    "twelve_kept.tif": (Image.fromarray(DEEP), dict(tiffinfo=STACK), DEEP),  # one page of three
     "dark.tif": (DEEP // 16, {}, DEEP // 16),  # black, if cut to 8 bits
     "deep_rgb.png": (DEEP_RGB, {}, DEEP_RGB),
     "deep_rgb.tif": (DEEP_RGB, {}, DEEP_RGB),
@@ -154,7 +156,14 @@ def planar(path):
     path.write_bytes(content.replace(entry + b"\x01", entry + b"\x02"))
 
 
+def stack_of_imagej(path):
+    """Three pages of 16 bits, of which the first alone has a directory."""
+    save(path, Image.fromarray(DEEP), tiffinfo=STACK)
+    path.write_bytes(path.read_bytes() + 2 * DEEP.tobytes())
+
+
 FOREIGN = {
+    "stack.tif": (stack_of_imagej, {}, "has 3 pages"),
     "pages.tif": (
         Image.fromarray(GRAY),
         dict(save_all=True, append_images=[Image.fromarray(GRAY)] * 4),
