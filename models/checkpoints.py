@@ -148,9 +148,12 @@ def _load(path):
             warnings.simplefilter("ignore")  # the error says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file holds, it is the file that is wrong
-        raise files.unreadable(path, error) or InputError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); make it again"
-        ) from None
+        if failed := files.unreadable(path, error):
+            raise failed from None
+        why = f"not a readable checkpoint ({type(error).__name__}); make it again"
+        if files.kind_of(path) == files.HDF5:
+            why = "an HDF5 file, not a checkpoint; give the .pt of a finished stage here"
+        raise InputError(f"{path}: {why}") from None
 
 
 # ---------------------------------------------------------------------------------- resuming a run

@@ -533,6 +533,9 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
     )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
+    for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
+        refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
     shutil.copy(scans / "a.nii.gz", folder)
     refused(evaluate.main, [folder, run, *out], "both")
     (folder / "a.nii.gz").unlink()

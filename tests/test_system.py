@@ -44,7 +44,8 @@ OPEN = "Unable to synchronously open file (unable to open file: name = 'd', errn
         (
             None,
             "file is already open for write (may use h5clear)",
-            "another process is writing to it",
+            "another process is writing to it, or was killed while it did; wait until it ends, or, "
+            "if none does, run h5clear -s",
         ),
         (errno.EACCES, OPEN, "not permitted to read it; ask"),
         (errno.EPERM, OPEN, "not permitted to read it; ask"),
