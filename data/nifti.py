@@ -120,7 +120,8 @@ def one_channel(images, channel, nnunet):
         if taken not in paths:
             raise InputError(
                 f"{next(iter(paths.values())).parent}: case '{name}' has no channel {taken} "
-                f"(it has: {', '.join(map(str, paths))}); add it, or choose another --channel"
+                f"(it has: {', '.join(map(str, paths))}); add it, or convert data "
+                "with another --channel"
             )
     found = {name: paths[taken] for name, paths in cases.items()}
     return found, set().union(*cases.values())
@@ -277,14 +278,18 @@ def load(path, channel=None):
     if len(size) == 4:
         if channel is None:
             raise InputError(
-                f"{path}: 4D, {size[3]} volumes in one file; choose an image's with "
-                "--channel; a label must have one"
+                f"{path}: 4D, {size[3]} volumes in one file; save the one that is meant alone, or "
+                "convert data with --channel, which chooses an image's"
             )
         if channel >= size[3]:
-            raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
+            raise InputError(
+                f"{path}: has no channel {channel}, but 0 to {size[3] - 1}; add it, or leave it out"
+            )
         start += channel * math.prod(size[:3]) * kind.itemsize
     elif channel and not re.search(rf"(?i)_{channel:04d}\.nii", path.name):
-        raise InputError(f"{path}: has no channel {channel}; it holds one volume")
+        raise InputError(
+            f"{path}: has no channel {channel}, but one volume; add it, or leave it out"
+        )
     values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
     values = values.astype(kind.newbyteorder("="))
     try:
@@ -529,10 +534,11 @@ def resampled_size(grid, ratio, path):
     size = tuple(max(1, round(n / s)) for n, s in zip(grid, ratio))
     small = min(size[1:]) < h5.SMALLEST <= min(grid[1:])
     if small or math.prod(size) > 2**31:
-        remedy = "too few in a slice; choose a smaller" if small else "too many; choose a larger"
+        why, other = ("too few in a slice", "smaller") if small else ("too many", "larger")
         raise InputError(
             f"{path}: {' x '.join(map(str, grid))} voxels would become "
-            f"{' x '.join(map(str, size))}, {remedy} --spacing"
+            f"{' x '.join(map(str, size))}, {why}; leave it out, or convert data with a {other} "
+            "--spacing"
         )
     return size
 

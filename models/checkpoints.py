@@ -296,7 +296,9 @@ def load_quality(path, info, on, size=None, runs=None):
     check_trained_size(path, info, state["model"].get("size"))
     if not state["weights"].get("temperature", torch.ones(())) > 0:
         raise InputError(f"{path}: its temperature is not above 0; train it again")
-    prepared.check({info.path: info.describe()}, {path: state["data"]})
+    # for new images, f's checkpoint stands for the data
+    remedy = None if info.splits else "give a g that has learned from data like those of f"
+    prepared.check({info.path: info.describe()}, {path: state["data"]}, remedy)
     _note_other_flips(path, info, state["args"], runs or {})
     if state.get("blind") is True:  # files of earlier versions do not say
         print(f"note: {path}: this g hardly tells good from bad masks of val; see its qp.md")

@@ -417,7 +417,9 @@ def test_four_dimensions_need_a_choice(tmp_path, refused):
     src, argv = make(tmp_path / "src", ["a"]), [tmp_path / "src", "--out", tmp_path / "g.h5"]
     first = np.random.default_rng(0).normal(0, 1, (4, 10, 12)).astype(np.float32)
     sitk.WriteImage(joined(first, -first), str(src / "imagesTr" / "a.nii.gz"))
-    refused(nifti.main, argv, "a.nii.gz", "4D", "2 volumes", "--channel")
+    refused(
+        nifti.main, argv, "a.nii.gz", "4D", "2 volumes", "; save the one", "data with --channel"
+    )
     refused(nifti.main, [*argv, "--channel", 2], "a.nii.gz", "no channel 2", "0 to 1")
     images = [load(convert(src, "--channel", c), "train", "a")[0] for c in (0, 1)]
     assert (
@@ -1062,7 +1064,7 @@ def test_one_slice_is_noted_where_volumes_are_segmented(tmp_path, capsys):
 def test_a_spacing_that_leaves_too_little_is_refused(tmp_path, refused):
     pair(tmp_path / "src", **STRAIGHT)
     argv = [tmp_path / "src", "--out", tmp_path / "g.h5", "--spacing", "2.5,4,4"]
-    refused(nifti.main, argv, "a.nii.gz", "9 x 10 x 12", "9 x 2 x 2", "choose a smaller --spacing")
+    refused(nifti.main, argv, "a.nii.gz", "9 x 10 x 12", "9 x 2 x 2", "with a smaller --spacing")
 
 
 def test_doubtful_new_volumes_are_noted(tmp_path, capsys):
