@@ -396,7 +396,7 @@ def open_file(path):
         elif kind_of(path) == HDF5:
             why = "not a readable HDF5 file (truncated?); convert the data again"
         else:
-            why = f"{kind_of(path) or 'something else'}, not an HDF5 file; give the .h5 file here"
+            why = f"{kind_of(path) or 'of another kind'}, not an HDF5 file; give the .h5 file"
         raise InputError(f"{path}: {why}") from None
 
 

@@ -40,6 +40,7 @@ from nibabel.volumeutils import apply_read_scaling
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
 from data.options import Parser, cli, decimals, number
+from data.pixels import to_float32
 from data.splits import Row, by_name, note_unread, plain_name
 
 # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
@@ -463,7 +464,7 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         other = load(row.mask)
         check_grids(volume, other, row.image, row.mask)
         label = labels.class_numbers(other.values, row.mask, values)
-    image, affine = volume.values.astype(np.float32), volume.affine
+    image, affine = to_float32(volume.values, row.image), volume.affine
     placed, swapped, turned = space.has_axes(volume.header), False, False
     if how.axes and placed:
         turn = space.turn_to(how.axes, affine)

@@ -152,7 +152,7 @@ def _load(path):
             raise failed from None
         why = f"not a readable checkpoint ({type(error).__name__}); make it again"
         if files.kind_of(path) == files.HDF5:
-            why = "an HDF5 file, not a checkpoint; give the .pt of a finished stage here"
+            why = "an HDF5 file, not a checkpoint; give the .pt of a finished stage"
         raise InputError(f"{path}: {why}") from None
 
 

@@ -1535,6 +1535,13 @@ def wrong_labels():
     )
     yield (
         "data.ssl4mis",
+        "gray levels beyond 32 bits",
+        left_atria(image=np.resize(2**31 + np.arange(9), (16, 16, 9))),
+        ["a/mri_norm2.h5", "float32 cannot hold or tell apart"],
+        False,
+    )
+    yield (
+        "data.ssl4mis",
         "a slice for a volume",
         left_atria(image=np.zeros((16, 16))),
         ["a/mri_norm2.h5"],

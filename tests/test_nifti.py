@@ -797,6 +797,7 @@ def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
         (dict(sizeof_hdr=540), ["NIfTI-2", "save it as NIfTI-1"]),
         (dict(scl_slope=1, scl_inter=np.inf), ["scl_inter"]),
         (dict(scl_slope=3e38), ["float32"]),
+        (dict(scl_slope=1, scl_inter=2**31), ["imagesTr", "float32 cannot hold or tell apart"]),
         (dict(datatype=32), ["complex64"]),
         (dict(datatype=128), ["RGB"]),
         (dict(datatype=77), ["unknown", "77"]),
