@@ -632,6 +632,11 @@ def main(argv=None):
     rows = split_cases(splits.name_patients(rows, args), lists, args)
     classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
     axes = args.axes or common_axes([r.image for r in rows])
+    if axes is None:
+        print(
+            "note: no volume has an orientation (the codes of qform and sform are 0); they are "
+            "taken as they are, so they should be stored alike"
+        )
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
     notes = defaultdict(list)
     info = h5.write(

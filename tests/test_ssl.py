@@ -1246,7 +1246,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     )
     refused(train_ssl.main, [gray, *out, "--keep", "3,x"], "--keep")
     refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
-    refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
+    refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel", "; convert both")
     refused(train_ssl.main, [gray, *out, "--labeled", "0"], "--labeled")
     refused(train_ssl.main, [gray, *out, "--steps", "-1"], "--steps")
     refused(train_ssl.main, [gray, *out, "--ema", "1"], "--ema")
