@@ -817,7 +817,9 @@ def second_file(path, info):
         theirs = getattr(other, key)
         ours = getattr(info, key)
         if theirs != ours:
-            raise InputError(f"{path}: has {key} {theirs}, but {info.path} has {ours}")
+            raise InputError(
+                f"{path}: has {key} {theirs}, but {info.path} has {ours}; convert both alike"
+            )
     prepared.check({other.path: other.describe()}, {info.path: info.describe()})
     return [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
 

@@ -58,6 +58,16 @@ def unreadable(path, error):
     return None
 
 
+HDF5, CHECKPOINT = "an HDF5 file", "a checkpoint (or another zip archive)"
+BEGINNINGS = {b"\x89HDF": HDF5, b"PK\3\4": CHECKPOINT}
+
+
+def kind_of(path):
+    """What a file is by its first bytes, HDF5 or CHECKPOINT; None for neither."""
+    with open(path, "rb") as f:
+        return BEGINNINGS.get(f.read(4))
+
+
 def absent(path, what):
     """Why a path is none of a file, in words. what: a file, or what the file should be"""
     try:

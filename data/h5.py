@@ -44,7 +44,17 @@ import numpy as np
 import psutil
 
 from data import figures
-from data.files import FORMAT, NO_LOCKS, InputError, absent, errno_of, replacing, unreadable
+from data.files import (
+    FORMAT,
+    HDF5,
+    NO_LOCKS,
+    InputError,
+    absent,
+    errno_of,
+    kind_of,
+    replacing,
+    unreadable,
+)
 from data.labels import without
 from data.options import Parser, cli, picture
 
@@ -374,13 +384,20 @@ def open_file(path):
     try:
         return _opened(path)
     except OSError as error:
-        if "unable to lock file" in str(error) or "already open for write" in str(error):
-            raise InputError(
-                f"{path}: another process is writing to it; wait until it ends"
-            ) from None
-        raise unreadable(path, error) or InputError(
-            f"{path}: not a readable HDF5 file (truncated?); convert the data again"
-        ) from None
+        if "unable to lock file" in str(error):
+            why = "another process is writing to it; wait until it ends"
+        elif "already open for write" in str(error):
+            why = (
+                "another process is writing to it, or was killed while it did; wait until it ends, "
+                "or, if none does, run h5clear -s on the file"
+            )
+        elif failed := unreadable(path, error):
+            raise failed from None
+        elif kind_of(path) == HDF5:
+            why = "not a readable HDF5 file (truncated?); convert the data again"
+        else:
+            why = f"{kind_of(path) or 'of another kind'}, not an HDF5 file; give the .h5 file"
+        raise InputError(f"{path}: {why}") from None
 
 
 def _opened(path):

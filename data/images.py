@@ -33,9 +33,7 @@ from data import h5, labels, loading, splits
 from data.files import InputError, read_table
 from data.options import Parser, cli, number
 from data.pixels import PICTURES, TURNED, note, read_mask, read_picture, say
-from data.splits import Row, by_name, plain_name
-
-IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
+from data.splits import Row, by_name, note_unread, plain_name
 
 
 def pictures(folder):
@@ -56,13 +54,7 @@ def is_picture(path):
 
 def say_unread(folders):
     """Prints how many files and folders in some folders are not read as pictures, if any."""
-    found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
-    unread = [p for p in found if p.suffix.lower() not in PICTURES | IGNORED]
-    if unread:
-        print(
-            f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
-            f"{unread[0]}; read are {', '.join(sorted(PICTURES))}"
-        )
+    note_unread(folders, is_picture, ", ".join(sorted(PICTURES)))
 
 
 # Each preset: folder -> [Row, ...]

@@ -64,6 +64,7 @@ def count_classes(files, where):
     found = sorted({0}.union(*files.values()))
     check_not_empty(found, where)
     if found == list(range(len(found))):
+        note_lone(files, found)
         return len(found)
     text = f"{where}: the labels hold {in_words(found)}, not each number from 0 on; "
     others = {max(held): path for path, held in files.items() if set(held) != {0}}
@@ -78,6 +79,20 @@ def count_classes(files, where):
         f"{text}give --labels {values} if these are all classes, background first, or name "
         "every class with --classes"
     )
+
+
+def note_lone(files, found):
+    """A note where one of several classes occurs in one file alone, which may number them its way.
+
+    files: of count_classes(); found: all values
+    """
+    holders = {k: [path for path, held in files.items() if k in held] for k in found[1:]}
+    lone = [(k, paths[0]) for k, paths in holders.items() if len(paths) == 1]
+    if lone and len(found) > 2 and len(files) > 1:
+        print(
+            f"note: {lone[0][1]} alone holds label value {lone[0][0]} of {in_words(found)}; if it "
+            "means a class of the other files, write it alike in all files"
+        )
 
 
 def check_not_empty(found, where):

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
-from data.files import InputError
+from data.files import InputError, kind_of
 from data.splits import Row, plain_name
 
 KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
@@ -25,11 +25,16 @@ def are_new(source):
     path = Path(source)
     if not source or not path.exists():
         raise InputError(f"{source}: no such file or folder; give new images, or a dataset file")
-    return (
-        path.is_dir()
-        or path.is_file()
-        and (path.suffix.lower() in pixels.PICTURES or nifti.NAME.fullmatch(path.name) is not None)
-    )
+    if not path.is_file():
+        return path.is_dir()
+    if path.suffix.lower() in pixels.PICTURES or nifti.NAME.fullmatch(path.name):
+        return True
+    if kind_of(path) is None:
+        kinds = ", ".join(sorted(pixels.PICTURES))
+        raise InputError(
+            f"{source}: is of a kind that is not read; save it as {kinds}, .nii or .nii.gz"
+        )
+    return False
 
 
 FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images may be
@@ -71,8 +76,7 @@ def find_in(path):
         raise InputError(
             f"{folder}: holds both pictures and NIfTI volumes; give a folder of one kind"
         )
-    if kind == "pictures":
-        images.say_unread([folder])
+    (images if kind == "pictures" else nifti).say_unread([folder])
     if others:
         print(
             f"note: images of {folder} alone are taken; those of {others[0][0]} need a run of "

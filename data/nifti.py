@@ -40,11 +40,11 @@ from nibabel.volumeutils import apply_read_scaling
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
 from data.options import Parser, cli, decimals, number
-from data.splits import Row, by_name, plain_name
+from data.pixels import to_float32
+from data.splits import Row, by_name, note_unread, plain_name
 
-NAME = re.compile(
-    r"([^.].*)\.nii(\.gz)?"
-)  # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+# no hidden files: archives made on a Mac are full of ._NAME.nii.gz
+NAME = re.compile(r"(?i)([^.].*)\.nii(\.gz)?")
 
 
 # ------------------------------------------------------------------------------------ finding cases
@@ -55,6 +55,11 @@ def volumes(folder):
     paths = sorted(folder.iterdir()) if folder.is_dir() else ()
     named = ((NAME.fullmatch(path.name), path) for path in paths)
     return by_name((plain_name(match[1]), path) for match, path in named if match)
+
+
+def say_unread(folders):
+    """Prints how many files and folders in some folders are not read as NIfTI, if any."""
+    note_unread(folders, lambda path: NAME.fullmatch(path.name), ".nii, .nii.gz")
 
 
 def find(src, channel):
@@ -69,6 +74,8 @@ def find(src, channel):
         raise InputError(
             f"{src / 'imagesTr'}: no .nii or .nii.gz is there; see python -m data.nifti --help"
         )
+    folders = [src / f"{what}{part}" for part in layout for what in ("images", "labels")]
+    say_unread(folder for folder in folders if folder.is_dir())
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
     for part, (images, labels) in layout.items():
         cases, found = one_channel(images, channel, nnunet)
@@ -114,7 +121,8 @@ def one_channel(images, channel, nnunet):
         if taken not in paths:
             raise InputError(
                 f"{next(iter(paths.values())).parent}: case '{name}' has no channel {taken} "
-                f"(it has: {', '.join(map(str, paths))}); add it, or choose another --channel"
+                f"(it has: {', '.join(map(str, paths))}); add it, or convert data "
+                "with another --channel"
             )
     found = {name: paths[taken] for name, paths in cases.items()}
     return found, set().union(*cases.values())
@@ -271,14 +279,18 @@ def load(path, channel=None):
     if len(size) == 4:
         if channel is None:
             raise InputError(
-                f"{path}: 4D, {size[3]} volumes in one file; choose an image's with "
-                "--channel; a label must have one"
+                f"{path}: 4D, {size[3]} volumes in one file; save the one that is meant alone, or "
+                "convert data with --channel, which chooses an image's"
             )
         if channel >= size[3]:
-            raise InputError(f"{path}: has no channel {channel}; it has 0 to {size[3] - 1}")
+            raise InputError(
+                f"{path}: has no channel {channel}, but 0 to {size[3] - 1}; add it, or leave it out"
+            )
         start += channel * math.prod(size[:3]) * kind.itemsize
-    elif channel and not re.search(rf"_{channel:04d}\.nii", path.name):
-        raise InputError(f"{path}: has no channel {channel}; it holds one volume")
+    elif channel and not re.search(rf"(?i)_{channel:04d}\.nii", path.name):
+        raise InputError(
+            f"{path}: has no channel {channel}, but one volume; add it, or leave it out"
+        )
     values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
     values = values.astype(kind.newbyteorder("="))
     try:
@@ -421,8 +433,8 @@ NOTES = {  # of cases, in the order in which they are said
     "tiny": "are less than {tiny} mm long; if that is a wrong unit, mend the spacing or its "
     "unit (xyzt_units)",
     "one slice": "have one slice alone, and a network for volumes learns and predicts little of it",
-    "not HU": "cannot be in Hounsfield units, so a window means nothing; subtract the offset "
-    "(often 1024), or set the header's slope and intercept",
+    "not HU": "do not look like Hounsfield units, and a window means nothing in others; if so, "
+    "subtract the offset (often 1000 or 1024), or set the header's slope and intercept",
 }
 
 
@@ -452,7 +464,7 @@ def read_case(row, how, src, notes, values=range(labels.MOST)):
         other = load(row.mask)
         check_grids(volume, other, row.image, row.mask)
         label = labels.class_numbers(other.values, row.mask, values)
-    image, affine = volume.values.astype(np.float32), volume.affine
+    image, affine = to_float32(volume.values, row.image), volume.affine
     placed, swapped, turned = space.has_axes(volume.header), False, False
     if how.axes and placed:
         turn = space.turn_to(how.axes, affine)
@@ -498,13 +510,18 @@ PADDINGS = 3  # values around a field of view, or beyond a scanner's range, that
 
 
 def not_hounsfield(image, window):
-    """Why the intensities (D, H, W) of a CT can hardly be Hounsfield units; None: they can."""
+    """Why the intensities (D, H, W) of a CT look unlike Hounsfield units; None: they do not."""
     low, high = window
     if np.ptp(image) < (high - low) / 20:
         return f"whose voxels are all between {image.min():g} and {image.max():g}"
     negative = np.bincount(np.minimum(-image[image < 0], 2**16).astype(int))
-    if np.sort(negative)[:-PADDINGS].sum() < 1e-3 * image.size:
+    negative[np.argsort(negative)[-PADDINGS:]] = 0
+    if negative.sum() < 1e-3 * image.size:
         return "whose voxels, but for padding, are all 0 or more"
+    # with an offset of 1000, noisy air is about 0, and a body above 600, where HU have little bone
+    dense, bright = (np.count_nonzero(image > v) / image.size for v in (100, 600))
+    if negative[200:].sum() < 0.01 * image.size and bright > max(0.01, dense - bright):
+        return f"hardly any of whose voxels are below -200, as air is, and {bright:.0%} above 600"
     if np.count_nonzero((image > low) & (image < high)) < 0.02 * image.size:
         return "nearly all of which lies outside of the window"
     return None
@@ -518,10 +535,11 @@ def resampled_size(grid, ratio, path):
     size = tuple(max(1, round(n / s)) for n, s in zip(grid, ratio))
     small = min(size[1:]) < h5.SMALLEST <= min(grid[1:])
     if small or math.prod(size) > 2**31:
-        remedy = "too few in a slice; choose a smaller" if small else "too many; choose a larger"
+        why, other = ("too few in a slice", "smaller") if small else ("too many", "larger")
         raise InputError(
             f"{path}: {' x '.join(map(str, grid))} voxels would become "
-            f"{' x '.join(map(str, size))}, {remedy} --spacing"
+            f"{' x '.join(map(str, size))}, {why}; leave it out, or convert data with a {other} "
+            "--spacing"
         )
     return size
 
@@ -614,6 +632,11 @@ def main(argv=None):
     rows = split_cases(splits.name_patients(rows, args), lists, args)
     classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
     axes = args.axes or common_axes([r.image for r in rows])
+    if axes is None:
+        print(
+            "note: no volume has an orientation (the codes of qform and sform are 0); they are "
+            "taken as they are, so they should be stored alike"
+        )
     how = Preparation(args.spacing, window, args.channel, nnunet, axes)
     notes = defaultdict(list)
     info = h5.write(

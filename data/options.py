@@ -198,6 +198,8 @@ def _complain(error, code):
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, PermissionError):
+        text += "; ask its owner for permission, or choose another"
     text = " ".join(text.split())
     line = "".join(c if c.isprintable() else "?" for c in text)  # file names may hold anything
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)

@@ -135,7 +135,17 @@ def read_tags(content):
         stream.seek(directory.next)
         directory.load(stream)
         tags = tags or dict(directory)
-    return tags, len(places)
+    return tags, max(len(places), pages_of_imagej(tags, len(content)))
+
+
+def pages_of_imagej(tags, size):
+    """How many pages ImageJ says there are: a file may have one directory (tags) for all of them.
+
+    1 if the file, of so many bytes, has no room for them: other programs keep ImageJ's text.
+    """
+    stack = re.search(r"(?m)^images=(\d{1,9})$", str(tags.get(270, "")))
+    page = tags.get(256, 0) * tags.get(257, 0) * np.max(tags.get(258, 8)) // 8
+    return int(stack[1]) if stack and int(stack[1]) * page <= size else 1
 
 
 def check_tags(path, tags, mode):
@@ -351,7 +361,13 @@ def to_gray(mask, file, K, values=None):
     With `values`, which class_numbers() is to map, the levels keep their depth.
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
-        mask = np.round(mask / 257)
+        levels = np.unique(mask)
+        if len(levels) <= FEW_LEVELS and (levels % 257).any():  # no black and white of 8 bits
+            raise InputError(
+                f"{file.path}: values {shares(mask)}, so not a mask of two classes; save the "
+                "foreground as 255 and all else as 0, or say with --labels which values there are"
+            )
+        mask = np.ceil(mask / 257)  # up, so that 1 does not become the background
     usable = are_whole(mask) & (mask >= 0) & (mask <= 255)
     if K == 2 and not usable.all():
         raise InputError(
@@ -453,7 +469,7 @@ def levels_of(mask):
 
 
 def shares(mask):
-    """The most frequent values of a mask (uint8) and their shares of the pixels, as text."""
+    """The most frequent values of a mask (8 or 16 bits) and their shares of its pixels, as text."""
     counts = levels_of(mask)
     most = sorted(np.argsort(-counts, kind="stable")[: min(4, (counts > 0).sum())])
     more = (counts > 0).sum() - len(most)

@@ -8,10 +8,11 @@ from collections import defaultdict
 from data.files import InputError
 
 
-def check(known, others):
+def check(known, others, remedy=None):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
+    remedy: where that is none, which could be converted again.
     InputError if intensities or axes mean something else. Other differences are a note, once. Where
     one side says nothing, as older files and checkpoints do, only `standardize` is compared.
     """
@@ -20,13 +21,13 @@ def check(known, others):
     notes = defaultdict(list)
     for other, data in others.items():
         for name in dict.fromkeys((first, path)):
-            _check_intensities(other, data, name, known[name], first)
+            _check_intensities(other, data, name, known[name], first, remedy)
         ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
         if ours and theirs and ours != theirs:
             raise InputError(
                 f"{other}: D, H and W of its images point along the body axes "
-                f"{theirs}, but those of {path} along {ours}; convert {first} again "
-                f"with --axes {theirs}"
+                f"{theirs}, but those of {path} along {ours}; "
+                + (remedy or f"convert {first} again with --axes {theirs}")
             )
         notes[_differences(_prepared(data), _prepared(known[path]))].append(other)
     notes.pop(("", ""), None)
@@ -38,18 +39,18 @@ def check(known, others):
         )
 
 
-def _check_intensities(other, theirs, name, ours, dataset):
+def _check_intensities(other, theirs, name, ours, dataset, remedy):
     """InputError unless the intensities of `other` mean what those of `name` do."""
     options, wanted = _intensities(theirs), _intensities(ours)
     known = options and wanted
     if _standardize(theirs) == _standardize(ours) and not (known and options != wanted):
         return
-    remedy = f"convert {dataset} again with {options}" if options else "convert both alike"
     if name != dataset:
         remedy = "leave one of them out"
+    again = f"convert {dataset} again with {options}" if options else "convert both alike"
     raise InputError(
         f"{other}: its images were {_words_of(theirs)}, but those of {name} were "
-        f"{_words_of(ours)}; {remedy}"
+        f"{_words_of(ours)}; {remedy or again}"
     )
 
 

@@ -70,6 +70,23 @@ def by_name(pairs):
     return found
 
 
+IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
+
+
+def note_unread(folders, is_read, kinds):
+    """A note where some folders hold files and folders that are not read.
+
+    is_read: of a path; kinds: endings of what is read, in words
+    """
+    found = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] != "."]
+    unread = [p for p in found if not (is_read(p) or p.suffix.lower() in IGNORED)]
+    if unread:
+        print(
+            f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
+            f"{unread[0]}; read are {kinds}"
+        )
+
+
 # ------------------------------------------------------------------------------------ splits
 
 

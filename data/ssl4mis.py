@@ -33,6 +33,7 @@ import numpy as np
 from data import h5, labels, loading
 from data.files import InputError, read_lists
 from data.options import Parser, cli, decimals, number
+from data.pixels import to_float32
 from data.splits import Row, add_patient, name_patients, note_patients, plain_name
 
 LAYOUTS = {
@@ -61,10 +62,7 @@ def read(path, axes, values):
             f"{path}: image of shape {image.shape} and type {image.dtype}; numbers "
             f"with {axes} axes are needed; make the file again"
         )
-    with np.errstate(over="ignore"):
-        image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise InputError(f"{path}: image has NaN or infinite pixels; mend them, or leave it out")
+    image = to_float32(image, path)
     if label is None:
         return image, None
     if label.shape != image.shape:

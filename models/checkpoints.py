@@ -148,9 +148,12 @@ def _load(path):
             warnings.simplefilter("ignore")  # the error says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file holds, it is the file that is wrong
-        raise files.unreadable(path, error) or InputError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); make it again"
-        ) from None
+        if failed := files.unreadable(path, error):
+            raise failed from None
+        why = f"not a readable checkpoint ({type(error).__name__}); make it again"
+        if files.kind_of(path) == files.HDF5:
+            why = "an HDF5 file, not a checkpoint; give the .pt of a finished stage"
+        raise InputError(f"{path}: {why}") from None
 
 
 # ---------------------------------------------------------------------------------- resuming a run
@@ -293,7 +296,9 @@ def load_quality(path, info, on, size=None, runs=None):
     check_trained_size(path, info, state["model"].get("size"))
     if not state["weights"].get("temperature", torch.ones(())) > 0:
         raise InputError(f"{path}: its temperature is not above 0; train it again")
-    prepared.check({info.path: info.describe()}, {path: state["data"]})
+    # for new images, f's checkpoint stands for the data
+    remedy = None if info.splits else "give a g that has learned from data like those of f"
+    prepared.check({info.path: info.describe()}, {path: state["data"]}, remedy)
     _note_other_flips(path, info, state["args"], runs or {})
     if state.get("blind") is True:  # files of earlier versions do not say
         print(f"note: {path}: this g hardly tells good from bad masks of val; see its qp.md")

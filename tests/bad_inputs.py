@@ -1483,6 +1483,13 @@ def wrong_labels():
         ("of another shape", np.zeros((16, 16, 8))),
     ):
         yield "data.ssl4mis", f"labels {name}", left_atria(label), ["a/mri_norm2.h5"], False
+    yield (
+        "data.ssl4mis",
+        "gray levels beyond 32 bits",
+        left_atria(image=np.resize(2**31 + np.arange(9), (16, 16, 9))),
+        ["a/mri_norm2.h5", "float32 cannot hold or tell apart"],
+        False,
+    )
     for name, content in (
         ("twice in a list", b"a\nb\na/mri_norm2.h5\n"),
         ("in two lists", b"a\nc\n"),

@@ -1095,6 +1095,9 @@ def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
     refused(evaluate.main, [rgb, run, *out], "classes")
     refused(evaluate.main, [gray, run, *out, "--qp", rgb_quality[1]], "qp.pt", "classes")
     refused(evaluate.main, [gray, gray_quality[1], *out], "stage 'qp'", "'ssl' is needed")
+    refused(evaluate.main, [gray, gray, *out], "an HDF5 file, not a checkpoint; give the .pt")
+    refused(evaluate.main, [run, gray, *out], "a checkpoint (or another zip archive), not an HDF5")
+    refused(evaluate.main, [__file__, run, *out], "of another kind, not an HDF5 file; give the .h5")
     refused(
         evaluate.main,
         [rgb, make_run(tmp_path / "b", h5.read_info(rgb)), *out, "--split", "test"],

@@ -64,6 +64,15 @@ def test_values_of_no_class_are_refused(values, listed, word):
         labels.class_numbers(np.array(values), "f", listed)
 
 
+def test_a_class_of_one_file_alone_is_noted(capsys):
+    a, b, c = map(Path, "abc")
+    for files in ({a: [0, 1, 2]}, {a: [0, 1], b: [0]}, {a: [0, 1, 2], b: [0, 2], c: [1]}):
+        labels.count_classes(files, "f")
+        assert not capsys.readouterr().out
+    assert labels.count_classes({a: [0, 1], b: [0, 2], c: [0, 1]}, "f") == 3
+    assert "note: b alone holds label value 2 of 0 to 2; if it means" in capsys.readouterr().out
+
+
 def test_found_values_must_have_no_gap():
     a, b = Path("a.nii"), Path("b.nii")
     assert labels.count_classes({a: [0, 1, 2]}, "f") == 3
@@ -273,7 +282,7 @@ def test_ssl4mis_images_that_are_none(tmp_path, refused):
     src, label = la(tmp_path / "la"), np.zeros((16, 20, 9), np.uint8)
     for image, word in (
         (np.full(label.shape, np.inf), "infinite"),
-        (np.full(label.shape, 1e300), "infinite"),
+        (np.full(label.shape, 1e300), "float32 cannot hold"),
         (label[0], "axes"),
         (label * 1j, "complex"),
         (np.full(label.shape, b"x"), "type"),

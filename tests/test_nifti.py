@@ -417,7 +417,9 @@ def test_four_dimensions_need_a_choice(tmp_path, refused):
     src, argv = make(tmp_path / "src", ["a"]), [tmp_path / "src", "--out", tmp_path / "g.h5"]
     first = np.random.default_rng(0).normal(0, 1, (4, 10, 12)).astype(np.float32)
     sitk.WriteImage(joined(first, -first), str(src / "imagesTr" / "a.nii.gz"))
-    refused(nifti.main, argv, "a.nii.gz", "4D", "2 volumes", "--channel")
+    refused(
+        nifti.main, argv, "a.nii.gz", "4D", "2 volumes", "; save the one", "data with --channel"
+    )
     refused(nifti.main, [*argv, "--channel", 2], "a.nii.gz", "no channel 2", "0 to 1")
     images = [load(convert(src, "--channel", c), "train", "a")[0] for c in (0, 1)]
     assert (
@@ -490,6 +492,26 @@ def test_names_that_come_twice(tmp_path, refused):
     refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "a.nii.gz", "a.nii is there too")
     src = make(make(tmp_path / "other", ["a"]), ["a"], tr="Ts")
     refused(nifti.main, [src, "--out", tmp_path / "g.h5"], "'a'", "both imagesTr and imagesTs")
+
+
+def test_files_that_are_not_read_are_noted(tmp_path, capsys):
+    """Endings may have capitals. New volumes are found alike."""
+    src, data = tmp_path / "src", dict(classes=["background", "x"], dims=3, channels=1)
+    for name, ending in (("a", ".NII.GZ"), ("b", ".Nii"), ("c", ".nii.gz")):
+        pair(src, name, ending=ending, **STRAIGHT)
+    info = convert(src, "--val", 0)
+    assert sorted(e.name for e in info.entries("train")) == ["a", "b", "c"]
+    assert "not read" not in capsys.readouterr().out
+    for name in ("labelsTr/c.mha", "labelsTr/d.dcm", "imagesTs/e.nrrd", "imagesTr/f.dcm"):
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).touch()
+    convert(src, "--val", 0)
+    new_images.convert(str(src / "imagesTr"), str(tmp_path / "n.h5"), data | dict(prepared=None))
+    one = new_images.convert(str(src / "imagesTr" / "a.NII.GZ"), str(tmp_path / "o.h5"), data)
+    said, name = capsys.readouterr().out, src / "imagesTr" / "f.dcm"
+    for words in ("4 of 10", "1 of 4"):
+        assert f"note: {words} files and folders are not read, such as {name}; read are .ni" in said
+    assert one.entries("unlabeled")[0].name == "a"
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
@@ -775,6 +797,7 @@ def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
         (dict(sizeof_hdr=540), ["NIfTI-2", "save it as NIfTI-1"]),
         (dict(scl_slope=1, scl_inter=np.inf), ["scl_inter"]),
         (dict(scl_slope=3e38), ["float32"]),
+        (dict(scl_slope=1, scl_inter=2**31), ["imagesTr", "float32 cannot hold or tell apart"]),
         (dict(datatype=32), ["complex64"]),
         (dict(datatype=128), ["RGB"]),
         (dict(datatype=77), ["unknown", "77"]),
@@ -918,10 +941,11 @@ def test_a_turned_volume_of_too_few_voxels_in_a_slice(tmp_path, refused):
 
 
 def test_volumes_that_know_no_axes_are_taken_as_they_are(tmp_path, capsys):
-    """With a note where others know theirs, and without one where none does."""
+    """With a note, where others know theirs and where none does."""
     label = pair(tmp_path / "src", "lost", **PLAIN)
     info = convert(tmp_path / "src", "--val", 0)
-    assert info.prepared["axes"] is None and "note" not in capsys.readouterr().out
+    assert info.prepared["axes"] is None
+    assert "note: no volume has an orientation" in capsys.readouterr().out
     pair(tmp_path / "src", "placed", **STRAIGHT | dict(quatern_d=1))
     info = convert(tmp_path / "src", "--val", 0)
     assert info.prepared["axes"] == "SPL"
@@ -949,7 +973,7 @@ def test_two_places_are_pointed_out(tmp_path, capsys):
 # ------------------------------------------------------------------------------ Hounsfield units
 
 
-def ct(shift=0, padding=None, scale=1):
+def ct(shift=0, padding=None, scale=1, noise=15):
     """A body of soft tissue, fat, lung and bone in air, as a scanner would store it."""
     rng, shape = np.random.default_rng(0), (9, 24, 24)
     values = np.full(shape, -1000.0)
@@ -960,7 +984,7 @@ def ct(shift=0, padding=None, scale=1):
         ((4, 16, 12), 2, 700),
     ):
         values[ball(shape, center, radius, (0, 1, 1)) > 0] = level
-    values = np.maximum(values + rng.normal(0, 15, shape), -1024) * scale + shift
+    values = np.maximum(values + rng.normal(0, noise, shape), -1024) * scale + shift
     if padding is not None:
         values[ball(shape, (4, 12, 12), 11, (0, 1, 1)) == 0] = padding
     return values
@@ -980,6 +1004,12 @@ def two_paddings(values):
         (ct()[:, 8:16, 4:20], None),
         (ct(1024), "0 or more"),
         (ct(1024, padding=-2000), "0 or more"),
+        (ct(1000), "below -200, as air is, and 39% above 600"),
+        (ct(1000, padding=-2000), "below -200"),
+        (ct(1000, noise=30), "below -200"),
+        (ct(1010, noise=30), "below -200"),
+        (ct(noise=30), None),
+        (ct()[:, 12:22, 4:20], None),  # without air
         (ct(scale=1 / 1000), "are all between"),
         (ct(9000, padding=-2000), "0 or more"),
         (ct(-5000), "outside of the window"),
@@ -996,7 +1026,7 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_pointed_out(values, why, tmp_pa
     assert "Hounsfield" not in capsys.readouterr().out
     convert(tmp_path / "src", "--val", 0, "--intensity", "ct")
     said = capsys.readouterr().out
-    assert "Hounsfield" not in said if why is None else "1 of 2 volumes cannot be in Houns" in said
+    assert "Hounsfield" not in said if why is None else "1 of 2 volumes do not look like" in said
     assert why is None or "(the first: b, " in said and why in said
 
 
@@ -1020,7 +1050,7 @@ def test_a_spacing_that_is_lost_or_of_a_wrong_unit_is_noted(fields, words, tmp_p
     for name in ("a", "b", "c"):
         pair(tmp_path / "src", name, **fields)
     convert(tmp_path / "src", "--val", 0)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.replace("note: no volume has an orientation", "")
     assert said.count("note:") == (words is not None)
     assert words is None or words in said and "note: 3 of 3 volumes" in said
 
@@ -1036,7 +1066,7 @@ def test_one_slice_is_noted_where_volumes_are_segmented(tmp_path, capsys):
 def test_a_spacing_that_leaves_too_little_is_refused(tmp_path, refused):
     pair(tmp_path / "src", **STRAIGHT)
     argv = [tmp_path / "src", "--out", tmp_path / "g.h5", "--spacing", "2.5,4,4"]
-    refused(nifti.main, argv, "a.nii.gz", "9 x 10 x 12", "9 x 2 x 2", "choose a smaller --spacing")
+    refused(nifti.main, argv, "a.nii.gz", "9 x 10 x 12", "9 x 2 x 2", "with a smaller --spacing")
 
 
 def test_doubtful_new_volumes_are_noted(tmp_path, capsys):

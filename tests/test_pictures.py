@@ -58,6 +58,7 @@ def assert_refused(read, name, words):
 
 # ------------------------------------------------------------------------------------ images
 
+STACK = {270: "ImageJ=1.53t\nimages=3\nslices=3\nloop=false\n"}  # what ImageJ says of 3 pages
 QUANTIZED = Image.fromarray(RGB).quantize(16)
 IMAGES = {
     "gray.png": (GRAY, {}, GRAY),
@@ -68,6 +69,7 @@ IMAGES = {
     "palette.png": (QUANTIZED, {}, np.array(QUANTIZED.convert("RGB"))),
     "one_bit.png": (Image.fromarray(GRAY > 99), {}, (GRAY > 99) * np.uint8(255)),
     "twelve.png": (DEEP, {}, DEEP),  # a handful of levels, if cut to 8 bits
+    "twelve_kept.tif": (Image.fromarray(DEEP), dict(tiffinfo=STACK), DEEP),  # one page of three
     "dark.tif": (DEEP // 16, {}, DEEP // 16),  # black, if cut to 8 bits
     "deep_rgb.png": (DEEP_RGB, {}, DEEP_RGB),
     "deep_rgb.tif": (DEEP_RGB, {}, DEEP_RGB),
@@ -154,7 +156,14 @@ def planar(path):
     path.write_bytes(content.replace(entry + b"\x01", entry + b"\x02"))
 
 
+def stack_of_imagej(path):
+    """Three pages of 16 bits, of which the first alone has a directory."""
+    save(path, Image.fromarray(DEEP), tiffinfo=STACK)
+    path.write_bytes(path.read_bytes() + 2 * DEEP.tobytes())
+
+
 FOREIGN = {
+    "stack.tif": (stack_of_imagej, {}, "has 3 pages"),
     "pages.tif": (
         Image.fromarray(GRAY),
         dict(save_all=True, append_images=[Image.fromarray(GRAY)] * 4),
@@ -209,6 +218,7 @@ BOX = np.pad(np.full((13, 17), 255, np.uint8), 9)
 HALVED_BOX = cv2.resize(BOX[:-1, :-1], (17, 15), interpolation=cv2.INTER_AREA)
 ENLARGED = cv2.resize(DISC * 255, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
 SOFT = cv2.resize(DISC * 255, None, fx=6, fy=6, interpolation=cv2.INTER_LINEAR)
+SOFT_16 = cv2.GaussianBlur(DISC * np.uint16(65535), (9, 9), 0)
 LARGE = cv2.circle(np.zeros((120, 160), np.uint8), (80, 60), 40, 255, -1)
 WORN = cv2.imdecode(cv2.imencode(".jpg", LARGE, [cv2.IMWRITE_JPEG_QUALITY, 20])[1], 0)
 FRAME = np.where(np.add.outer(range(40), range(56)) < 30, 11, DISC * 255).astype(np.uint8)
@@ -222,6 +232,7 @@ MASKS = {
     "half.png": (DISC * 128, {}, DISC),
     "within.png": (DISC * 230 + 10, {}, DISC),
     "full.tif": (DISC * np.uint16(65535), {}, DISC),
+    "full_soft.png": (SOFT_16, {}, SOFT_16 > 32768),
     "deep.tif": (DISC.astype(np.uint16), {}, DISC),
     "float.tif": (DISC.astype(np.float32), {}, DISC),
     "bit.png": (Image.fromarray(DISC > 0), {}, DISC),
@@ -289,6 +300,7 @@ def test_our_own_masks_need_no_note(tmp_path):
 
 
 BORDERED = np.where(RING > 0, 255, DISC)  # a class number with a border of 255: void
+BORDERED_16 = np.where(RING > 0, np.uint16(65535), DISC)
 PATCHES = cv2.circle(np.zeros((300, 400), np.uint8), (200, 150), 120, 255, -1)
 PATCHES = cv2.GaussianBlur(PATCHES, (9, 9), 0)  # whose edges hide a small region
 PATCHES[20:25, 30:35] = 128
@@ -307,7 +319,12 @@ UNCLEAR = {
     "third.png": (DISC * 85 + HEART * 170, {}, "0 .*, 85 .*, 255 .*of 85"),
     "third_blurred.png": (cv2.GaussianBlur(DISC * 90 + HEART * 165, (3, 3), 0), {}, "of 90"),
     "third.jpg": (DISC * 128 + HEART * 127, {}, "of 12"),
-    "third.tif": (DISC * np.uint16(30000) + HEART * np.uint16(35535), {}, "of 117"),
+    "third.tif": (DISC * np.uint16(30000) + HEART * np.uint16(35535), {}, "30000 .*, 65535"),
+    "deep_void.png": (BORDERED_16, {}, "0 .*, 1 .*, 65535 "),
+    "deep_void_2.tif": (np.maximum(BORDERED_16, 2 * DISC), {}, "0 .*, 2 .*, 65535 "),
+    "deep_void_100.png": (np.maximum(BORDERED_16, 100 * DISC), {}, "100 .*, 65535 "),
+    "deep_void_rgb.png": (np.dstack([BORDERED_16] * 3), {}, "0 .*, 1 .*, 65535 "),
+    "deep_void_257.png": (BORDERED * np.uint16(257), {}, "regions or lines of 1"),
     "fourth.png": (np.where(RING > 0, 85, DISC * 170) + HEART * 85, {}, "85 .*, 170 .*, 255"),
     "nearly.png": (DISC * 240 + HEART * 15, {}, "of 240"),
     "photograph.png": (GRAY, {}, "neither black nor white"),

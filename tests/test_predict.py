@@ -360,7 +360,7 @@ def test_new_volumes_are_turned_to_the_network_and_masks_back(tmp_path, capsys, 
 
 
 def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsys):
-    for folder, values in (("src/imagesTr", ct()), ("src/labelsTr", ct() > 0), ("new", ct(1024))):
+    for folder, values in (("src/imagesTr", ct()), ("src/labelsTr", ct() > 0), ("new", ct(1000))):
         for name in "abc":
             nii(tmp_path / folder / f"{name}.nii", values.astype(np.int16), qform_code=1)
     nifti.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5"), "--intensity", "ct"])
@@ -369,7 +369,7 @@ def test_new_ct_volumes_that_are_not_in_hounsfield_units(bright, tmp_path, capsy
     for folder, noted in (("new", True), ("src/imagesTr", False)):
         argv = [str(tmp_path / folder), run, "--predict", "--out", str(tmp_path / "out")]
         evaluate.main([*argv, "--overwrite"])
-        assert ("3 of 3 volumes cannot be in Hounsfield" in capsys.readouterr().out) == noted
+        assert ("3 of 3 volumes do not look like Hounsfield" in capsys.readouterr().out) == noted
 
 
 @pytest.mark.parametrize("kind, size", [("gray", 32), ("volumes", (16, 16, 32))])
@@ -526,6 +526,9 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
     )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
+    for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
+        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
+        refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
     shutil.copy(scans / "a.nii.gz", folder)
     refused(evaluate.main, [folder, run, *out], "both")
     (folder / "a.nii.gz").unlink()

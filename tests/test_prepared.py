@@ -142,7 +142,12 @@ def test_every_script_compares(gray, gray_quality, tmp_path, refused):
     torch.save(state, tmp_path / "qp.pt")
     g = ["--qp", tmp_path / "qp.pt"]
     refused(evaluate.main, [wide, runs[0], *g, *out], "qp.pt", clip)
-    refused(evaluate.main, [wide, runs[0], *g, "--predict", *out], "qp.pt", "window -175,250")
+    refused(
+        evaluate.main,
+        [wide, runs[0], *g, "--predict", *out],
+        "qp.pt",
+        "; give a g that has learned",
+    )
     ssl = [wide, "--size", "32", "--method", "mean_teacher", *out]
     refused(train_ssl.main, [*ssl, "--weight", "quality", *g], "qp.pt", clip)
     refused(train_ssl.main, [*ssl, "--unlabeled", narrow], "200.h5", "convert", "--clip -175,250")

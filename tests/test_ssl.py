@@ -1163,7 +1163,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         "--head dense",
     )
     refused(train_ssl.main, [gray, *out, "--method", "nonsense"], "nonsense")
-    refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel")
+    refused(train_ssl.main, [gray, *out, "--unlabeled", rgb], "channel", "; convert both")
     refused(train_ssl.main, [gray, *out, "--ema", "1"], "--ema")
     shutil.copy(gray, tmp_path / "no_val.h5")
     with h5py.File(tmp_path / "no_val.h5", "a") as f:

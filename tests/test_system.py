@@ -14,10 +14,10 @@ from pathlib import Path
 
 import h5py
 import pytest
-from conftest import python
+from conftest import make_pictures, python
 
 import corrupt
-from data import files, h5
+from data import files, h5, images
 from data.files import InputError, claim
 from data.log import Log
 from data.options import cli
@@ -44,7 +44,8 @@ OPEN = "Unable to synchronously open file (unable to open file: name = 'd', errn
         (
             None,
             "file is already open for write (may use h5clear)",
-            "another process is writing to it",
+            "another process is writing to it, or was killed while it did; wait until it ends, or, "
+            "if none does, run h5clear -s",
         ),
         (errno.EACCES, OPEN, "not permitted to read it; ask"),
         (errno.EPERM, OPEN, "not permitted to read it; ask"),
@@ -135,6 +136,19 @@ def test_what_is_not_permitted(closed, words, stranger):
     finally:
         os.seteuid(os.getuid())
         inner.chmod(stat.S_IRWXU)
+
+
+@pytest.mark.parametrize("name", ["images/p0.png", "masks/p0.png", "train.txt"])
+def test_a_source_that_is_not_permitted(name, stranger, refused):
+    folder, become = stranger
+    make_pictures(folder, 1)
+    (folder / "train.txt").write_text("p0")
+    argv = [str(folder), "--out", str(folder / "o.h5")]
+    images.main(argv)  # Python loads some of itself late, which the stranger may not
+    (folder / name).chmod(0)
+    folder.chmod(0o777)
+    become()
+    refused(images.main, argv, f"{name}: Permission denied; ask its owner")
 
 
 def test_a_pipe_is_no_file(tmp_path):
