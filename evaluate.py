@@ -298,7 +298,7 @@ def check_runs(args, info, states):
         checkpoints.check_trained_size(path, info, state["args"]["size"])
         checkpoints.flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
-    prepared.check({info.path: info.describe()} | described, described)
+    prepared.check({args.data: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         found = ", ".join(f"{path} has {size}" for size, path in sizes.items())
@@ -758,6 +758,7 @@ def data_of(path, state):
         checksum=0,
         standardize=data.get("standardize", True),
         prepared=data.get("prepared"),
+        spacing=data.get("spacing"),
     )
 
 

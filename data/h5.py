@@ -120,6 +120,7 @@ class Info:
     checksum: int  # of all cases, as written
     standardize: bool = True
     prepared: dict | None = None  # see write()
+    spacing: list | None = None  # mm per axis that networks see: the median of what cases know
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
@@ -518,6 +519,9 @@ def read_info(path):
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in info.splits.items()})
     sums = [(s, e.name, e.checksum) for s, entries in info.splits.items() for e in entries]
     info.checksum = zlib.crc32(repr(sums).encode())
+    cases = [e for entries in info.splits.values() for e in entries]
+    if known := [e.spacing[-info.dims :] for e in cases if e.spacing_known]:
+        info.spacing = np.median(known, 0).tolist()
     return info
 
 

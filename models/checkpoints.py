@@ -212,7 +212,7 @@ def _check_same_run(last, state, args, data, sums, free):
             option = f"--{key.replace('_', '-')}"
             raise InputError(f"{last}: was started with {option} {found}, not {value}; {REPLACE}")
     for key, value in data.items():
-        found = state["data"].get(key)
+        found = state["data"].get(key, value)  # older runs know less of their data
         if found != value:
             raise InputError(
                 f"{last}: was started on other data ({key} {found}, not {value}); {REPLACE}"
