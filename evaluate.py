@@ -956,6 +956,8 @@ def scores_title(args, runs, windows):
     resampled = sum(entry.source_grid is not None for entry in runs.entries)
     if resampled and args.grid == "source":
         title += "; scored on the sources' own grids"
+    elif args.grid == "source":
+        title += "; no source is known to have another grid (--grid source)"
     elif resampled:
         title += (
             f"; {resampled} of the cases are scored on the resampled grid of the dataset, not on "

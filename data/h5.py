@@ -144,7 +144,8 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     """Writes cases (an iterable of Case) to `path`, whole or not at all. -> Info
 
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
-    "from" ("pictures" or "nifti") and the entries of nifti.Preparation; None: nobody knows.
+    "from" ("pictures", "nifti" or "ssl4mis") and, of NIfTI, the entries of nifti.Preparation; None:
+    nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
