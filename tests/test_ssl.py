@@ -7,6 +7,7 @@ import re
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, FakeG, python
@@ -1136,6 +1137,46 @@ def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
     assert "no unlabeled image" in capsys.readouterr().out
     train(gray, tmp_path / "b", "--labeled", "all", "--method", "mean_teacher", "--unlabeled", gray)
     assert "24 labeled and 24 unlabeled slices" in capsys.readouterr().out
+
+
+def test_patients_of_val_and_test_in_the_second_file_are_noted(tmp_path, capsys):
+    image = lambda seed: np.random.default_rng(seed).random((32, 32), np.float32)
+
+    def write(path, *cases, name="a"):
+        path = str(tmp_path / path)
+        made = [
+            h5.Case(split, f"c{i}", image(seed), np.eye(32, dtype=np.uint8), patient, source=source)
+            for i, (split, seed, patient, source) in enumerate(cases)
+        ]
+        h5.write(path, made, name=name, classes=["background", "x"], dims=2, channels=1)
+        return path
+
+    held_out = ("val", 1, "p1", ""), ("test", 2, "p2", ""), ("test", 3, "c3", "s3")
+    one = write("a.h5", ("train", 0, "p0", ""), *held_out)
+    with h5py.File(one, "a") as f:
+        for case in f["test"].values():
+            del case["label"]  # nobody looks at labels or pixels
+            case["image"][...] = 7
+    told = lambda other: (
+        train_ssl.second_file(other, h5.read_info(one)),
+        capsys.readouterr().out,
+    )[1]
+    for cases, words in (
+        ([("unlabeled", 9, "p2", "")], "such as p2 (unlabeled/c0 beside test/c2; 1 in all)"),
+        ([("train", 1, "c0", "")], "such as c0 (train/c0 beside val/c1; 1 in all)"),  # its image
+        ([("train", 9, "c0", "s3")], "such as c0 (train/c0 beside test/c3; 1 in all)"),
+        (
+            [("train", 2, "p2", ""), ("unlabeled", 1, "c1", "")],
+            "such as p2 (train/c0 beside test/c2; 2 in all)",
+        ),
+    ):
+        other = write("b.h5", *cases)
+        assert f"note: {other}: holds patients of val or test of {one}, {words}: " in told(other)
+    fine = [("train", 0, "p0", ""), ("unlabeled", 9, "c1", ""), ("val", 1, "p1", "")]
+    assert "holds patients" not in told(write("b.h5", *fine))
+    alike = [("train", 8, "c0", ""), ("train", 7, "c1", ""), ("train", 9, "c2", "")]
+    alike += [("unlabeled", 6, "c3", "s3")]  # another dataset, whose cases are numbered, too
+    assert "holds patients" not in told(write("b.h5", *alike, name="b"))
 
 
 @pytest.mark.parametrize("cache", ["ram", "off"])
