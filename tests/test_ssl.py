@@ -1302,7 +1302,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     refused(
         lambda argv: train(gray, tmp_path / "o", *argv),
         ["--resume", "--lr", "0.5"],
-        "--lr 0.001, not 0.5",
+        "with --lr 0.001, not with --lr 0.5",
     )
     refused(
         lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one"
@@ -1328,6 +1328,19 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         ["--resume"],
         "other data",
     )
+
+
+def test_an_option_that_was_not_given_is_called_so(gray, tmp_path, refused):
+    train(gray, tmp_path / "o", "--flip", "none")
+    again = lambda argv: train(gray, tmp_path / "o", "--resume", *argv)
+    refused(again, [], "with --flip none, not without --flip; give the same, or replace it")
+    train(gray, tmp_path / "o", "--overwrite")
+    refused(again, ["--flip", "H"], "was started without --flip, not with --flip H")
+    refused(again, ["--compile"], "was started without --compile, not with --compile;")
+    state = torch.load(tmp_path / "o" / "last.pt", weights_only=True)
+    del state["data"]["spacing"]  # an older run
+    torch.save(state, tmp_path / "o" / "last.pt")
+    again([])
 
 
 def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch):
