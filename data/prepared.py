@@ -34,11 +34,11 @@ def check(known, others):
             )
     for ((theirs, ours), name), paths in notes.items():
         more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        remedy = "; convert both with one --spacing" if "voxels" in theirs else ""
+        remedy = "one --spacing" if "voxels" in theirs else "the same options"
         if theirs:
             print(
                 f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but "
-                f"{ours} for {name}{remedy}"
+                f"{ours} for {name}; convert both with {remedy}"
             )
 
 
