@@ -892,6 +892,7 @@ def write_masks(path, labeled, weak, args, command):
             seed=args.seed,
             size=args.size,
             spec=args.labeled + seed,
+            flip=args.flip or ",".join("DHW"[-labeled.info.dims :]),
             command=shlex.join(command).encode(errors="backslashreplace").decode(),
         )
         n_harvest = round(args.masks * args.harvest_share)  # of each train sample

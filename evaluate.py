@@ -297,7 +297,7 @@ def check_runs(args, info, states):
         checkpoints.check_trained_size(path, info, state["args"]["size"])
         checkpoints.flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
-    prepared.check({info.path: info.describe()} | described, described)
+    prepared.check({args.data: info.describe()} | described, described)
     sizes = {state["args"]["size"]: path for path, state in states.items()}
     if args.qp and len(sizes) > 1:
         found = ", ".join(f"{path} has {size}" for size, path in sizes.items())
@@ -752,6 +752,7 @@ def data_of(path, state):
         checksum=0,
         standardize=data.get("standardize", True),
         prepared=data.get("prepared"),
+        spacing=data.get("spacing"),
     )
 
 
@@ -955,6 +956,8 @@ def scores_title(args, runs, windows):
     resampled = sum(entry.source_grid is not None for entry in runs.entries)
     if resampled and args.grid == "source":
         title += "; scored on the sources' own grids"
+    elif args.grid == "source":
+        title += "; no source is known to have another grid (--grid source)"
     elif resampled:
         title += (
             f"; {resampled} of the cases are scored on the resampled grid of the dataset, not on "

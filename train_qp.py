@@ -395,6 +395,9 @@ def load_data(info, args):
     train = load(args.vqm, "train", info, size, probabilities=args.soft > 0, shrink=shrink)
     synthetic = load(args.vqm, "val", info, size, shrink=shrink)
     real = load(args.vqm, "real", info, size, shrink=shrink)
+    if train.flip:
+        flip = checkpoints.flip_of(args.vqm, info, vars(train))
+        checkpoints.note_other_flips(args.vqm, "its networks have", flip, "g", [args.flip])
     held = supervision.held_classes(info, "val", real.samples.case)
     data = Data(info, train, synthetic, real, held)
     if absent := [c for c in info.classes if c not in data.classes]:

@@ -49,6 +49,7 @@ from data.files import InputError, claim
 from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
+from data.splits import note_shared
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
@@ -821,6 +822,7 @@ def second_file(path, info):
                 f"{path}: has {key} {theirs}, but {info.path} has {ours}; convert both alike"
             )
     prepared.check({other.path: other.describe()}, {info.path: info.describe()})
+    note_shared(info, other)
     return [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
 
 

@@ -130,6 +130,7 @@ class Info:
     checksum: int  # of all cases, as written
     standardize: bool = True
     prepared: dict | None = None  # see write()
+    spacing: list | None = None  # mm per axis that networks see: the median of what cases know
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
@@ -153,7 +154,8 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     """Writes cases (an iterable of Case) to `path`, whole or not at all. -> Info
 
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
-    "from" ("pictures" or "nifti") and the entries of nifti.Preparation; None: nobody knows.
+    "from" ("pictures", "nifti" or "ssl4mis") and, of NIfTI, the entries of nifti.Preparation; None:
+    nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
@@ -535,6 +537,9 @@ def read_info(path):
     _check_patients(path, {s: {e.patient for e in entries} for s, entries in info.splits.items()})
     sums = [(s, e.name, e.checksum) for s, entries in info.splits.items() for e in entries]
     info.checksum = zlib.crc32(repr(sums).encode())
+    cases = [e for entries in info.splits.values() for e in entries]
+    if known := [e.spacing[-info.dims :] for e in cases if e.spacing_known]:
+        info.spacing = np.median(known, 0).tolist()
     return info
 
 

@@ -92,9 +92,9 @@ def convert(source, out, data):
     has learned from, or if one of them cannot be read.
     """
     kind, paths = find(Path(source))
-    prepared = data.get("prepared")
-    if prepared is None:
-        prepared = assumed(kind, source, data)
+    prepared, said = data.get("prepared"), True
+    if prepared is None or isinstance(prepared, dict) and prepared.get("from") == "ssl4mis":
+        prepared, said = assumed(kind, source, data), False
     how = preparation(prepared, source)
     learned = prepared["from"]
     if learned == kind and (data["dims"] == 3 or data["channels"] == 3):
@@ -116,7 +116,7 @@ def convert(source, out, data):
             dims=data["dims"],
             channels=data["channels"],
             standardize=data.get("standardize", True),
-            prepared=prepared,
+            prepared=prepared if said else None,
         )
     except InputError as error:  # in words that fit images which nobody had to convert
         text = re.sub("( and|;) convert the data again", "", str(error))
@@ -145,6 +145,12 @@ def assumed(kind, source, data):
         "note: the checkpoint does not say how its data were prepared; "
         f"{KINDS[kind]} are taken as they are, {manner}"
     )
+    shrink = (data.get("prepared") or {}).get("shrink")
+    if type(shrink) is int and shrink > 1:
+        print(
+            f"note: {source}: the network has learned from volumes of --shrink {shrink}; give it "
+            "volumes as coarse, or train one without --shrink"
+        )
     return {"from": kind}
 
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 
 from data.files import InputError
 
+CLEARLY = 1.5  # ratio of sides from which on voxels are of another size
+
 
 def check(known, others, remedy=None):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
@@ -15,6 +17,7 @@ def check(known, others, remedy=None):
     remedy: where that is none, which could be converted again.
     InputError if intensities or axes mean something else. Other differences are a note, once. Where
     one side says nothing, as older files and checkpoints do, only `standardize` is compared.
+    a window that one side does not know, and voxels of clearly another size. Where one side says
     """
     first = next(iter(known))
     path = next((p for p, data in known.items() if _prepared(data)), first)
@@ -22,6 +25,7 @@ def check(known, others, remedy=None):
     for other, data in others.items():
         for name in dict.fromkeys((first, path)):
             _check_intensities(other, data, name, known[name], first, remedy)
+            notes[_differences(data, known[name]), name].append(other)
         ours, theirs = (_text(_prepared(d).get("axes") or "") for d in (known[path], data))
         if ours and theirs and ours != theirs:
             raise InputError(
@@ -29,14 +33,14 @@ def check(known, others, remedy=None):
                 f"{theirs}, but those of {path} along {ours}; "
                 + (remedy or f"convert {first} again with --axes {theirs}")
             )
-        notes[_differences(_prepared(data), _prepared(known[path]))].append(other)
-    notes.pop(("", ""), None)
-    for (theirs, ours), paths in notes.items():
+    for ((theirs, ours), name), paths in notes.items():
         more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        print(
-            f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but {ours} "
-            f"for {path}"
-        )
+        remedy = "one --spacing" if "voxels" in theirs else "the same options"
+        if theirs:
+            print(
+                f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but "
+                f"{ours} for {name}; convert both with {remedy}"
+            )
 
 
 def _check_intensities(other, theirs, name, ours, dataset, remedy):
@@ -83,19 +87,30 @@ def _words_of(data):
     return "brought to an unknown window (standardize False)"
 
 
-def _differences(theirs, ours):
-    """The settings that both preparations state but that differ, as two texts: theirs, ours.
+def _voxels(data):
+    """mm per axis that describe() says, () for nothing."""
+    found = data.get("spacing")
+    if isinstance(found, list) and all(type(mm) is float and mm > 0 for mm in found):
+        return found
+    return ()
 
-    Both texts are empty if nothing differs.
-    """
+
+def _differences(*both):
+    """What both sides state but that differs, as two texts; empty ones if nothing does."""
 
     def stated(value):
         return _text(0 if value is None else value)  # channel: none is the first
 
+    a, b = map(_prepared, both)
     free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
-    keys = [k for k in theirs if k in ours and k not in free]
-    keys = [k for k in keys if stated(theirs[k]) != stated(ours[k])]
-    return tuple(", ".join(f"{_text(k)} {_text(p[k])}" for k in keys) for p in (theirs, ours))
+    keys = [k for k in a if k in b and k not in free and stated(a[k]) != stated(b[k])]
+    texts = [[f"{_text(k)} {_text(p[k])}" for k in keys] for p in (a, b)]
+    windows = list(map(_intensities, both))
+    if any(windows) and not all(windows) and not _standardize(both[0]):
+        texts = [[*text, _words_of(data)] for text, data in zip(texts, both)]
+    if any(max(x, y) > CLEARLY * min(x, y) for x, y in zip(*map(_voxels, both))):
+        texts = [[*text, f"voxels of {_text(_voxels(d))} mm"] for text, d in zip(texts, both)]
+    return tuple(map(", ".join, texts))
 
 
 def _text(value, joined=" x "):

@@ -1,7 +1,7 @@
 """vqm.h5, the masks of variable quality that corrupt.py hands to train_qp.py.
 
     attrs                format, stage="vqm", data's name, checksum, classes, channels;
-                         catalog, seed, size, command, spec
+                         catalog, seed, size, command, spec, flip
     /train, /val, /real  mask [N, *S] uint8, dice [N, K-1], case,
                          source (corruption or network), draw (its random seed)
                          at [N, 1] the mask's slice, or [N, 3] the first corner (z, y, x) of its
@@ -15,7 +15,8 @@ networks for its samples are in /real, under the same case and at. A file that w
 /real had probabilities is read as one without.
 
 size: S, the side of slices, or *S, the (D, H, W) of patches. spec: the --labeled (and
---labeled-seed) of corrupt.py.
+--labeled-seed) of corrupt.py. flip: the axes along which its weak networks have seen flips, or
+none; absent in older files.
 """
 
 import zlib
@@ -92,6 +93,7 @@ class Masks:
     prob: list  # M of [K-1, *S] uint8
     prob_index: torch.Tensor  # [N] into prob, -1: none
     spec: str  # --labeled of corrupt.py
+    flip: str | None  # --flip of corrupt.py; None: the file does not say
     patch: tuple | None  # (D, H, W) of the patches of a volume, before they were resized
     own: tuple  # *S of the masks before they were resized
 
@@ -232,6 +234,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
     with h5.open_file(path) as f, h5.reading(where, REMEDY):
         held = open_split(f, path, split, info, probabilities)
         spec = h5.attribute(f, "spec", str, path)
+        flip = h5.attribute(f, "flip", str, path, optional=True)
         own = tuple(map(int, held["mask"].shape[1:]))
         patch = own if info.dims == 3 else None
         if not size:
@@ -263,6 +266,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
         prob=prob,
         prob_index=torch.from_numpy(prob_index).long(),
         spec=spec,
+        flip=flip,
         patch=patch,
         own=own,
     )

@@ -14,6 +14,7 @@ import nibabel
 import numpy as np
 from nibabel import orientations
 
+from data import loading
 from data.files import InputError
 
 BYTES = 348  # of a header
@@ -286,8 +287,7 @@ def to_source(label, entry):
     """
     if entry.source_grid is None or len(entry.source_grid) == 2:  # pictures are predicted there
         return label
-    if entry.spacing_known:
-        ratio = np.divide(entry.source_spacing, entry.spacing)
-    else:
-        ratio = np.divide(entry.grid, entry.source_grid)
+    if entry.affine is None or not entry.spacing_known:  # both grids have the same ends
+        return loading.resize_label(label, entry.source_grid)
+    ratio = np.divide(entry.source_spacing, entry.spacing)
     return resample(label, entry.source_grid, ratio, nearest=True)

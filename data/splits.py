@@ -204,6 +204,42 @@ def name_patients(rows, args):
     return [r._replace(patient=match[1]) for r, match in zip(rows, found)]
 
 
+def note_shared(info, other):
+    """A note where the unlabeled images of a second file are of patients of val or test of `info`.
+
+    They are if patients have one name, which is more than a case's, if images have one source in
+    datasets of one name, or if they are equal by grid, mean and deviation. No image is opened.
+    """
+    scored = {}
+    for split in ("val", "test"):
+        for entry in info.splits.get(split, ()):
+            scored |= dict.fromkeys(_marks(info, split, entry), f"{split}/{entry.name}")
+    both = [
+        (f"{split}/{entry.name}", entry.patient, scored[mark])
+        for split in ("train", "unlabeled")
+        for entry in other.splits.get(split, ())
+        for mark in _marks(other, split, entry)
+        if mark in scored
+    ]
+    if both:
+        name, patient, twin = both[0]
+        count = len({name for name, *_ in both})
+        print(
+            f"note: {other.path}: holds patients of val or test of {info.path}, such as {patient} "
+            f"({name} beside {twin}; {count} in all): scores would be too good; take them out"
+        )
+
+
+def _marks(info, split, entry):
+    """What tells a case's patient in any file. -> list"""
+    marks = [(info.name, entry.source)] if entry.source else []
+    if (entry.std or 0) > 1e-6:  # not one value everywhere
+        marks.append((entry.grid, entry.mean, entry.std))
+    if entry.patient not in (entry.name, f"{split}/{entry.name}"):
+        marks.append(entry.patient)
+    return marks
+
+
 MARKS = " _.-"  # characters that part a name
 DATE = re.compile(
     r"(?<!\d)(19|20)\d\d([-_.]?)(0[1-9]|1[0-2])\2(0[1-9]|[12]\d|3[01])(?!\d)"

@@ -228,9 +228,12 @@ def la_cases(rows, src, spacing, values, shrink):
                 "too few in a slice; choose a smaller one"
             )
         wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
-        image = loading.resize_image(image, size)
-        label = None if label is None else loading.resize_label(label, size)
-        yield row.case(src, image, label, spacing=wide)
+        case = row.case(src, image, label, spacing=wide)
+        if shrink > 1:
+            case.source_grid, case.source_label = image.shape, label
+            case.image = loading.resize_image(image, size)
+            case.label = None if label is None else loading.resize_label(label, size)
+        yield case
 
 
 def of_layout(cases, src, layout):
@@ -317,6 +320,7 @@ def main(argv=None):
         classes=classes,
         dims=args.dims or dims,
         channels=1,
+        prepared={"from": "ssl4mis", "shrink": args.shrink},
     )
     labels.tell_mapping(args.labels)
     h5.report(info)

@@ -212,10 +212,10 @@ def _check_same_run(last, state, args, data, sums, free):
             continue
         found = state["args"].get(key)
         if found != value:
-            option = f"--{key.replace('_', '-')}"
-            raise InputError(f"{last}: was started with {option} {found}, not {value}; {REPLACE}")
+            then, now = (_given(key, v) for v in (found, value))
+            raise InputError(f"{last}: was started {then}, not {now}; give the same, or {REPLACE}")
     for key, value in data.items():
-        found = state["data"].get(key)
+        found = state["data"].get(key, value)  # older runs know less of their data
         if found != value:
             raise InputError(
                 f"{last}: was started on other data ({key} {found}, not {value}); {REPLACE}"
@@ -226,6 +226,16 @@ def _check_same_run(last, state, args, data, sums, free):
                 f"{last}: was started with another file as --{key} than {getattr(args, key)} is "
                 f"now; {REPLACE}"
             )
+
+
+def _given(key, value):
+    """An option of a run, in words."""
+    option = f"--{key.replace('_', '-')}"
+    if value is None or value is False:
+        return f"without {option}"
+    if isinstance(value, (tuple, list)):
+        value = ",".join(map(str, value))
+    return f"with {option}" if value is True else f"with {option} {value}"
 
 
 def check_finite(parts, names, nets, step, advice):
@@ -299,7 +309,8 @@ def load_quality(path, info, on, size=None, runs=None):
     # for new images, f's checkpoint stands for the data
     remedy = None if info.splits else "give a g that has learned from data like those of f"
     prepared.check({info.path: info.describe()}, {path: state["data"]}, remedy)
-    _note_other_flips(path, info, state["args"], runs or {})
+    flips = [flip_of(run, info, args) for run, args in (runs or {}).items()]
+    note_other_flips(path, "g has", flip_of(path, info, state["args"]), "f", flips)
     if state.get("blind") is True:  # files of earlier versions do not say
         print(f"note: {path}: this g hardly tells good from bad masks of val; see its qp.md")
     names = [name for name in models.NETWORKS if name.startswith("quality")]
@@ -307,15 +318,13 @@ def load_quality(path, info, on, size=None, runs=None):
     return g.requires_grad_(False), state["labeled"]
 
 
-def _note_other_flips(path, info, args, runs):
-    """Prints a note where a run's --flip is another than that of g. runs: {path: args}"""
-    flip = flip_of(path, info, args)
-    flips = [flip_of(run, info, their_args) for run, their_args in runs.items()]
+def note_other_flips(path, who, flip, whom, flips):
+    """Prints a note where one of `flips`, those of `whom`, is not that of `who`, of a file."""
     others = [other for other in flips if other != flip]
     if others:
         words = {None: "all axes", "none": "no axis"}
         print(
-            f"note: {path}: g has seen flips along {words.get(flip, flip)}, but f along "
+            f"note: {path}: {who} seen flips along {words.get(flip, flip)}, but {whom} along "
             f"{words.get(others[0], others[0])}; train both with the same --flip"
         )
 

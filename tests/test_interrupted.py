@@ -158,7 +158,12 @@ def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, cap
     assert (
         "finished" in capsys.readouterr().out and (tmp_path / "vqm.h5").stat().st_mtime_ns == before
     )
-    refused(corrupt.main, [*argv, "--seed", "1"], "started with --seed 0, not 1", "--overwrite")
+    refused(
+        corrupt.main,
+        [*argv, "--seed", "1"],
+        "started with --seed 0, not with --seed 1; give",
+        "--overwrite",
+    )
     corrupt.main([*argv, "--overwrite"])
     assert (tmp_path / "vqm.h5").stat().st_mtime_ns > before
     for path in (tmp_path / "weak").iterdir():

@@ -466,14 +466,13 @@ def test_a_checkpoint_that_does_not_know_takes_images_as_they_are(gray, tmp_path
     """
     info = h5.read_info(gray)
     run = make_run(tmp_path / "run", info)
-    make(tmp_path / "src", ["a"], shape=(3, 40, 44))
-    evaluate.main(
-        [str(tmp_path / "src" / "imagesTr"), run, "--predict", "--out", str(tmp_path / "out")]
-    )
-    assert (
-        "note: the checkpoint does not say how its data were prepared" in capsys.readouterr().out
-        and (tmp_path / "out" / "masks" / "a.nii.gz").exists()
-    )
+    make(tmp_path / "src", ["a"], shape=(3, 40, 44), spacing=(0.5, 0.5, 2.0))
+    new = str(tmp_path / "src" / "imagesTr")
+    evaluate.main([new, run, "--predict", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    assert "note: the checkpoint does not say how its data were prepared" in told
+    assert f"voxels of 1.5 x 1.5 mm for {run}, but voxels of 0.5 x 0.5 mm for {new}; " in told
+    assert (tmp_path / "out" / "masks" / "a.nii.gz").exists()
     info.standardize = False
     refused(
         evaluate.main,

@@ -78,11 +78,25 @@ def test_other_intensities_are_refused(theirs, ours, words):
             "a ?, c? 2",
             "a 1, c? 3",
         ),
+        (
+            said(CT),
+            said(None, False),
+            "clipped to the window -175,250",
+            "brought to an unknown window (standardize False)",
+        ),
+        (
+            said(None, False),
+            said(CT),
+            "brought to an unknown window (standardize False)",
+            "clipped to the window -175,250",
+        ),
     ],
 )
-def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, of_a, of_d, capsys):
+def test_another_spacing_channel_or_an_unknown_window_is_noted_once(
+    theirs, ours, of_a, of_d, capsys
+):
     prepared.check({"d.h5": ours}, {"a.pt": theirs, "b.pt": theirs, "c.pt": ours})
-    words = f"{of_a} for a.pt (and 1 more), but {of_d} for d.h5"
+    words = f"{of_a} for a.pt (and 1 more), but {of_d} for d.h5; convert both with the same options"
     assert capsys.readouterr().out == f"note: images were prepared differently: {words}\n"
 
 
@@ -90,9 +104,7 @@ def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, of
     "theirs, ours",
     [
         (said(CT), said(json.loads(json.dumps(CT)))),
-        (said(CT), said(None, False)),
         (said(), said(MR)),
-        (said(None, False), said(CT)),
         (said(MR | {"channel": 0}), said(MR)),
         ({}, said(MR)),
         ({}, said()),
@@ -106,6 +118,28 @@ def test_another_spacing_channel_or_anything_else_is_noted_once(theirs, ours, of
 def test_what_fits_or_is_not_known_passes_without_a_word(theirs, ours, capsys):
     prepared.check({"d.h5": ours}, {"a.pt": theirs})
     assert capsys.readouterr().out == ""
+
+
+def test_voxels_of_clearly_another_size_are_noted(capsys):
+    at = lambda *mm, **data: said(**data) | {"spacing": list(mm)}
+    fine, coarse = at(2.5, 0.25, 0.25), at(2.5, 1.0, 1.0, prepared=MR | {"spacing": None})
+    words = "voxels of 2.5 x 1 x 1 mm for a.pt, but voxels of 2.5 x 0.25 x 0.25 mm for d.h5"
+    prepared.check({"d.h5": fine, "a.pt": coarse}, {"a.pt": coarse})
+    assert f"{words}; convert both with one --spacing" in capsys.readouterr().out
+    for theirs in (at(2.5, 0.3, 0.3), at(0, None, "1"), at("2"), said() | {"spacing": 7}, said()):
+        prepared.check({"d.h5": fine}, {"a.pt": theirs})
+        prepared.check({"d.h5": theirs}, {"a.pt": fine})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_knows_the_median_of_its_spacings(gray, rgb, tmp_path):
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        f["train/phantom000"].attrs["spacing"] = [9, 8, 7]
+        f["train/phantom001"].attrs.update(spacing=[9, 99, 99], spacing_known=False)
+    mm = h5.read_info(gray).entries("val")[0].spacing[1:]
+    assert h5.read_info(tmp_path / "f.h5").spacing == h5.read_info(gray).spacing == [*mm]
+    assert h5.read_info(rgb).spacing is None
 
 
 def test_checkpoints_are_compared_where_the_data_say_nothing():
@@ -151,6 +185,36 @@ def test_every_script_compares(gray, gray_quality, tmp_path, refused):
     ssl = [wide, "--size", "32", "--method", "mean_teacher", *out]
     refused(train_ssl.main, [*ssl, "--weight", "quality", *g], "qp.pt", clip)
     refused(train_ssl.main, [*ssl, "--unlabeled", narrow], "200.h5", "convert", "--clip -175,250")
+
+
+def test_other_voxels_are_noted_by_every_script(gray, gray_quality, tmp_path, capsys):
+    shutil.copy(gray, fine := str(tmp_path / "fine.h5"))
+    with h5py.File(fine, "a") as f:
+        for case in (case for split in f.values() for case in split.values()):
+            case.attrs["spacing"] = case.attrs["spacing"] / 2
+    run, old = (make_run(tmp_path / n, h5.read_info(gray)) for n in ("run", "old"))
+    state = torch.load(old, weights_only=True)
+    del state["data"]["spacing"]
+    torch.save(state, old)
+    out = ["--out", str(tmp_path / "out")]
+    ssl = "--size 32 --labeled 2 --method mean_teacher --steps 1 --width 4 --batch 2 --unlabeled"
+    for main, argv, other in (
+        (evaluate.main, [fine, run, "--pictures", "0"], run),
+        (evaluate.main, [fine, run, "--predict", "--qp", gray_quality[1]], run),
+        (train_ssl.main, [gray, *ssl.split(), fine], gray),
+    ):
+        main([*argv, *out])
+        told = capsys.readouterr().out
+        assert told.count("voxels of ") == 2 and "note: images were prepared differently" in told
+        assert f" for {other}" in told and f" for {fine}" in told
+    state = torch.load(gray_quality[1], weights_only=True)
+    state["data"]["spacing"] = [9.0, 9.0]
+    torch.save(state, g := str(tmp_path / "qp.pt"))
+    evaluate.main([gray, run, "--predict", "--split", "val", "--qp", g, "--overwrite", *out])
+    assert f"voxels of 9 x 9 mm for {g}, but voxels of 1.5 x 1.5 mm" in capsys.readouterr().out
+    evaluate.main([fine, old, "--pictures", "0", *out])
+    evaluate.main([gray, run, "--pictures", "0", *out])
+    assert "voxels of" not in capsys.readouterr().out
 
 
 def test_a_g_of_other_flips_is_noted(gray, gray_quality, tmp_path, capsys, refused):

@@ -462,6 +462,29 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
 
 
+@pytest.mark.usefixtures("unrendered")
+def test_masks_of_networks_of_other_flips_are_noted(gray, gray_quality, tmp_path, capsys, refused):
+    shutil.copy(gray_quality[0], vqm := str(tmp_path / "vqm.h5"))
+
+    def told(stored, *flip):
+        with h5py.File(vqm, "a") as f:
+            assert f.attrs.pop("flip") == "H,W"
+            f.attrs.update(stored)
+        options = ["--overwrite", "--epochs", "1", "--members", "1", "--width", "4", *flip]
+        train_qp.main([gray, "--vqm", vqm, "--out", str(tmp_path / "o"), *options])
+        with h5py.File(vqm, "a") as f:
+            f.attrs["flip"] = "H,W"
+        return capsys.readouterr().out
+
+    none = ["--flip", "none"]
+    words = "its networks have seen flips along"
+    assert f"note: {vqm}: {words} all axes, but g along no axis; " in told({"flip": "H,W"}, *none)
+    assert f"{words} W, but g along all axes; " in told({"flip": "W"})
+    assert f"{words} no axis, but g along H; " in told({"flip": "none"}, "--flip", "H")
+    assert words not in told({"flip": "none"}, *none) + told({"flip": "H,W"}) + told({}, *none)
+    refused(lambda _: told({"flip": "D"}), [], "vqm.h5: --flip D")
+
+
 def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     out = ["--out", tmp_path / "o", "--size", "32"]
     refused(train_qp.main, [gray, *out], "--vqm")
@@ -473,7 +496,7 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
     refused(
         train_qp.main,
         [gray, "--vqm", gray_quality[0], "--out", os.path.dirname(gray_quality[1]), "--size", "32"],
-        "was started with --size",
+        "last.pt: was started without --size, not with --size 32;",
         "--overwrite",
     )
     refused(

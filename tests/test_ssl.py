@@ -7,6 +7,7 @@ import re
 import shutil
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, FakeG, python
@@ -1057,6 +1058,46 @@ def test_no_unlabeled_case_and_a_second_file(gray, tmp_path, capsys):
     assert "24 labeled and 24 unlabeled slices" in capsys.readouterr().out
 
 
+def test_patients_of_val_and_test_in_the_second_file_are_noted(tmp_path, capsys):
+    image = lambda seed: np.random.default_rng(seed).random((32, 32), np.float32)
+
+    def write(path, *cases, name="a"):
+        path = str(tmp_path / path)
+        made = [
+            h5.Case(split, f"c{i}", image(seed), np.eye(32, dtype=np.uint8), patient, source=source)
+            for i, (split, seed, patient, source) in enumerate(cases)
+        ]
+        h5.write(path, made, name=name, classes=["background", "x"], dims=2, channels=1)
+        return path
+
+    held_out = ("val", 1, "p1", ""), ("test", 2, "p2", ""), ("test", 3, "c3", "s3")
+    one = write("a.h5", ("train", 0, "p0", ""), *held_out)
+    with h5py.File(one, "a") as f:
+        for case in f["test"].values():
+            del case["label"]  # nobody looks at labels or pixels
+            case["image"][...] = 7
+    told = lambda other: (
+        train_ssl.second_file(other, h5.read_info(one)),
+        capsys.readouterr().out,
+    )[1]
+    for cases, words in (
+        ([("unlabeled", 9, "p2", "")], "such as p2 (unlabeled/c0 beside test/c2; 1 in all)"),
+        ([("train", 1, "c0", "")], "such as c0 (train/c0 beside val/c1; 1 in all)"),  # its image
+        ([("train", 9, "c0", "s3")], "such as c0 (train/c0 beside test/c3; 1 in all)"),
+        (
+            [("train", 2, "p2", ""), ("unlabeled", 1, "c1", "")],
+            "such as p2 (train/c0 beside test/c2; 2 in all)",
+        ),
+    ):
+        other = write("b.h5", *cases)
+        assert f"note: {other}: holds patients of val or test of {one}, {words}: " in told(other)
+    fine = [("train", 0, "p0", ""), ("unlabeled", 9, "c1", ""), ("val", 1, "p1", "")]
+    assert "holds patients" not in told(write("b.h5", *fine))
+    alike = [("train", 8, "c0", ""), ("train", 7, "c1", ""), ("train", 9, "c2", "")]
+    alike += [("unlabeled", 6, "c3", "s3")]  # another dataset, whose cases are numbered, too
+    assert "holds patients" not in told(write("b.h5", *alike, name="b"))
+
+
 @pytest.mark.parametrize("cache", ["ram", "off"])
 def test_a_supervised_run_reads_no_unlabeled_image(cache, gray, tmp_path, capsys):
     """Their numbers may be damaged, and no lambda is logged. QAR does look at them."""
@@ -1175,7 +1216,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
     refused(
         lambda argv: train(gray, tmp_path / "o", *argv),
         ["--resume", "--lr", "0.5"],
-        "--lr 0.001, not 0.5",
+        "with --lr 0.001, not with --lr 0.5",
     )
     refused(
         lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one"
@@ -1201,6 +1242,19 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         ["--resume"],
         "other data",
     )
+
+
+def test_an_option_that_was_not_given_is_called_so(gray, tmp_path, refused):
+    train(gray, tmp_path / "o", "--flip", "none")
+    again = lambda argv: train(gray, tmp_path / "o", "--resume", *argv)
+    refused(again, [], "with --flip none, not without --flip; give the same, or replace it")
+    train(gray, tmp_path / "o", "--overwrite")
+    refused(again, ["--flip", "H"], "was started without --flip, not with --flip H")
+    refused(again, ["--compile"], "was started without --compile, not with --compile;")
+    state = torch.load(tmp_path / "o" / "last.pt", weights_only=True)
+    del state["data"]["spacing"]  # an older run
+    torch.save(state, tmp_path / "o" / "last.pt")
+    again([])
 
 
 def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch):

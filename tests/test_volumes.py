@@ -23,7 +23,18 @@ import evaluate
 import models
 import train_qp
 import train_ssl
-from data import augment, h5, images, loading, metrics, nifti, phantom, quality_masks, ssl4mis
+from data import (
+    augment,
+    h5,
+    images,
+    loading,
+    metrics,
+    nifti,
+    phantom,
+    quality_masks,
+    space,
+    ssl4mis,
+)
 from models import checkpoints, device, inference
 from models.quality import quality_target, resample
 
@@ -933,7 +944,11 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
         (18, 24, 20),
         (1.0, 0.5, 0.25),
     )
-    assert (b.entries("val")[0].grid, b.entries("val")[0].spacing) == ((9, 12, 10), (2.0, 1.0, 0.5))
+    small = b.entries("val")[0]
+    assert (small.grid, small.spacing) == ((9, 12, 10), (2.0, 1.0, 0.5))
+    assert (small.source_grid, small.source_spacing) == ((18, 24, 20), (1.0, 0.5, 0.25))
+    assert a.entries("val")[0].source_grid is None
+    assert [i.prepared for i in (a, b)] == [{"from": "ssl4mis", "shrink": n} for n in (1, 2)]
     with (
         h5.open_file(a.path) as f,
         h5.open_file(b.path) as g,
@@ -962,6 +977,52 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
         [make_ssl4mis(tmp_path / "acdc"), "--out", tmp_path / "c.h5", "--shrink", "2"],
         "--shrink",
     )
+
+
+@pytest.mark.parametrize("known", [[], ["--spacing", "1,1,2"]])
+def test_shrunk_volumes_are_scored_on_the_grid_of_their_source(known, tmp_path, capsys):
+    src, shape = make_la(tmp_path / "src", (32, 64, 48)), (48, 32, 64)
+    cubes = np.kron(np.random.default_rng(1).random((24, 16, 32)) < 0.3, np.ones((2, 2, 2)))
+    for path in src.rglob("*.h5"):
+        with h5py.File(path, "a") as f:  # what --shrink 2 keeps whole
+            f["image"][:] = f["label"][:] = cubes.transpose(1, 2, 0)
+    paths = [str(tmp_path / name) for name in ("whole.h5", "small.h5")]
+    for path, shrink in zip(paths, ("1", "2")):
+        ssl4mis.main([str(src), "--out", path, "--shrink", shrink, *known])
+    whole, small = map(h5.read_info, paths)
+    entry = small.entries("val")[0]
+    with h5.open_file(small.path) as f:
+        label = h5.read_label(f, small, "val", entry.name)
+    assert (h5.read_source_label(small, "val", entry) == cubes).all()
+    assert entry.source_grid == shape and (space.to_source(label, entry) == cubes).all()
+
+    run = make_run(tmp_path / "run", small, size=(16, 16, 16))
+    capsys.readouterr()
+    score = lambda data, *more: (
+        evaluate.main([data, run, "--out", str(tmp_path / "o"), "--pictures", "0", *more]),
+        capsys.readouterr().out,
+    )[1]
+    told = score(small.path)
+    assert "1 of the cases are scored on the resampled grid" in told and "note" not in told
+    assert "scored on the sources' own grids" in score(small.path, "--grid", "source")
+    told = score(whole.path, "--grid", "source")
+    assert "no source is known to have another grid (--grid source)" in told
+    words = ["shrink 2", "shrink 1"]
+    if known:
+        words = ["shrink 2, voxels of 2 x 2 x 4 mm", "shrink 1, voxels of 1 x 1 x 2 mm"]
+    assert f"{words[0]} for {run}, but {words[1]} for {whole.path}" in told
+
+
+def test_new_volumes_of_a_run_on_shrunk_ones_are_noted(tmp_path, capsys):
+    from test_nifti import make
+
+    ssl4mis.main([str(make_la(tmp_path / "la")), "--out", str(tmp_path / "f.h5"), "--shrink", "2"])
+    run = make_run(tmp_path / "run", h5.read_info(str(tmp_path / "f.h5")), size=(16, 16, 16))
+    new = make(tmp_path / "new", ["a"], shape=(20, 24, 22)) / "imagesTr"
+    evaluate.main([str(new), run, "--predict", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    assert f"note: {new}: the network has learned from volumes of --shrink 2" in told
+    assert "prepared differently" not in told and (tmp_path / "out/masks/a.nii.gz").exists()
 
 
 def test_phantoms_of_any_depth_span_the_same_body(tmp_path):
