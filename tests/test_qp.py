@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, quality, shared
+from conftest import make_pictures, shared
 
 import corrupt
 import evaluate
@@ -239,10 +239,15 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 
 @pytest.mark.parametrize("held", [[True] * 3, [False, False, True]])
 def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
-    """Over the classes alone that val holds."""
+    """Over the classes alone that val holds, of a g that is decided, so that it matters."""
     info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
     g, _ = checkpoints.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
+    train_qp.fit_temperature(g, masks, on, np.array(held))
+    saved = torch.load(gray_quality[1], weights_only=True)["weights"]["temperature"]
+    assert saved == g.temperature or not all(held)  # what train_qp.py keeps
+    for member in g.members:
+        member.head.weight.mul_(20)
     train_qp.fit_temperature(g, masks, on, np.array(held))
 
     def error(t):
@@ -251,9 +256,7 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
         return np.abs(predicted - true)[:, held].mean()
 
     best, errors = g.temperature.item(), {t: error(t) for t in train_qp.TEMPERATURES.tolist()}
-    assert errors[best] == min(errors.values()) < max(errors.values())
-    saved = torch.load(gray_quality[1], weights_only=True)["weights"]["temperature"].item()
-    assert saved == best or not all(held)  # what train_qp.py keeps
+    assert errors[best] == min(errors.values()) < max(errors.values()) - 1e-5
 
 
 @pytest.mark.parametrize(
@@ -518,10 +521,3 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
         del f["real/mask"]
     refused(train_qp.main, [gray, "--vqm", tmp_path / "damaged.h5", *out], "damaged.h5", "/real")
     assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.usefixtures("unrendered")
-def test_same_seed_same_weights(rgb, rgb_quality, tmp_path):
-    again = quality(rgb, tmp_path)[1]
-    a, b = (torch.load(p, weights_only=True)["weights"] for p in (rgb_quality[1], again))
-    assert all(torch.equal(a[k], b[k]) for k in a)
