@@ -15,9 +15,9 @@ def check(known, others, remedy=None):
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
     remedy: where that is none, which could be converted again.
-    InputError if intensities or axes mean something else. Other differences are a note, once. Where
-    one side says nothing, as older files and checkpoints do, only `standardize` is compared.
-    a window that one side does not know, and voxels of clearly another size. Where one side says
+    InputError if intensities or axes mean something else. A note, once, on other differences, on a
+    window that one side does not know, and on voxels of clearly another size. Where one side says
+    nothing, as older files and checkpoints do, only `standardize` is compared.
     """
     first = next(iter(known))
     path = next((p for p, data in known.items() if _prepared(data)), first)
@@ -35,11 +35,11 @@ def check(known, others, remedy=None):
             )
     for ((theirs, ours), name), paths in notes.items():
         more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        remedy = "one --spacing" if "voxels" in theirs else "the same options"
+        alike = "one --spacing" if "voxels" in theirs else "the same options"
         if theirs:
             print(
                 f"note: images were prepared differently: {theirs} for {paths[0]}{more}, but "
-                f"{ours} for {name}; convert both with {remedy}"
+                f"{ours} for {name}; convert both with {alike}"
             )
 
 
