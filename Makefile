@@ -61,7 +61,7 @@ endef
 story: export OMP_NUM_THREADS ?= $(shell expr \( $$(getconf _NPROCESSORS_ONLN) + 1 \) / 2)
 story: $(LOG)/table.txt $(LOG)/new.txt
 	@sed -n '/^| run/,/^$$/p' $<
-	@$(PY) -m results.demo.conclusion $(OUT)/table
+	@$(PY) -m results.demo.conclusion $(OUT)/table --new $(OUT)/new
 	@echo "Pictures: $(OUT)/table/*.png; new images, the worst first: $(OUT)/new"
 
 $(LOG)/phantom.txt:

@@ -89,6 +89,16 @@ def test_tables_with_another_story_are_refused(tmp_path, refused):
     refused(conclusion.main, [tmp_path / "nothing"], "nothing", "--out of evaluate.py")
 
 
+def test_how_many_foreign_patients_come_first(tmp_path, capsys):
+    sources = ["foreign: cut", "", "foreign: body", "", "foreign: body"]
+    rows = [{"rank": i, "source": f"seed 0{source}"} for i, source in enumerate(sources)]
+    tables.write_csv(str(tmp_path / "worst_first.csv"), rows)
+    conclusion.main([str(table(tmp_path, RUNS)), "--new", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "New images: 3 of 5 patients are foreign, and 2 of these are among the 3 that g ranks lowest."
+    )
+
+
 def test_several_demos_make_a_table(tmp_path, capsys):
     folders = [tmp_path / name for name in "ab"]
     for folder, g in zip(folders, (0.5, 0.6)):

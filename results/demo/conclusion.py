@@ -1,11 +1,12 @@
 """Says in plain words what a table of evaluate.py shows: the last lines of `make demo`.
 
-    python -m results.demo.conclusion runs/demo/table
+    python -m results.demo.conclusion runs/demo/table --new runs/demo/new
     python -m results.demo.conclusion runs/demo/table runs/demo-seed1/table ...   # a row each
 
 Reads TABLE/cases.csv, and TABLE/quality.json where evaluate.py was given --qp. Four runs have a
 part: supervised training with few labels and with all, a method without guidance, and the same
-method with guidance. What is missing is named.
+method with guidance. What is missing is named. --new adds how many of the archive's foreign
+patients are among those that NEW/worst_first.csv ranks lowest.
 """
 
 import csv
@@ -121,6 +122,17 @@ def judgment(estimates):
     return [f"g {words}: r = {mine:.2f}; the best without g: r = {best:.2f} ({name})."]
 
 
+def found_first(folder):
+    """What the order of NEW/worst_first.csv says of a phantom's foreign patients, as a line."""
+    with open(os.path.join(folder, "worst_first.csv"), encoding="utf-8", newline="") as f:
+        foreign = ["foreign" in row["source"] for row in csv.DictReader(f)]
+    count = sum(foreign)
+    return (
+        f"New images: {count} of {len(foreign)} patients are foreign, and {sum(foreign[:count])} of "
+        f"these are among the {count} that g ranks lowest."
+    )
+
+
 def row_of(folder):
     """A row of the table of several demos."""
     scores, estimates = read(folder)
@@ -148,9 +160,12 @@ def table(folders):
 def main(argv=None):
     p = Parser(__doc__, prog="python -m results.demo.conclusion")
     p.add_argument("tables", nargs="+", metavar="TABLE", help="the --out of evaluate.py")
+    p.add_argument("--new", help="what evaluate.py --predict --qp wrote of the archive")
     args = p.parse_args(argv)
     if len(args.tables) == 1:
         print("\n".join(conclusion(*read(args.tables[0]))))
+        if args.new:
+            print(found_first(args.new))
     else:
         print(table(args.tables))
 
