@@ -95,7 +95,8 @@ def test_how_many_foreign_patients_come_first(tmp_path, capsys):
     tables.write_csv(str(tmp_path / "worst_first.csv"), rows)
     conclusion.main([str(table(tmp_path, RUNS)), "--new", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "New images: 3 of 5 patients are foreign, and 2 of these are among the 3 that g ranks lowest."
+        "New images: 3 of 5 patients are foreign, and 2 of these are among the 3 "
+        "that g ranks lowest."
     )
 
 

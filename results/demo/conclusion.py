@@ -127,10 +127,9 @@ def found_first(folder):
     with open(os.path.join(folder, "worst_first.csv"), encoding="utf-8", newline="") as f:
         foreign = ["foreign" in row["source"] for row in csv.DictReader(f)]
     count = sum(foreign)
-    return (
-        f"New images: {count} of {len(foreign)} patients are foreign, and {sum(foreign[:count])} of "
-        f"these are among the {count} that g ranks lowest."
-    )
+    first = sum(foreign[:count])
+    text = f"New images: {count} of {len(foreign)} patients are foreign"
+    return f"{text}, and {first} of these are among the {count} that g ranks lowest."
 
 
 def row_of(folder):
