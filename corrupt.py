@@ -1087,6 +1087,13 @@ def parse_args(argv=None):
         help="volumes: patches of each labeled train volume, at random places",
     )
     p.add_argument(
+        "--foreground",
+        type=SHARE,
+        metavar="SHARE",
+        help="volumes: the chance of each of these patches to be centered on a voxel of a class "
+        "that the volume holds, the class drawn first (default: 1/3, as in train_ssl.py)",
+    )
+    p.add_argument(
         "--masks",
         type=number(1, 100_000),
         help="masks of each labeled train slice (default 200) or patch (default 50)",
@@ -1176,6 +1183,7 @@ def set_defaults(args, info):
     slices = info.dims == 2
     args.size = loading.network_grid(info, args.size)
     args.flip = h5.check_flip(info, args.flip)
+    args.foreground = loading.target_share(info, args.foreground)
     args.masks = args.masks or (200 if slices else 50)
     args.harvest_batch = args.harvest_batch or (16 if slices else 2)
 
@@ -1203,11 +1211,14 @@ def load_labeled(info, train, val, args):
     if info.dims == 2:
         train = loading.load_slices(info, "train", args.size, train)
     else:
+        targets = loading.target_places(info, "train", args.size, train)
         corners = {}  # at places fixed by the seed
         for i, e in enumerate(info.entries("train")):
             if e.name in train:
                 rng = np.random.default_rng([args.seed, 2, i])
-                corners[e.name] = loading.random_corners(e.grid, args.size, args.patches, rng)
+                corners[e.name] = loading.random_corners(
+                    e.grid, args.size, args.patches, rng, targets[e.name], args.foreground
+                )
         train = loading.load_patches(info, "train", args.size, corners)
     val = loading.load_samples(info, "val", args.size, val)
     patient = {e.name: e.patient for e in info.entries("train")}

@@ -370,6 +370,7 @@ def group_runs(states, paths):
     for i, (state, path) in enumerate(zip(states, paths)):
         config = {k: v for k, v in state["args"].items() if k not in FREE}
         config |= {"flip": config.get("flip"), "unlabeled": unlabeled[i]}  # see flip_of()
+        config |= {"foreground": config.get("foreground", 0.0)}  # which older runs do not know
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         config |= {"run": run_name(config), "qp": None}
         for known, members in alike:

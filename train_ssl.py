@@ -81,6 +81,7 @@ class Batch:
     s1: torch.Tensor  # [U, C, *S] strong view of u: other intensity, the same geometry
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
+    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights of y in share_y, see Feed.aim()
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -678,16 +679,17 @@ def total_loss(nets, teacher, g, batch, args, t):
         qar = qar_loss(g, nets, qar_images(batch.u, args))
     loss = sup + lam * unsup + lam_qar * qar
     share = foreground_share([term.label.p for term in terms], sup.device)
-    share_y = foreground_share([batch.y], sup.device)
+    share_y = foreground_share([batch.y], sup.device, batch.fair)
     return loss, torch.stack([sup, unsup, qar, *weights, share, share_y]).detach()
 
 
-def foreground_share(labels, device):
+def foreground_share(labels, device, weight=1.0):
     """The mean share of pixels that a foreground class takes. -> scalar
 
-    labels: [B, K, *S] each, one-hot or probabilities, whose largest counts.
+    labels: [B, K, *S] each, one-hot or probabilities, whose largest counts; weight: of each sample.
     """
-    shares = [(label.argmax(1) > 0).float().mean() / (label.shape[1] - 1) for label in labels]
+    taken = [(label.argmax(1) > 0).float() * weight for label in labels]  # [B, *S]
+    shares = [one.mean() / (label.shape[1] - 1) for one, label in zip(taken, labels)]
     return torch.stack(shares).mean() if shares else torch.zeros((), device=device)
 
 
@@ -712,7 +714,7 @@ def train_step(run, batch, args, step):
 
 
 class Feed(torch.utils.data.Dataset):
-    """Item n holds the images of step n, as they are stored: labeled, and unlabeled or None.
+    """Item n holds the images of step n, as they are stored: labeled, unlabeled or None; and fair.
 
     They are the same whoever reads them, and whether before or after other steps. Each of several
     processes takes its share.
@@ -727,39 +729,62 @@ class Feed(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         generator = torch.Generator().manual_seed(seed_of(self.args.seed, step, 0))
+        labeled = self.draw(self.labeled, self.args.batch, generator)
+        unlabeled = None
+        if needs_unlabeled(self.args, step):
+            unlabeled = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
+        fair = self.aim(*labeled, generator)  # last, so that all else is as without
+        mine = slice(self.rank, None, self.world)
         try:
-            labeled = self.draw(self.labeled, self.args.batch, generator)
-            unlabeled = None
-            if needs_unlabeled(self.args, step):
-                unlabeled = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
+            labeled = self.labeled.fetch(*(v[mine] for v in labeled))
+            if unlabeled:
+                unlabeled = self.unlabeled.fetch(*(v[mine] for v in unlabeled))
         except InputError as error:  # raised in a worker, it would come with the worker's traceback
             return error
-        return labeled, unlabeled
+        return labeled, unlabeled, fair[mine]
 
     def draw(self, images, count, generator):
-        """This process's share of `count` images, without repetition while there are enough."""
+        """Numbers of `count` images, without repetition while there are enough, and places.
+
+        -> [count], [count, 3]: see loading.part_at()
+        """
         rounds = -(-count // len(images))
         orders = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
-        place = torch.rand(count, 3, generator=generator)  # of patches
-        mine = slice(self.rank, count, self.world)
-        return images.fetch(torch.cat(orders)[mine], place[mine])
+        return torch.cat(orders)[:count], torch.rand(count, 3, generator=generator)
+
+    def aim(self, index, place, generator):
+        """Moves patches around targets with the chance of --foreground, in place. -> fair [B]
+
+        fair: weights with which the labels' mean share of foreground is that of random places.
+        """
+        fair = torch.ones(len(index))
+        share = self.args.foreground
+        chances = torch.rand(len(index), 3, generator=generator) if share else []
+        for i, chance in enumerate(chances):
+            classes = self.labeled.targets[self.labeled.case[index[i]]]
+            target = loading.place_of_target(classes, share, chance.tolist())
+            if target is not None:
+                place[i] = torch.from_numpy(target)
+                fair[i] = 0
+        return fair / max(1 - share, 1e-6)
 
 
 def views(fetched, K, args, device):
     """The Batch of a step from an item of Feed: standardized and augmented on the device."""
     if isinstance(fetched, InputError):
         raise fetched
-    labeled, unlabeled = fetched
+    labeled, unlabeled, fair = fetched
     x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
     x = channels_last(augment.strong(x, args.strength))
+    fair = to_samples(fair.to(device), y)
     y = one_hot(y, K)
     if unlabeled is None:
-        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0])
+        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], fair=fair)
     u, _ = loading.standardized(unlabeled, device)
     u = channels_last(augment.weak(u, flip=args.flip))
     s1 = channels_last(augment.strong(u))
     s2 = channels_last(augment.strong(u))
-    return Batch(x, y, u, s1, s2)
+    return Batch(x, y, u, s1, s2, fair=fair)
 
 
 def load_data(info, args, on):
@@ -787,6 +812,8 @@ def load_data(info, args, on):
     if args.cache == "off":
         load = loading.Stored
     train = load(info, "train", args.size, labeled)
+    if args.foreground:
+        train.targets = loading.target_places(info, "train", args.size, labeled)
     unlabeled = train if used else None
     if parts:
         images = [load(i, split, args.size, names, labels=False) for i, split, names in parts]
@@ -1180,6 +1207,14 @@ def parse_args(argv=None):
         help="unlabeled images in a step (default 64, of volumes 2)",
     )
     p.add_argument(
+        "--foreground",
+        type=SHARE,
+        metavar="SHARE",
+        help="volumes: the chance of each labeled patch of a step to be centered on a voxel of a "
+        "class that its case holds, the class drawn first; other patches lie anywhere (default: "
+        "1/3, as in nnU-Net)",
+    )
+    p.add_argument(
         "--strength",
         type=number(0, 2, float),
         default=0.5,
@@ -1310,6 +1345,7 @@ def set_defaults(args, info):
     """
     args.size = loading.network_grid(info, args.size)
     args.flip = h5.check_flip(info, args.flip)
+    args.foreground = loading.target_share(info, args.foreground)
     for name, value in SETTINGS[info.dims].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

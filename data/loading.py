@@ -86,6 +86,7 @@ class Volumes:
     label: list | None  # N of [D, H, W] uint8
     case: list  # N names
     size: tuple  # (D, H, W) of a patch
+    targets: dict | None = None  # of target_places(), where they are asked for
 
     def __len__(self):
         return len(self.image)
@@ -177,6 +178,7 @@ class Stored:
         """
         self.size = size
         self.labels = labels
+        self.targets = None  # as in Volumes
         self.infos = {info.path: info}
         self.files = {}  # (process, path) -> the open file
         self.items = []
@@ -574,11 +576,72 @@ def tiles(grid, size):
     return list(itertools.product(*(starts(n, s, s) for n, s in zip(grid, size))))
 
 
-def random_corners(grid, size, count, rng):
+def random_corners(grid, size, count, rng, targets=(), share=0.0):
     """Corners of `count` patches at random places of a volume. -> [(z, y, x), ...]
 
-    There are fewer where some coincide. rng: a generator of numpy.
+    There are fewer where some coincide. rng: a generator of numpy. targets: of target_places(), for
+    this volume; share: of the patches that lie around them.
     """
     ends = [max(0, n - s) + 1 for n, s in zip(grid, size)]
     corners = [tuple(int(rng.integers(end)) for end in ends) for _ in range(count)]
+    for i in range(count if share else 0):
+        place = place_of_target(targets, share, rng.random(3))
+        if place is not None:
+            corners[i] = tuple(int(p * end) for p, end in zip(place.tolist(), ends))
     return list(dict.fromkeys(corners))
+
+
+# ------------------------------------------------------------------------ patches that hold targets
+
+TARGETS = 2000  # voxels of a class of a case from which patches are drawn, at most
+
+
+def target_share(info, share):
+    """What --foreground means for a file: 1/3 unless given; 0 of slices. InputError for others."""
+    if info.dims == 2 and share:
+        raise InputError(
+            f"--foreground {share:g}: is for volumes, but {info.path} is segmented slice by slice "
+            "(dims=2); leave it out"
+        )
+    if share is None:
+        return 1 / 3 if info.dims == 3 else 0.0
+    return share
+
+
+def target_places(info, split, size, names):
+    """Places of patches of `size` that are centered on the foreground. InputError: see _entries()
+
+    -> {case: [places [n, 3] float32 of each class that it holds]}; places: see part_at()
+    """
+    found = {}
+    with h5.open_file(info.path) as f:
+        for entry in _entries(info, split, names, labels=True):
+            label = h5.read_label(f, info, split, entry.name)
+            voxels = (np.flatnonzero(label == k) for k in range(1, len(info.classes)))
+            found[entry.name] = [_places_around(v, label.shape, size) for v in voxels if len(v)]
+    return found
+
+
+def _places_around(voxels, grid, size):
+    """Places of patches around some voxels, as far as the volume reaches. -> [n, 3] float32
+
+    voxels: flat indices, of which at most TARGETS are drawn, always the same.
+    """
+    rng = np.random.default_rng(0)
+    some = rng.choice(voxels, min(TARGETS, len(voxels)), replace=False)
+    center = np.stack(np.unravel_index(some, grid), 1)  # [n, 3]
+    last = np.maximum(0, np.subtract(grid, size))
+    corner = np.clip(center - np.array(size) // 2, 0, last)
+    return ((corner + 0.5) / (last + 1)).astype(np.float32)
+
+
+def place_of_target(classes, share, chance):
+    """The place of a patch around a target, its class drawn first. -> [3], or None: anywhere
+
+    classes: of target_places(), for one case; chance [3] in [0, 1): draws whether, class and voxel
+    """
+    whether, which, voxel = chance
+    if whether >= share or not classes:
+        return None
+    places = classes[int(which * len(classes))]
+    return places[int(voxel * len(places))]

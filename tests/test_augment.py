@@ -187,7 +187,8 @@ def test_the_views_of_f_obey(flip, swaps):
     args = train_ssl.parse_args(["d.h5", "--out", "o", "--strength", "0"])
     args.flip = flip
     fetched = sides("W").fetch(torch.arange(40))
-    batch = train_ssl.views((fetched, fetched), 3, args, torch.device("cpu"))
+    item = (fetched, fetched, torch.ones(40))
+    batch = train_ssl.views(item, 3, args, torch.device("cpu"))
     assert swapped(batch.y.argmax(1), "W").any() == swaps
     assert swapped(batch.u[:, 0].round(), "W").any() == swaps
 

@@ -217,7 +217,7 @@ def show_labels(oracle):
         return load_slices(info, split, size, names)
 
     def views(fetched, K, args, device):
-        labeled, unlabeled = fetched
+        labeled, unlabeled, _ = fetched
         x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
         x = channels_last(augment.strong(x, args.strength))
         y = one_hot(y, K)
