@@ -172,8 +172,8 @@ def regions_of(text, classes):
         members = [member.strip() for member in members[0].split(",")]
         if wrong := [member for member in members if not numbers.get(member)]:
             raise InputError(
-                f"--regions: '{wrong[0]}' in '{name}' is no class of the foreground; these are 1 "
-                f"to {len(classes) - 1}: {', '.join(classes[1:])}"
+                f"--regions: '{wrong[0]}' in '{name}' is no class of the foreground; these are "
+                f"{in_words(range(1, len(classes)))}, or their names, which python -m data.h5 lists"
             )
         found[name] = [numbers[member] for member in members]
     return found

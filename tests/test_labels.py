@@ -786,7 +786,7 @@ def test_names_of_classes_go_before_numbers():
         ("whole=1=2", "'whole=1=2' is not NAME=CLASSES"),
         (" =1", "' =1' is not NAME=CLASSES"),
         ("two\nlines=1", "is not NAME=CLASSES"),
-        ("whole=", "'' in 'whole' is no class of the foreground; these are 1 to 3: right"),
+        ("whole=", "'' in 'whole' is no class of the foreground; these are 1 to 3, or"),
         ("core=3;whole=1,,2", "'' in 'whole' is no class"),
         ("whole=1,4", "'4' in 'whole' is no class"),
         ("whole=-1", "'-1' in 'whole' is no class"),
