@@ -7,9 +7,9 @@
 Reads  DATA.h5, checkpoints of train_ssl.py (best.pt, last.pt, step*.pt), the log.csv beside them,
        optionally the qp.pt of train_qp.py. NEW is a dataset file (labels are not needed), a folder
        of pictures or of NIfTI volumes, or one of these.
-Writes OUT/cases.csv (a row per run, case and class), OUT/summary.json, OUT/summary.md (the table on
-       the screen), OUT/compare.png, OUT/cases.png (best, median and worst case: image, truth, each
-       run's outlines), OUT/cases/*.png (more of them), OUT/curves.png (training).
+Writes OUT/cases.csv (a row per run, case and class or region), OUT/summary.json, OUT/summary.md
+       (the table on the screen), OUT/compare.png, OUT/cases.png (best, median and worst case:
+       image, truth, each run's outlines), OUT/cases/*.png (more), OUT/curves.png (training).
        With --qp, which compares g and simpler estimates of the outputs' quality with the truth,
        also OUT/quality.csv (a row per run, sample and class), quality.md, .json, quality.png (g),
        estimates.png (all) and triage.png (who finds the bad cases).
@@ -55,7 +55,7 @@ from tqdm import tqdm
 import models
 from data import augment, figures, h5, loading, prepared, supervision, workers
 from data.files import InputError, claim
-from data.labels import without
+from data.labels import regions_of, without
 from data.metrics import (
     BAD,
     LEVELS,
@@ -100,13 +100,21 @@ class Scored:
     states: list  # [runs] of their checkpoints: KEPT
     groups: list  # of Group
     held: np.ndarray  # [K-1] whether the labels hold a class of the foreground; no other is scored
+    regions: dict = field(default_factory=dict)  # of --regions: {name: numbers of its classes}
     scores: list = field(default_factory=list)  # [runs][cases][classes] of Score
+    of_regions: list = field(default_factory=list)  # [runs][cases][held_regions] of Score
     drawings: dict = field(default_factory=dict)  # {run: [cases] of pack()}: slices to show
 
     @property
     def classes(self):
         """Names of the classes that are scored."""
         return list(itertools.compress(self.info.classes[1:], self.held))
+
+    @property
+    def held_regions(self):
+        """Those regions of which the labels hold a class; no other is scored."""
+        held = {k for k, is_held in enumerate(self.held, 1) if is_held}
+        return {name: ks for name, ks in self.regions.items() if held & set(ks)}
 
     @property
     def names(self):
@@ -173,10 +181,11 @@ def processes_live():
         ) from None
 
 
-def score_run(args, cases, found, pool, draw):
-    """Scores the outputs of a run. -> [cases][K-1] of Score, [cases] of pack()
+def score_run(args, cases, found, pool, draw, regions):
+    """Scores the outputs of a run. -> [cases][K-1+R] of Score, [cases] of pack()
 
     cases: inference.Cases; found: of inference.predict_cases(); pool: of scoring_pool().
+    regions [R]: of score_case().
     draw: whether a slice of each output is to be shown; else the second list is empty.
     """
     K = len(cases.info.classes)
@@ -193,7 +202,7 @@ def score_run(args, cases, found, pool, draw):
             drawings.append(pack(label[figures.middle(truth, len(truth))]))
         if moved:
             label, truth, spacing = at_source(cases, entry, label)
-        calls.add(label, truth, spacing, K, largest)
+        calls.add(label, truth, spacing, K, largest, regions)
     return calls.results(), drawings
 
 
@@ -452,14 +461,8 @@ def summarize(runs, unit):
     """
     rows = []
     for group in runs.groups:
-        table = {  # [runs, cases, classes] of each metric
-            metric: np.array(
-                [
-                    [[getattr(score, metric) for score in case] for case in runs.scores[i]]
-                    for i in group.members
-                ],
-                np.float64,
-            )
+        table = {
+            metric: values(runs.scores, group.members, metric)
             for metric in ("dice", "jaccard", "hd95", "asd", "one_empty")
         }
         row = {
@@ -474,8 +477,20 @@ def summarize(runs, unit):
         if len(runs.info.classes) > 2:
             per_class = dict(zip(runs.classes, 100 * table["dice"].mean(1).T))
             row |= {f"Dice % {c}": per_class.get(c) for c in runs.info.classes[1:]}
+        dice = values(runs.of_regions, group.members, "dice")
+        per_region = dict(zip(runs.held_regions, 100 * dice.mean(1).T))
+        row |= {f"Dice % {name}": per_region.get(name) for name in runs.regions}
         rows.append({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()})
     return rows
+
+
+def values(scores, members, metric):
+    """A metric of the runs of a group. -> [runs, cases, classes]
+
+    scores[run][case][class] of Score; members: numbers of the runs.
+    """
+    found = [[[getattr(s, metric) for s in case] for case in scores[i]] for i in members]
+    return np.array(found, np.float64)
 
 
 def case_dice(scores, members):
@@ -908,7 +923,7 @@ def unpack(packed, image):
 
 
 def write_scores(args, runs, windows):
-    """The table, on the screen too, and a CSV with a row per run, case and class.
+    """The table, on the screen too, and a CSV with a row per run, case and class or region.
 
     windows: the inference.Window of each run, None for slices.
     """
@@ -926,10 +941,17 @@ def write_scores(args, runs, windows):
             "cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided"
         )
     write_csv(os.path.join(args.out, "cases.csv"), score_rows(args, runs))
-    absent = [name for name in runs.info.classes[1:] if name not in runs.classes]
+    scored = {*runs.classes, *runs.held_regions}
+    absent = [name for name in [*runs.info.classes[1:], *runs.regions] if name not in scored]
     found = dict(title=title, rows=rows, absent=absent, args=vars(args))
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
     text = f"{title}\n\n{markdown(list(map(with_small_p, rows)))}\n\n{COLUMNS}"
+    if runs.regions:
+        unions = [
+            f"{name} = {' + '.join(runs.info.classes[k] for k in ks)}"
+            for name, ks in runs.regions.items()
+        ]
+        text += f"\nregions, which no mean over classes counts: {', '.join(unions)}"
     if absent:
         text += f"\n\n{without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
@@ -974,7 +996,7 @@ def with_small_p(row):
 
 
 def score_rows(args, runs):
-    """The rows of cases.csv: one per run, case and class."""
+    """The rows of cases.csv: one per run, case and class or region."""
     rows = []
     for group in runs.groups:
         for i in group.members:
@@ -984,10 +1006,10 @@ def score_rows(args, runs):
                 "labeled": group.labeled,
                 "seed": runs.states[i]["args"]["seed"],
             }
-            for entry, scores in zip(runs.entries, runs.scores[i]):
+            for entry, *scores in zip(runs.entries, runs.scores[i], runs.of_regions[i]):
                 case = {"case": entry.name, "patient": entry.patient}
                 unit = "mm" if entry.spacing_known else "px"
-                for name, score in zip(runs.classes, scores):
+                for name, score in zip([*runs.classes, *runs.held_regions], sum(scores, [])):
                     rows.append(run | case | {"class": name, "unit": unit} | asdict(score))
     return rows
 
@@ -1209,6 +1231,12 @@ def parse_args(argv=None):
         "before a converter resampled them, as masks of --predict have",
     )
     p.add_argument(
+        "--regions",
+        metavar="NAME=CLASSES;...",
+        help="score unions of classes, too, as in 'whole=1,2,3;core=1,3': numbers or names of "
+        "classes; the means stay those of classes",
+    )
+    p.add_argument(
         "--predict",
         action="store_true",
         help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp "
@@ -1278,9 +1306,11 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
-    if args.predict and (len(args.checkpoints) > 1 or args.second or args.baseline):
+    compares = len(args.checkpoints) > 1 or args.second or args.baseline
+    if args.predict and (compares or args.regions is not None):
         raise InputError(
-            "--predict writes the masks of one checkpoint, without --baseline or --second"
+            "--predict writes the masks of one checkpoint, without --baseline, --second or "
+            "--regions"
         )
     return args
 
@@ -1299,6 +1329,7 @@ def main(argv=None):
     info = h5.read_info(args.data)
     if args.grid == "source":
         info = on_source_grids(info)
+    regions = regions_of(args.regions, info.classes) if args.regions is not None else {}
 
     # the runs
     states = load_states(args)
@@ -1312,7 +1343,7 @@ def main(argv=None):
     split, entries = chosen_cases(info, args.split, states, args.qp)
     check_labels(args, info, split, entries)
     held = supervision.held_classes(info, split, [entry.name for entry in entries])
-    runs = Scored(info, split, entries, chosen, groups, held)
+    runs = Scored(info, split, entries, chosen, groups, held, regions)
     args.batch = args.batch or samples_in(32, loading.shape_of(chosen[0]["args"]["size"]))
     judge = load_judge(args, runs, states, on) if args.qp else None
 
@@ -1333,8 +1364,10 @@ def main(argv=None):
             found = inference.predict_cases(net, cases, on, window, args.batch)
             found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
-            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws)
+            members = list(runs.held_regions.values())
+            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, members)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
+            runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:
                 judge_run(args, judge, runs, path, net, on)
                 costs.append(cost_of(net, judge.g, info, size, on))

@@ -168,6 +168,32 @@ def class_names(text):
     return names
 
 
+def regions_of(text, classes):
+    """Named unions of classes, as in "whole=1,2;core=edema". -> {name: numbers of its classes}
+
+    classes [K]: names. InputError for any other text, and for a name that is taken.
+    """
+    numbers = {str(k): k for k in range(len(classes))}
+    numbers |= {name: k for k, name in enumerate(classes)}  # which go before numbers
+    found = {}
+    for part in text.split(";"):
+        name, *members = map(str.strip, part.split("="))
+        if not name or not name.isprintable() or len(members) != 1:
+            raise InputError(
+                f"--regions: '{part}' is not NAME=CLASSES; write it as in whole=1,2,3;core=1,3"
+            )
+        if name in found or name in classes:
+            raise InputError(f"--regions: '{name}' is a class or comes twice; choose another name")
+        members = [member.strip() for member in members[0].split(",")]
+        if wrong := [member for member in members if not numbers.get(member)]:
+            raise InputError(
+                f"--regions: '{wrong[0]}' in '{name}' is no class of the foreground; these are "
+                f"{in_words(range(1, len(classes)))}, or their names, which python -m data.h5 lists"
+            )
+        found[name] = [numbers[member] for member in members]
+    return found
+
+
 def is_background(name):
     """Whether a name is one that people give to the background."""
     return name.lower() in ("background", "bg", "back", "none")

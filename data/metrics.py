@@ -117,17 +117,22 @@ def largest_component(label, K):
     return out
 
 
-def score_case(label, truth, spacing, K, largest=False):
-    """The Score of each foreground class of a case. label, truth (D, H, W) uint8 -> [K-1]
+def score_case(label, truth, spacing, K, largest=False, regions=()):
+    """The Score of each foreground class of a case, then of each of R regions. -> [K-1+R]
 
-    spacing: per axis; two mean a plain image, scored in 2D.
+    label, truth: (D, H, W) uint8; spacing: per axis; two mean a plain image, scored in 2D.
     largest: of label, only the largest component of each class counts.
+    regions [R]: numbers of the classes of which each is the union.
     """
     if largest:
         label = largest_component(label, K)
     if len(spacing) == 2:
         label, truth = label[0], truth[0]
-    return [score(label == k, truth == k, spacing) for k in range(1, K)]
+    scores = [score(label == k, truth == k, spacing) for k in range(1, K)]
+    for members in regions:
+        inside = np.isin(np.arange(K), members)  # [K]
+        scores.append(score(inside[label], inside[truth], spacing))
+    return scores
 
 
 # ----------------------------------------------------------------------------- estimates of quality

@@ -923,6 +923,8 @@ MORE = {
         "--split unlabeled",
         "--baseline none",
         "--baseline none.pt",
+        "--regions whole",
+        "--regions whole=1,9",
         "--second none.pt",
         "--second none.pt --qp QP",
         "--qp none.pt",

@@ -105,6 +105,102 @@ def test_largest_component():
     assert metrics.score_case(label * 0, out, (2.0, 1.0), 2)[0].hd95 == (16**2 + 8**2) ** 0.5
 
 
+def test_scores_of_regions_in_closed_form():
+    """Bars of 4 x 4 pixels, one below the other. In the output, classes 1 and 2 are exchanged."""
+    truth, label = np.zeros((2, 1, 16, 4), np.uint8)
+    for k, other in ((1, 2), (2, 1), (3, 0)):
+        truth[:, 4 * k - 4 : 4 * k], label[:, 4 * k - 4 : 4 * k] = k, other
+    regions = [[1, 2], [1, 2, 3], [2, 3], [3], [2, 2]]
+    for spacing, depth in (((2.0, 1.0), 1), ((1.0, 2.0, 1.0), 3)):
+        a, b = label.repeat(depth, 0), truth.repeat(depth, 0)
+        classes, found = (metrics.score_case(a, b, spacing, 4, regions=r) for r in ([], regions))
+        assert found[:3] == classes and len(found) == 8
+        swapped, whole, apart, absent, again = found[3:]
+        assert swapped == metrics.Score(1.0, 1.0, 0.0, 0.0, False)
+        assert (whole.dice, whole.jaccard) == (
+            pytest.approx(2 * 8 / (8 + 12)),
+            pytest.approx(8 / 12),
+        )
+        assert (apart.dice, apart.asd > 2, apart.one_empty) == (0, True, False)
+        assert absent == classes[2] and absent.one_empty and again == classes[1]
+    label[:, 5, 0] = 3  # a lone pixel, right, beside the largest component, wrong
+    label[:, 12:] = 3
+    kept = metrics.score_case(label, truth, (1.0, 1.0), 4, True, [[2, 3]])[3]
+    assert kept.dice == 0
+
+
+class Bands(torch.nn.Module):
+    """Tells 4 classes by the brightness of a pixel; with members, whether it is one of these."""
+
+    def __init__(self, shift, members=None):
+        super().__init__()
+        self.shift, self.members = shift, members
+
+    def forward(self, x):
+        label = torch.bucketize(x[:, 0] + self.shift, torch.tensor([0.0, 0.5, 1.0]))
+        if self.members:
+            label = torch.isin(label, torch.tensor(self.members)).long()
+        return 50 * torch.nn.functional.one_hot(label, 2 if self.members else 4).movedim(-1, 1)
+
+
+def united(data, path, members):
+    """A copy of a dataset, of which some classes are the only one. -> its Info"""
+    shutil.copy(data, path)
+    with h5py.File(path, "a") as f:
+        f.attrs["classes"] = ["background", "region"]
+        for case in (case for split in f.values() for case in split.values()):
+            case["label"][...] = np.isin(case["label"][:], members)
+            case.attrs["checksum"] = h5.checksum_of(case["image"][:], case["label"][:])
+    return h5.read_info(str(path))
+
+
+@pytest.mark.parametrize("kind, size", [("gray", 48), ("volumes", (16, 16, 16))])
+def test_a_region_scores_as_a_dataset_of_this_class_alone(
+    kind, size, request, tmp_path, monkeypatch
+):
+    """Slices and volumes, two seeds and a second row, with a baseline."""
+    data, nets = request.getfixturevalue(kind), {}
+    load_run = checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda p, *a: (nets[p], load_run(p, *a)[1]))
+
+    def table(info, name, members, *options):
+        runs = []
+        for seed, method in ((0, "supervised"), (1, "supervised"), (0, "ict")):
+            folder = tmp_path / name / f"{method}{seed}"
+            runs.append(make_run(folder, info, size=size, seed=seed, method=method))
+            nets[runs[-1]] = Bands(0.2 * len(runs), members)
+        out = tmp_path / name / "out"
+        argv = [info.path, *runs, "--out", str(out), "--pictures", "0", "--baseline", "supervised"]
+        evaluate.main([*argv, *options])
+        cases = list(csv.DictReader(open(out / "cases.csv")))
+        return json.loads((out / "summary.json").read_text())["rows"], cases
+
+    regions = {"whole": [1, 2, 3], "blood": [1, 3], "wall": [2]}
+    text = "whole=1,2,3;blood=right ventricle,left ventricle;wall=2"
+    rows, cases = table(h5.read_info(data), "all", None, "--regions", text)
+    changes = []
+    for name, members in regions.items():
+        info = united(data, tmp_path / f"{name}.h5", members)
+        alone, expected = table(info, name, members)
+        same = (
+            "run",
+            "seed",
+            "case",
+            "patient",
+            "unit",
+            *vars(metrics.score(*np.ones((2, 1, 1), bool), (1, 1))),
+        )
+        mine = [[c[key] for key in same] for c in cases if c["class"] == name]
+        assert mine == [[c[key] for key in same] for c in expected]
+        assert [r[f"Dice % {name}"] for r in rows] == [r["Dice %"] for r in alone]
+        changes.append(alone[1]["Δ Dice"])
+    assert rows[1]["Δ Dice"] not in changes and len({c["dice"] for c in cases}) > 10
+    for row in rows:
+        each = [row[f"Dice % {c}"] for c in phantom.CLASSES[1:]]
+        assert row["Dice %"] == pytest.approx(np.mean(each, 0))
+        assert row["Dice % wall"] == row["Dice % myocardium"]
+
+
 class Copycat(torch.nn.Module):
     """Answers with the labels of the slices, in order: the perfect network."""
 
@@ -439,7 +535,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
         make_run(tmp_path / n, info, labeled=k, seed=s)
         for n, k, s in (("a", "2", 0), ("b", "5", 1))
     )
-    common = [gray, run, "--split", "held_out", "--pictures", "0"]
+    common = [gray, run, "--split", "held_out", "--pictures", "0", "--regions", "whole=1,2,3"]
     cases = lambda: list(dict.fromkeys(r["case"] for r in csv.DictReader(open(out / "cases.csv"))))
     evaluate.main([*common, "--out", str(out)])
     assert cases() == names[2:]
@@ -451,6 +547,7 @@ def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refus
     assert {r["case"] for r in found} == set(
         names[5:]
     ) and "expected Dice under a second network" in found[0]
+    assert {r["class"] for r in found} == set(info.classes[1:])  # regions are no part of this
     table = json.loads((out / "quality.json").read_text())
     assert "fitted on val" in table["title"] and "other patients" not in table["title"]
     g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
@@ -773,6 +870,8 @@ def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monke
         info.path,
         make_run(tmp_path / "a", info),
         "--largest-component",
+        "--regions",
+        "region=1",
         "--pictures",
         "0",
         "--out",
@@ -787,9 +886,9 @@ def test_processes_give_the_same_numbers_and_start_without_torch(tmp_path, monke
     monkeypatch.setattr(evaluate, "ProcessPoolExecutor", None)
     evaluate.main([*common, str(tmp_path / "here"), "--workers", "0"])
     a, b = ((tmp_path / n / "cases.csv").read_text() for n in ("pool", "here"))
-    assert a == b and [r["case"] for r in csv.DictReader(a.splitlines())] == [
-        f"c{i}" for i in range(6)
-    ]
+    rows = list(csv.DictReader(a.splitlines()))
+    assert a == b and [r["case"] for r in rows[::2]] == [f"c{i}" for i in range(6)]
+    assert [row | {"class": "region"} for row in rows[::2]] == rows[1::2]
     monkeypatch.setattr(evaluate, "SMALL", 10**9)  # and a small set starts none
     evaluate.main([*common, str(tmp_path / "small"), "--workers", "2"])
 
@@ -1146,8 +1245,11 @@ def test_scores_on_the_sources_grid_are_those_of_masks(shells, tmp_path, capsys,
     found, options = {}, ["--pictures", "0", "--largest-component", "--workers", "0"]
     for where in ("stored", "source"):
         out = tmp_path / where
-        evaluate.main([data, run, "--out", str(out), "--grid", where, *options])
-        found[where] = {row["case"]: row for row in csv.DictReader(open(out / "cases.csv"))}
+        regions = ["--regions", "region=1"]
+        evaluate.main([data, run, "--out", str(out), "--grid", where, *options, *regions])
+        rows = list(csv.DictReader(open(out / "cases.csv")))
+        assert [row | {"class": "region"} for row in rows[::2]] == rows[1::2]
+        found[where] = {row["case"]: row for row in rows[::2]}
     title = [json.loads((tmp_path / n / "summary.json").read_text())["title"] for n in found]
     assert "2 of the cases are scored on the resampled grid" in title[0]
     assert "--grid source" in title[0]

@@ -753,6 +753,67 @@ def test_a_table_marks_a_class_that_is_absent_and_no_mean_counts_it(
     refused(evaluate.main, [nothing.path, runs[0], "--out", out], "g.h5: /val", "no class")
 
 
+def test_a_region_counts_in_no_mean_and_one_that_is_absent_is_marked(tmp_path, unrendered):
+    info = dataset(tmp_path / "f.h5", (0, 1, 3))
+    run = make_run(tmp_path / "run", info)
+    rows = {}
+    for name, options in (
+        ("plain", []),
+        ("regions", ["--regions", "only b=2;all=a,b,c; ac =1, c"]),
+    ):
+        evaluate.main([info.path, run, "--out", str(tmp_path / name), *options])
+        rows[name] = list(csv.DictReader(open(tmp_path / name / "cases.csv")))
+    plain, found = (json.loads((tmp_path / n / "summary.json").read_text()) for n in rows)
+    (before,), (after,) = plain["rows"], found["rows"]
+    assert list(after) == [*before, "Dice % only b", "Dice % all", "Dice % ac"]
+    assert before.items() <= after.items() and found["absent"] == ["b", "only b"]
+    assert [r for r in rows["regions"] if r["class"] in "ac" and len(r["class"]) == 1] == rows[
+        "plain"
+    ]
+    for name in ("all", "ac"):
+        dice = [100 * float(r["dice"]) for r in rows["regions"] if r["class"] == name]
+        assert len(dice) == 2 and after[f"Dice % {name}"] == pytest.approx([np.mean(dice)])
+    assert after["Dice % only b"] is None and "only b" not in {r["class"] for r in rows["regions"]}
+    text = (tmp_path / "regions" / "summary.md").read_text()
+    said = "regions, which no mean over classes counts: only b = b, all = a + b + c, ac = a + c\n"
+    assert said in text and text.endswith("holds 'b', 'only b': left out of every mean.\n")
+    assert "regions" not in (tmp_path / "plain" / "summary.md").read_text()
+
+
+def test_names_of_classes_go_before_numbers():
+    classes = ["background", "4", "1", "class 3"]
+    found = labels.regions_of("a=1;b=4,3 ; c d=2,class 3", classes)
+    assert found == {"a": [2], "b": [1, 3], "c d": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "'' is not NAME=CLASSES"),
+        ("whole", "'whole' is not NAME=CLASSES"),
+        ("whole=1;", "'' is not NAME=CLASSES"),
+        ("whole=1=2", "'whole=1=2' is not NAME=CLASSES"),
+        (" =1", "' =1' is not NAME=CLASSES"),
+        ("two\nlines=1", "is not NAME=CLASSES"),
+        ("whole=", "'' in 'whole' is no class of the foreground; these are 1 to 3, or"),
+        ("core=3;whole=1,,2", "'' in 'whole' is no class"),
+        ("whole=1,4", "'4' in 'whole' is no class"),
+        ("whole=-1", "'-1' in 'whole' is no class"),
+        ("whole=1,tumor", "'tumor' in 'whole' is no class"),
+        ("whole=0,1", "'0' in 'whole' is no class"),
+        ("whole=1,background", "'background' in 'whole' is no class"),
+        ("whole=1;core=2;whole=3", "'whole' is a class or comes twice"),
+        ("myocardium=1", "'myocardium' is a class"),
+        ("background=1", "'background' is a class"),
+    ],
+)
+def test_bad_regions(text, said, gray, tmp_path, refused):
+    """They are refused before a checkpoint is read."""
+    argv = [gray, tmp_path / "none.pt", "--regions", text, "--out", tmp_path / "out"]
+    refused(evaluate.main, argv, "--regions: ", said)
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, refused):
     info, values = (
         dataset(tmp_path / "f.h5", (0, 1, 3)),

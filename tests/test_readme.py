@@ -34,6 +34,7 @@ BLOCKS = [  # words that tell the blocks of commands apart; a test below runs ea
     "corrupt.py spleen.h5",
     "corrupt.py acdc.h5",
     "corrupt.py runs/volumes.h5",
+    "--regions",
     "data.figures",
     "xargs",
     "torchrun",
@@ -96,7 +97,7 @@ def test_every_block_of_commands_is_run():
 
 @pytest.mark.usefixtures("unrendered")
 def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
-    for word in ("corrupt.py runs/phantom.h5", "data.figures", "held_out"):
+    for word in ("corrupt.py runs/phantom.h5", "--regions", "data.figures", "held_out"):
         for command in commands(block(word)):
             execute(command, tmp_path, monkeypatch)
     out = capsys.readouterr().out
@@ -109,6 +110,7 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "curves.png").exists()
     assert (tmp_path / "runs" / "estimates" / "estimates.png").exists()
     assert "expected Dice under a second network" in out
+    assert "ventricles = left ventricle + right ventricle" in out
     assert "| mean_teacher + QW (pixel) |" in out and "| supervised |" in out
 
 
