@@ -1467,12 +1467,12 @@ def converters():
 def wrong_labels():
     """Labels and lists that cannot be followed (of others, see test_labels.py)."""
 
-    def left_atria(label=None, lists=None):
+    def left_atria(label=None, lists=None, image=None):
         def make(work):
             for name in "abc":
                 (work / "src" / name).mkdir(parents=True)
                 with h5py.File(work / "src" / name / "mri_norm2.h5", "w") as f:
-                    f["image"] = np.zeros((16, 16, 9))
+                    f["image"] = np.zeros((16, 16, 9)) if image is None else image
                     f["label"] = np.resize([0, 1], (16, 16, 9)) if label is None else label
             for name, content in ({"train": b"a\nb\n", "val": b"c\n"} | (lists or {})).items():
                 (work / "src" / f"{name}.list").write_bytes(content)

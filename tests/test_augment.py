@@ -200,7 +200,7 @@ def test_what_g_learns_from_obeys(flip, swaps):
     args.flip = flip
     samples, every = sides("W"), torch.arange(40)
     masks = quality_masks.Masks(
-        samples.label, every, samples, [], torch.full((40,), -1), "all", None, (24, 24)
+        samples.label, every, samples, [], torch.full((40,), -1), "all", None, None, (24, 24)
     )
     seen, truth = train_qp.augmented_batch(masks, every, 3, torch.device("cpu"), args)
     mask = seen.mask

@@ -966,7 +966,7 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
     train(gray, tmp_path, *more, "--steps", 2, "--resume")
     train(gray, tmp_path, *more, "--steps", 2, "--resume", "--flip", "H,W")  # the default in words
     flip = lambda argv: train(gray, tmp_path, *more, "--steps", 2, "--flip", "H", *argv)
-    refused(flip, ["--resume"], "--flip None, not H")
+    refused(flip, ["--resume"], "without --flip, not with --flip H")
     refused(
         lambda argv: train(gray, tmp_path, *more, "--steps", 2, *argv),
         ["--resume", "--correct"],
