@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import corrupt
 import train_ssl
 from data import h5, loading
 from models.device import compute
@@ -287,3 +288,159 @@ def test_auto_keeps_what_fits(gray, monkeypatch):
     )
     args = train_ssl.parse_args([gray, "--out", "o", "--labeled", "2", "--size", "32"])
     assert isinstance(feed_of(gray, args).labeled, loading.Stored) and args.cache == "off"
+
+
+# ------------------------------------------------------------------------ patches that hold targets
+
+GRID = (16, 16, 20)  # of a patch; volume b is smaller
+
+
+@pytest.fixture
+def rare(tmp_path):
+    """a: a large class, and one of three voxels; b: the large one; c: none; d: a, unlabeled."""
+    label = np.zeros((20, 40, 48), np.uint8)
+    label[4:16, 5:25, 8:30] = 1
+    label[17:, 36, 44] = 2
+    labels = dict(a=label, b=label[:, :14, :30] % 2, c=label * 0, d=label, v=label)
+    rng = np.random.default_rng(0)
+    cases = (
+        h5.Case(
+            split="val" if name == "v" else "train",
+            name=name,
+            image=rng.random(truth.shape, np.float32),
+            label=truth,
+            patient=name,
+        )
+        for name, truth in labels.items()
+    )
+    about = dict(name="rare", classes=["background", "large", "rare"], dims=3, channels=1)
+    h5.write(tmp_path / "rare.h5", cases, **about)
+    return str(tmp_path / "rare.h5")
+
+
+def rare_feed(data, share, *more):
+    options = (
+        "--out o --labeled 3 --method mean_teacher --size 16,16,20 --lam-warmup 0 --lam-ramp 0"
+    )
+    rest = "--batch 3 --batch-unlabeled 3 --width 2".split()
+    share = [] if share is None else ["--foreground", str(share)]
+    return feed_of(data, train_ssl.parse_args([data, *options.split(), *rest, *share, *more]))
+
+
+def labels_of(feed, count=60):
+    """Whether labeled patches of the first steps hold each class; fair. -> [n, 3], [n]"""
+    items = [feed[step] for step in range(1, count + 1)]
+    patches = torch.cat([labeled.label for labeled, _, _ in items])
+    held = torch.stack([(patches == k).flatten(1).any(1) for k in (0, 1, 2)], 1)
+    return held, torch.cat([fair for *_, fair in items])
+
+
+def test_a_share_of_the_patches_hold_targets_of_any_class(rare):
+    held, fair = labels_of(rare_feed(rare, 1))  # each case comes once in each step
+    aimed = fair == 0
+    assert aimed.sum() == 2 * 60 and held[aimed, 1:].any(1).all()  # c has no target
+    assert 20 <= held[:, 2].sum() <= 40  # of a's 60, half go to the class of three voxels
+    _, fair = labels_of(rare_feed(rare, None))
+    assert fair.unique().tolist() == [0, 1.5] and 25 <= (fair == 0).sum() <= 55  # 1/3 of 120
+    held, fair = labels_of(rare_feed(rare, 0))
+    assert (fair == 1).all() and held[:, 2].sum() < 10
+
+
+def test_a_patch_is_centered_on_its_target(rare):
+    places = loading.target_places(h5.read_info(rare), "train", GRID, ["a", "b", "c"])
+    assert [[len(one) for one in classes] for classes in places.values()] == [[2000, 3], [2000], []]
+    for place in places["a"][1]:
+        part = loading.part_at((20, 40, 48), GRID, torch.from_numpy(place))
+        assert part == (slice(4, 20), slice(24, 40), slice(28, 48))  # as far as the volume reaches
+    label = loading.load_volumes(h5.read_info(rare), "train", GRID, ["a"]).label[0]
+    for place in places["a"][0][::50]:
+        z, y, x = loading.part_at(label.shape, GRID, torch.from_numpy(place))
+        assert label[z.start + 8, y.start + 8, x.start + 10] == 1 or 0 in (
+            z.start,
+            y.start,
+            x.start,
+        )
+
+
+def test_the_share_of_foreground_is_that_of_random_places(rare):
+    """Else f would be warned of pseudo-labels that hold less than aimed labels do."""
+    found = {}
+    for share in (0, 0.5, 1):
+        feed, args = rare_feed(rare, share), train_ssl.parse_args([rare, "--out", "o"])
+        shares = []
+        for step in range(1, 201):
+            batch = train_ssl.views(feed[step], 3, args, torch.device("cpu"))
+            shares.append(train_ssl.foreground_share([batch.y], "cpu", batch.fair).item())
+        found[share] = np.mean(shares)
+    assert found[0.5] == pytest.approx(found[0], rel=0.1) and found[1] == 0
+
+
+def test_without_foreground_all_is_as_before_and_unlabeled_patches_stay(rare):
+    none, some = rare_feed(rare, 0), rare_feed(rare, 0.7)
+    moved = 0
+    for step in range(1, 9):
+        generator = torch.Generator().manual_seed(train_ssl.seed_of(0, step, 0))
+        order = torch.randperm(3, generator=generator)
+        want = none.labeled.fetch(order, torch.rand(3, 3, generator=generator))
+        labeled, unlabeled, _ = none[step]
+        assert same(labeled, want)
+        also, others, _ = some[step]
+        assert same(unlabeled, others)
+        moved += not same(labeled, also)
+    assert moved > 4
+
+
+def test_targets_are_the_same_from_the_file_and_for_two_processes(rare):
+    ram, off = (rare_feed(rare, 0.7, "--cache", cache) for cache in ("ram", "off"))
+    for step in (3, 1, 2):  # whatever was drawn before
+        (labeled, others, fair), again = ram[step], off[step]
+        assert same(labeled, again[0]) and same(others, again[1]) and torch.equal(fair, again[2])
+        off.world = 2
+        parts = []
+        for off.rank in (0, 1):
+            parts.append(off[step])
+        off.rank, off.world = 0, 1
+        for r, (mine, _, its) in enumerate(parts):
+            assert same(mine, [v[r::2] for v in labeled]) and torch.equal(its, fair[r::2])
+
+
+@pytest.mark.parametrize("cache", ["ram", "off"])
+def test_the_index_is_built_once_of_labeled_cases_alone(cache, rare, monkeypatch):
+    read = []
+    getitem = h5py.Dataset.__getitem__
+    monkeypatch.setattr(
+        h5py.Dataset,
+        "__getitem__",
+        lambda self, part, **how: read.append(self.name) or getitem(self, part, **how),
+    )
+    feed = rare_feed(rare, 1, "--cache", cache)
+    assert set(feed.labeled.targets) == set("abc")
+    called = lambda *_: pytest.fail("the index is built anew")
+    monkeypatch.setattr(loading, "target_places", called)
+    feed[1], feed[2]
+    assert "/train/d/image" in read and "/train/d/label" not in read
+
+
+@pytest.mark.parametrize("script", [train_ssl, corrupt])
+def test_shares_that_are_refused(script, rare, gray, tmp_path, refused):
+    for share in ("-0.1", "1.5", "nan", "many"):
+        refused(script.main, [rare, "--out", tmp_path / "o", "--foreground", share], "--foreground")
+    refused(script.main, [gray, "--out", tmp_path / "o", "--foreground", "0.5"], "is for volumes")
+
+
+def test_g_sees_targets_too(rare):
+    """All patches of labeled train volumes that masks are made of."""
+    info = h5.read_info(rare)
+    labels = {}
+    for share in ("0", "1"):
+        options = ["--labeled", "3", "--size", "16,16,20", "--patches", "12", "--foreground", share]
+        args = corrupt.parse_args([rare, "--out", "o", *options])
+        corrupt.set_defaults(args, info)
+        labels[share] = corrupt.load_labeled(info, list("abc"), ["v"], args).train
+    a = [np.array(one.case) == "a" for one in labels.values()]
+    held = [(one.label[mine] == 2).any(-1).any(-1).any(-1) for one, mine in zip(labels.values(), a)]
+    assert not held[0].all() and held[1].any()
+    assert (labels["1"].label[a[1]] > 0).any(-1).any(-1).any(-1).all()
+    rng = np.random.default_rng([0, 2, 0])
+    corners = loading.random_corners((20, 40, 48), GRID, 12, rng)
+    assert [at for at, mine in zip(labels["0"].at, a[0]) if mine] == corners
