@@ -1,13 +1,15 @@
 # make demo    from nothing to a table and a conclusion: all four stages on the embedded phantom
 # make demo3d  the same in 3D: volumes, V-Net, whole-volume scores
 # make test    the style of the code, then the test suite
-# make clean   deletes what the demos made
+# make clean   deletes what the demos made, of all seeds
 #
-# A demo goes on where it was stopped. SEED=3 make demo: other patients, other networks.
+# A demo that was stopped goes on. It does not see that code or options have changed: make clean.
+# SEED=3 make demo      other patients, other networks
+# PYTHON=python3.12     what makes .venv; FOLDER=runs: where demos go, without spaces
 PYTHON ?= python3
 PY = .venv/bin/python
-SEED = 0
-FOLDER = runs
+SEED ?= 0
+FOLDER ?= runs
 SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: demo demo3d story test clean
@@ -22,7 +24,8 @@ demo: .venv/ready
 
 demo3d: .venv/ready
 	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
-	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 --unlabeled 30 --foreign 0.5" \
+	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 \
+	        --unlabeled 30 --foreign 0.5" \
 	    LABELED=4 METHOD=fixmatch \
 	    MASKS="--size 16,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
 	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 4 --strength 1" \
@@ -35,7 +38,7 @@ test: .venv/ready
 	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
 clean:
-	rm -rf $(FOLDER)/demo$(SUFFIX) $(FOLDER)/demo3d$(SUFFIX)
+	rm -rf $(FOLDER)/demo $(FOLDER)/demo-seed* $(FOLDER)/demo3d $(FOLDER)/demo3d-seed*
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -43,6 +46,7 @@ clean:
 	touch $@
 
 # The story that both demos tell. A step prints into LOG/STEP.txt, which is there when it is done.
+OUT = $(FOLDER)/demo$(SUFFIX)
 DATA = $(OUT)/phantom.h5
 LOG = $(OUT)/log
 QP = --qp $(OUT)/qp/qp.pt
@@ -76,8 +80,8 @@ $(LOG)/g.txt: $(LOG)/masks.txt
 	    --vqm $(OUT)/vqm/vqm.h5 $(G) $(SAME) --out $(OUT)/qp)
 
 $(LOG)/supervised.txt: $(LOG)/phantom.txt
-	$(call step,stage 3: supervised with $(LABELED) labeled patients -> $(OUT)/supervised,$(TRAIN)/supervised \
-	    --labeled $(LABELED))
+	$(call step,stage 3: supervised with $(LABELED) labeled patients -> $(OUT)/supervised,\
+	    $(TRAIN)/supervised --labeled $(LABELED))
 
 $(LOG)/unguided.txt: $(LOG)/phantom.txt
 	$(call step,stage 3: $(METHOD) without guidance -> $(OUT)/unguided,$(TRAIN)/unguided \

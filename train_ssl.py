@@ -714,7 +714,7 @@ def train_step(run, batch, args, step):
 
 
 class Feed(torch.utils.data.Dataset):
-    """Item n holds the images of step n, as they are stored: labeled, unlabeled or None; and fair.
+    """Item n holds the images of step n, as stored: labeled, unlabeled or None, and weights, aim().
 
     They are the same whoever reads them, and whether before or after other steps. Each of several
     processes takes its share.
@@ -733,7 +733,7 @@ class Feed(torch.utils.data.Dataset):
         unlabeled = None
         if needs_unlabeled(self.args, step):
             unlabeled = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
-        fair = self.aim(*labeled, generator)  # last, so that all else is as without
+        fair = self.aim(*labeled, generator)  # drawn last: changes no other draw
         mine = slice(self.rank, None, self.world)
         try:
             labeled = self.labeled.fetch(*(v[mine] for v in labeled))

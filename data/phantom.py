@@ -5,7 +5,7 @@
 Each patient is a volume of slices with a right ventricle, a myocardium (a ring) and a left
 ventricle (its cavity) on a cluttered background. Three things are hard on purpose:
 
-- Shape, position, contrast, bias field and noise vary between patients. Two labeled patients show
+- Shape, position, contrast, bias field and noise vary between patients. A few labeled patients show
   little of this, and the images without labels show it all.
 - Distractors have the intensities of the heart, and some have the shape of a ring. What is near an
   object decides whether it is a ventricle.
@@ -24,7 +24,7 @@ from data.options import SEED, Parser, cli, number
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
 FOREIGN = ("contrast", "cut", "ghosts", "body")  # kinds of foreign patients, see patient()
 DEPTH = 64.0  # mm: of a volume, however many slices it has
-PIXEL = 1.5  # mm: the side of a slice's pixel
+PIXEL = 1.5  # mm: the side of a slice's pixel, however many a slice has
 
 
 def smooth_noise(shape, sigma, rng):
@@ -244,6 +244,8 @@ def main(argv=None):
     )
     p.add_argument("--seed", type=SEED, default=0, help="of the whole dataset")
     args = p.parse_args(argv)
+    if args.foreign and not args.unlabeled:
+        p.error("--foreign is a share of the archive; give --unlabeled, too")
 
     about = dict(name="phantom", classes=CLASSES, dims=args.dims, channels=1)
     h5.report(h5.write(args.out, cases(args), **about))

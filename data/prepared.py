@@ -14,7 +14,7 @@ def check(known, others, remedy=None):
     """Compares how the images of `others` were prepared with the first of `known` that says it.
 
     known, others: {path: what Info.describe() says}; of known, the first is the dataset.
-    remedy: where that is none, which could be converted again.
+    remedy: what to do, where the first of `known` is no dataset that could be converted again.
     InputError if intensities or axes mean something else. A note, once, on other differences, on a
     window that one side does not know, and on voxels of clearly another size. Where one side says
     nothing, as older files and checkpoints do, only `standardize` is compared.

@@ -207,8 +207,8 @@ def name_patients(rows, args):
 def note_shared(info, other):
     """A note where the unlabeled images of a second file are of patients of val or test of `info`.
 
-    They are if patients have one name, which is more than a case's, if images have one source in
-    datasets of one name, or if they are equal by grid, mean and deviation. No image is opened.
+    Any of three tells: the same patient name, unless it is only a case's name; the same source, in
+    datasets of the same name; equal grid, mean and deviation of an image. No image is opened.
     """
     scored = {}
     for split in ("val", "test"):

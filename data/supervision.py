@@ -63,7 +63,7 @@ def held_classes(info, split, names=None):
     """Whether the labels of a split hold each class of the foreground. -> [K-1] bool
 
     names: those of the cases that count (default: all).
-    Reads labels up to the first by which all are found. InputError if there is no class at all.
+    Stops reading labels once every class is found. InputError if there is no class at all.
     """
     info.entries(split)  # which refuses an empty split
     held = _found_classes(info, split, names)
@@ -76,7 +76,7 @@ def held_classes(info, split, names=None):
 
 
 def _found_classes(info, split, names=None):
-    """The work of held_classes(), for any split."""
+    """Which classes of the foreground the labels of a split hold, none perhaps. -> [K-1] bool"""
     held = np.zeros(len(info.classes) - 1, bool)
     names = None if names is None else set(names)
     with h5.open_file(info.path) as f:

@@ -103,8 +103,8 @@ class Seen:
     def joined(self, shown=None):
         """Everything that g sees, as channels. -> [B, channels(), *S]
 
-        shown [B]: 1 where the mask is shown, 0 where it is withheld. Then its background is a
-        channel, too: else a withheld mask would look like an empty one.
+        shown [B]: 1 where the mask is shown, 0 where it is withheld. With it, the background is a
+        channel, too: else a withheld mask would look like an empty one. None: all are shown.
         """
         mask = self.mask
         if shown is not None:

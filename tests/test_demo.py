@@ -124,7 +124,8 @@ def make(folder, *options):
     )
     (folder / "calls").write_text("")
     command = ["make", "demo", "-o", ".venv/ready", f"FOLDER={folder}", f"PY=sh {python}"]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    command = ["env", *options, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done, [line.split()[0] for line in (folder / "calls").read_text().splitlines()]
 
 

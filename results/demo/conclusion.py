@@ -3,10 +3,10 @@
     python -m results.demo.conclusion runs/demo/table --new runs/demo/new
     python -m results.demo.conclusion runs/demo/table runs/demo-seed1/table ...   # a row each
 
-Reads TABLE/cases.csv, and TABLE/quality.json where evaluate.py was given --qp. Four runs have a
-part: supervised training with few labels and with all, a method without guidance, and the same
-method with guidance. What is missing is named. --new adds how many of the archive's foreign
-patients are among those that NEW/worst_first.csv ranks lowest.
+Reads TABLE/cases.csv (made without --regions), and TABLE/quality.json where evaluate.py was given
+--qp. Four runs have a part: supervised training with few labels and with all, a method without
+guidance, and the same method with guidance. What is missing is named. --new adds how many of the
+archive's foreign patients are among those that NEW/worst_first.csv ranks lowest.
 """
 
 import csv
@@ -150,6 +150,9 @@ def row_of(folder):
 def table(folders):
     """The Markdown table of several demos, and of their mean and deviation."""
     rows = [row_of(folder) for folder in folders]
+    for folder, row in zip(folders, rows):
+        if row.keys() != rows[0].keys():
+            raise InputError(f"{folder}: has not the runs of {folders[0]}")
     mean = {"table": "mean ± deviation"}
     for name in list(rows[0])[1:]:
         mean[name] = [value for row in rows for value in row[name]]
@@ -166,6 +169,8 @@ def main(argv=None):
         if args.new:
             print(found_first(args.new))
     else:
+        if args.new:
+            p.error("--new is for one table")
         print(table(args.tables))
 
 
