@@ -239,15 +239,16 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 
 @pytest.mark.parametrize("held", [[True] * 3, [False, False, True]])
 def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
-    """Over the classes alone that val holds, of a g that is decided, so that it matters."""
+    """Over the classes alone that val holds, which here have another one than all together."""
     info, on = h5.read_info(gray), evaluate.compute("cpu", "off")
     g, _ = checkpoints.load_quality(gray_quality[1], info, on)
     masks = load(gray_quality[0], "real", info, 32)
     train_qp.fit_temperature(g, masks, on, np.array(held))
     saved = torch.load(gray_quality[1], weights_only=True)["weights"]["temperature"]
     assert saved == g.temperature or not all(held)  # what train_qp.py keeps
+    torch.manual_seed(1)
     for member in g.members:
-        member.head.weight.mul_(20)
+        member.head.weight.normal_(0, 3)
     train_qp.fit_temperature(g, masks, on, np.array(held))
 
     def error(t):
@@ -256,7 +257,7 @@ def test_temperature_is_that_of_the_least_error(gray, gray_quality, held):
         return np.abs(predicted - true)[:, held].mean()
 
     best, errors = g.temperature.item(), {t: error(t) for t in train_qp.TEMPERATURES.tolist()}
-    assert errors[best] == min(errors.values()) < max(errors.values()) - 1e-5
+    assert errors[best] == min(errors.values()) < max(errors.values())
 
 
 @pytest.mark.parametrize(
