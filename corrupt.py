@@ -677,16 +677,17 @@ def seen_by(fold, patients, folds):
     return [i for i in range(len(patients)) if folds == 1 or fold_of[i] != fold]
 
 
-def weak_network(info):
+def weak_config(info):
+    """What models.build() makes a weak network of: f's U-Net, for the dataset."""
     classes = len(info.classes)
-    return models.build("unet", channels=info.channels, classes=classes, dims=info.dims)
+    return dict(name="unet", channels=info.channels, classes=classes, dims=info.dims)
 
 
 def build_run(fold, info, args, state=None):
     """A fold's run at its start, or where an interrupted one left it. state: its last.pt"""
     torch.manual_seed(seed_of(args.seed, 0, fold))
     on = compute(args.device, args.amp, args.deterministic)
-    net = on.place(weak_network(info))
+    net = on.place(models.build(**weak_config(info)))
     run = WeakRun(fold, net, torch.optim.Adam(net.parameters(), 1e-3), on.scaler(), on)
     if state and state["fold"] == fold:
         restore(run, state)
@@ -848,7 +849,7 @@ def harvest(weak, samples, tasks, info, args):
 def weak_outputs(weights, samples, tasks, info, args):
     """Yields a weak network's Output of each task, in their order."""
     on = compute(args.device, args.amp, args.deterministic)
-    net = on.place(weak_network(info))
+    net = on.place(models.build(**weak_config(info)))
     net.load_state_dict(weights)
     net.eval()
     batch = samples_in(32, samples.image.shape[2:])
@@ -1186,6 +1187,10 @@ def set_defaults(args, info):
     args.foreground = loading.target_share(info, args.foreground)
     args.masks = args.masks or (200 if slices else 50)
     args.harvest_batch = args.harvest_batch or (16 if slices else 2)
+    try:
+        models.check(weak_config(info), loading.shape_of(args.size), args.harvest_batch)
+    except ValueError as error:
+        raise InputError(f"--harvest-batch {args.harvest_batch}: {error}") from None
 
 
 def choose_cases(info, args):

@@ -266,6 +266,7 @@ def contrastive(nets, teacher, batch, args, t):
     clear = confident(small, args)  # [U, *s]
 
     def loss(w):
+        """Segmentation and contrast, of pixels that weigh w [U, *S] and are sure."""
         near = F.interpolate(w[:, None], size=anchors.shape[2:], mode="area")[:, 0] * clear
         contrast = pixel_contrast(
             anchors,

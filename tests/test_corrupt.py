@@ -293,6 +293,11 @@ def test_bad_input(gray, tmp_path, refused):
     refused(corrupt.main, [gray, *out, "--labeled", "2", "--folds", "3"], "--folds 3")
     refused(corrupt.main, [gray, *out, "--masks", "0"], "--masks")
     refused(corrupt.main, [gray, *out, "--harvest-share", "2"], "--harvest-share")
+    refused(
+        corrupt.main,
+        [gray, *out, "--size", "16", "--harvest-batch", "1"],
+        "--harvest-batch 1: one image of 16 x 16 is a single pixel",
+    )
     assert not (tmp_path / "x" / "vqm.h5").exists()
 
 
