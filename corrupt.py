@@ -1189,8 +1189,11 @@ def set_defaults(args, info):
     args.harvest_batch = args.harvest_batch or (16 if slices else 2)
     try:
         models.check(weak_config(info), loading.shape_of(args.size), args.harvest_batch)
-    except ValueError as error:
-        raise InputError(f"--harvest-batch {args.harvest_batch}: {error}") from None
+    except ValueError:
+        raise InputError(
+            "--harvest-batch 1: a patch is a single voxel in the deepest level of a weak network, "
+            "where batch norm needs two; give 2, or a larger --size"
+        ) from None
 
 
 def choose_cases(info, args):

@@ -105,7 +105,7 @@ def check(config, shape, batch=2):
     if batch == 1 and max(shape) <= getattr(net, "coarsest", 0):
         raise ValueError(
             f"one image of {text} is a single pixel in its deepest level, where batch norm needs "
-            "two; give a larger --size, or larger batches"
+            "two; give a larger --size, --batch or --batch-unlabeled"
         )
 
 

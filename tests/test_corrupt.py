@@ -287,7 +287,7 @@ def test_balance_flattens_the_histogram(rgb, tmp_path):
     assert spread("--balance") < 0.5 * spread("--no-balance")
 
 
-def test_bad_input(gray, tmp_path, refused):
+def test_bad_input(gray, volumes, tmp_path, refused):
     out = ["--out", tmp_path / "x"]
     refused(corrupt.main, [gray, *out, "--labeled", "70"], "--labeled 70", "6 labeled")
     refused(corrupt.main, [gray, *out, "--labeled", "2", "--folds", "3"], "--folds 3")
@@ -295,8 +295,8 @@ def test_bad_input(gray, tmp_path, refused):
     refused(corrupt.main, [gray, *out, "--harvest-share", "2"], "--harvest-share")
     refused(
         corrupt.main,
-        [gray, *out, "--size", "16", "--harvest-batch", "1"],
-        "--harvest-batch 1: one image of 16 x 16 is a single pixel",
+        [volumes, *out, "--size", "16,16,16", "--harvest-batch", "1"],
+        "--harvest-batch 1: a patch is a single voxel",
     )
     assert not (tmp_path / "x" / "vqm.h5").exists()
 
