@@ -367,7 +367,7 @@ def to_gray(mask, file, K, values=None):
                 f"{file.path}: values {shares(mask)}, so not a mask of two classes; save the "
                 "foreground as 255 and all else as 0, or say with --labels which values there are"
             )
-        mask = np.ceil(mask / 257)  # up, so that 1 does not become the background
+        mask = np.round(mask / 257)
     usable = are_whole(mask) & (mask >= 0) & (mask <= 255)
     if K == 2 and not usable.all():
         raise InputError(

@@ -1,6 +1,7 @@
 """What the demo says in plain words, from tables that are made up."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -134,6 +135,7 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path):
     done, calls = make(tmp_path, "SEED=3", "BROKEN=train_qp.py")
     assert done.returncode and "no luck" in done.stdout
     assert "train_qp.py" in calls and "-m" in calls and calls.count("evaluate.py") == 0
+    assert {"masks.txt", "g.txt.part"} <= set(os.listdir(tmp_path / "demo-seed3" / "log"))
     assert not (tmp_path / "demo-seed3" / "log" / "g.txt").exists()
     done, again = make(tmp_path, "SEED=3", "BROKEN=nothing")
     assert done.returncode == 0, done.stderr
