@@ -177,10 +177,12 @@ def count_channels(paths):
     counts = {path: channels_in(path) for path in paths}
     first, count = next(iter(counts.items()))
     if other := next((path for path in paths if counts[path] != count), None):
-        a, b = (f"{counts[p]} channels" if counts[p] else "gray or RGB" for p in (other, first))
+        a, b = (
+            f"has {counts[p]} channels" if counts[p] else "is gray or RGB" for p in (other, first)
+        )
         raise InputError(
-            f"{other}: is of {a}, but {first} of {b}; all pictures of a data set need the same "
-            "channels, so convert those of each kind alone"
+            f"{other}: {a}, but {first} {b}; all pictures of a data set need the same channels, so "
+            "convert those of each kind alone"
         )
     return count
 
@@ -290,7 +292,7 @@ def main(argv=None):
     if 0 < args.size < h5.SMALLEST:
         raise InputError(f"--size {args.size}: networks need {h5.SMALLEST} pixels or more")
     if args.channels and (args.gray or args.preset != "folder"):
-        raise InputError("--channels are folders of the preset folder, and need no --gray")
+        raise InputError("--channels: for the preset folder, without --gray; leave one of them out")
     lists = splits.find_lists(args)
     bases = [src, *(src / split for split in h5.SPLITS)]
     files = of_channels(bases, args.channels) if args.channels else {}

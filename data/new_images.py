@@ -210,9 +210,9 @@ def pictures(paths, channel_names, notes):
         h5.check_name(found[0], name)
         colors = "gray" if count == 1 else "RGB" if channel_names == h5.RGB else None
         if colors is None and not several and (there := pixels.channels_in(found[0])) != count:
-            there = f"{there} channels" if there else "gray or RGB"
+            there = f"has {there} channels" if there else "is gray or RGB"
             raise InputError(
-                f"{found[0]}: is of {there}, but the network has learned from {count} channels "
+                f"{found[0]}: {there}, but the network has learned from {count} channels "
                 f"({', '.join(channel_names)}); give a TIFF of these"
             )
         image = images.read_image(found, None if several else colors, notes)

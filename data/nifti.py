@@ -52,6 +52,7 @@ from data.splits import Row, by_name, note_unread, plain_name
 
 # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 NAME = re.compile(r"(?i)([^.].*)\.nii(\.gz)?")
+MOST = 64  # channels of a case, see data/h5.py
 SOFT_TISSUE = -175.0, 250.0  # Hounsfield units
 
 
@@ -147,13 +148,18 @@ def volumes_in(path):
 
 
 def count_volumes(paths):
-    """How many volumes each of some files holds. InputError if they differ."""
+    """How many volumes each of some files holds. InputError if they differ, or are too many."""
     counts = {path: volumes_in(path) for path in paths}
     first, count = next(iter(counts.items()))
     if other := next((path for path in paths if counts[path] != count), None):
         raise InputError(
             f"{other}: holds {counts[other]} volumes (channels), but {first} holds {count}; give "
             "all cases the same channels, or choose some with --channel"
+        )
+    if count > MOST:
+        raise InputError(
+            f"{first}: holds {count} volumes, but a case has at most {MOST} channels (are they "
+            "times?); choose some with --channel"
         )
     return count
 
@@ -166,7 +172,7 @@ def name_channels(src, numbers, chosen):
     """
     path = src / "dataset.json"
     table = read_json(path, "") if path.is_file() else {}
-    key = "channel_names" if "channel_names" in table else "modality"
+    key = "channel_names" if table.get("channel_names") else "modality"
     said = table.get(key)
     if said is None:
         return [f"channel {n}" for n in numbers]
