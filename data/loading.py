@@ -95,13 +95,13 @@ class Volumes:
         """A patch of each of some volumes. index [B]; place [B, 3]: see part_at() -> Fetched"""
         index = index.tolist()
         parts = [part_at(self.image[i].shape[1:], self.size, at) for i, at in zip(index, place)]
-        image = [self.image[i][(slice(None), *part)] for i, part in zip(index, parts)]
+        image = torch.stack([self.image[i][:, *part] for i, part in zip(index, parts)])
         label = None
         if self.label is not None:
             label = torch.stack([self.label[i][part] for i, part in zip(index, parts)])
         mean = torch.tensor([self.mean[i] for i in index], device=image.device)  # [B]
         std = torch.tensor([self.std[i] for i in index], device=image.device)
-        return Fetched(torch.stack(image), label, mean, std)
+        return Fetched(image, label, mean, std)
 
     def batch(self, index, device="cpu"):
         """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
