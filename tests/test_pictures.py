@@ -443,7 +443,7 @@ def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
     cases = {
         name: image for name, image, *_ in loading.whole_cases(info, "unlabeled", labels=False)
     }
-    assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
+    assert (cases["b"][:, 0] == DEEP).all() and cases["d"].shape == (3, 1, *SIZE)
     for name in ("pages.tif", "hole.png", "nan.tif"):
         picture, options, words = FOREIGN[name]
         save(folder / "images" / name, picture, **options)
