@@ -113,6 +113,9 @@ def convert(source, out, data):
     """
     said = prepared = data.get("prepared")
     names = h5.names_of(data)
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not named or len(names) != data["channels"]:
+        raise not_understood(names, source)
     kind, paths = find(Path(source), folders_of(said, names, source))
     if prepared is None or isinstance(prepared, dict) and prepared.get("from") == "ssl4mis":
         prepared, said = assumed(kind, source, data), None

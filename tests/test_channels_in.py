@@ -75,7 +75,8 @@ def test_each_channel_is_what_it_is_alone(options, tmp_path, capsys):
     assert (info.channels, info.channel_names, info.color) == (3, ["T2", "ADC", "CT"], False)
     assert info.standardize is True and info.prepared["names"] == info.channel_names
     assert info.prepared["channel"] is None and info.prepared["window"] is None
-    for name, image in everything(info).items():
+    whole = everything(info)
+    for name, image in whole.items():
         assert image.shape[-1] == 3
         assert all((image[..., c] == alone[c][name]).all() for c in range(3))
     some = convert(src, *options, "--channel", "2,0")
@@ -87,7 +88,7 @@ def test_each_channel_is_what_it_is_alone(options, tmp_path, capsys):
     stacked = convert(in_4d(src), *options)
     assert stacked.channel_names == info.channel_names and not stacked.prepared["nnunet"]
     found = everything(stacked)
-    assert all((found[name] == image).all() for name, image in everything(info).items())
+    assert all((found[name] == image).all() for name, image in whole.items())
 
 
 def test_one_channel_is_stored_as_it_always_was(tmp_path):
@@ -278,6 +279,18 @@ def test_tiffs_of_several_channels_keep_every_value(kind, tmp_path):
     for read in (lambda: pixels.read_picture(path, True), lambda: pixels.read_mask(path, "ab")):
         with pytest.raises(InputError, match="a.tif: has"):
             read()
+
+
+def test_a_wrong_checksum_of_channels_is_damage(tmp_path):
+    """libtiff does not look at it."""
+    write, image = KINDS["deflated"]
+    write(path := tmp_path / "a.tif", image)
+    content = bytearray(path.read_bytes())
+    tags, _ = pixels.read_tags(bytes(content))
+    content[tags[0][273][1] - 1] ^= 1  # the last byte of the first strip
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="a.tif: not a readable picture"):
+        pixels.read_channels([path])
 
 
 @pytest.mark.parametrize("said", ["channels=3\nslices=3\n", "slices=3\n", "channels=2\n", ""])
@@ -517,6 +530,14 @@ def test_strange_words_of_a_checkpoint_on_its_channels(wrong, tmp_path):
     new_images.convert(str(src), str(tmp_path / "n.h5"), data | dict(prepared=right))
     with pytest.raises(InputError, match="cannot be understood"):
         new_images.convert(str(src), str(tmp_path / "n.h5"), data | dict(prepared=right | wrong))
+
+
+@pytest.mark.parametrize("names", ["abc", ["T2", "CT"], [1, 2, 3], None, 3, {"a": 1}])
+def test_strange_names_of_channels_in_a_checkpoint(names, tmp_path):
+    src = mpmri(tmp_path / "src", "a")
+    data = dict(classes=["background", "x"], dims=3, channels=3, channel_names=names)
+    with pytest.raises(InputError, match="cannot be understood"):
+        new_images.convert(str(src), str(tmp_path / "n.h5"), data)
 
 
 def test_channels_of_a_checkpoint_that_does_not_know_more(tmp_path, capsys):
