@@ -282,7 +282,6 @@ def test_tiffs_of_several_channels_keep_every_value(kind, tmp_path):
 
 
 def test_a_wrong_checksum_of_channels_is_damage(tmp_path):
-    """libtiff does not look at it."""
     write, image = KINDS["deflated"]
     write(path := tmp_path / "a.tif", image)
     content = bytearray(path.read_bytes())
