@@ -180,8 +180,8 @@ def write(
     channel_names: C texts; RGB are colors. None: of one channel "image", of three of slices RGB.
     standardize: whether readers do it; a list: to each channel.
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
-    "from" ("pictures", "nifti" or "ssl4mis") and, of NIfTI, the entries of nifti.Preparation; None:
-    nobody knows.
+    "from" ("pictures", "nifti" or "ssl4mis"), of pictures in a folder for each channel "folders",
+    and, of NIfTI, the entries of nifti.Preparation; None: nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)

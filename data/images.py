@@ -37,8 +37,6 @@ import argparse
 import re
 from pathlib import Path
 
-import numpy as np
-
 from data import h5, labels, loading, splits
 from data.files import InputError, read_table
 from data.options import Parser, cli, number
@@ -257,11 +255,7 @@ def to_case(row, paths, colors, src, args, classes, notes):
     case = row.case(src, image, label)
     if args.size:
         case.source_grid, case.source_label = image.shape[:2], label
-        if colors:
-            case.image = loading.resize_image(image, args.size)
-        else:  # OpenCV resizes up to four channels
-            each = [loading.resize_image(v, args.size) for v in np.moveaxis(image, -1, 0)]
-            case.image = np.dstack(each)
+        case.image = loading.resize_image(image, args.size)
         case.label = None if label is None else loading.resize_label(label, args.size)
     return case
 

@@ -498,6 +498,8 @@ def resize_image(image, size):
     shape = shape_of(size)
     if image.shape[: len(shape)] == shape:
         return image
+    if len(shape) == 2 and image.ndim == 3 and image.shape[2] > 4:  # more than OpenCV takes
+        return np.stack([resize_image(one, size) for one in np.moveaxis(image, 2, 0)], 2)
     if len(shape) == 2:
         shrinks = min(image.shape[:2]) >= size
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

@@ -223,3 +223,13 @@ def test_a_channel_that_shows_nothing_is_noted(files, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 channel(s): t1, t2, flair, adc" in said and "(1 such channels)" in said
     assert "everywhere: flair of train/" in said
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+@pytest.mark.parametrize("size", [17, 40])
+def test_many_channels_are_resized_each_as_if_alone(kind, size):
+    image = (np.random.default_rng(0).random((20, 30, 7)) * 255).astype(kind)
+    out = loading.resize_image(image, size)
+    assert out.shape == (size, size, 7) and out.dtype == kind
+    for c in range(7):
+        assert (out[..., c] == loading.resize_image(image[..., c], size)).all()
