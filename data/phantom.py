@@ -11,6 +11,8 @@ ventricle (its cavity) on a cluttered background. Three things are hard on purpo
   object decides whether it is a ventricle.
 - --unlabeled adds an archive of patients without labels. A share of them, --foreign, is of another
   kind (FOREIGN), as in archives of hospitals, and pseudo-labels go wrong there.
+
+--rare adds a small class, a bright scar of about .1% of the voxels, which most patients have.
 """
 
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from data import h5
 from data.options import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
+RARE = "scar"  # the class that --rare adds
 FOREIGN = ("contrast", "cut", "ghosts", "body")  # kinds of foreign patients, see patient()
 DEPTH = 64.0  # mm: of a volume, however many slices it has
 PIXEL = 1.5  # mm: the side of a slice's pixel, however many a slice has
@@ -48,6 +51,7 @@ class Gray(NamedTuple):
     muscle: float
     tissue: float
     lung: float
+    scar: float = 1.2
 
 
 class Heart(NamedTuple):
@@ -105,12 +109,29 @@ def draw_heart(image, label, heart, gray, *, grid, center, level, rng):
     image[(papillary < 0) & (label == 3)] = gray.muscle  # dark, but the cavity by convention
 
 
-def patient(rng, depth, side, foreign=None):
+def draw_scar(image, label, gray, rng):
+    """Draws a scar in the myocardium of a volume and its label [D, H, W], in place.
+
+    It is a ball of a random size, as far as it lies in the myocardium. One patient of ten has none.
+    """
+    muscle = np.argwhere(label == 2)
+    if not len(muscle) or rng.random() < 0.1:
+        return
+    radii = rng.uniform(0.8, 1.2) * np.array([0.11, 0.055, 0.055]) * label.shape
+    center = rng.choice(muscle)
+    near = (((muscle - center) / radii) ** 2).sum(1) < 1
+    scar = tuple(muscle[near].T)
+    image[scar] = gray.scar
+    label[scar] = 4
+
+
+def patient(rng, depth, side, foreign=None, rare=False):
     """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8
 
     foreign: None or one of FOREIGN: "contrast", dark is bright, as of another scanner; "cut", a
     part of the heart is out of view; "ghosts", shifted copies of the body; "body", of another part
     of the body, without a heart.
+    rare: whether there may be a scar.
     """
     grid = np.mgrid[:side, :side] / side - 0.5  # [2, H, W]
     slices = depth / 8  # in 8 mm
@@ -157,6 +178,8 @@ def patient(rng, depth, side, foreign=None):
             center = heart.center + drift * level
             place = dict(grid=warped, center=center, level=level)
             draw_heart(image[z], label[z], heart, gray, **place, rng=rng)
+    if rare:
+        draw_scar(image, label, gray, rng)
     image = scanned(image, slices, rng)
     if foreign == "cut":
         image, label = cut_off(image, label, rng)
@@ -205,7 +228,7 @@ def cases(args):
     kinds = [None] * (len(splits) - len(foreign)) + foreign
     for i, (split, kind) in enumerate(zip(splits, kinds)):
         rng = np.random.default_rng([args.seed, i])
-        image, label = patient(rng, args.depth, args.size, kind)
+        image, label = patient(rng, args.depth, args.size, kind, args.rare)
         name = f"phantom{i:03d}"
         spacing = (DEPTH / args.depth, PIXEL, PIXEL)
         source = f"seed {args.seed}, patient {i}" + (f", foreign: {kind}" if kind else "")
@@ -233,6 +256,7 @@ def main(argv=None):
         default=0,
         help="share of the archive's patients that are of another kind",
     )
+    p.add_argument("--rare", action="store_true", help=f"one more class, small: {RARE}")
     p.add_argument("--depth", type=number(4), default=8, help="slices of a volume")
     p.add_argument("--size", type=number(32), default=96, help="side of a slice, pixels")
     p.add_argument(
@@ -247,7 +271,8 @@ def main(argv=None):
     if args.foreign and not args.unlabeled:
         p.error("--foreign is a share of the archive; give --unlabeled, too")
 
-    about = dict(name="phantom", classes=CLASSES, dims=args.dims, channels=1)
+    classes = [*CLASSES, RARE] if args.rare else CLASSES
+    about = dict(name="phantom", classes=classes, dims=args.dims, channels=1)
     h5.report(h5.write(args.out, cases(args), **about))
 
 

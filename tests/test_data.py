@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_pictures
+from scipy import ndimage
 
 from data import h5, images, loading, phantom, ssl4mis, supervision
 from data.files import InputError
@@ -196,6 +197,31 @@ def test_phantom_is_the_same_for_a_seed():
     a, b, c = (phantom.patient(np.random.default_rng([s, 0]), 4, 40) for s in (0, 0, 1))
     assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and (a[0] != c[0]).any()
     assert set(np.unique(a[1])) == {0, 1, 2, 3} and 0 <= a[0].min() and a[0].max() <= 1
+
+
+def test_options_leave_the_default_phantom_as_it_was(tmp_path):
+    small = "--train 2 --val 1 --test 1 --depth 4 --size 32 --unlabeled 4 --foreign 1"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    assert h5.read_info(tmp_path / "p.h5").checksum == 4123490118  # before there were options
+
+
+def test_phantom_with_a_rare_class(tmp_path):
+    """Most patients have a scar in the myocardium, brighter than what is around it."""
+    small = "--train 10 --val 1 --test 0 --depth 8 --size 48 --dims 3 --rare"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    info = h5.read_info(tmp_path / "p.h5")
+    assert info.classes == [*phantom.CLASSES, "scar"]
+    shares = []
+    for i, case in enumerate(loading.whole_cases(info, "train")):
+        scar = case.label == 4
+        shares.append(scar.mean())
+        plain = phantom.patient(np.random.default_rng([0, i]), 8, 48)[1]
+        assert (np.where(scar, 2, case.label) == plain).all()  # else the heart is as it was
+        around = ndimage.binary_dilation(scar) & ~scar
+        if scar.any():
+            assert case.image[scar].mean() > case.image[around].mean() + 0.2
+    assert 0 < shares.count(0) < 4 and 0.0005 < np.mean(shares) < 0.0015
+    assert not phantom.patient(np.random.default_rng(5), 8, 48, "body", rare=True)[1].any()
 
 
 def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
