@@ -857,7 +857,7 @@ def weak_outputs(weights, samples, tasks, info, args):
         rows, index, change = zip(*tasks[start : start + batch])
         x, _ = samples.batch(torch.tensor(index), on.device)  # [B, C, *S]
         change = torch.tensor(change, device=on.device).reshape(-1, *[1] * (x.dim() - 1))
-        x = torch.where(change, augment.strong(x), x)
+        x = torch.where(change, augment.strong(x, color=info.color), x)
         with on.autocast():
             p = net(channels_last(x)).float().softmax(1)  # [B, K, *S]
         in_bytes = (p[:, 1:] * 255).round().to(torch.uint8).cpu().numpy()
@@ -1043,7 +1043,7 @@ def draw_preview(path, vqm_path, info, samples):
         for panels, row in zip(axes.reshape(-1, views), rows):
             case = group["case"].asstr()[row]
             i = number_of[case, tuple(group["at"][row].tolist())]
-            shown = mask_views(samples, i, group["mask"][row], spacing[case])
+            shown = mask_views(info, samples, i, group["mask"][row], spacing[case])
             for axis, panel in zip(panels, shown):
                 figures.draw(axis, panel)
             name = group["source"].asstr()[row][:30]
@@ -1053,12 +1053,12 @@ def draw_preview(path, vqm_path, info, samples):
     figures.save_figure(figure, path)
 
 
-def mask_views(samples, i, mask, spacing):
+def mask_views(info, samples, i, mask, spacing):
     """What is shown of a mask of sample i. -> list of figures.Panel"""
-    image = samples.image[i].numpy()  # [C, *S]
+    image = info.picture(samples.image[i].numpy())  # [*S], or [*S, 3] of colors
     if mask.ndim == 2:
-        return [figures.Panel("", image.transpose(1, 2, 0).squeeze(), mask)]
-    return figures.planes(image[0], mask, samples.label[i].numpy(), spacing)
+        return [figures.Panel("", image, mask)]
+    return figures.planes(image, mask, samples.label[i].numpy(), spacing)
 
 
 # -------------------------------------------------------------------------------- options and main
@@ -1157,6 +1157,7 @@ def parse_args(argv=None):
         metavar="FILE.png",
         help="draw a grid of masks with name and Dice",
     )
+    h5.add_show(p)
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument(
@@ -1266,11 +1267,12 @@ def main(argv=None):
     weak_folder = os.path.join(args.out, "weak")
 
     info = h5.read_info(args.data)
+    h5.choose_shown(info, args.show)
     set_defaults(args, info)
     train, val = choose_cases(info, args)
 
     lock = claim(args.out, "weak") if os.path.isdir(args.out) else None  # held until main ends
-    free = ("workers", "preview")
+    free = ("workers", "preview", "show")
     state, _ = start_run("corrupt", args, info.describe(), free=free, folder=weak_folder)
     if os.path.exists(vqm) and not (args.overwrite or state):
         raise InputError(

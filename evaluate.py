@@ -296,13 +296,7 @@ def check_runs(args, info, states):
     The checkpoints are those of train_ssl.py.
     """
     for path, state in states.items():
-        for key in ("classes", "channels", "dims"):
-            theirs, ours = state["data"][key], getattr(info, key)
-            if theirs != ours:
-                raise InputError(
-                    f"{path}: trained for {key} {theirs}, but {info.path} has {ours}; train on "
-                    "this data"
-                )
+        checkpoints.check_kind(path, state["data"], info, "train on this data")
         checkpoints.check_trained_size(path, info, state["args"]["size"])
         checkpoints.flip_of(path, info, state["args"])
     described = {path: state["data"] for path, state in states.items()}
@@ -574,6 +568,7 @@ class Opinions:
     other: torch.nn.Module  # its teacher; of a teacher, its student
     second: torch.nn.Module | None = None  # an independent one
     flip: str | None = None  # --flip of net: how its augmented pass may be flipped
+    color: bool = False  # whether images are colors
 
 
 def load_judge(args, runs, states, on):
@@ -601,7 +596,7 @@ def judge_run(args, judge, runs, path, net, on):
     weights = "student" if args.weights == "teacher" else "teacher"
     other, state = checkpoints.load_run(path, weights, on)
     flip = checkpoints.flip_of(path, runs.info, state["args"])
-    by = Opinions(net, other, judge.second, flip)
+    by = Opinions(net, other, judge.second, flip, runs.info.color)
     for judged in (judge.ours, judge.reference):
         if judged is not None:
             outputs = compare_estimates(judge.g, by, judged.samples, on, args.batch)
@@ -633,7 +628,7 @@ def estimates_of(g, by, seen, mine, on):
     x = seen.image  # [B, C, *S]
     with on.autocast():
         says = {"g": g(seen)}
-    turned = augment.strong(augment.mirror(x, by.flip), 0.5)
+    turned = augment.strong(augment.mirror(x, by.flip), 0.5, by.color)
     again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
     other = inference.class_probabilities(by.other, x, on)
     says |= {
@@ -719,6 +714,7 @@ def predict(args):
 
     with dataset(args, state["data"]) as info:
         check_runs(args, info, {path: state})
+        h5.choose_shown(info, args.show)
         info = on_source_grids(info)
         split = args.split or ("unlabeled" if info.splits.get("unlabeled") else "val")
         split, entries = chosen_cases(info, split, {path: state}, args.qp)
@@ -766,6 +762,7 @@ def data_of(path, state):
         channels=data["channels"],
         splits={},
         checksum=0,
+        channel_names=h5.names_of(data),
         standardize=data.get("standardize", True),
         prepared=data.get("prepared"),
         spacing=data.get("spacing"),
@@ -891,7 +888,7 @@ def worst_panels(info, split, rows):
     panels = []
     with h5.open_file(info.path) as f:
         for rank, row in enumerate(rows, 1):
-            image, _ = h5.read_case(f, info, split, row.entry.name, label=False)
+            image, _ = h5.read_shown(f, info, split, row.entry.name, label=False)
             place = f", slice {row.z}" if len(image) > 1 else ""
             title = f"{rank}. {row.entry.name[:24]}{place}"
             title += f"\npredicted {dice_of(image)} {row.dice.mean():.2f}"
@@ -1143,7 +1140,7 @@ def case_panels(runs, f, c, mark, names):
     f: the open file; c: number of the case; mark: "best", ... or None; names: of the groups.
     """
     entry = runs.entries[c]
-    image, truth = h5.read_case(f, runs.info, runs.split, entry.name)
+    image, truth = h5.read_shown(f, runs.info, runs.split, entry.name)
     z = figures.middle(truth, len(image))
     title = f"{mark}: {entry.name}" if mark else entry.name
     panels = [
@@ -1282,6 +1279,7 @@ def parse_args(argv=None):
         default=20,
         help="cases to draw, evenly spread from best to worst; 0 draws nothing at all",
     )
+    h5.add_show(p)
     p.section("running")
     p.add_argument(
         "--batch",
@@ -1327,6 +1325,7 @@ def main(argv=None):
     args.split = args.split or "val"
     on = compute(args.device, args.amp)
     info = h5.read_info(args.data)
+    h5.choose_shown(info, args.show)
     if args.grid == "source":
         info = on_source_grids(info)
     regions = regions_of(args.regions, info.classes) if args.regions is not None else {}

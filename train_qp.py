@@ -60,13 +60,14 @@ def epoch_rows(masks, per_image):
     return rows[torch.randperm(len(rows))]
 
 
-def augmented_batch(masks, rows, K, device, args):
-    """One augmented batch.
+def augmented_batch(masks, rows, info, device, args):
+    """One augmented batch. info: of the data
 
     -> Seen (its masks are hard or soft), truth [B, K-1, *S]
     Geometry moves image, mask and truth together; intensity changes the image alone.
     """
     image, label = masks.samples.batch(masks.index[rows], device)  # [B, C, *S], [B, *S]
+    K = len(info.classes)
     s = args.strength
     way = augment.random_geometry(
         image, rotate=45 * s, scale=0.3 * s, shift=0.15 * s, flip=args.flip
@@ -75,7 +76,8 @@ def augmented_batch(masks, rows, K, device, args):
     mask = one_hot(mask, K)[:, 1:]
     truth = one_hot(augment.move(label, way), K)[:, 1:]
     mask = some_soft(mask, masks, rows, way, args.soft)
-    return Seen(augment.strong(augment.move(image, way), s), mask), truth
+    image = augment.strong(augment.move(image, way), s, info.color)
+    return Seen(image, mask), truth
 
 
 def some_soft(mask, masks, rows, way, share):
@@ -154,11 +156,12 @@ class Run:
     start: float = 0.0  # of that epoch, by time.perf_counter()
 
 
-def train_step(run, masks, rows, args, step):
-    """One optimizer step on the masks of some rows. -> loss (a tensor)"""
-    K = run.net.config["classes"]
+def train_step(run, data, rows, args, step):
+    """One optimizer step on the masks of some rows of train. -> loss (a tensor)"""
     count = args.members if args.head == "dense" else 1
-    views = [augmented_batch(masks, rows, K, run.on.device, args) for _ in range(count)]
+    views = [
+        augmented_batch(data.train, rows, data.info, run.on.device, args) for _ in range(count)
+    ]
     with run.on.autocast():
         loss = HEADS[args.head](run.net, views, args)
     run.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +214,7 @@ def train_epoch(run, data, args, stop):
     )
     for step, rows in enumerate(bar, run.epoch * run.steps + done + 1):
         torch.manual_seed(seed_of(args.seed, step, 1 + rank))
-        run.losses.append(train_step(run, data.train, rows, args, step))
+        run.losses.append(train_step(run, data, rows, args, step))
         leave_if_stopped(stop, run, data, args)
     loss = mean_losses(run).mean().item()
     rate = rate_after(run.schedule, run.schedule.last_epoch - len(run.losses))

@@ -770,21 +770,21 @@ class Feed(torch.utils.data.Dataset):
         return fair / max(1 - share, 1e-6)
 
 
-def views(fetched, K, args, device):
+def views(fetched, info, args, device):
     """The Batch of a step from an item of Feed: standardized and augmented on the device."""
     if isinstance(fetched, InputError):
         raise fetched
     labeled, unlabeled, fair = fetched
     x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
-    x = channels_last(augment.strong(x, args.strength))
+    x = channels_last(augment.strong(x, args.strength, info.color))
     fair = to_samples(fair.to(device), y)
-    y = one_hot(y, K)
+    y = one_hot(y, len(info.classes))
     if unlabeled is None:
         return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], fair=fair)
     u, _ = loading.standardized(unlabeled, device)
     u = channels_last(augment.weak(u, flip=args.flip))
-    s1 = channels_last(augment.strong(u))
-    s2 = channels_last(augment.strong(u))
+    s1 = channels_last(augment.strong(u, color=info.color))
+    s2 = channels_last(augment.strong(u, color=info.color))
     return Batch(x, y, u, s1, s2, fair=fair)
 
 
@@ -842,7 +842,7 @@ def count_samples(parts):
 def second_file(path, info):
     """The parts of --unlabeled: (info, split, None), ... InputError if they do not fit `info`."""
     other = h5.read_info(path)
-    for key in ("channels", "dims"):
+    for key in ("channels", "channel_names", "dims"):
         theirs = getattr(other, key)
         ours = getattr(info, key)
         if theirs != ours:
@@ -961,7 +961,7 @@ def validate(run, val, progress, args):
     if dice > progress.best["dice"]:
         progress.best = dict(dice=dice, step=step)
 
-    looks = look(run.nets[0], run.g, val.shown, run.on, val.held) if val.shown else {}
+    looks = look(run, val) if val.shown else {}
     return dict(
         note=note,
         **averages,
@@ -974,24 +974,23 @@ def validate(run, val, progress, args):
     )
 
 
-def look(net, g, samples, on, held):
+def look(run, val):
     """Outputs of f for a few val images: as pictures, and what g says of them.
 
-    held: supervision.held_classes() of val. -> what Log.write() takes: the mean over images and
-    classes of g's answers, of the true Dice, and of the error. Where g's answers rise alone, f
-    fools g.
+    -> what Log.write() takes: the mean over images and classes of g's answers, of the true Dice,
+    and of the error. Where g's answers rise alone, f fools g.
     """
-    batch = samples_in(32, samples.image.shape[2:])
+    batch = samples_in(32, val.shown.image.shape[2:])
     with torch.no_grad():
-        outputs = list(inference.judged_outputs(fused(net), samples, on, batch))
+        outputs = list(inference.judged_outputs(fused(run.nets[0]), val.shown, run.on, batch))
     mask = torch.cat([p.argmax(1).cpu() for _, _, p in outputs])  # [N, *S]
-    pictures = [("val: image, truth, output", overlays(samples, mask))]
-    if g is None:
+    pictures = [("val: image, truth, output", overlays(val.cases.info, val.shown, mask))]
+    if run.g is None:
         return dict(pictures=pictures)
-    predicted, true, _ = inference.estimate_quality(g, outputs, on)
+    predicted, true, _ = inference.estimate_quality(run.g, outputs, run.on)
     pictures.append(("val: predicted (across) and true (up) Dice", figures.dots(predicted, true)))
-    predicted = predicted[:, held]
-    true = true[:, held]
+    predicted = predicted[:, val.held]
+    true = true[:, val.held]
     return dict(
         pictures=pictures,
         g_true=float(true.mean()),
@@ -1000,16 +999,15 @@ def look(net, g, samples, on, held):
     )
 
 
-def overlays(samples, mask):
+def overlays(info, samples, mask):
     """The first four images, of volumes a slice, with outlines of truth and output. mask [N, *S]"""
     rows = []
     for image, truth, found in zip(samples.image[:4].numpy(), samples.label.numpy(), mask.numpy()):
+        picture = info.picture(image)  # [*S], or [*S, 3] of colors
         if truth.ndim == 3:
             z = figures.middle(truth, len(truth))
-            rows.append(figures.overlay(image[0, z], (truth[z], found[z])))
-        else:
-            picture = image.transpose(1, 2, 0).squeeze()  # [S, S] or [S, S, 3]
-            rows.append(figures.overlay(picture, (truth, found)))
+            picture, truth, found = picture[z], truth[z], found[z]
+        rows.append(figures.overlay(picture, (truth, found)))
     return np.concatenate(rows)
 
 
@@ -1634,7 +1632,7 @@ def main(argv=None):
         for step, fetched in steps:
             set_seed(args, step)
             set_rate(run.optimizer, args, step)
-            batch = views(fetched, len(info.classes), args, on.device)
+            batch = views(fetched, info, args, on.device)
             progress.parts.append(train_step(run, batch, args, step))
             progress.step = step
             if step in args.keep:

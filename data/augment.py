@@ -74,18 +74,21 @@ def mirror(image, flip=None):
     return image.flip(axes[-1]) if axes else image
 
 
-def strong(image, strength=1.0):
+def strong(image, strength=1.0, color=False):
     """Random intensity on a weak view: contrast, brightness, color, gamma, blur, noise.
 
-    The geometry stays. strength: 0 changes nothing.
+    The geometry stays. strength: 0 changes nothing. color: whether the channels are colors of one
+    image, which change together but for a color cast; others change each for itself.
     """
     if not strength:
         return image
+    if not color and image.shape[1] > 1:
+        return strong(image.flatten(0, 1)[:, None], strength).reshape(image.shape)
     s = strength
     ones = (1,) * (image.dim() - 2)
     channel = torch.rand(*image.shape[:2], *ones, device=image.device)
     x = image * uniform(1 - 0.4 * s, 1 + 0.4 * s, image) + uniform(-0.4 * s, 0.4 * s, image)
-    if image.shape[1] > 1:  # a color cast
+    if color:  # a color cast
         x = x + 0.4 * s * (2 * channel - 1)
     x = gamma(x, torch.exp(uniform(-0.5 * s, 0.5 * s, image)))
     chosen = uniform(0, 1, x) < 0.5

@@ -3,16 +3,17 @@
     python -m data.h5 FILE [--preview FILE.png]
 
     attrs: format=1, name, classes (background first), dims (2 or 3: how it is segmented),
-           channels (1, or 3 where dims is 2),
-           standardize (whether readers bring each case to zero mean and unit variance; CT comes
-           ready from its clip window),
+           channels (1 to 64), channel_names (absent: "image", or red, green, blue),
+           standardize (whether readers bring each case to zero mean and unit variance, or whether
+           they do it to each channel; CT comes ready from its clip window),
            prepared (JSON: what a converter did to images, so that new ones can be prepared alike;
            absent where nobody says)
-    /<split>/<case>/image   (H, W) or (H, W, 3), or a volume (D, H, W); uint8 or float32
+    /<split>/<case>/image   (H, W), or a volume (D, H, W), of several channels (H, W, C) or
+                            (D, H, W, C); uint8 or float32
     /<split>/<case>/label   uint8 on the image's grid; absent where there is none
     /<split>/<case>/source_label   uint8 on source_grid: the label before it was resampled
              attrs         patient, spacing (mm per axis), spacing_known, source, checksum, mean and
-                           std of the image;
+                           std of the image, or of each channel unless they are colors;
                            affine where the source has a place in space, source_grid where it
                            has another grid than image;
                            nifti_header (uint8, 348 bytes, without its texts) of a NIfTI source,
@@ -25,7 +26,7 @@ A file may come from anybody: it is read only as far as it is plain. A link, dat
 (external storage, virtual datasets), sizes that the file does not hold, and a wrong kind, type or
 shape are refused when it is opened; wrong pixels, labels and checksums when they are read.
 
-Legend: K classes, D depth, H height, W width.
+Legend: K classes, C channels, D depth, H height, W width.
 """
 
 import contextlib
@@ -61,6 +62,7 @@ from data.options import Parser, cli, picture
 SPLITS = ("train", "val", "test", "unlabeled")
 LARGE = 2**30  # bytes from which on a dataset must prove that it holds what it declares
 SMALLEST = 8  # pixels of an image's side in the plane
+RGB = ["red", "green", "blue"]
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Case:
 
     split: str
     name: str
-    image: np.ndarray  # (H, W), (H, W, 3) or (D, H, W)
+    image: np.ndarray  # (H, W) or (D, H, W), or with a last axis of several channels
     label: np.ndarray | None  # uint8 on the image's grid
     patient: str
     spacing: tuple | None = None  # mm per axis, None if the source has none
@@ -97,8 +99,8 @@ class Entry:
     itemsize: int = 1  # bytes of a number of the image
     nifti_header: np.ndarray | None = None  # of the source, see Case
     source_labeled: bool = False  # whether the label is there on source_grid, too
-    mean: float | None = None  # of the image's intensities; None in files of older versions
-    std: float | None = None
+    mean: float | tuple | None = None  # see mean_and_std(); None in files of older versions
+    std: float | tuple | None = None
 
     @property
     def source_spacing(self):
@@ -128,13 +130,24 @@ class Info:
     channels: int
     splits: dict  # {split: its entries, in order}
     checksum: int  # of all cases, as written
-    standardize: bool = True
+    channel_names: list  # [C]
+    standardize: bool | list = True  # a list: of each channel
     prepared: dict | None = None  # see write()
+    shown: int = 0  # the channel that pictures show, unless they show colors
     spacing: list | None = None  # mm per axis that networks see: the median of what cases know
+
+    @property
+    def color(self):
+        """Whether the channels are colors, which have one scale of intensities."""
+        return self.channel_names == RGB
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return {k: v for k, v in vars(self).items() if k not in ("path", "splits")}
+        return {k: v for k, v in vars(self).items() if k not in ("path", "splits", "shown")}
+
+    def picture(self, image):
+        """What pictures show of an image [C, *S]: the colors (*S, 3), or one channel (*S)."""
+        return np.moveaxis(image, 0, -1) if self.color else image[self.shown]
 
     def entries(self, split):
         """The entries of a split. InputError if it is absent or empty."""
@@ -150,16 +163,33 @@ class Info:
 # ----------------------------------------------------------------------------------------- writing
 
 
-def write(path, cases, *, name, classes, dims, channels, standardize=True, prepared=None):
+def write(
+    path,
+    cases,
+    *,
+    name,
+    classes,
+    dims,
+    channels,
+    channel_names=None,
+    standardize=True,
+    prepared=None,
+):
     """Writes cases (an iterable of Case) to `path`, whole or not at all. -> Info
 
+    channel_names: C texts; RGB are colors. None: of one channel "image", of three of slices RGB.
+    standardize: whether readers do it; a list: to each channel.
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
     "from" ("pictures", "nifti" or "ssl4mis") and, of NIfTI, the entries of nifti.Preparation; None:
     nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
-    _check_layout(path, classes, dims, channels)
+    usual = usual_names(channels, dims)
+    names = usual if channel_names is None else list(channel_names)
+    _check_layout(path, classes, dims, channels, names)
+    if isinstance(standardize, list):
+        standardize = _one_for_all(path, standardize, names)
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", track_order=True, locking=False) as f:  # nobody else's
             f.attrs.update(
@@ -170,6 +200,8 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
                 channels=channels,
                 standardize=standardize,
             )
+            if names != usual:
+                f.attrs["channel_names"] = names
             if prepared:
                 f.attrs["prepared"] = json.dumps(prepared)
             for case in cases:
@@ -181,7 +213,7 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
                     raise InputError(
                         f"{path}: case '{case.name}' comes twice in split '{case.split}'"
                     )
-                _write_case(group.create_group(case.name), case, channels, dims)
+                _write_case(group.create_group(case.name), case, names, dims)
             patients = {s: {g.attrs["patient"] for g in f[s].values()} for s in f}
         if not patients:
             raise InputError(f"{path}: no case was found, so nothing was written")
@@ -189,8 +221,30 @@ def write(path, cases, *, name, classes, dims, channels, standardize=True, prepa
     return read_info(path)
 
 
-def _write_case(group, case, channels, dims):
-    grid = _grid_of(case.image, channels)
+def _one_for_all(path, standardize, channel_names):
+    """A list of bools -> one, if all are alike. InputError unless there is one for each channel."""
+    if len(standardize) != len(channel_names) or len(set(standardize)) > 1 and channel_names == RGB:
+        raise InputError(
+            f"{path}: standardize {standardize} does not fit the channels "
+            f"{', '.join(channel_names)}; give one for each, and the same for colors"
+        )
+    return standardize if len(set(standardize)) > 1 else standardize[0]
+
+
+def usual_names(channels, dims):
+    """The names of channels that a file need not say; [] where it must."""
+    if channels == 1:
+        return ["image"]
+    return RGB if (channels, dims) == (3, 2) else []
+
+
+def names_of(data):
+    """The channel_names in what Info.describe() says; older checkpoints do not say them."""
+    return data.get("channel_names") or usual_names(data["channels"], data["dims"])
+
+
+def _write_case(group, case, channel_names, dims):
+    grid = _grid_of(case.image, len(channel_names))
     arrays = {
         "image": (case.image, grid),
         "label": (case.label, grid),
@@ -201,7 +255,7 @@ def _write_case(group, case, channels, dims):
             chunks = _chunk_of(size, dims) + values.shape[len(size) :]
             packed = dict(compression="gzip", compression_opts=1, shuffle=True)
             group.create_dataset(name, data=values, chunks=chunks, **packed)
-    mean, std = mean_and_std(case.image)
+    mean, std = mean_and_std(case.image, channel_names)
     source_checksum = None
     if case.source_label is not None:
         source_checksum = zlib.crc32(np.ascontiguousarray(case.source_label))
@@ -223,7 +277,7 @@ def _write_case(group, case, channels, dims):
 
 def _grid_of(image, channels):
     """(H, W) or (D, H, W) of an image, an array or a dataset."""
-    return image.shape[:-1] if channels == 3 else image.shape
+    return image.shape if channels == 1 else image.shape[:-1]
 
 
 def _chunk_of(grid, dims):
@@ -264,17 +318,28 @@ def check_name(where, name):
         )
 
 
-def _check_layout(path, classes, dims, channels):
-    if not 2 <= len(classes) <= 256 or (dims, channels) not in ((2, 1), (2, 3), (3, 1)):
+def _check_layout(path, classes, dims, channels, channel_names):
+    if not (2 <= len(classes) <= 256 and dims in (2, 3) and 1 <= channels <= 64):
         raise InputError(
             f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 "
-            "classes, and dims 2 with 1 or 3 channels, or dims 3 with 1; convert the data again"
+            "classes, dims 2 or 3 and 1 to 64 channels; convert the data again"
         )
-    for name in classes:
-        check_text(path, "a class's name", name)
-        if classes.count(name) > 1:
+    if len(channel_names) != channels:
+        raise InputError(
+            f"{path}: {len(channel_names)} channel_names for {channels} channel(s); name each and "
+            "convert the data again"
+        )
+    _check_names(path, classes, "class", "classes")
+    _check_names(path, channel_names, "channel", "channels")
+
+
+def _check_names(path, names, one, many):
+    """InputError unless names are fit for tables, and different. one, many: what they name"""
+    for name in names:
+        check_text(path, f"a {one}'s name", name)
+        if names.count(name) > 1:
             raise InputError(
-                f"{path}: two classes are called '{name}'; give each its own name and convert the "
+                f"{path}: two {many} are called '{name}'; give each its own name and convert the "
                 "data again"
             )
 
@@ -286,8 +351,8 @@ def _check_arrays(where, arrays, source_grid, channels, dims):
     """
     image, label, source_label = arrays
     grid = _grid_of(image, channels)
-    color = channels != 3 or image.shape[-1:] == (3,)
-    if image.dtype not in (np.uint8, np.float32) or not color or len(grid) not in (dims, 3):
+    whole = channels == 1 or image.shape[-1:] == (channels,)
+    if image.dtype not in (np.uint8, np.float32) or not whole or len(grid) not in (dims, 3):
         raise InputError(
             f"{where}: image of shape {image.shape} and type {image.dtype} does not fit {channels} "
             f"channel(s) and dims={dims} (uint8 or float32 is needed); convert the data again"
@@ -518,19 +583,23 @@ def read_info(path):
             raise InputError(
                 f"{path}: attribute 'prepared' is no JSON object; convert the data again"
             )
+        dims, channels = (attribute(f, name, int, path) for name in ("dims", "channels"))
+        names = attribute(f, "channel_names", str, path, None, optional=True)
         info = Info(
             path=path,
             name=attribute(f, "name", str, path),
             classes=attribute(f, "classes", str, path, None),
-            dims=attribute(f, "dims", int, path),
-            channels=attribute(f, "channels", int, path),
+            dims=dims,
+            channels=channels,
             splits={},
             checksum=0,
-            standardize=attribute(f, "standardize", bool, path, optional=True) is not False,
+            channel_names=usual_names(channels, dims) if names is None else names,
+            standardize=True,
             prepared=prepared,
         )
         check_text(path, "the dataset's name", info.name)
-        _check_layout(path, info.classes, info.dims, info.channels)
+        _check_layout(path, info.classes, dims, channels, info.channel_names)
+        info.standardize = _standardize(f, info)
         for split in (s for s in SPLITS if s in set(f)):
             group = child(f, split, h5py.Group)
             info.splits[split] = [_entry(info, group, name) for name in group]
@@ -541,6 +610,14 @@ def read_info(path):
     if known := [e.spacing[-info.dims :] for e in cases if e.spacing_known]:
         info.spacing = np.median(known, 0).tolist()
     return info
+
+
+def _standardize(f, info):
+    """Info.standardize of an open file; older ones do not say it."""
+    of_each = has_scales(info.channel_names) and np.ndim(f.attrs.get("standardize")) > 0
+    shape = (info.channels,) if of_each else ()
+    found = attribute(f, "standardize", bool, info.path, shape, optional=True)
+    return list(map(bool, found)) if of_each else found is not False
 
 
 def _entry(info, split, name):
@@ -555,6 +632,7 @@ def _entry(info, split, name):
     axes = (len(grid),)
     source_grid = attribute(group, "source_grid", int, where, axes, optional=True)
     _check_arrays(where, (image, label, source_label), source_grid, info.channels, info.dims)
+    scales = (info.channels,) if has_scales(info.channel_names) else ()
     entry = Entry(
         name=name,
         patient=attribute(group, "patient", str, where),
@@ -569,8 +647,8 @@ def _entry(info, split, name):
         itemsize=image.dtype.itemsize,
         nifti_header=group.attrs.get("nifti_header"),
         source_labeled=source_label is not None,
-        mean=attribute(group, "mean", float, where, optional=True),
-        std=attribute(group, "std", float, where, optional=True),
+        mean=attribute(group, "mean", float, where, scales, optional=True),
+        std=attribute(group, "std", float, where, scales, optional=True),
     )
     check_text(where, "patient", entry.patient)
     _check_place(where, entry, grid)
@@ -584,7 +662,7 @@ def _optional_dataset(group, name):
 def read_case(f, info, split, name, label=True, part=()):
     """Pixels of one case of an open file.
 
-    -> image (D, H, W[, 3]), label (D, H, W) or None; D is 1 for a plain image. label: whether it is
+    -> image (D, H, W[, C]), label (D, H, W) or None; D is 1 for a plain image. label: whether it is
     read; part: slices of the first axes, which alone are read. A case that is read whole, with its
     label, is compared with its checksum. InputError for wrong pixels, labels and checksums.
     """
@@ -605,6 +683,17 @@ def read_case(f, info, split, name, label=True, part=()):
     if len(_grid_of(image, info.channels)) == 2:
         return image[None], None if y is None else y[None]
     return image, y
+
+
+def read_shown(f, info, split, name, label=True):
+    """read_case() for pictures. -> image (D, H, W), of colors (D, H, W, 3); label or None"""
+    image, label = read_case(f, info, split, name, label)
+    return info.picture(channels_first(image, info.channels)), label
+
+
+def channels_first(image, channels):
+    """An image as files have it, (*S) or (*S, C). -> [C, *S]"""
+    return image[None] if channels == 1 else np.moveaxis(image, -1, 0)
 
 
 def _read(group, name, where, part=()):
@@ -655,9 +744,48 @@ def read_source_label(info, split, entry):
 # -------------------------------------------------------------------------------- what networks see
 
 
-def mean_and_std(image):
-    """Mean and standard deviation of a case's intensities, all channels together: color is kept."""
+def has_scales(channel_names):
+    """Whether each channel has its own scale of intensities. Colors share one."""
+    return len(channel_names) > 1 and channel_names != RGB
+
+
+def mean_and_std(image, channel_names=()):
+    """Mean and standard deviation of a case's intensities: numbers, or tuples if has_scales()."""
+    if has_scales(channel_names):
+        each = (_mean_and_std(image[..., c]) for c in range(len(channel_names)))
+        return tuple(zip(*each))
+    return _mean_and_std(image)
+
+
+def _mean_and_std(image):
     return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
+
+
+def scaling(info, mean, std):
+    """What readers subtract from a case and divide by, of mean_and_std(): 0 and 1 where ready."""
+    if not isinstance(info.standardize, list):
+        return (mean, std) if info.standardize else (0.0, 1.0)
+    each = zip(info.standardize, mean, std)
+    return tuple(zip(*((m, s) if wanted else (0.0, 1.0) for wanted, m, s in each)))
+
+
+def add_show(p):
+    """The option --show of scripts that draw."""
+    p.add_argument(
+        "--show",
+        metavar="NAME",
+        help="channel that pictures show, by its name (default: the first; RGB: colors)",
+    )
+
+
+def choose_shown(info, name):
+    """Sets the channel that pictures show, by its name; None: the first. InputError: no such."""
+    if name is not None and name not in info.channel_names:
+        raise InputError(
+            f"--show {name:.40}: {info.path} has the channels {', '.join(info.channel_names)}; "
+            "give one of them"
+        )
+    info.shown = info.channel_names.index(name or info.channel_names[0])
 
 
 def check_flip(info, flip):
@@ -698,7 +826,7 @@ def preview(info, path):
 
 def _panels(f, info, split, entry):
     """A case of an open file, as a slice or three planes. -> list of figures.Panel"""
-    image, label = read_case(f, info, split, entry.name)
+    image, label = read_shown(f, info, split, entry.name)
     title = f"{split}: {entry.name}"
     if info.dims == 3:
         first, *others = figures.planes(image, label, label, entry.spacing)
@@ -714,8 +842,9 @@ def summary(info):
     images = defaultdict(list)  # (split, case) of each different image
     constant = []
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(info.classes))
+    names = f": {', '.join(info.channel_names)}" if has_scales(info.channel_names) else ""
     lines = [
-        f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s), "
+        f"{info.path}: {info.name}, segmented in {info.dims}D, {info.channels} channel(s){names}, "
         f"classes {classes}"
     ]
     with open_file(info.path) as f:
@@ -835,8 +964,10 @@ def main(argv=None):
         metavar="FILE.png",
         help="draw samples of each split with outlines",
     )
+    add_show(p)
     args = p.parse_args(argv)
     info = read_info(args.file)
+    choose_shown(info, args.show)
     report(info)
     if args.preview:
         preview(info, args.preview)

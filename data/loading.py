@@ -33,8 +33,8 @@ class Fetched(NamedTuple):
 
     image: torch.Tensor  # [B, C, *S] uint8 or float32
     label: torch.Tensor | None  # [B, *S] uint8
-    mean: torch.Tensor  # [B] intensity of the sample's whole case
-    std: torch.Tensor  # [B]
+    mean: torch.Tensor  # [B] or [B, C] intensity of the sample's whole case
+    std: torch.Tensor  # as mean
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Samples:
     """
 
     image: torch.Tensor  # [N, C, *S] uint8 or float32, as stored
-    mean: torch.Tensor  # [N] intensity of the sample's whole case
-    std: torch.Tensor  # [N]
+    mean: torch.Tensor  # [N] or [N, C] intensity of the sample's whole case
+    std: torch.Tensor  # as mean
     label: torch.Tensor | None  # [N, *S] uint8
     case: list  # [N] names
     at: list  # [N] place in the case: (z,) of a slice, (z, y, x) of the first corner of a patch
@@ -80,8 +80,8 @@ class Samples:
 class Volumes:
     """Whole volumes in memory, each on its own grid of at least `size`, to cut patches from."""
 
-    image: list  # N of [D, H, W] uint8 or float32, as stored, mirrored up to `size` where smaller
-    mean: list  # N
+    image: list  # N of [C, D, H, W] uint8 or float32, as stored, mirrored to `size` if smaller
+    mean: list  # N of numbers, or of C numbers
     std: list  # N
     label: list | None  # N of [D, H, W] uint8
     case: list  # N names
@@ -94,14 +94,14 @@ class Volumes:
     def fetch(self, index, place):
         """A patch of each of some volumes. index [B]; place [B, 3]: see part_at() -> Fetched"""
         index = index.tolist()
-        parts = [part_at(self.image[i].shape, self.size, at) for i, at in zip(index, place)]
-        image = torch.stack([self.image[i][part] for i, part in zip(index, parts)])  # [B, D, H, W]
+        parts = [part_at(self.image[i].shape[1:], self.size, at) for i, at in zip(index, place)]
+        image = [self.image[i][(slice(None), *part)] for i, part in zip(index, parts)]
         label = None
         if self.label is not None:
             label = torch.stack([self.label[i][part] for i, part in zip(index, parts)])
         mean = torch.tensor([self.mean[i] for i in index], device=image.device)  # [B]
         std = torch.tensor([self.std[i] for i in index], device=image.device)
-        return Fetched(image[:, None], label, mean, std)
+        return Fetched(torch.stack(image), label, mean, std)
 
     def batch(self, index, device="cpu"):
         """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
@@ -137,15 +137,15 @@ def joined(a, b):
 
 
 def standardized(fetched, device):
-    """Fetched samples on a device, each case brought to mean 0 and deviation 1.
+    """Fetched samples on a device, each case, or channel of it, brought to mean 0, deviation 1.
 
     -> images [B, C, *S] float32, labels [B, *S] int64 or None
     """
     image, label, mean, std = (
         None if part is None else part.to(device, non_blocking=True) for part in fetched
     )
-    ones = [1] * (image.dim() - 1)
-    image = (image.float() - mean.reshape(-1, *ones)) / std.reshape(-1, *ones)
+    shape = len(image), -1, *(1 for _ in image.shape[2:])  # [B, 1 or C, 1, 1(, 1)]
+    image = (image.float() - mean.reshape(shape)) / std.reshape(shape)
     return image, None if label is None else label.long()
 
 
@@ -159,8 +159,8 @@ class Item(NamedTuple):
     split: str
     entry: h5.Entry
     z: int | None  # of a slice; None: a patch of the volume
-    mean: float  # intensity of the sample's whole case
-    std: float
+    mean: float | tuple  # intensity of the sample's whole case, or of its channels
+    std: float | tuple
 
 
 class Stored:
@@ -216,11 +216,12 @@ class Stored:
         image, label = h5.read_case(
             self._file(path), self.infos[path], split, entry.name, self.labels, part
         )
+        image = h5.channels_first(image, self.infos[path].channels)  # [C, D, H, W]
         if z is None:
-            image = at_least(image, self.size)[None]
-            return image, at_least(label, self.size) if self.labels else None
+            label = at_least(label, self.size) if self.labels else None
+            return at_least(image, self.size), label
         label = resize_label(label[0], self.size) if self.labels else None
-        return as_slice(image[0], self.size), label
+        return as_slice(image[:, 0], self.size), label
 
     def _patch(self, entry, place):
         """The slices of the stored volume that a patch takes: all of an axis that is too short."""
@@ -256,13 +257,12 @@ def _slices(entry):
 
 
 def _stored_mean(info, split, entry):
-    """Mean and deviation of a case's intensities, as its file says. Old files do not say it."""
-    if not info.standardize:
-        return 0.0, 1.0
-    if entry.mean is not None:
-        return entry.mean, entry.std
+    """What to scale a case by, as its file says. Old files do not say it."""
+    if entry.mean is not None or not info.standardize:
+        return h5.scaling(info, entry.mean, entry.std)
     with h5.open_file(info.path) as f:
-        return h5.mean_and_std(h5.read_case(f, info, split, entry.name, label=False)[0])
+        image, _ = h5.read_case(f, info, split, entry.name, label=False)
+    return h5.scaling(info, *h5.mean_and_std(image, info.channel_names))
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -272,10 +272,10 @@ class WholeCase(NamedTuple):
     """A case as its file has it."""
 
     name: str
-    image: np.ndarray  # (D, H, W[, 3]); D is 1 for a plain image
+    image: np.ndarray  # [C, D, H, W]; D is 1 for a plain image
     label: np.ndarray | None  # (D, H, W)
-    mean: float  # of the intensities; 0 and 1 where the file says that they are ready
-    std: float
+    mean: float | tuple  # see h5.scaling()
+    std: float | tuple
 
 
 def whole_cases(info, split, names=None, labels=True):
@@ -287,7 +287,8 @@ def whole_cases(info, split, names=None, labels=True):
     with h5.open_file(info.path) as f:
         for entry in entries:
             image, label = h5.read_case(f, info, split, entry.name, labels)
-            mean, std = h5.mean_and_std(image) if info.standardize else (0.0, 1.0)
+            mean, std = h5.scaling(info, *h5.mean_and_std(image, info.channel_names))
+            image = h5.channels_first(image, info.channels)
             yield WholeCase(entry.name, image, label, mean, std)
 
 
@@ -340,7 +341,8 @@ def load_volumes(info, split, size, names=None, labels=True):
     """The named volumes of a split, or all of them, for patches of `size` (D, H, W). -> Volumes"""
     volumes = Volumes([], [], [], [] if labels else None, [], tuple(size))
     for case in whole_cases(info, split, names, labels):
-        volumes.image.append(torch.from_numpy(at_least(case.image, size)))
+        image = np.ascontiguousarray(at_least(case.image, size))
+        volumes.image.append(torch.from_numpy(image))
         volumes.mean.append(case.mean)
         volumes.std.append(case.std)
         volumes.case.append(case.name)
@@ -376,9 +378,9 @@ class _Sample(NamedTuple):
 def slices_of(case, size):
     """All slices of a WholeCase, resized to size x size. -> list, for _stacked()"""
     found = []
-    for z, image in enumerate(case.image):
+    for z in range(case.image.shape[1]):
         label = None if case.label is None else resize_label(case.label[z], size)
-        image = as_slice(image, size)
+        image = as_slice(case.image[:, z], size)
         found.append(_Sample(image, label, case.mean, case.std, case.name, (z,)))
     return found
 
@@ -390,7 +392,7 @@ def patches_of(case, size, corners, grid=None):
     found = []
     for corner in corners:
         part = tuple(slice(c, c + s) for c, s in zip(corner, size))
-        image = resize_image(volume[part], grid or size)[None]
+        image = np.stack([resize_image(channel[part], grid or size) for channel in volume])
         label = None if truth is None else resize_label(truth[part], grid or size)
         found.append(_Sample(image, label, case.mean, case.std, case.name, tuple(corner)))
     return found
@@ -400,7 +402,7 @@ def parts_of(case, size):
     """The slices of a WholeCase, or the fewest patches that cover it. -> list, for _stacked()"""
     if isinstance(size, int):
         return slices_of(case, size)
-    return patches_of(case, size, tiles(case.image.shape, size))
+    return patches_of(case, size, tiles(case.image.shape[1:], size))
 
 
 def samples_of(case, size):
@@ -489,7 +491,7 @@ def shape_of(size):
 
 
 def resize_image(image, size):
-    """(H, W[, 3]) -> (S, S[, 3]) for a side; (D, H, W) -> (*S,) for a size of three.
+    """(H, W[, C]) -> (S, S[, C]) for a side; (D, H, W) -> (*S,) for a size of three.
 
     Values are averaged where the grid shrinks, else interpolated linearly.
     """
@@ -532,19 +534,21 @@ def resize_label(label, size):
 
 
 def as_slice(image, size):
-    """A slice as networks see it. (H, W[, 3]) -> (C, S, S)"""
-    return resize_image(image, size).reshape(size, size, -1).transpose(2, 0, 1)
+    """A slice as networks see it. [C, H, W] -> [C, S, S]"""
+    resized = resize_image(np.moveaxis(image, 0, -1), size)  # without its last axis if C is 1
+    return resized.reshape(size, size, -1).transpose(2, 0, 1)
 
 
 # ----------------------------------------------------------------------------- patches of volumes
 
 
 def at_least(volume, size):
-    """A volume (D, H, W), mirrored on both sides of an axis that is shorter than in size."""
-    missing = [max(0, s - n) for n, s in zip(volume.shape, size)]
+    """A volume (..., D, H, W), mirrored on both sides of an axis that is shorter than in size."""
+    missing = [max(0, s - n) for n, s in zip(volume.shape[-3:], size)]
     if not any(missing):
         return volume
-    return np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric")
+    width = [(m // 2, m - m // 2) for m in missing]
+    return np.pad(volume, [(0, 0)] * (volume.ndim - 3) + width, mode="symmetric")
 
 
 def cut_back(volume, grid):

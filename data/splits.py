@@ -233,7 +233,7 @@ def note_shared(info, other):
 def _marks(info, split, entry):
     """What tells a case's patient in any file. -> list"""
     marks = [(info.name, entry.source)] if entry.source else []
-    if (entry.std or 0) > 1e-6:  # not one value everywhere
+    if np.max(entry.std or 0) > 1e-6:  # not one value everywhere
         marks.append((entry.grid, entry.mean, entry.std))
     if entry.patient not in (entry.name, f"{split}/{entry.name}"):
         marks.append(entry.patient)

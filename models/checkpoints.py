@@ -290,13 +290,7 @@ def load_quality(path, info, on, size=None, runs=None):
     note says that g has learned nothing, where train_qp.py has found so.
     """
     state = load_checkpoint(path, "qp")
-    for key in ("classes", "channels", "dims"):
-        theirs, ours = state["data"][key], getattr(info, key)
-        if theirs != ours:
-            raise InputError(
-                f"{path}: trained for {key} {theirs}, but {info.path} has {ours}; train g on this "
-                "data"
-            )
+    check_kind(path, state["data"], info, "train g on this data")
     patch = tuple(state.get("patch") or ())
     if info.dims == 3 and size is not None and patch != tuple(size):
         raise InputError(
@@ -316,6 +310,18 @@ def load_quality(path, info, on, size=None, runs=None):
     names = [name for name in models.NETWORKS if name.startswith("quality")]
     g = fused(network_of(path, state, state["weights"], names, on))
     return g.requires_grad_(False), state["labeled"]
+
+
+def check_kind(path, data, info, remedy):
+    """InputError where `data`, of a checkpoint, differs from info in what a network depends on."""
+    theirs = data | {"channel_names": h5.names_of(data)}
+    for key in ("classes", "channels", "channel_names", "dims"):
+        ours = getattr(info, key)
+        if theirs[key] != ours and not (key == "channel_names" and info.channels == 1):
+            raise InputError(
+                f"{path}: trained for {key} {theirs[key]!s:.300}, but {info.path} has {ours}; "
+                f"{remedy}"
+            )
 
 
 def note_other_flips(path, who, flip, whom, flips):

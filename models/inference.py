@@ -31,9 +31,9 @@ from models.losses import one_hot
 class Volume(NamedTuple):
     """What a 3D network sees of a case."""
 
-    image: np.ndarray  # (D, H, W) as it is
-    mean: float  # of its intensities
-    std: float
+    image: np.ndarray  # [C, D, H, W] as it is
+    mean: float | tuple  # see h5.scaling()
+    std: float | tuple
 
 
 class ReadCase(NamedTuple):
@@ -184,12 +184,12 @@ def blending(size, gaussian):
 def sliding_window(net, x, window, on):
     """Yields the mean probabilities of overlapping windows of a volume, from front to back.
 
-    x [D, H, W] -> slabs [K, d, H, W]. A slab is ready when no window to come reaches it, so that
+    x [C, D, H, W] -> slabs [K, d, H, W]. A slab is ready when no window to come reaches it, so that
     the map of scores is never deeper than one window.
     """
     depth = window.size[0]
     weight = blending(window.size, window.gaussian).to(on.device)
-    zs, ys, xs = map(loading.starts, x.shape, window.size, window.stride)
+    zs, ys, xs = map(loading.starts, x.shape[1:], window.size, window.stride)
     planes = [  # the windows that begin at one z
         (slice(b, b + window.size[1]), slice(c, c + window.size[2]))
         for b, c in itertools.product(ys, xs)
@@ -198,10 +198,10 @@ def sliding_window(net, x, window, on):
     for z, following in zip(zs, [*zs[1:], None]):
         for first in range(0, len(planes), window.batch):
             here = planes[first : first + window.batch]
-            windows = torch.stack([x[(slice(z, z + depth), *at)] for at in here])  # [B, *S]
-            found = class_probabilities(net, windows[:, None], on)  # [B, K, *S]
+            windows = torch.stack([x[(slice(None), slice(z, z + depth), *at)] for at in here])
+            found = class_probabilities(net, windows, on)  # [B, K, *S]
             if total is None:
-                total = torch.zeros(found.shape[1] + 1, depth, *x.shape[1:], device=on.device)
+                total = torch.zeros(found.shape[1] + 1, depth, *x.shape[2:], device=on.device)
             for p, at in zip(found, here):
                 total[(slice(-1), slice(None), *at)] += p * weight
                 total[(-1, slice(None), *at)] += weight
@@ -248,6 +248,7 @@ def labels_of_volumes(net, cases, on, window):
             shape = tuple(-(-n // 16) * 16 for n in case.entry.grid)
             this = Window(shape, shape, gaussian=False)
         x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)
+        mean, std = (torch.tensor(v, device=on.device).reshape(-1, 1, 1, 1) for v in (mean, std))
         slabs = sliding_window(net, (x - mean) / std, this, on)
         label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in slabs])
         yield Answer(case, loading.cut_back(label.numpy(), case.entry.grid))

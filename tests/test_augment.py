@@ -4,6 +4,7 @@ The generator's seed fixes everything.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from data import augment, h5, loading, quality_masks
 from data.files import InputError
 from models.device import compute
 
+PLAIN = SimpleNamespace(classes=list("abc"), color=False)  # what views() asks an Info
 SHAPES = [(3, 1, 32, 40), (3, 3, 32, 32), (2, 5, 12, 20, 16)]
 
 
@@ -188,7 +190,7 @@ def test_the_views_of_f_obey(flip, swaps):
     args.flip = flip
     fetched = sides("W").fetch(torch.arange(40))
     item = (fetched, fetched, torch.ones(40))
-    batch = train_ssl.views(item, 3, args, torch.device("cpu"))
+    batch = train_ssl.views(item, PLAIN, args, torch.device("cpu"))
     assert swapped(batch.y.argmax(1), "W").any() == swaps
     assert swapped(batch.u[:, 0].round(), "W").any() == swaps
 
@@ -202,7 +204,7 @@ def test_what_g_learns_from_obeys(flip, swaps):
     masks = quality_masks.Masks(
         samples.label, every, samples, [], torch.full((40,), -1), "all", None, None, (24, 24)
     )
-    seen, truth = train_qp.augmented_batch(masks, every, 3, torch.device("cpu"), args)
+    seen, truth = train_qp.augmented_batch(masks, every, PLAIN, torch.device("cpu"), args)
     mask = seen.mask
     for shown in (mask, truth):
         assert swapped(shown.argmax(1) + (shown.amax(1) > 0), "W").any() == swaps
@@ -215,7 +217,7 @@ def test_the_weak_networks_obey(tmp_path, monkeypatch):
     monkeypatch.setattr(augment, "weak", weak)
     args = corrupt.parse_args(["d.h5", "--out", str(tmp_path), "--flip", "h", "--device", "cpu"])
     args.harvest_batch = 2
-    info = h5.Info("d.h5", "d", ["background", "left", "right"], 2, 1, {}, 0)
+    info = h5.Info("d.h5", "d", ["background", "left", "right"], 2, 1, {}, 0, ["image"])
     samples = sides("W")
     with pytest.raises(Reached) as found:
         run = corrupt.build_run(0, info, args)

@@ -33,13 +33,13 @@ def test_batches_show_what_they_should(kind, request):
     info = h5.read_info(data)
     masks = load(path, "train", info, 32, probabilities=True)
     torch.manual_seed(0)
-    order, K = train_qp.epoch_rows(masks, 4), len(info.classes)
+    order = train_qp.epoch_rows(masks, 4)
     counts = np.bincount(masks.index[order], minlength=len(masks.samples))
     assert (counts == 4).all() and len(set(order.tolist())) == len(order)
     rows = torch.arange(len(masks.mask))
     options = lambda *more: options_of([data, "--vqm", path, "--out", "o", *more])
     seen, truth = train_qp.augmented_batch(
-        masks, rows, K, torch.device("cpu"), options("--soft", "0")
+        masks, rows, info, torch.device("cpu"), options("--soft", "0")
     )
     x, mask = seen.image, seen.mask
     assert x.shape[1] == info.channels and mask.shape == truth.shape == (
@@ -53,7 +53,9 @@ def test_batches_show_what_they_should(kind, request):
     assert (
         identical.any() and (quality_target(mask, truth)[identical] == 1).all()
     )  # moved together, an identity stays perfect
-    seen, _ = train_qp.augmented_batch(masks, rows, K, torch.device("cpu"), options("--soft", "1"))
+    seen, _ = train_qp.augmented_batch(
+        masks, rows, info, torch.device("cpu"), options("--soft", "1")
+    )
     soft = seen.mask
     between = ((soft > 0.01) & (soft < 0.99)).flatten(1).any(1)
     assert between.float().mean() > 0.6 and soft.min() >= 0 and soft.max() <= 1.0001

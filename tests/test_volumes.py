@@ -510,7 +510,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
         seen, truth = train_qp.augmented_batch(
             masks,
             rows,
-            4,
+            info,
             torch.device("cpu"),
             options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "0"], dims=3),
         )
@@ -523,7 +523,7 @@ def test_masks_and_patches_stay_together(volumes, volumes_quality):
         seen, _ = train_qp.augmented_batch(
             masks,
             rows,
-            4,
+            info,
             torch.device("cpu"),
             options_of([volumes, "--vqm", "v", "--out", "o", "--soft", "1"], dims=3),
         )

@@ -216,18 +216,19 @@ def show_labels(oracle):
     def with_labels(info, split, size, names=None, labels=True):
         return load_slices(info, split, size, names)
 
-    def views(fetched, K, args, device):
+    def views(fetched, info, args, device):
+        K = len(info.classes)
         labeled, unlabeled, _ = fetched
         x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
-        x = channels_last(augment.strong(x, args.strength))
+        x = channels_last(augment.strong(x, args.strength, info.color))
         y = one_hot(y, K)
         if unlabeled is None:
             return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
         u, oracle.label = augment.weak(*loading.standardized(unlabeled, device), args.flip)
         oracle.classes = K
         u = channels_last(u)
-        s1 = channels_last(augment.strong(u))
-        s2 = channels_last(augment.strong(u))
+        s1 = channels_last(augment.strong(u, color=info.color))
+        s2 = channels_last(augment.strong(u, color=info.color))
         return train_ssl.Batch(x, y, u, s1, s2)
 
     train_ssl.views = views

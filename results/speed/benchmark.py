@@ -265,7 +265,6 @@ def feeding(b):
     labeled = list(dict.fromkeys(b.feed.labeled.case))
     plain = PlainSlices(b.info, labeled, b.args.size)
     step = iter(range(1, 10**9))
-    K = len(b.info.classes)
 
     def one_by_one():
         picked = np.random.randint(len(plain), size=b.args.batch)
@@ -273,7 +272,7 @@ def feeding(b):
         return torch.stack(x).to(b.on.device), torch.stack(y).to(b.on.device)
 
     def views():
-        return train_ssl.views(b.feed[next(step)], K, b.run, b.on.device)
+        return train_ssl.views(b.feed[next(step)], b.info, b.run, b.on.device)
 
     base = "one by one: a turn or rotation of each image"
     ours = "ours: affine, and two views of contrast, gamma, blur and noise"
