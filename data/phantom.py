@@ -11,6 +11,12 @@ ventricle (its cavity) on a cluttered background. Three things are hard on purpo
   object decides whether it is a ventricle.
 - --unlabeled adds an archive of patients without labels. A share of them, --foreign, is of another
   kind (FOREIGN), as in archives of hospitals, and pseudo-labels go wrong there.
+
+--rare adds a small class, a bright scar of about .1% of the voxels, which most patients have.
+--channels 2 gives each patient two images of another contrast (CONTRASTS). In neither can one see
+all borders of the heart.
+
+Legend: C channels, D depth, H height, W width.
 """
 
 from typing import NamedTuple
@@ -22,6 +28,8 @@ from data import h5
 from data.options import SEED, Parser, cli, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
+RARE = "scar"  # the class that --rare adds
+CONTRASTS = ("muscle as tissue", "muscle as blood")  # of the two channels: what looks alike in them
 FOREIGN = ("contrast", "cut", "ghosts", "body")  # kinds of foreign patients, see patient()
 DEPTH = 64.0  # mm: of a volume, however many slices it has
 PIXEL = 1.5  # mm: the side of a slice's pixel, however many a slice has
@@ -42,12 +50,20 @@ def ellipse(grid, center, radii, angle):
 
 
 class Gray(NamedTuple):
-    """The intensities of a patient's tissues, in [0, 1]."""
+    """The intensities of a patient's tissues, in [0, 1], one number or [C, 1, 1]."""
 
     blood: float
     muscle: float
     tissue: float
     lung: float
+    scar: float = 1.2
+
+
+def two_contrasts(gray):
+    """Gray of one image -> of two, as CONTRASTS says."""
+    first = gray._replace(muscle=gray.tissue)
+    second = gray._replace(muscle=gray.blood)
+    return Gray(*(np.reshape(both, (2, 1, 1)) for both in zip(first, second)))
 
 
 class Heart(NamedTuple):
@@ -72,19 +88,19 @@ class Distractor(NamedTuple):
 
 
 def draw_distractor(image, thing, gray, *, grid, height):
-    """Draws a distractor on a slice [H, W], in place. height: of the slice, in units of 8 mm"""
+    """Draws a distractor on a slice [C, H, W], in place. height: of the slice, in units of 8 mm"""
     center = thing.center + 0.03 * np.sin(height / 3 + thing.kind * 6)
     distance = ellipse(grid, center, thing.radii, thing.angle)
     if thing.kind < 0.25:  # a ring with a bright cavity, as the heart has
-        image[distance < 0.5] = gray.muscle
-        image[distance < 0] = gray.blood
+        image[:] = np.where(distance < 0.5, gray.muscle, image)
+        image[:] = np.where(distance < 0, gray.blood, image)
     else:  # a blob with the intensity of blood, muscle or lung
         intensities = (gray.blood, gray.muscle, gray.lung)
-        image[distance < 0] = intensities[int(thing.kind * 30) % 3]
+        image[:] = np.where(distance < 0, intensities[int(thing.kind * 30) % 3], image)
 
 
 def draw_heart(image, label, heart, gray, *, grid, center, level, rng):
-    """Draws a heart on a slice and its label [H, W], in place. level: 0 base, 1 apex"""
+    """Draws a heart on a slice [C, H, W] and its label [H, W], in place. level: 0 base, 1 apex"""
     r = heart.cavity * np.sqrt(1 - 0.85 * level**2)
     wide, narrow = r * heart.squeeze, r / heart.squeeze
     left = ellipse(grid, center, (wide, narrow), heart.turn)
@@ -102,15 +118,33 @@ def draw_heart(image, label, heart, gray, *, grid, center, level, rng):
     image[:] = np.choose(label, [image, right_blood, gray.muscle, gray.blood])
     muscle_center = center + 0.45 * r * rng.uniform(-1, 1, 2)
     papillary = ellipse(grid, muscle_center, (0.2 * r, 0.3 * r), heart.turn)
-    image[(papillary < 0) & (label == 3)] = gray.muscle  # dark, but the cavity by convention
+    inside = (papillary < 0) & (label == 3)
+    image[:] = np.where(inside, gray.muscle, image)  # dark, but the cavity by convention
 
 
-def patient(rng, depth, side, foreign=None):
-    """One patient. -> image (D, H, W) float32 in [0, 1], label (D, H, W) uint8
+def draw_scar(image, label, gray, rng):
+    """Draws a scar in the myocardium of a volume [C, D, H, W] and its label, in place.
+
+    It is a ball of a random size, as far as it lies in the myocardium. One patient of ten has none.
+    """
+    muscle = np.argwhere(label == 2)
+    if not len(muscle) or rng.random() < 0.1:
+        return
+    radii = rng.uniform(0.8, 1.2) * np.array([0.11, 0.055, 0.055]) * label.shape
+    center = rng.choice(muscle)
+    near = (((muscle - center) / radii) ** 2).sum(1) < 1
+    scar = tuple(muscle[near].T)
+    image[:, *scar] = np.reshape(gray.scar, (-1, 1))
+    label[scar] = 4
+
+
+def patient(rng, depth, side, foreign=None, rare=False, channels=1):
+    """One patient. -> image (D, H, W[, C]) float32 in [0, 1], label (D, H, W) uint8
 
     foreign: None or one of FOREIGN: "contrast", dark is bright, as of another scanner; "cut", a
     part of the heart is out of view; "ghosts", shifted copies of the body; "body", of another part
     of the body, without a heart.
+    rare: whether there may be a scar. channels: 1 or 2.
     """
     grid = np.mgrid[:side, :side] / side - 0.5  # [2, H, W]
     slices = depth / 8  # in 8 mm
@@ -131,6 +165,8 @@ def patient(rng, depth, side, foreign=None):
     )
     if foreign == "contrast":
         gray = Gray(*(1 - value for value in gray))
+    if channels == 2:
+        gray = two_contrasts(gray)
     drift = rng.uniform(-0.06, 0.06, 2)  # of the heart's center from base to apex
     coarseness = (0, 1.5 * slices, side / 14, side / 14)
     wobble = smooth_noise((2, depth, side, side), coarseness, rng)
@@ -144,42 +180,44 @@ def patient(rng, depth, side, foreign=None):
         for _ in range(7 if foreign == "body" else 4)
     ]
 
-    image = np.empty((depth, side, side))
+    image = np.empty((channels, depth, side, side))
     label = np.zeros((depth, side, side), np.uint8)
     for z in range(depth):
         warped = grid + 0.012 * wobble[:, z]
         body = ellipse(warped, (0, 0), (0.48, 0.42), 0) < 0
-        image[z] = np.where(body, gray.tissue, gray.lung)
+        image[:, z] = np.where(body, gray.tissue, gray.lung)
         for thing in clutter:
-            draw_distractor(image[z], thing, gray, grid=warped, height=z / slices)
+            draw_distractor(image[:, z], thing, gray, grid=warped, height=z / slices)
         if foreign != "body":
             level = z / (depth - 1)
             center = heart.center + drift * level
             place = dict(grid=warped, center=center, level=level)
-            draw_heart(image[z], label[z], heart, gray, **place, rng=rng)
-    image = scanned(image, slices, rng)
+            draw_heart(image[:, z], label[z], heart, gray, **place, rng=rng)
+    if rare:
+        draw_scar(image, label, gray, rng)
+    image = np.stack([scanned(channel, slices, rng) for channel in image])
     if foreign == "cut":
         image, label = cut_off(image, label, rng)
     if foreign == "ghosts":
         image = with_ghosts(image)
-    return image, label
+    return image[0] if channels == 1 else np.moveaxis(image, 0, -1), label
 
 
 def cut_off(image, label, rng):
-    """A patient off the center of the scanner: a side of the image is black."""
+    """A patient off the center of the scanner: a side of the images [C, D, H, W] is black."""
     side = image.shape[-1]
     axis, shift = rng.integers(1, 3), int(rng.uniform(0.3, 0.45) * side)
     gone = [slice(None)] * 3
     gone[axis] = slice(0, shift)
-    image, label = np.roll(image, shift, axis), np.roll(label, shift, axis)
-    image[tuple(gone)], label[tuple(gone)] = 0, 0
+    image, label = np.roll(image, shift, 1 + axis), np.roll(label, shift, axis)
+    image[:, *gone], label[tuple(gone)] = 0, 0
     return image, label
 
 
 def with_ghosts(image):
-    """A patient who moved: four copies of the body, along an axis."""
+    """A patient who moved: four copies of the body, along an axis. image [C, D, H, W]"""
     fifth = image.shape[-1] / 5
-    ghosts = sum(np.roll(image, round(k * fifth), 1) for k in (-2, -1, 1, 2)) / 4
+    ghosts = sum(np.roll(image, round(k * fifth), 2) for k in (-2, -1, 1, 2)) / 4
     return np.clip(0.55 * image + 0.6 * ghosts, 0, 1)
 
 
@@ -205,7 +243,7 @@ def cases(args):
     kinds = [None] * (len(splits) - len(foreign)) + foreign
     for i, (split, kind) in enumerate(zip(splits, kinds)):
         rng = np.random.default_rng([args.seed, i])
-        image, label = patient(rng, args.depth, args.size, kind)
+        image, label = patient(rng, args.depth, args.size, kind, args.rare, args.channels)
         name = f"phantom{i:03d}"
         spacing = (DEPTH / args.depth, PIXEL, PIXEL)
         source = f"seed {args.seed}, patient {i}" + (f", foreign: {kind}" if kind else "")
@@ -233,6 +271,14 @@ def main(argv=None):
         default=0,
         help="share of the archive's patients that are of another kind",
     )
+    p.add_argument("--rare", action="store_true", help=f"one more class, small: {RARE}")
+    p.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help=f"2: images of two contrasts ({', '.join(CONTRASTS)})",
+    )
     p.add_argument("--depth", type=number(4), default=8, help="slices of a volume")
     p.add_argument("--size", type=number(32), default=96, help="side of a slice, pixels")
     p.add_argument(
@@ -247,7 +293,10 @@ def main(argv=None):
     if args.foreign and not args.unlabeled:
         p.error("--foreign is a share of the archive; give --unlabeled, too")
 
-    about = dict(name="phantom", classes=CLASSES, dims=args.dims, channels=1)
+    classes = [*CLASSES, RARE] if args.rare else CLASSES
+    about = dict(name="phantom", classes=classes, dims=args.dims, channels=args.channels)
+    if args.channels == 2:
+        about["channel_names"] = CONTRASTS
     h5.report(h5.write(args.out, cases(args), **about))
 
 

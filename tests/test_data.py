@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_pictures
+from scipy import ndimage
 
 from data import h5, images, loading, phantom, ssl4mis, supervision
 from data.files import InputError
@@ -196,6 +197,67 @@ def test_phantom_is_the_same_for_a_seed():
     a, b, c = (phantom.patient(np.random.default_rng([s, 0]), 4, 40) for s in (0, 0, 1))
     assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and (a[0] != c[0]).any()
     assert set(np.unique(a[1])) == {0, 1, 2, 3} and 0 <= a[0].min() and a[0].max() <= 1
+
+
+def test_options_leave_the_default_phantom_as_it_was(tmp_path):
+    small = "--train 2 --val 1 --test 1 --depth 4 --size 32 --unlabeled 4 --foreign 1"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    assert h5.read_info(tmp_path / "p.h5").checksum == 4123490118  # before there were options
+
+
+def test_phantom_with_a_rare_class(tmp_path):
+    """Most patients have a scar in the myocardium, brighter than what is around it."""
+    small = "--train 10 --val 1 --test 0 --depth 8 --size 48 --dims 3 --rare"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    info = h5.read_info(tmp_path / "p.h5")
+    assert info.classes == [*phantom.CLASSES, "scar"]
+    shares = []
+    for i, case in enumerate(loading.whole_cases(info, "train")):
+        scar = case.label == 4
+        shares.append(scar.mean())
+        plain = phantom.patient(np.random.default_rng([0, i]), 8, 48)[1]
+        assert (np.where(scar, 2, case.label) == plain).all()  # else the heart is as it was
+        around = ndimage.binary_dilation(scar) & ~scar
+        if scar.any():
+            assert case.image[0, scar].mean() > case.image[0, around].mean() + 0.2
+    assert 0 < shares.count(0) < 4 and 0.0005 < np.mean(shares) < 0.0015
+    assert not phantom.patient(np.random.default_rng(5), 8, 48, "body", rare=True)[1].any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_phantom_of_two_channels(dims, tmp_path):
+    """The muscle looks as the tissue in one, as the blood in the other; each has its own noise."""
+    small = f"--train 6 --val 1 --test 0 --depth 8 --size 48 --dims {dims} --channels 2"
+    phantom.main(["--out", str(tmp_path / "p.h5"), *small.split()])
+    info = h5.read_info(tmp_path / "p.h5")
+    assert (info.dims, info.channels, info.channel_names) == (dims, 2, [*phantom.CONTRASTS])
+    outer, inner, alike = [], [], []  # contrast of muscle to tissue and blood; noise
+    for case in loading.whole_cases(info, "train"):
+        muscle, blood = case.label == 2, case.label == 3
+        tissue = ndimage.binary_dilation(muscle | blood, iterations=3) & (case.label == 0)
+        medians = [np.median(case.image[:, part], 1) for part in (muscle, tissue, blood)]
+        outer.append(abs(medians[0] - medians[1]))
+        inner.append(abs(medians[0] - medians[2]))
+        noise = np.diff(case.image[:, :, :6, :6], axis=1).reshape(
+            2, -1
+        )  # a corner, outside the body
+        alike.append(np.corrcoef(noise)[0, 1])
+    assert np.max(outer, 0)[0] < 0.05 and np.min(outer, 0)[1] > 0.1
+    assert np.max(inner, 0)[1] < 0.05 and np.min(inner, 0)[0] > 0.1
+    assert max(np.abs(alike)) < 0.4
+
+
+def test_foreign_phantoms_of_two_channels():
+    """What is wrong with them is so in both channels alike."""
+    for kind in phantom.FOREIGN:
+        image, label = phantom.patient(np.random.default_rng(5), 6, 48, kind, channels=2)
+        assert image.shape == (6, 48, 48, 2) and label.shape == (6, 48, 48)
+        same = phantom.patient(np.random.default_rng(5), 6, 48, kind)[1]
+        assert (label == same).all() or kind == "cut"  # drawn after the noise
+        if kind == "cut":
+            assert (image[label > 0] > 0).mean(0).min() > 0.9
+            gone = (image == 0).all(-1)
+            assert any((np.moveaxis(gone, a, 0)[:14]).all() for a in (1, 2))
 
 
 def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
