@@ -314,16 +314,13 @@ def load_slices(info, split, size, names=None, labels=True):
     return _stacked([one for case in cases for one in slices_of(case, size)])
 
 
-def load_patches(info, split, size, corners, labels=True, grid=None):
+def load_patches(info, split, size, corners, labels=True):
     """Patches of volumes. -> Samples
 
-    size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume; grid: (D, H, W) to
-    which patches are resized (default: none).
+    size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume.
     """
     cases = whole_cases(info, split, corners, labels)
-    return _stacked(
-        [one for case in cases for one in patches_of(case, size, corners[case.name], grid)]
-    )
+    return _stacked([one for case in cases for one in patches_of(case, size, corners[case.name])])
 
 
 def load_samples(info, split, size, names=None, labels=True):
@@ -385,15 +382,15 @@ def slices_of(case, size):
     return found
 
 
-def patches_of(case, size, corners, grid=None):
+def patches_of(case, size, corners):
     """Patches of a WholeCase, see load_patches(). -> list, for _stacked()"""
     volume = at_least(case.image, size)
     truth = None if case.label is None else at_least(case.label, size)
     found = []
     for corner in corners:
         part = tuple(slice(c, c + s) for c, s in zip(corner, size))
-        image = np.stack([resize_image(channel[part], grid or size) for channel in volume])
-        label = None if truth is None else resize_label(truth[part], grid or size)
+        label = None if truth is None else truth[part]
+        image = volume[:, *part]
         found.append(_Sample(image, label, case.mean, case.std, case.name, tuple(corner)))
     return found
 

@@ -516,7 +516,8 @@ def to_gray(mask, file, K, values=None):
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
         levels = np.unique(mask)
-        if len(levels) <= FEW_LEVELS and (levels % 257).any():  # no black and white of 8 bits
+        few = len(levels) <= FEW_LEVELS and (levels % 257).any()  # no black and white of 8 bits
+        if few or not file.lossy and has_numbers(mask):
             raise InputError(
                 f"{file.path}: values {shares(mask)}, so not a mask of two classes; save the "
                 "foreground as 255 and all else as 0, or say with --labels which values there are"
@@ -550,6 +551,16 @@ def to_gray(mask, file, K, values=None):
             "is not black; save the foreground as 255 and all else as 0"
         )
     return level
+
+
+def has_numbers(mask):
+    """Whether a mask of 16 bits has regions of one number below the first gray level of 8 bits.
+
+    Beside a blurred void of 65535 they are class numbers; as gray levels they would be black.
+    """
+    square = np.ones((3, 3), np.uint8)
+    flat = cv2.erode(mask, square) == cv2.dilate(mask, square)
+    return (np.bincount(mask[flat & (mask < 257)])[1:] >= REGION_PIXELS).any()
 
 
 def binary(mask, file, notes=None):

@@ -324,6 +324,7 @@ UNCLEAR = {
     "deep_void_2.tif": (np.maximum(BORDERED_16, 2 * DISC), {}, "0 .*, 2 .*, 65535 "),
     "deep_void_100.png": (np.maximum(BORDERED_16, 100 * DISC), {}, "100 .*, 65535 "),
     "deep_void_rgb.png": (np.dstack([BORDERED_16] * 3), {}, "0 .*, 1 .*, 65535 "),
+    "deep_void_soft.png": (cv2.resize(BORDERED_16, (391, 280)), {}, "0 .*, 1 .*more, so not"),
     "deep_void_257.png": (BORDERED * np.uint16(257), {}, "regions or lines of 1"),
     "fourth.png": (np.where(RING > 0, 85, DISC * 170) + HEART * 85, {}, "85 .*, 170 .*, 255"),
     "nearly.png": (DISC * 240 + HEART * 15, {}, "of 240"),
