@@ -640,6 +640,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     on: Compute
+    graph: Graph | None = None  # of --graph
 
 
 def ramp(t, warmup, length):
@@ -750,7 +751,20 @@ def make_step(run, batch, args, now):
     return torch.cat([loss.detach()[None], parts])
 
 
-def graph_of(run, K, args):
+def whole_step(run, fetched, args, step):
+    """train_step() from an item of Feed, whose random numbers are those of the step."""
+    set_seed(args, step)
+    set_rate(run.optimizer, args, step)
+    if run.graph:
+        return run.graph(fetched, now_at(args, step))
+    return train_step(run, views_of(run, fetched, args), args, step)
+
+
+def views_of(run, fetched, args):
+    return views(fetched, run.nets[0].config["classes"], args, run.on.device)
+
+
+def graph_of(run, args):
     """--graph: a whole step, with its augmentation, as a Graph of an item of Feed and Now.
 
     None where that cannot be, which is said once.
@@ -759,9 +773,8 @@ def graph_of(run, K, args):
         print(f"note: --graph: {why}; steps run without a graph")
         return None
     capturable(run.optimizer, run.on.device)
-    device = run.on.device
-    step = lambda fetched, now: make_step(run, views(fetched, K, args, device), args, now)
-    return Graph(step, device)
+    step = lambda fetched, now: make_step(run, views_of(run, fetched, args), args, now)
+    return Graph(step, run.on.device)
 
 
 def why_no_graph(on, args):
@@ -1704,19 +1717,13 @@ def main(argv=None):
 
     log = open_log(args, info, progress.step, fresh=not state)
     print_start(run, args, labeled, unlabeled, progress.step)
-    graph = graph_of(run, len(info.classes), args) if args.graph else None
+    if args.graph:
+        run.graph = graph_of(run, args)
     steps = read_steps(labeled, unlabeled, args, progress.step, on)
     progress.since = time.perf_counter()
     with postponed_signals() as stop:
         for step, fetched in steps:
-            set_seed(args, step)
-            set_rate(run.optimizer, args, step)
-            if graph:
-                parts = graph(fetched, now_at(args, step))
-            else:
-                batch = views(fetched, len(info.classes), args, on.device)
-                parts = train_step(run, batch, args, step)
-            progress.parts.append(parts)
+            progress.parts.append(whole_step(run, fetched, args, step))
             progress.step = step
             if step in args.keep:
                 save_run(f"{args.out}/step{step}.pt", run, progress, facts)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import models
 import train_ssl
 from data import loading
-from models.device import Compute, Graph, capturable
+from models.device import Compute, Graph
 
 K = 3
 CPU = torch.device("cpu")
@@ -54,17 +54,9 @@ def items(count, device=CPU):
     return [(fetched(2, True), fetched(3, False), torch.rand(2)) for _ in range(count)]
 
 
-def train(run, args, fetched, graph=None):
+def train(run, args, fetched):
     """Some steps. -> PARTS of each, weights of students and teacher"""
-    parts = []
-    for step, item in enumerate(fetched, 1):
-        train_ssl.set_seed(args, step)
-        train_ssl.set_rate(run.optimizer, args, step)
-        if graph:
-            parts.append(graph(item, train_ssl.now_at(args, step)))
-        else:
-            batch = train_ssl.views(item, K, args, run.on.device)
-            parts.append(train_ssl.train_step(run, batch, args, step))
+    parts = [train_ssl.whole_step(run, item, args, step) for step, item in enumerate(fetched, 1)]
     weights = [p for net in [*run.nets, run.teacher] for p in net.state_dict().values()]
     return torch.stack(parts), weights
 
@@ -128,24 +120,19 @@ class Taped(Graph):
         return tape.replay
 
 
-def taped(run, args):
-    capturable(run.optimizer, run.on.device)
-    views = lambda fetched: train_ssl.views(fetched, K, args, run.on.device)
-    step = lambda fetched, now: train_ssl.make_step(run, views(fetched), args, now)
-    return Taped(step, run.on.device)
-
-
 @pytest.mark.parametrize("method, guidance", GUIDED)
-def test_a_replayed_step_is_a_step(method, guidance):
+def test_a_replayed_step_is_a_step(method, guidance, monkeypatch):
     """What changes from step to step is not baked into the first one."""
+    monkeypatch.setattr(train_ssl, "Graph", Taped)
+    monkeypatch.setattr(train_ssl, "why_no_graph", lambda *_: "")
     args = options_of(method, guidance)
     on = Compute(CPU, None)
     fetched = items(8)
     parts, weights = train(start(args, on), args, fetched)
     run = start(args, on)
-    graph = taped(run, args)
-    replayed, same = train(run, args, fetched, graph)
-    assert graph.replay and not graph.made
+    run.graph = train_ssl.graph_of(run, args)
+    replayed, same = train(run, args, fetched)
+    assert run.graph.replay and not run.graph.made
     assert (parts[-1, 1:4] > 0).tolist() == [True, method != "supervised", args.qar > 0]
     assert torch.allclose(replayed, parts, atol=1e-5)
     for a, b in zip(weights, same, strict=True):
@@ -181,7 +168,7 @@ def test_what_cannot_be_a_graph_says_so(capsys):
     ]
     for device, amp, more, words in cases:
         run = replace(start(settings("supervised"), Compute(CPU, None)), on=Compute(device, amp))
-        assert train_ssl.graph_of(run, K, settings("supervised", *more)) is None
+        assert train_ssl.graph_of(run, settings("supervised", *more)) is None
         said = capsys.readouterr().out
         assert said.startswith("note: --graph: ") and words in said and said.count("\n") == 1
     for method, guidance in GUIDED:
