@@ -3,26 +3,33 @@
 The tests marked `gpu` need CUDA and are skipped without it.
 """
 
+import copy
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import models
 import train_ssl
-from data import loading
-from models.device import Compute, Graph
+from data import h5, loading
+from models import inference
+from models.checkpoints import load_checkpoint
+from models.device import Compute, Graph, compute
 
 K = 3
 CPU = torch.device("cpu")
 
 
-def settings(method, *more):
+def settings(method, *more, steps=8):
     """Options of a tiny run in which lambda, and that of QAR, grow from step 2 on."""
-    argv = "d.h5 --out o --qp g.pt --size 16 --width 2 --steps 8 --optimizer sgd --flip H"
+    argv = f"d.h5 --out o --qp g.pt --size 16 --width 2 --steps {steps} --optimizer sgd --flip H"
     ramps = "--lam 1 --lam-warmup 0 --lam-ramp 1 --qar-warmup 0.05 --qar-ramp 1"
     return train_ssl.parse_args(
         [*argv.split(), "--method", method, *ramps.split(), "--mc-passes", "2", *more]
@@ -43,7 +50,7 @@ def start(args, on):
 
 
 def items(count, device=CPU):
-    """What Feed gives for some steps."""
+    """What Feed gives for some steps, on a device."""
     torch.manual_seed(1)
 
     def fetched(n, labels):
@@ -51,7 +58,8 @@ def items(count, device=CPU):
         label = (image[:, 0] // 90).to(torch.uint8) if labels else None
         return loading.Fetched(image, label, torch.full((n,), 128.0), torch.full((n,), 50.0))
 
-    return [(fetched(2, True), fetched(3, False), torch.rand(2)) for _ in range(count)]
+    found = [(fetched(2, True), fetched(3, False), torch.rand(2)) for _ in range(count)]
+    return tree_map(lambda v: v.to(device) if torch.is_tensor(v) else v, found)
 
 
 def train(run, args, fetched):
@@ -74,10 +82,10 @@ METHODS = [method for method in train_ssl.METHODS if method != "contrastive"]
 GUIDED = list(zip(METHODS, itertools.cycle(GUIDANCE)))  # the first, supervised, by nothing
 
 
-def options_of(method, guidance):
+def options_of(method, guidance, **steps):
     more = ["--conf-threshold", "0.35"]
     more += ["--no-largest-component"] if method == "bcp" else []
-    return settings(method, *more, *guidance.split())
+    return settings(method, *more, *guidance.split(), **steps)
 
 
 # ----------------------------------------------------------- without a GPU: a tape for a graph
@@ -174,3 +182,133 @@ def test_what_cannot_be_a_graph_says_so(capsys):
     for method, guidance in GUIDED:
         on = Compute(torch.device("cuda"), torch.bfloat16)
         assert not train_ssl.why_no_graph(on, options_of(method, guidance))
+
+
+def test_the_command_for_a_gpu_runs_without_one(tmp_path):
+    """As long as its time lasts, which is the first row here."""
+    env = os.environ | {"PY": sys.executable, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["bash", str(ROOT / "results" / "gpu.sh"), "1"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| mean_teacher |" in (tmp_path / "steps.md").read_text()
+    assert "steps: the time is up" in done.stdout and "members: the time is up" in done.stdout
+
+
+# --------------------------------------------------------------------------------- with a GPU only
+
+
+def gpu(test):
+    """A test that needs CUDA."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
+
+
+def trained(data, out, *more):
+    """The last checkpoint of a short run on the GPU."""
+    argv = "--labeled 3 --size 32 --width 4 --steps 12 --eval-every 6 --batch 4 --batch-unlabeled 4"
+    method = "--method mean_teacher --lam-warmup 0.2 --device cuda"
+    train_ssl.main([data, "--out", str(out), *argv.split(), *method.split(), *more])
+    return load_checkpoint(out / "last.pt", "ssl")
+
+
+def assert_close(a, b, atol):
+    """That two checkpoints hold nearly the same weights."""
+    for net, other in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]], strict=True):
+        for name, weights in net.items():
+            assert torch.allclose(weights.float(), other[name].float(), atol=atol), name
+
+
+@gpu
+@pytest.mark.parametrize("method, guidance", GUIDED)
+def test_a_graph_gives_the_losses_of_plain_steps(method, guidance):
+    args = options_of(method, guidance, steps=20)
+    on = compute("cuda", "off")
+    fetched = items(20, on.device)
+    parts, _ = train(start(args, on), args, fetched)
+    run = start(args, on)
+    run.graph = train_ssl.graph_of(run, args)
+    replayed, _ = train(run, args, fetched)
+    assert run.graph.replay
+    assert torch.allclose(replayed, parts, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("method, guidance", GUIDED)
+def test_a_step_never_waits_for_the_gpu(method, guidance):
+    args = options_of(method, guidance)
+    run = start(args, compute("cuda"))
+    fetched = items(3, run.on.device)
+    train(run, args, fetched)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(run, args, fetched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_precisions_on_a_gpu(gray, tmp_path, amp):
+    state = trained(gray, tmp_path, "--amp", amp)
+    assert state["finished"] and state["parts"].numel() == 0
+    assert (state["scaler"].get("scale", 0) > 0) == (amp == "fp16")
+
+
+@gpu
+@pytest.mark.parametrize("more", [[], ["--graph"]])
+def test_a_run_on_a_gpu_resumes(gray, tmp_path, more):
+    options = [*more, "--deterministic", "--amp", "off"]
+    whole = trained(gray, tmp_path / "whole", *options)
+    step, calls = train_ssl.whole_step, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ssl, "whole_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            trained(gray, tmp_path / "parts", *options)
+    calls.clear()  # they keep the lock on the folder
+    assert_close(whole, trained(gray, tmp_path / "parts", *options, "--resume"), 1e-4)
+
+
+@gpu
+def test_images_on_a_gpu_are_those_in_memory(gray, tmp_path):
+    states = [
+        trained(gray, tmp_path / cache, "--cache", cache, "--deterministic", "--amp", "off")
+        for cache in ("device", "ram", "off")
+    ]
+    for other in states[1:]:
+        assert_close(states[0], other, 1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("guidance", GUIDANCE[2:])
+def test_guidance_on_a_gpu(gray, gray_quality, tmp_path, guidance):
+    more = ["--qp", gray_quality[1], "--qar-warmup", "0.2", *guidance.split()]
+    assert trained(gray, tmp_path, *more)["finished"]
+
+
+@gpu
+def test_a_sliding_window_on_a_gpu(volumes):
+    torch.manual_seed(0)
+    net = models.build("vnet", channels=1, classes=4, dims=3, width=4).eval()
+    info = h5.read_info(volumes)
+    size = (16, 32, 32)
+    labels = []
+    for device in ("cpu", "cuda"):
+        on = compute(device, "off")
+        cases = inference.Cases(info, "val", size)
+        window = inference.Window(size, (8, 16, 16))
+        found = inference.predict_cases(on.place(copy.deepcopy(net)), cases, on, window)
+        labels.append([label for _, label, _ in found])
+    for a, b in zip(*labels, strict=True):
+        assert (a == b).mean() > 0.99
+
+
+@gpu
+def test_compiled_networks_on_a_gpu(gray, tmp_path):
+    assert trained(gray, tmp_path, "--compile")["finished"]
