@@ -88,6 +88,38 @@ def options_of(method, guidance, **steps):
     return settings(method, *more, *guidance.split(), **steps)
 
 
+def trained(data, out, *more, device="cuda"):
+    """The last checkpoint of a short run."""
+    argv = "--labeled 3 --size 32 --width 4 --steps 8 --eval-every 4 --batch 4 --batch-unlabeled 4"
+    method = f"--method mean_teacher --lam-warmup 0.2 --device {device}"
+    train_ssl.main([data, "--out", str(out), *argv.split(), *method.split(), *more])
+    return load_checkpoint(out / "last.pt", "ssl")
+
+
+def in_two_parts(data, out, *more, **device):
+    """trained() that dies at the sixth step and goes on."""
+    step, calls = train_ssl.whole_step, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ssl, "whole_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            trained(data, out, *more, **device)
+    return trained(data, out, *more, "--resume", **device)
+
+
+def assert_close(a, b, atol):
+    """That two checkpoints hold nearly the same weights."""
+    for net, other in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]], strict=True):
+        for name, weights in net.items():
+            assert torch.allclose(weights.float(), other[name].float(), atol=atol), name
+
+
 # ----------------------------------------------------------- without a GPU: a tape for a graph
 
 
@@ -184,6 +216,20 @@ def test_what_cannot_be_a_graph_says_so(capsys):
         assert not train_ssl.why_no_graph(on, options_of(method, guidance))
 
 
+def test_a_run_with_a_graph_resumes_to_the_same_weights(gray, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ssl, "Graph", Taped)
+    monkeypatch.setattr(train_ssl, "why_no_graph", lambda *_: "")
+    options = dict(device="cpu")
+    whole = trained(gray, tmp_path / "whole", "--graph", **options)
+    assert torch.is_tensor(whole["optimizer"]["param_groups"][0]["lr"])
+    assert_close(whole, in_two_parts(gray, tmp_path / "parts", "--graph", **options), 0)
+
+
+def test_a_run_on_a_cpu_says_that_it_has_no_graph(gray, tmp_path, capsys):
+    trained(gray, tmp_path, "--graph", "--steps", "1", device="cpu")
+    assert capsys.readouterr().out.count("note: --graph: needs a GPU with CUDA") == 1
+
+
 def test_the_command_for_a_gpu_runs_without_one(tmp_path):
     """As long as its time lasts, which is the first row here."""
     env = os.environ | {"PY": sys.executable, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
@@ -201,21 +247,6 @@ def test_the_command_for_a_gpu_runs_without_one(tmp_path):
 def gpu(test):
     """A test that needs CUDA."""
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")(test))
-
-
-def trained(data, out, *more):
-    """The last checkpoint of a short run on the GPU."""
-    argv = "--labeled 3 --size 32 --width 4 --steps 12 --eval-every 6 --batch 4 --batch-unlabeled 4"
-    method = "--method mean_teacher --lam-warmup 0.2 --device cuda"
-    train_ssl.main([data, "--out", str(out), *argv.split(), *method.split(), *more])
-    return load_checkpoint(out / "last.pt", "ssl")
-
-
-def assert_close(a, b, atol):
-    """That two checkpoints hold nearly the same weights."""
-    for net, other in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]], strict=True):
-        for name, weights in net.items():
-            assert torch.allclose(weights.float(), other[name].float(), atol=atol), name
 
 
 @gpu
@@ -259,20 +290,7 @@ def test_precisions_on_a_gpu(gray, tmp_path, amp):
 def test_a_run_on_a_gpu_resumes(gray, tmp_path, more):
     options = [*more, "--deterministic", "--amp", "off"]
     whole = trained(gray, tmp_path / "whole", *options)
-    step, calls = train_ssl.whole_step, []
-
-    def dies(*args):
-        calls.append(args)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ssl, "whole_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            trained(gray, tmp_path / "parts", *options)
-    calls.clear()  # they keep the lock on the folder
-    assert_close(whole, trained(gray, tmp_path / "parts", *options, "--resume"), 1e-4)
+    assert_close(whole, in_two_parts(gray, tmp_path / "parts", *options), 1e-4)
 
 
 @gpu
