@@ -3,7 +3,6 @@
 import torch
 
 
-@torch.no_grad()
 def update_average(average, net, count, decay):
     """Moves the average toward the network: average = d average + (1 - d) net.
 
@@ -14,8 +13,20 @@ def update_average(average, net, count, decay):
     network do not fit averaged weights: with them, pseudo-labels collapsed (results/baselines).
     Counts of batches are copied.
     """
-    decay = min(1 - 1 / (count + 1), decay)
-    torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
+    move_average(average, net, newest_share(count, decay))
+
+
+def newest_share(count, decay):
+    """1 - d of update_average(): the share that the present network takes in the average."""
+    return 1 - min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def move_average(average, net, share):
+    """update_average() with 1 - d as a number, or as a tensor of one, which nothing reads back."""
+    theirs = averaged(net)
+    shares = [share] * len(theirs) if torch.is_tensor(share) else share
+    torch._foreach_lerp_(averaged(average), theirs, shares)
     if counts := [b for b in average.buffers() if not b.is_floating_point()]:
         torch._foreach_copy_(counts, [b for b in net.buffers() if not b.is_floating_point()])
 
