@@ -64,7 +64,7 @@ from models.device import (
     fused,
     samples_in,
 )
-from models.ema import move_average, newest_share
+from models.ema import decay_at, move_average
 from models.losses import (
     harden,
     mse_loss,
@@ -722,13 +722,13 @@ class Now(NamedTuple):
 
     t: float  # progress of training, in [0, 1]
     lams: tuple  # of lambdas()
-    share: float  # of the first student in the teacher's average
+    decay: float  # of the teacher's average
 
 
 def now_at(args, step):
     """Now at a step."""
     t = (step - 1) / args.steps
-    return Now(t, lambdas(args, t), newest_share(max(0, step - onset(args)), args.ema))
+    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema))
 
 
 def train_step(run, batch, args, step):
@@ -748,7 +748,7 @@ def make_step(run, batch, args, now):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    move_average(run.teacher, run.nets[0], now.share)
+    move_average(run.teacher, run.nets[0], now.decay)
     return torch.cat([loss.detach()[None], parts])
 
 

@@ -13,20 +13,22 @@ def update_average(average, net, count, decay):
     network do not fit averaged weights: with them, pseudo-labels collapsed (results/baselines).
     Counts of batches are copied.
     """
-    move_average(average, net, newest_share(count, decay))
+    move_average(average, net, decay_at(count, decay))
 
 
-def newest_share(count, decay):
-    """1 - d of update_average(): the share that the present network takes in the average."""
-    return 1 - min(1 - 1 / (count + 1), decay)
+def decay_at(count, decay):
+    """d of update_average()."""
+    return min(1 - 1 / (count + 1), decay)
 
 
 @torch.no_grad()
-def move_average(average, net, share):
-    """update_average() with 1 - d as a number, or as a tensor of one, which nothing reads back."""
-    theirs = averaged(net)
-    shares = [share] * len(theirs) if torch.is_tensor(share) else share
-    torch._foreach_lerp_(averaged(average), theirs, shares)
+def move_average(average, net, decay):
+    """update_average() at a d, a number, or a tensor of one, which nothing reads back."""
+    if torch.is_tensor(decay):
+        shares = [1 - decay] * len(averaged(net))
+        torch._foreach_lerp_(averaged(average), averaged(net), shares)
+    else:
+        torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
     if counts := [b for b in average.buffers() if not b.is_floating_point()]:
         torch._foreach_copy_(counts, [b for b in net.buffers() if not b.is_floating_point()])
 
