@@ -5,6 +5,7 @@
 #
 # A demo that was stopped goes on. It does not see that code or options have changed: make clean.
 # SEED=3 make demo      other patients, other networks
+# make demo LABELED=3   any variable of a demo below can be given like this
 # PYTHON=python3.12     what makes .venv; FOLDER=runs: where demos go, without spaces
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -13,24 +14,30 @@ FOLDER ?= runs
 SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: demo demo3d story test clean
-demo: .venv/ready
-	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo$(SUFFIX) \
-	    PHANTOM="--train 30 --val 6 --test 16 --size 64 --unlabeled 60 --foreign 0.5" \
-	    LABELED=4 METHOD=fixmatch \
-	    MASKS="--size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6" \
-	    G="--size 48 --width 8 --members 1 --batch 16 --per-image 40 --epochs 7 --strength 1" \
-	    F="--size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 500 --eval-every 250 --lr 2e-3" \
-	    GUIDANCE="--correct --weight quality"
+demo: export OUT = $(FOLDER)/demo$(SUFFIX)
+demo: export PHANTOM = --train 30 --val 6 --test 16 --size 64 --unlabeled 60 --foreign 0.5
+demo: export LABELED = 4
+demo: export METHOD = fixmatch
+demo: export MASKS = --size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6
+demo: export G = --size 48 --width 8 --members 1 --batch 16 --per-image 40 --epochs 7 --strength 1
+demo: export F = --size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 500 --eval-every 250 \
+    --lr 2e-3
+demo: export GUIDANCE = --correct --weight quality
+demo: export WINDOW =
 
-demo3d: .venv/ready
-	@$(MAKE) --no-print-directory -j 2 story OUT=$(FOLDER)/demo3d$(SUFFIX) \
-	    PHANTOM="--dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 \
-	        --unlabeled 30 --foreign 0.5" \
-	    LABELED=4 METHOD=fixmatch \
-	    MASKS="--size 16,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6" \
-	    G="--size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 4 --strength 1" \
-	    F="--size 16,48,48 --width 8 --dropout 0 --steps 300 --eval-every 150 --lr 2e-3" \
-	    GUIDANCE="--correct --weight quality" WINDOW="--window whole"
+demo3d: export OUT = $(FOLDER)/demo3d$(SUFFIX)
+demo3d: export PHANTOM = --dims 3 --train 30 --val 4 --test 8 --depth 16 --size 48 \
+    --unlabeled 30 --foreign 0.5
+demo3d: export LABELED = 4
+demo3d: export METHOD = fixmatch
+demo3d: export MASKS = --size 16,48,48 --patches 4 --masks 30 --val-masks 4 --harvest-epochs 1,3,6
+demo3d: export G = --size 16,24,24 --members 1 --batch 8 --per-image 30 --epochs 4 --strength 1
+demo3d: export F = --size 16,48,48 --width 8 --dropout 0 --steps 300 --eval-every 150 --lr 2e-3
+demo3d: export GUIDANCE = --correct --weight quality
+demo3d: export WINDOW = --window whole
+
+demo demo3d: .venv/ready
+	@$(MAKE) --no-print-directory -j 2 story
 
 test: .venv/ready
 	$(PY) -m ruff format --check
@@ -46,7 +53,7 @@ clean:
 	touch $@
 
 # The story that both demos tell. A step prints into LOG/STEP.txt, which is there when it is done.
-OUT = $(FOLDER)/demo$(SUFFIX)
+OUT ?= $(FOLDER)/demo$(SUFFIX)
 DATA = $(OUT)/phantom.h5
 LOG = $(OUT)/log
 QP = --qp $(OUT)/qp/qp.pt

@@ -25,6 +25,7 @@ views of u.
 """
 
 import argparse
+import atexit
 import bisect
 import copy
 import functools
@@ -869,6 +870,7 @@ def where_it_fits(size, device):
 def read_steps(labeled, unlabeled, args, first, on):
     """Yields (step, item of Feed) for the steps after `first`, with a bar on a terminal."""
     steps = range(first + 1, args.steps + 1)
+    atexit.register(workers.kill_readers)
     loader = torch.utils.data.DataLoader(
         Feed(labeled, unlabeled, args),
         batch_size=None,

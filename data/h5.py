@@ -180,8 +180,8 @@ def write(
     channel_names: C texts; RGB are colors. None: of one channel "image", of three of slices RGB.
     standardize: whether readers do it; a list: to each channel.
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
-    "from" ("pictures", "nifti" or "ssl4mis") and, of NIfTI, the entries of nifti.Preparation; None:
-    nobody knows.
+    "from" ("pictures", "nifti" or "ssl4mis"), of pictures in a folder for each channel "folders",
+    and, of NIfTI, the entries of nifti.Preparation; None: nobody knows.
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
@@ -840,7 +840,7 @@ def summary(info):
     """Reads every pixel and label (so it validates the file) and returns a few lines of text."""
     counts = {}  # of each split: pixels of each class [K]
     images = defaultdict(list)  # (split, case) of each different image
-    constant = []
+    constant, flat = [], []
     classes = ", ".join(f"{k} {name}" for k, name in enumerate(info.classes))
     names = f": {', '.join(info.channel_names)}" if has_scales(info.channel_names) else ""
     lines = [
@@ -852,6 +852,8 @@ def summary(info):
             count = np.zeros(len(info.classes))
             for entry in entries:
                 image, label = read_case(f, info, split, entry.name)
+                each = zip(info.channel_names, channels_first(image, info.channels))
+                flat += [f"{name} of {split}/{entry.name}" for name, c in each if np.ptp(c) == 0]
                 if image.min() == image.max():
                     constant.append(f"{split}/{entry.name}")
                 else:
@@ -865,6 +867,10 @@ def summary(info):
             if count.any():
                 counts[split] = count
     lines += _notes_on_labels(info, counts) + _notes_on_images(images, constant)
+    if flat and has_scales(info.channel_names):
+        lines.append(
+            f"note: a channel has one value everywhere: {flat[0]} ({len(flat)} such channels)"
+        )
     return "\n".join(lines)
 
 

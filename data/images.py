@@ -5,6 +5,7 @@
     python -m data.images --preset isic ISIC2018 --out isic.h5
     python -m data.images --preset folder MINE --out mine.h5 --classes background,polyp
     python -m data.images EYES --out eyes.h5 --patient '(\\d+)_'
+    python -m data.images CELLS --out cells.h5 --channels phase,dapi
 
 What each preset reads under SRC:
     ph2     **/IMDxxx_Dermoscopic_Image/*.bmp, **/IMDxxx_lesion/*.bmp;
@@ -13,7 +14,13 @@ What each preset reads under SRC:
             sequences.csv (frame,sequence): a video sequence is one patient
     isic    *Input*/ISIC_*.jpg, *GroundTruth*/ISIC_*_segmentation.png
     folder  images/NAME.*, masks/NAME.*;
-            also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled)
+            also train|val|test|unlabeled/{images,masks}/NAME.* (no masks: unlabeled);
+            with --channels, gray pictures phase/NAME.*, dapi/NAME.* in place of images/NAME.*
+
+Images are RGB, or gray with --gray. With --channels a case has a gray picture in each of several
+folders, whose names are those of the channels. TIFFs of several channels that are no colors are
+taken as such, and all pictures must have as many; data/pixels.py says which TIFFs these are. Colors
+beside a further channel, such as RGB and depth, are not supported: make each color a folder.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
 otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
@@ -26,13 +33,23 @@ the classes 0, 1, 2. All else is refused, and so are pictures that a decoder wou
 data/pixels.py has the rules. Notes tell which files are not read.
 """
 
+import argparse
 import re
 from pathlib import Path
 
 from data import h5, labels, loading, splits
 from data.files import InputError, read_table
 from data.options import Parser, cli, number
-from data.pixels import PICTURES, TURNED, note, read_mask, read_picture, say
+from data.pixels import (
+    PICTURES,
+    TURNED,
+    channels_in,
+    note,
+    read_channels,
+    read_mask,
+    read_picture,
+    say,
+)
 from data.splits import Row, by_name, note_unread, plain_name
 
 
@@ -111,15 +128,15 @@ def find_isic(src):
     return rows_of(of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation"))
 
 
-def find_folder(src):
-    """A picture is a patient, with or without split folders."""
+def find_folder(src, folder="images"):
+    """A picture is a patient, with or without split folders. folder: which one holds pictures"""
     rows = []
     for split in (None, *h5.SPLITS):
         base = src / (split or "")
-        images, masks = pictures(base / "images"), pictures(base / "masks")
+        images, masks = pictures(base / folder), pictures(base / "masks")
         if lost := sorted(set(masks) - set(images)):
             raise InputError(
-                f"{masks[lost[0]]}: no picture of that name in {base / 'images'} "
+                f"{masks[lost[0]]}: no picture of that name in {base / folder} "
                 f"({len(lost)} such masks); add it, or take the mask out"
             )
         found = rows_of(images, masks)
@@ -129,6 +146,59 @@ def find_folder(src):
     if other := [p.parent for p in sorted(src.glob("*/images")) if p.parent.name not in h5.SPLITS]:
         print(f"note: {other[0]} is not read; the names of splits are {', '.join(h5.SPLITS)}")
     return rows
+
+
+# Several channels
+
+
+def of_channels(bases, folders):
+    """The pictures of cases that have one in each of some folders. -> {the first: all of a case}
+
+    bases: where the folders are. InputError for a case that lacks a channel.
+    """
+    files = {}
+    for base in bases:
+        found = [pictures(base / folder) for folder in folders]
+        for name, path in {name: path for each in found for name, path in each.items()}.items():
+            if lost := [folder for folder, each in zip(folders, found) if name not in each]:
+                raise InputError(
+                    f"{path}: case '{name}' has no channel {lost[0]} (no picture in "
+                    f"{base / lost[0]}); add it, or take the case out"
+                )
+            files[found[0][name]] = [each[name] for each in found]
+    return files
+
+
+def count_channels(paths):
+    """How many channels pictures have that are no colors; 0: they are gray or RGB.
+
+    InputError if they differ.
+    """
+    counts = {path: channels_in(path) for path in paths}
+    first, count = next(iter(counts.items()))
+    if other := next((path for path in paths if counts[path] != count), None):
+        a, b = (
+            f"has {counts[p]} channels" if counts[p] else "is gray or RGB" for p in (other, first)
+        )
+        raise InputError(
+            f"{other}: {a}, but {first} {b}; all pictures of a data set need the same channels, so "
+            "convert those of each kind alone"
+        )
+    return count
+
+
+def channel_folders(text):
+    """argparse type: names of folders, one for each channel, joined by commas. -> a list"""
+    names = [name.strip() for name in text.split(",")]
+    plain = all(name.isprintable() and Path(name).name == name != ".." for name in names)
+    if not plain or not 2 <= len(set(names)) == len(names):
+        raise argparse.ArgumentTypeError(
+            f"{text}: names of two different folders in SRC or more, joined by commas, are needed, "
+            "as in phase,dapi"
+        )
+    if "masks" in names:
+        raise argparse.ArgumentTypeError(f"{text}: masks are the truth, and no channel")
+    return names
 
 
 SHOWS = dict(ph2="lesion", cvc="polyp", isic="lesion", folder="foreground")
@@ -143,14 +213,24 @@ PRESETS = {
 }
 
 
-def read_pair(image_path, mask_path, classes, gray, notes=None, values=None):
-    """One picture and its mask, on the picture's grid.
+def read_image(paths, colors, notes=None):
+    """The image of a case: of one picture, or of one for each channel.
 
-    -> image (H, W, 3) or (H, W), uint8 or float32; label (H, W) uint8 or None.
+    colors: "gray", "RGB", or None for channels that are no colors -> (H, W), (H, W, 3), (H, W, C)
+    """
+    if colors is None:
+        return read_channels(paths, notes)
+    return read_picture(paths[0], colors == "gray", notes)
+
+
+def read_pair(paths, mask_path, classes, colors, notes=None, values=None):
+    """An image, see read_image(), and its mask, on the image's grid.
+
+    -> image, uint8 or float32; label (H, W) uint8 or None.
     notes: pixels.note(); values: those of the mask that --labels names
     """
-    found = {}
-    image = read_picture(image_path, gray, found)
+    found, image_path = {}, paths[0]
+    image = read_image(paths, colors, found)
     if mask_path and TURNED in found:  # many programs show it turned when a mask is drawn
         raise InputError(
             f"{image_path}: is stored turned (EXIF orientation), so nobody knows "
@@ -169,9 +249,9 @@ def read_pair(image_path, mask_path, classes, gray, notes=None, values=None):
     return image, mask
 
 
-def to_case(row, src, args, classes, notes):
-    """A row as an h5.Case, resized to --size. notes: pixels.note()"""
-    image, label = read_pair(row.image, row.mask, classes, args.gray, notes, args.labels)
+def to_case(row, paths, colors, src, args, classes, notes):
+    """A row as an h5.Case, resized to --size. paths, colors, notes: of read_image()"""
+    image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels)
     case = row.case(src, image, label)
     if args.size:
         case.source_grid, case.source_label = image.shape[:2], label
@@ -193,6 +273,13 @@ def main(argv=None):
         "0 keeps the pictures' own sizes",
     )
     p.add_argument("--gray", action="store_true", help="read the pictures as gray")
+    p.add_argument(
+        "--channels",
+        type=channel_folders,
+        metavar="DIR,DIR,...",
+        help="preset folder: a gray picture of each case in each of these folders, in place of "
+        "images",
+    )
     labels.add_options(p)
     splits.add_options(p)
     args = p.parse_args(argv)
@@ -204,9 +291,16 @@ def main(argv=None):
         raise InputError(f"{src}: no such folder; give the one that holds the pictures")
     if 0 < args.size < h5.SMALLEST:
         raise InputError(f"--size {args.size}: networks need {h5.SMALLEST} pixels or more")
+    if args.channels and (args.gray or args.preset != "folder"):
+        raise InputError("--channels: for the preset folder, without --gray; leave one of them out")
     lists = splits.find_lists(args)
-    rows = PRESETS[args.preset](src)
-    say_unread(p for name in FOLDERS[args.preset] for p in sorted(src.glob(name)) if p.is_dir())
+    bases = [src, *(src / split for split in h5.SPLITS)]
+    files = of_channels(bases, args.channels) if args.channels else {}
+    rows = find_folder(src, args.channels[0]) if args.channels else PRESETS[args.preset](src)
+    names = FOLDERS[args.preset]
+    if args.channels:
+        names = [f"{part}{n}" for part in ("", "*/") for n in (*args.channels, "masks")]
+    say_unread(p for name in names for p in sorted(src.glob(name)) if p.is_dir())
     if not rows:
         raise InputError(
             f"{src}: no picture in the layout of preset '{args.preset}'; "
@@ -220,15 +314,27 @@ def main(argv=None):
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
+    colors, names, prepared = "gray" if args.gray else "RGB", None, {"from": "pictures"}
+    if args.channels:
+        colors, names = None, args.channels
+        prepared["folders"] = names
+    elif count := count_channels([r.image for r in rows]):
+        colors, names = None, [f"channel {k}" for k in range(count)]
+        if args.gray:
+            raise InputError(f"--gray: {rows[0].image} has {count} channels; leave --gray out")
     notes = {}
     info = h5.write(
         args.out,
-        (to_case(row, src, args, classes, notes) for row in rows),
+        (
+            to_case(row, files.get(row.image, [row.image]), colors, src, args, classes, notes)
+            for row in rows
+        ),
         name=args.preset if args.preset != "folder" else src.resolve().name,
         classes=classes,
         dims=2,
-        channels=1 if args.gray else 3,
-        prepared={"from": "pictures"},
+        channels=len(names) if names else 1 if args.gray else 3,
+        channel_names=names,
+        prepared=prepared,
     )
     labels.tell_mapping(args.labels)
     say(notes)

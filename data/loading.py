@@ -95,13 +95,13 @@ class Volumes:
         """A patch of each of some volumes. index [B]; place [B, 3]: see part_at() -> Fetched"""
         index = index.tolist()
         parts = [part_at(self.image[i].shape[1:], self.size, at) for i, at in zip(index, place)]
-        image = [self.image[i][(slice(None), *part)] for i, part in zip(index, parts)]
+        image = torch.stack([self.image[i][:, *part] for i, part in zip(index, parts)])
         label = None
         if self.label is not None:
             label = torch.stack([self.label[i][part] for i, part in zip(index, parts)])
         mean = torch.tensor([self.mean[i] for i in index], device=image.device)  # [B]
         std = torch.tensor([self.std[i] for i in index], device=image.device)
-        return Fetched(torch.stack(image), label, mean, std)
+        return Fetched(image, label, mean, std)
 
     def batch(self, index, device="cpu"):
         """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
@@ -314,16 +314,13 @@ def load_slices(info, split, size, names=None, labels=True):
     return _stacked([one for case in cases for one in slices_of(case, size)])
 
 
-def load_patches(info, split, size, corners, labels=True, grid=None):
+def load_patches(info, split, size, corners, labels=True):
     """Patches of volumes. -> Samples
 
-    size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume; grid: (D, H, W) to
-    which patches are resized (default: none).
+    size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume.
     """
     cases = whole_cases(info, split, corners, labels)
-    return _stacked(
-        [one for case in cases for one in patches_of(case, size, corners[case.name], grid)]
-    )
+    return _stacked([one for case in cases for one in patches_of(case, size, corners[case.name])])
 
 
 def load_samples(info, split, size, names=None, labels=True):
@@ -385,15 +382,15 @@ def slices_of(case, size):
     return found
 
 
-def patches_of(case, size, corners, grid=None):
+def patches_of(case, size, corners):
     """Patches of a WholeCase, see load_patches(). -> list, for _stacked()"""
     volume = at_least(case.image, size)
     truth = None if case.label is None else at_least(case.label, size)
     found = []
     for corner in corners:
         part = tuple(slice(c, c + s) for c, s in zip(corner, size))
-        image = np.stack([resize_image(channel[part], grid or size) for channel in volume])
-        label = None if truth is None else resize_label(truth[part], grid or size)
+        label = None if truth is None else truth[part]
+        image = volume[:, *part]
         found.append(_Sample(image, label, case.mean, case.std, case.name, tuple(corner)))
     return found
 
@@ -498,6 +495,8 @@ def resize_image(image, size):
     shape = shape_of(size)
     if image.shape[: len(shape)] == shape:
         return image
+    if len(shape) == 2 and image.ndim == 3 and image.shape[2] > 4:  # more than OpenCV takes
+        return np.stack([resize_image(one, size) for one in np.moveaxis(image, 2, 0)], 2)
     if len(shape) == 2:
         shrinks = min(image.shape[:2]) >= size
         how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

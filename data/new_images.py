@@ -2,12 +2,13 @@
 
 They are a folder of pictures or of NIfTI volumes, or one of these files, and are prepared as the
 data that the network has learned from were. Its checkpoint knows how (`prepared`, see data/h5.py):
-gray or RGB, and of volumes the spacing that they are resampled to, the window of CT, the channel
-and the body axes. evaluate.py --predict writes masks for them.
+gray, RGB or other channels, and of volumes the spacing that they are resampled to, the window of
+CT, the channels and the body axes. evaluate.py --predict writes masks for them.
 """
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
@@ -41,11 +42,15 @@ FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images
 OF_MASKS = re.compile(r"(?i).+[_-](seg|segmentation|mask|label|labels|gt)")  # names
 
 
-def find(path):
+def find(path, channels=()):
     """The images directly in a folder or in a usual subfolder, or one file.
 
-    -> "pictures" or "nifti", {name: path}. Notes tell what is not read, or looks like a mask.
+    channels: folders in it that hold a picture of each case, if the network has learned from such
+    -> "pictures" or "nifti", {name: path}, of pictures in several folders the paths of a case.
+    Notes tell what is not read, or looks like a mask.
     """
+    if channels:
+        return "pictures", find_channels(path, channels)
     if not path.is_dir():
         match = nifti.NAME.fullmatch(path.name)
         kind, name = ("nifti", match[1]) if match else ("pictures", path.stem)
@@ -58,6 +63,21 @@ def find(path):
             f"{paths[masks[0]]}; they are taken for images, so move them elsewhere if they are none"
         )
     return kind, paths
+
+
+def find_channels(path, folders):
+    """The pictures of a folder that holds one for each channel. -> {name: [path, ...]}"""
+    there = [path / folder for folder in folders]
+    if lost := [folder for folder in there if not folder.is_dir()]:
+        raise InputError(
+            f"{lost[0]}: no such folder, but the network has learned from pictures in the folders "
+            f"{', '.join(folders)}, one for each channel; give the folder that holds these"
+        )
+    images.say_unread(there)
+    files = images.of_channels([path], folders)
+    if not files:
+        raise InputError(f"{there[0]}: no picture is in it; give a folder of images")
+    return {plain_name(first.stem): paths for first, paths in files.items()}
 
 
 def find_in(path):
@@ -91,13 +111,17 @@ def convert(source, out, data):
     data: what a checkpoint says of its data -> Info. InputError if they cannot be what the network
     has learned from, or if one of them cannot be read.
     """
-    kind, paths = find(Path(source))
-    prepared, said = data.get("prepared"), True
+    said = prepared = data.get("prepared")
+    names = h5.names_of(data)
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not named or len(names) != data["channels"]:
+        raise not_understood(names, source)
+    kind, paths = find(Path(source), folders_of(said, names, source))
     if prepared is None or isinstance(prepared, dict) and prepared.get("from") == "ssl4mis":
-        prepared, said = assumed(kind, source, data), False
-    how = preparation(prepared, source)
+        prepared, said = assumed(kind, source, data), None
+    how = preparation(prepared, names, source)
     learned = prepared["from"]
-    if learned == kind and (data["dims"] == 3 or data["channels"] == 3):
+    if learned == kind and (data["dims"] == 3 or said is None and names == h5.RGB):
         learned = "nifti" if data["dims"] == 3 else "pictures"
     if learned != kind:
         raise InputError(
@@ -105,8 +129,7 @@ def convert(source, out, data):
             "give images of that kind"
         )
     notes = defaultdict(list)
-    gray = data["channels"] == 1
-    cases = pictures(paths, gray, notes) if kind == "pictures" else volumes(paths, how, notes)
+    cases = pictures(paths, names, notes) if kind == "pictures" else volumes(paths, how, notes)
     try:
         info = h5.write(
             out,
@@ -115,8 +138,9 @@ def convert(source, out, data):
             classes=data["classes"],
             dims=data["dims"],
             channels=data["channels"],
+            channel_names=names,
             standardize=data.get("standardize", True),
-            prepared=prepared if said else None,
+            prepared=said,
         )
     except InputError as error:  # in words that fit images which nobody had to convert
         text = re.sub("( and|;) convert the data again", "", str(error))
@@ -130,6 +154,19 @@ def convert(source, out, data):
     return info
 
 
+def folders_of(prepared, names, source):
+    """The folders of data.images --channels, as a checkpoint says them; [] for none.
+
+    InputError unless they are the channels' names.
+    """
+    folders = prepared.get("folders") if isinstance(prepared, dict) else None
+    if folders is None:
+        return []
+    if folders != names or len(names) < 2 or any(Path(n).name != n or n == ".." for n in names):
+        raise not_understood(prepared, source)
+    return folders
+
+
 def assumed(kind, source, data):
     """What `prepared` is taken for, with a note, where a checkpoint does not say it."""
     if not data.get("standardize", True):
@@ -138,7 +175,8 @@ def assumed(kind, source, data):
             "intensities, and its checkpoint does not say which; convert the data again, and "
             "train on them"
         )
-    manner = "gray" if data["channels"] == 1 else "RGB"
+    names = h5.names_of(data)
+    manner = "gray" if len(names) == 1 else "RGB" if names == h5.RGB else "channel by channel"
     if kind == "nifti":
         manner = "as MR, each at its own spacing"
     print(
@@ -151,7 +189,8 @@ def assumed(kind, source, data):
             f"note: {source}: the network has learned from volumes of --shrink {shrink}; give it "
             "volumes as coarse, or train one without --shrink"
         )
-    return {"from": kind}
+    several = {"names": names} if kind == "nifti" and len(names) > 1 else {}
+    return {"from": kind} | several
 
 
 def noted(cases, constant):
@@ -162,52 +201,98 @@ def noted(cases, constant):
         yield case
 
 
-def pictures(paths, gray, notes):
-    """Yields each of some pictures as an h5.Case, on its own grid. notes: see pixels.note()"""
-    for name, path in paths.items():
-        h5.check_name(path, name)
-        image = pixels.read_picture(path, gray, notes)
-        yield Row(name, path, None, name, "unlabeled").case(path.parent, image, None)
+def pictures(paths, channel_names, notes):
+    """Yields each of some pictures as an h5.Case, on its own grid.
+
+    paths: {name: path, or a path for each channel}; notes: see pixels.note()
+    """
+    count = len(channel_names)
+    for name, found in paths.items():
+        several = isinstance(found, list)
+        found = found if several else [found]
+        h5.check_name(found[0], name)
+        colors = "gray" if count == 1 else "RGB" if channel_names == h5.RGB else None
+        if colors is None and not several and (there := pixels.channels_in(found[0])) != count:
+            there = f"has {there} channels" if there else "is gray or RGB"
+            raise InputError(
+                f"{found[0]}: {there}, but the network has learned from {count} channels "
+                f"({', '.join(channel_names)}); give a TIFF of these"
+            )
+        image = images.read_image(found, None if several else colors, notes)
+        folder = found[0].parent.parent if several else found[0].parent
+        yield Row(name, found[0], None, name, "unlabeled").case(folder, image, None)
 
 
-def preparation(prepared, source):
+def not_understood(prepared, source):
+    return InputError(
+        f"{source}: the checkpoint says of its data what cannot be understood "
+        f"({ascii(prepared)[:100]}); convert the data again, and train on them"
+    )
+
+
+def preparation(prepared, channel_names, source):
     """nifti.Preparation of what a checkpoint, which may come from anybody, says of it.
 
-    InputError if that is none.
+    channel_names: of its data. InputError if that is none.
     """
 
     def numbers(value, n, low, high):  # no NaN, no bool
         fits = isinstance(value, (list, tuple)) and len(value) == n
         return fits and all(type(v) in (int, float) and low < v < high for v in value)
 
+    def is_window(value):
+        return value is None or numbers(value, 2, -1e9, 1e9) and value[0] < value[1]
+
+    several = channel_names if len(channel_names) > 1 else None
     try:
-        how = nifti.Preparation(**{k: v for k, v in prepared.items() if k != "from"})
-        spacing, window, channel = how.spacing, how.window, how.channel
+        about = {k: v for k, v in prepared.items() if k not in ("from", "folders")}
+        how = nifti.Preparation(**about)
+        spacing, channel, windows = how.spacing, how.channel, how.windows
+        fits = how.names == several and len(windows) == len(channel_names)
         known = (
             prepared["from"] in KINDS
             and (spacing is None or numbers(spacing, 3, 1e-5, 1000))
             and (how.axes is None or space.are_axes(how.axes))
-            and (window is None or numbers(window, 2, -1e9, 1e9) and window[0] < window[1])
-            and (channel is None or type(channel) is int and 0 <= channel < 10_000)
+            and (fits or prepared["from"] == "pictures")
+            and (channel is None or are_channels(channel, several))
+            and all(map(is_window, windows))
             and type(how.nnunet) is bool
         )
     except (AttributeError, KeyError, TypeError):
         known = False
     if not known:
-        raise InputError(
-            f"{source}: the checkpoint says of its data what cannot be understood "
-            f"({ascii(prepared)[:100]}); convert the data again, and train on them"
-        )
+        raise not_understood(prepared, source)
     return how
+
+
+def are_channels(value, several):
+    """Whether a value of anybody is what Preparation.channel holds for some names, or for one."""
+    found = value if several and isinstance(value, list) else [value]
+    usable = all(type(n) is int and 0 <= n < 10_000 for n in found)
+    return usable and len(set(found)) == len(found) == len(several or found)
 
 
 def volumes(paths, how, notes):
     """Yields each of some NIfTI volumes as an h5.Case, as nifti.Preparation says.
 
-    notes: what nifti.read_case() is to fill.
+    notes: what nifti.read_case() is to fill. InputError for a case that lacks a channel, or has one
+    too many.
     """
-    cases, _ = nifti.one_channel(paths, how.channel, how.nnunet)
-    if further := len(paths) - len(cases):
+    if how.names:  # the files of new data may be of the other kind
+        first = next(iter(paths.values()))
+        how = replace(how, nnunet=nifti.volumes_in(first) == 1)
+    cases = nifti.by_channel(paths, how.nnunet)
+    files = nifti.taken(cases, how.numbers if how.nnunet else [None])
+    if how.names and how.channel is None:
+        for name, found in cases.items():
+            count = len(found) if how.nnunet else nifti.volumes_in(found[None])
+            if count > len(how.names):
+                raise InputError(
+                    f"{next(iter(found.values()))}: case '{name}' has {count} channels, but the "
+                    f"network has learned from {len(how.names)} ({', '.join(how.names)}); take the "
+                    "others out"
+                )
+    if further := len(paths) - sum(map(len, files.values())):
         print(
             f"note: {further} of {len(paths)} files are further channels of a case by their names "
             "(NAME_0001) and are not read; rename those that are cases of their own"
@@ -217,5 +302,6 @@ def volumes(paths, how, notes):
             "note: the checkpoint does not know along which body axes its volumes lay; these are "
             "taken as they are, so they should be stored alike"
         )
-    for name, path in cases.items():
-        yield nifti.read_case(Row(name, path, None, name, "unlabeled"), how, path.parent, notes)
+    for name, found in files.items():
+        row = Row(name, found[0], None, name, "unlabeled")
+        yield nifti.read_case(row, found, how, found[0].parent, notes)

@@ -3,13 +3,19 @@
     python -m data.nifti Task02_Heart --out heart.h5
     python -m data.nifti Task09_Spleen --out spleen.h5 --intensity ct --spacing 2,1,1
     python -m data.nifti ACDC --out acdc.h5 --patient '(patient\\d+)_'
+    python -m data.nifti PETCT --out petct.h5 --clip 'CT=-175,250'
 
 What is read under SRC (.nii or .nii.gz), as the Medical Segmentation Decathlon and nnU-Net have it:
     imagesTr, labelsTr   train and val; a case without a label stays unlabeled in train
     imagesTs             test, with labels where labelsTs has them
-    dataset.json         its "labels" name the classes and their values; else they are numbered
-    Decathlon            NAME.nii.gz for image and label
+    dataset.json         its "labels" name the classes and their values; else they are numbered;
+                         its "channel_names" or "modality" name the channels
+    Decathlon            NAME.nii.gz for image and label; the volumes of a 4D image are channels
     nnU-Net              NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
+
+All channels are taken unless --channel chooses some. Those of a case lie on one grid. Each is
+clipped, scaled and resampled by itself: a channel that dataset.json calls CT, or that --clip names,
+to its window, and the others, MR, to mean 0 and deviation 1.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with
 --seed. A note tells where names of different splits look like those of one patient.
@@ -22,6 +28,7 @@ code is, else of pixdim. A header that contradicts itself, or places no boxes, i
 (data/space.py). Masks have the header of their source, so its place, byte for byte.
 """
 
+import argparse
 import gzip
 import json
 import math
@@ -39,12 +46,14 @@ from nibabel.volumeutils import apply_read_scaling
 
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
-from data.options import Parser, cli, decimals, number
+from data.options import Parser, cli, decimals, ordered_numbers
 from data.pixels import to_float32
 from data.splits import Row, by_name, note_unread, plain_name
 
 # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 NAME = re.compile(r"(?i)([^.].*)\.nii(\.gz)?")
+MOST = 64  # channels of a case, see data/h5.py
+SOFT_TISSUE = -175.0, 250.0  # Hounsfield units
 
 
 # ------------------------------------------------------------------------------------ finding cases
@@ -62,12 +71,14 @@ def say_unread(folders):
     note_unread(folders, lambda path: NAME.fullmatch(path.name), ".nii, .nii.gz")
 
 
-def find(src, channel):
-    """The cases of SRC, and whether their files are named as nnU-Net does. -> [Row, ...], bool
+def find(src, chosen):
+    """The cases of SRC, and whether their files are named as nnU-Net does.
 
-    A case is its own patient; its split is "test" in imagesTs, else None.
+    -> [Row, ...], {image of a row: the files of its channels}, [number, ...] of these, bool
+    chosen: channels of --channel, None: all. A file that is not named as nnU-Net does is channel
+    None. A case is its own patient; its split is "test" in imagesTs, else None.
     """
-    rows, channels = [], set()
+    rows, files = [], {}
     layout = {s: (volumes(src / f"images{s}"), volumes(src / f"labels{s}")) for s in ("Tr", "Ts")}
     images, labels = layout["Tr"]
     if not images:
@@ -77,39 +88,37 @@ def find(src, channel):
     folders = [src / f"{what}{part}" for part in layout for what in ("images", "labels")]
     say_unread(folder for folder in folders if folder.is_dir())
     nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
-    for part, (images, labels) in layout.items():
-        cases, found = one_channel(images, channel, nnunet)
-        channels |= found
-        if lost := sorted(set(labels) - set(cases)):
+    cases = {part: by_channel(images, nnunet) for part, (images, _) in layout.items()}
+    numbers = sorted({n for found in cases.values() for paths in found.values() for n in paths})
+    if nnunet and chosen is not None:
+        numbers = chosen
+    for part, (_, labels) in layout.items():
+        found = taken(cases[part], numbers)
+        files |= {paths[0]: paths for paths in found.values()}
+        if lost := sorted(set(labels) - set(found)):
             raise InputError(
                 f"{labels[lost[0]]}: no image of that name in {src / f'images{part}'} "
                 f"({len(lost)} such labels); add it, or take the label out"
             )
-        if both := sorted(set(cases) & {r.name for r in rows}):
+        if both := sorted(set(found) & {r.name for r in rows}):
             raise InputError(
                 f"{src}: case '{both[0]}' is in both imagesTr and imagesTs; remove or rename one "
                 "of the two"
             )
         split = "test" if part == "Ts" else None
-        rows += [Row(name, path, labels.get(name), name, split) for name, path in cases.items()]
-    if channel is None and len(channels) > 1:
-        print(
-            f"the cases have channels {', '.join(map(str, sorted(channels)))}; taking 0 (choose "
-            "with --channel)"
-        )
-    return rows, nnunet
+        rows += [Row(n, paths[0], labels.get(n), n, split) for n, paths in found.items()]
+    return rows, files, numbers, nnunet
 
 
-def one_channel(images, channel, nnunet):
-    """The files of one channel (default: 0), and the numbers of all there are.
+def by_channel(images, nnunet):
+    """The files of each case, {case: {number of a channel: path}}.
 
-    images: {name: path}; nnunet: as in Preparation -> {case: path}, set
+    images: {name: path}; nnunet: as in Preparation; where it is not, the number is None
     """
-    taken = channel or 0
-    cases = defaultdict(dict)  # name -> {channel: path}
+    cases = defaultdict(dict)
     for name, path in images.items():
         if not nnunet:
-            cases[name][taken] = path
+            cases[name][None] = path
         elif re.search(r"_\d{4}$", name):
             cases[name[:-5]][int(name[-4:])] = path
         else:
@@ -117,15 +126,70 @@ def one_channel(images, channel, nnunet):
                 f"{path}: the cases have names of nnU-Net, NAME_0000, and this has no channel; "
                 "rename it"
             )
+    return cases
+
+
+def taken(cases, numbers):
+    """The files of some channels, {case: [path, ...]}, of cases of by_channel()."""
     for name, paths in cases.items():
-        if taken not in paths:
+        if lost := [n for n in numbers if n not in paths]:
             raise InputError(
-                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {taken} "
+                f"{next(iter(paths.values())).parent}: case '{name}' has no channel {lost[0]} "
                 f"(it has: {', '.join(map(str, paths))}); add it, or convert data "
                 "with another --channel"
             )
-    found = {name: paths[taken] for name, paths in cases.items()}
-    return found, set().union(*cases.values())
+    return {name: [paths[n] for n in numbers] for name, paths in cases.items()}
+
+
+def volumes_in(path):
+    """How many volumes a file holds, as its header says."""
+    size = space.size_of(space.parse(bytes_of(path, space.BYTES), path), path)
+    return size[3] if len(size) == 4 else 1
+
+
+def count_volumes(paths):
+    """How many volumes each of some files holds. InputError if they differ, or are too many."""
+    counts = {path: volumes_in(path) for path in paths}
+    first, count = next(iter(counts.items()))
+    if other := next((path for path in paths if counts[path] != count), None):
+        raise InputError(
+            f"{other}: holds {counts[other]} volumes (channels), but {first} holds {count}; give "
+            "all cases the same channels, or choose some with --channel"
+        )
+    if count > MOST:
+        raise InputError(
+            f"{first}: holds {count} volumes, but a case has at most {MOST} channels (are they "
+            "times?); choose some with --channel"
+        )
+    return count
+
+
+def name_channels(src, numbers, chosen):
+    """Names of several channels: those of dataset.json, else `channel 0` and so on.
+
+    numbers: of the channels; chosen: whether --channel chose them. InputError if dataset.json names
+    others than there are.
+    """
+    path = src / "dataset.json"
+    table = read_json(path, "") if path.is_file() else {}
+    key = "channel_names" if table.get("channel_names") else "modality"
+    said = table.get(key)
+    if said is None:
+        return [f"channel {n}" for n in numbers]
+    try:
+        names = {int(number): name for number, name in said.items()}
+        usable = all(name and name.isprintable() for name in names.values())
+    except (AttributeError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise InputError(f'{path}: "{key}" must map 0, 1 and so on to names; mend it')
+    if not (chosen or set(names) == set(numbers)):
+        raise InputError(
+            f'{path}: "{key}" names channels {labels.in_words(sorted(names))}, but the cases have '
+            f"{labels.in_words(numbers)}; mend it, or choose some with --channel"
+        )
+    found = [names.get(n, f"channel {n}") for n in numbers]
+    return [f"{name} {n}" if found.count(name) > 1 else name for n, name in zip(numbers, found)]
 
 
 def split_cases(rows, lists, args):
@@ -195,17 +259,7 @@ def name_classes(src, args, paths):
 def named_values(path):
     """The "labels" of a dataset.json, {value: name}; empty if it has none."""
 
-    def once(pairs):
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a name in it comes twice")
-        return found
-
-    try:
-        table = json.loads(read_text(path), object_pairs_hook=once).get("labels")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not a readable JSON object ({error}); mend it, or give --classes"
-        ) from None
+    table = read_json(path, ", or give --classes").get("labels")
     if not table:
         return {}
     try:
@@ -228,6 +282,20 @@ def named_values(path):
             "if need be, --labels"
         )
     return by_value
+
+
+def read_json(path, remedy):
+    """A file that holds a JSON object -> dict. remedy: what else to do than to mend it"""
+
+    def once(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name in it comes twice")
+        return found
+
+    try:
+        return dict(json.loads(read_text(path), object_pairs_hook=once).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON object ({error}); mend it{remedy}") from None
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -259,10 +327,16 @@ def bytes_of(path, count=-1):
 
 
 def load(path, channel=None):
-    """One volume of a file. -> Volume
+    """One volume of a file. -> Volume. channel: which one, where the file holds several"""
+    return load_volumes(path, [channel])[0]
 
-    channel: which one, where the file holds several. InputError if it is not there, if there are
-    several and channel is None, and for anything but a whole file of plain, finite numbers.
+
+def load_volumes(path, numbers):
+    """Some volumes of a file. -> [Volume, ...]
+
+    numbers: which ones, where the file holds several; [None]: the only one. InputError if one is
+    not there, if there are several and none is chosen, and for anything but a whole file of plain,
+    finite numbers.
     """
     raw = bytes_of(path)
     header = space.parse(raw, path)
@@ -276,23 +350,26 @@ def load(path, channel=None):
             f"{path}: {len(size)}D with {math.prod(size[4:])} value(s) per voxel; "
             "save one volume of plain numbers"
         )
-    if len(size) == 4:
-        if channel is None:
-            raise InputError(
-                f"{path}: 4D, {size[3]} volumes in one file; save the one that is meant alone, or "
-                "convert data with --channel, which chooses an image's"
-            )
-        if channel >= size[3]:
-            raise InputError(
-                f"{path}: has no channel {channel}, but 0 to {size[3] - 1}; add it, or leave it out"
-            )
-        start += channel * math.prod(size[:3]) * kind.itemsize
-    elif channel and not re.search(rf"(?i)_{channel:04d}\.nii", path.name):
+    count = size[3] if len(size) == 4 else 1
+    if count > 1 and None in numbers:
         raise InputError(
-            f"{path}: has no channel {channel}, but one volume; add it, or leave it out"
+            f"{path}: 4D, {count} volumes in one file; save the one that is meant alone, or "
+            "convert data with --channel, which chooses an image's"
         )
-    values = np.frombuffer(raw, kind, math.prod(size[:3]), start).reshape(size[2::-1])
-    values = values.astype(kind.newbyteorder("="))
+    if lost := [n for n in numbers if (n or 0) >= count]:
+        there = f"0 to {count - 1}" if count > 1 else "one volume"
+        raise InputError(f"{path}: has no channel {lost[0]}, but {there}; add it, or leave it out")
+    voxels, found = math.prod(size[:3]), []
+    for n in numbers:
+        values = np.frombuffer(raw, kind, voxels, start + (n or 0) * voxels * kind.itemsize)
+        values = plain(values.reshape(size[2::-1]), header, path)
+        found.append(Volume(values, space.affine_of(header, path), header))
+    return found
+
+
+def plain(values, header, path):
+    """Voxels of a file, (D, H, W), as numbers of this machine, with the header's slope applied."""
+    values = values.astype(values.dtype.newbyteorder("="))
     try:
         values = apply_read_scaling(values, *header.get_slope_inter())
     except HeaderDataError:
@@ -305,7 +382,25 @@ def load(path, channel=None):
         raise InputError(
             f"{path}: NaN or infinite voxels, or above what float32 holds; replace them"
         )
-    return Volume(values, space.affine_of(header, path), header)
+    return values
+
+
+def load_channels(name, paths, how):
+    """The channels of a case, on one grid. -> [Volume, ...]
+
+    paths: of each channel's file, or of one file; how: Preparation
+    """
+    if not how.nnunet:
+        one = how.channel is None and not how.names
+        return load_volumes(paths[0], [None] if one else how.numbers)
+    found = [load(path) for path in paths]
+    for k in range(1, len(found)):
+        words = [f"channel {n}" for n in (how.numbers[0], how.numbers[k])]
+        try:
+            check_grids(found[0], found[k], paths[0], paths[k], *words)
+        except InputError as error:
+            raise InputError(f"case '{name}', {how.channel_text(k)}: {error}") from None
+    return found
 
 
 def type_of(header, path):
@@ -332,23 +427,26 @@ def start_of(header, path):
     return int(start)
 
 
-def check_grids(image, label, image_path, label_path):
-    """InputError if two Volumes are not on one grid: no label is moved onto its image by guess."""
-    a, b = grid_of(image), grid_of(label)
-    near = space.SAME_PLACE * a["spacing"].min()  # mm
-    extent = a["size"] * a["spacing"]  # mm, by which an error of direction grows
-    limits = dict(size=0, spacing=near / a["size"], origin=near, direction=near / extent)
-    wrong = [what for what, most in limits.items() if (np.abs(b[what] - a[what]) > most).any()]
+def check_grids(image, other, image_path, other_path, a="the image", b="the label"):
+    """InputError if two Volumes are not on one grid: none is moved onto the other by guess.
+
+    a, b: what they are, in words
+    """
+    here, there = grid_of(image), grid_of(other)
+    near = space.SAME_PLACE * here["spacing"].min()  # mm
+    extent = here["size"] * here["spacing"]  # mm, by which an error of direction grows
+    limits = dict(size=0, spacing=near / here["size"], origin=near, direction=near / extent)
+    wrong = [w for w, most in limits.items() if (np.abs(there[w] - here[w]) > most).any()]
     if not wrong:
         return
-    what, remedy = wrong[0], same_size_remedy(image, label)
+    what, remedy = wrong[0], same_size_remedy(image, other, a, b)
     if what == "size":
-        remedy = "resample the label to its image"
-    sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (a, b)]
-    there, here = (np.round(g[what], 6).tolist() for g in (b, a))
+        remedy = f"resample {b} to {a}"
+    sizes = [" x ".join(map(str, g["size"][::-1].tolist())) for g in (here, there)]
+    ours, theirs = (np.round(g[what], 6).tolist() for g in (here, there))
     raise InputError(
-        f"{label_path} ({sizes[1]}) is on another grid than {image_path} "
-        f"({sizes[0]}): {what} {there}, not {here}; {remedy}"
+        f"{other_path} ({sizes[1]}) is on another grid than {image_path} "
+        f"({sizes[0]}): {what} {theirs}, not {ours}; {remedy}"
     )
 
 
@@ -363,16 +461,15 @@ def grid_of(volume):
     )
 
 
-def same_size_remedy(image, label):
-    """What to do where a label has its image's size and not its place."""
+def same_size_remedy(image, other, a, b):
+    """What to do where two Volumes, called a and b, differ in place and not in size."""
     match = "if the two match voxel by voxel"
-    if is_lost(label) == is_lost(image):
-        return f"copy the image's header to the label {match}, else resample the label to its image"
+    if is_lost(other) == is_lost(image):
+        return f"copy {a}'s header to {b} {match}, else resample {b} to {a}"
     if is_lost(image):
-        return f"the image's header has lost its place: copy the label's header to it {match}"
+        return f"{a}'s header has lost its place: copy {b}'s header to it {match}"
     return (
-        "the label's header has lost its place: copy the image's header to it "
-        f"{match}, and do not resample it"
+        f"{b}'s header has lost its place: copy {a}'s header to it {match}, and do not resample it"
     )
 
 
@@ -408,10 +505,37 @@ class Preparation:
     """What is done to volumes; a dataset keeps it, so that it is done to new ones too."""
 
     spacing: tuple | None = None  # (D, H, W) in mm after resampling; None: each keeps its own
-    window: tuple | None = None  # of CT: intensities that become -1 and 1; None: MR
-    channel: int | None = None  # that is taken, of a 4D file or of nnU-Net's NAME_0000, NAME_0001
+    window: tuple | None = None  # of CT: intensities that become -1 and 1; None: MR; where
+    # channels differ: an entry for each
+    channel: int | tuple | None = None  # that is taken, or those that are, of a 4D file or of
+    # nnU-Net's NAME_0000, NAME_0001; None: all, where they have names, else the first
     nnunet: bool = False  # whether the channel is part of a file's name
     axes: str | None = None  # of the body, to which D, H and W are turned, such as SAR
+    names: tuple | None = None  # of the channels, where several are taken
+
+    @property
+    def numbers(self):
+        """Of the channels that are taken, in their order."""
+        if self.channel is None:
+            return list(range(len(self.names or [0])))
+        return [self.channel] if isinstance(self.channel, int) else list(self.channel)
+
+    @property
+    def windows(self):
+        """The window of each channel, or None."""
+        if self.window is None or all(isinstance(v, (int, float)) for v in self.window):
+            return [self.window] * len(self.numbers)
+        return list(self.window)
+
+    def channel_text(self, k):
+        """What the k-th of several channels is called in messages."""
+        name = f" ({self.names[k]})" if self.names else ""
+        return f"channel {self.numbers[k]}{name}"
+
+    def told(self):
+        """What `prepared` of a dataset says of it, see data/h5.py."""
+        about = {"from": "nifti", **asdict(self)}
+        return {name: v for name, v in about.items() if name != "names" or v}
 
 
 def common_axes(paths):
@@ -453,57 +577,71 @@ def say(notes, axes, info):
             )
 
 
-def read_case(row, how, src, notes, values=range(labels.MOST)):
+def read_case(row, paths, how, src, notes, values=range(labels.MOST)):
     """A row of split_cases() as an h5.Case.
 
-    how: Preparation; notes: {kind: [case, ...]} to fill; values: those that stand for the classes
-    in its label.
+    paths: of its channels, see load_channels(); how: Preparation; notes: {kind: [case, ...]} to
+    fill; values: those that stand for the classes in its label.
     """
-    volume, label = load(row.image, how.channel), None
+    found, label = load_channels(row.name, paths, how), None
+    volume, affine = found[0], found[0].affine
     if row.mask:
         other = load(row.mask)
         check_grids(volume, other, row.image, row.mask)
+        check_no_label(row, found, other, how)
         label = labels.class_numbers(other.values, row.mask, values)
-    image, affine = to_float32(volume.values, row.image), volume.affine
+    images = [to_float32(v.values, path) for v, path in zip(found, paths * len(found))]
     placed, swapped, turned = space.has_axes(volume.header), False, False
     if how.axes and placed:
         turn = space.turn_to(how.axes, affine)
-        affine = space.reoriented_affine(affine, image.shape, turn)
-        image, label = (None if v is None else space.reoriented(v, turn) for v in (image, label))
+        affine = space.reoriented_affine(affine, images[0].shape, turn)
+        images = [space.reoriented(v, turn) for v in images]
+        label = None if label is None else space.reoriented(label, turn)
         swapped = turn[:, 0].tolist() != [0, 1, 2]
         turned = swapped or (turn[:, 1] < 0).any()
-    spacing = space.spacing_of(affine)
+    grid, spacing = images[0].shape, space.spacing_of(affine)
     doubts = {
         "turned": turned,
         "swapped": swapped and not how.spacing and max(spacing) > 1.01 * min(spacing),
         "two places": space.forms_differ(volume.header, row.image),
         "unplaced": how.axes and not placed,
         "identity": is_identity(volume.affine),
-        "tiny": max(np.multiply(image.shape, spacing)) < TINY,
-        "one slice": min(image.shape) == 1,
+        "tiny": max(np.multiply(grid, spacing)) < TINY,
+        "one slice": min(grid) == 1,
     }
     for kind in doubts:
         if doubts[kind]:
             notes[kind].append(row.name)
-    if how.window and (why := not_hounsfield(image, how.window)):
-        notes["not HU"].append(f"{row.name}, {why}")
+    for k, (image, window) in enumerate(zip(images, how.windows)):
+        if window and (why := not_hounsfield(image, window)):
+            which = f", {how.channel_text(k)}" if how.names else ""
+            notes["not HU"].append(f"{row.name}{which}, {why}")
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
-    case = row.case(
-        src, image, label, spacing=how.spacing or spacing, affine=affine, nifti_header=header
-    )
+    about = dict(spacing=how.spacing or spacing, affine=affine, nifti_header=header)
     if how.spacing:
-        case.source_grid, case.source_label = image.shape, label
+        about |= dict(source_grid=grid, source_label=label)
         ratio = np.divide(how.spacing, spacing)
-        size = resampled_size(image.shape, ratio, row.image)
-        case.image = space.resample(image, size, ratio)
-        case.label = None if label is None else space.resample(label, size, ratio, nearest=True)
-    if swapped and min(case.image.shape[1:]) < h5.SMALLEST:
+        size = resampled_size(grid, ratio, row.image)
+        images = [space.resample(v, size, ratio) for v in images]
+        label = None if label is None else space.resample(label, size, ratio, nearest=True)
+    if swapped and min(images[0].shape[1:]) < h5.SMALLEST:
         raise InputError(
             f"{row.image}: turned to the body axes of the others ({how.axes}), it has "
-            f"{' x '.join(map(str, case.image.shape))} voxels, too few in a slice; leave it out"
+            f"{' x '.join(map(str, images[0].shape))} voxels, too few in a slice; leave it out"
         )
-    case.image = scale(case.image, how.window)
-    return case
+    images = [scale(image, window) for image, window in zip(images, how.windows)]
+    image = images[0] if len(images) == 1 else np.stack(images, -1)
+    return row.case(src, image, label, **about)
+
+
+def check_no_label(row, found, label, how):
+    """InputError if one of several channels, Volumes, is the label itself."""
+    same = [k for k, v in enumerate(found) if np.array_equal(v.values, label.values)]
+    if len(found) > 1 and same:
+        raise InputError(
+            f"case '{row.name}', {how.channel_text(same[0])}: is the label itself ({row.mask}); "
+            "choose the others with --channel, or take it out"
+        )
 
 
 PADDINGS = 3  # values around a field of view, or beyond a scanner's range, that mean no intensity
@@ -577,6 +715,39 @@ def write_mask(path, label, entry):
 # ------------------------------------------------------------------------------------ main
 
 
+def clip_windows(text):
+    """argparse type: windows LOW,HIGH, with the channel's name or without. -> {name or None: it}"""
+    found = {}
+    for part in text.split(";"):
+        name, _, window = part.rpartition("=")
+        name = name.strip() or None
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{text}: two windows for {name or 'all channels'}")
+        found[name] = decimals(2)(window)
+        if found[name][0] >= found[name][1]:
+            raise argparse.ArgumentTypeError(f"{part}: the first number must be the lower one")
+    return found
+
+
+def window_of(args, names):
+    """Preparation.window as --intensity and --clip say it. names: of several channels, or None"""
+    clip = args.clip or {}
+    if lost := [name for name in clip if name and name not in (names or ())]:
+        there = ", ".join(names or ["one without a name; write LOW,HIGH alone"])
+        raise InputError(f"--clip: there is no channel '{lost[0]}'; there are: {there}")
+    windows = []
+    for name in names or [None]:
+        is_ct = args.intensity == "ct" or not args.intensity and (name or "").upper() == "CT"
+        windows.append(clip.get(name) or (clip.get(None, SOFT_TISSUE) if is_ct else None))
+    return windows[0] if windows.count(windows[0]) == len(windows) else windows
+
+
+def standardized(windows):
+    """`standardize` of data/h5.py: whether readers standardize channels, or which ones."""
+    found = [window is None for window in windows]
+    return found[0] if len(set(found)) == 1 else found
+
+
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.nifti")
     # else argparse takes the value of --clip -175,250 for an option
@@ -597,17 +768,22 @@ def main(argv=None):
     p.add_argument(
         "--intensity",
         choices=("mr", "ct"),
-        default="mr",
-        help="mr: each case to mean 0, deviation 1; ct: one window for all",
+        help="mr: each case to mean 0, deviation 1; ct: one window for all (default: mr; of "
+        "several channels, ct where dataset.json calls one CT)",
     )
     p.add_argument(
         "--clip",
-        type=decimals(2),
+        type=clip_windows,
         metavar="LOW,HIGH",
-        help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue)",
+        help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue); "
+        "'NAME=LOW,HIGH;NAME=...' makes some channels CT, by their names",
     )
     p.add_argument(
-        "--channel", type=number(0), help="which channel (nnU-Net) or volume (of a 4D file) to take"
+        "--channel",
+        type=ordered_numbers,
+        metavar="N,...",
+        help="which channels (nnU-Net) or volumes (of a 4D file) to take, in that order, as in 0 "
+        "or 0,2; default: all",
     )
     p.add_argument(
         "--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes"
@@ -618,18 +794,22 @@ def main(argv=None):
     src = Path(args.src)
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give the one that holds imagesTr")
-    if args.clip and args.intensity == "mr":
+    if args.clip and None in args.clip and args.intensity != "ct":
         raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
     if args.axes and not space.are_axes(args.axes):
         raise InputError(
             f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, as in SAR"
         )
-    window = args.clip or (-175.0, 250.0) if args.intensity == "ct" else None
-    if window and window[0] >= window[1]:
-        raise InputError(f"--clip {window}: the first number must be the lower one")
     lists = splits.find_lists(args)
-    rows, nnunet = find(src, args.channel)
+    rows, files, numbers, nnunet = find(src, args.channel)
     rows = split_cases(splits.name_patients(rows, args), lists, args)
+    if not nnunet:
+        numbers = args.channel or list(range(count_volumes([r.image for r in rows])))
+    names = name_channels(src, numbers, bool(args.channel)) if len(numbers) > 1 else None
+    if names and not args.channel:
+        said = ", ".join(f"{n} ({name})" for n, name in zip(numbers, names))
+        print(f"the cases have channels {said}; taking all (choose with --channel)")
+    window = window_of(args, names)
     classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
     axes = args.axes or common_axes([r.image for r in rows])
     if axes is None:
@@ -637,17 +817,20 @@ def main(argv=None):
             "note: no volume has an orientation (the codes of qform and sform are 0); they are "
             "taken as they are, so they should be stored alike"
         )
-    how = Preparation(args.spacing, window, args.channel, nnunet, axes)
+    whole = not args.channel and numbers == list(range(len(numbers)))
+    channel = None if whole else numbers[0] if len(numbers) == 1 else numbers
+    how = Preparation(args.spacing, window, channel, nnunet, axes, names)
     notes = defaultdict(list)
     info = h5.write(
         args.out,
-        (read_case(row, how, src, notes, values) for row in rows),
+        (read_case(row, files[row.image], how, src, notes, values) for row in rows),
         name=src.resolve().name,
         classes=classes,
         dims=args.dims,
-        channels=1,
-        standardize=window is None,
-        prepared={"from": "nifti", **asdict(how)},
+        channels=len(numbers),
+        channel_names=names,
+        standardize=standardized(how.windows),
+        prepared=how.told(),
     )
     labels.tell_mapping(values)
     h5.report(info)

@@ -66,6 +66,17 @@ def numbers(text):
     return sorted({number(1)(part) for part in text.split(",")})
 
 
+def ordered_numbers(text):
+    """argparse type: different whole numbers of at least 0, joined by commas. -> a list"""
+    found = [number(0)(part) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: a number comes twice")
+    return found
+
+
+ordered_numbers.__name__ = "number"  # argparse names it in its errors
+
+
 def decimals(count, low=-math.inf):
     """argparse type: so many numbers above `low`, joined by commas. -> a tuple"""
 

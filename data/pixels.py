@@ -5,6 +5,10 @@ is refused where a decoder would drop or change something without a word: severa
 transparency, channels beyond gray or RGB, CMYK and Lab colors. NaN is refused, too, and so is
 damage, as far as a format shows it: PNG and deflate have checksums, JPEG and LZW have none.
 
+A TIFF may hold several channels that are no colors: several gray samples a pixel, or more than four
+of any kind, none of which is an alpha; or pages that ImageJ calls channels (and no slices or
+frames). read_channels() alone reads these.
+
 Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 and 1. Gray levels
 between black and white are cut at half of the range where they lie on edges, as in masks that were
 resized or saved as JPEG. Where they form regions or lines, they are a third class (often "void"),
@@ -16,11 +20,12 @@ import contextlib
 import io
 import os
 import re
+import struct
 import sys
 import tempfile
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -63,6 +68,8 @@ class File:
     opened: Image.Image | None  # None: a TIFF of a kind that Pillow does not know
     turned: bool  # whether its EXIF orientation says so
     lossy: bool
+    pages: list  # tags of a TIFF's pages, [{number: value}, ...]
+    channels: int  # of a TIFF whose channels are no colors; 0: gray or RGB
 
 
 # ------------------------------------------------------------------------------------ files
@@ -88,13 +95,21 @@ def unreadable(path):
     )
 
 
-def examine(path):
-    """Reads a file and what it says of its pixels -> File. InputError if they would be misread."""
+def examine(path, channels=False):
+    """Reads a file and what it says of its pixels -> File. InputError if they would be misread.
+
+    channels: whether it may hold several that are no colors
+    """
     content = Path(path).read_bytes()
     with reading(path):
-        tags, pages, opened = {}, 1, None
+        tags, pages, opened, of_pages, count = {}, 1, None, [], 0
         if content[:4] in TIFF:
-            tags, pages = read_tags(content)
+            of_pages, pages = read_tags(content)
+            tags, count = of_pages[0], count_channels(of_pages, pages)
+            if count and channels:
+                for page in of_pages:
+                    check_samples(path, page, content)
+                return File(Path(path), content, None, False, False, of_pages, count)
         try:
             opened = Image.open(io.BytesIO(content))
         except UnidentifiedImageError:
@@ -120,22 +135,45 @@ def examine(path):
         check_strips(path, tags, content)
         turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
     lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
-    return File(Path(path), content, opened, turned, lossy)
+    return File(Path(path), content, opened, turned, lossy, of_pages, count)
+
+
+def channels_in(path):
+    """How many channels a TIFF holds that are no colors; 0 for gray, RGB and all other pictures."""
+    with open(path, "rb") as f:
+        if f.read(4) not in TIFF:
+            return 0
+    with reading(path):
+        return count_channels(*read_tags(Path(path).read_bytes()))
+
+
+def count_channels(tags, pages):
+    """How many channels a TIFF holds that are no colors, or 0.
+
+    tags: of its directories; pages: how many pages there are, see read_tags()
+    """
+    samples, extra = tags[0].get(277, 1), set(np.atleast_1d(tags[0].get(338, ())))
+    if pages == 1:
+        gray = tags[0].get(262, 1) == 1
+        return int(samples) if samples > 1 and (gray or samples > 4) and not extra & ALPHA else 0
+    said = dict(re.findall(r"(?m)^(channels|slices|frames)=(\d{1,9})$", str(tags[0].get(270, ""))))
+    alone = said.get("slices", "1") == said.get("frames", "1") == "1" and samples == 1
+    return pages if alone and said.get("channels") == str(len(tags)) == str(pages) else 0
 
 
 def read_tags(content):
-    """TIFF tags of the first page {number: value}, and the number of pages."""
+    """TIFF tags of each directory [{number: value}, ...], and the number of pages."""
     stream = io.BytesIO(content)
     head = stream.read(8)
     if head[2:4] in (b"+\0", b"\0+"):
         head += stream.read(8)
-    directory, tags, places = ImageFileDirectory_v2(head), {}, set()
+    directory, tags, places = ImageFileDirectory_v2(head), [], set()
     while directory.next and directory.next not in places:  # a damaged file may lead in a circle
         places.add(directory.next)
         stream.seek(directory.next)
         directory.load(stream)
-        tags = tags or dict(directory)
-    return tags, max(len(places), pages_of_imagej(tags, len(content)))
+        tags.append(dict(directory))
+    return tags, max(len(places), pages_of_imagej(tags[0], len(content)))
 
 
 def pages_of_imagej(tags, size):
@@ -169,8 +207,30 @@ def check_tags(path, tags, mode):
         )
 
 
+def check_samples(path, tags, content):
+    """InputError unless a page of several channels is one whose samples decode_samples() takes."""
+    bits, kinds = (set(np.atleast_1d(tags.get(tag, 1))) for tag in (258, 339))
+    wrong = {
+        f"is stored turned (TIFF orientation {tags.get(ORIENTATION, 1)})": tags.get(ORIENTATION, 1)
+        != 1,
+        "stores 0 as white": tags.get(262, 1) == 0,
+        "has channels of different types": len(bits) > 1 or len(kinds) > 1 or min(bits) < 8,
+        f"is compressed in an unusual way (TIFF {tags.get(259, 1)})": tags.get(259, 1) not in PLAIN,
+        "has a predictor of floats (TIFF predictor 3)": tags.get(317, 1) not in (1, 2),
+        "is a BigTIFF": content[2:4] in (b"+\0", b"\0+"),
+    }
+    if found := [what for what, is_so in wrong.items() if is_so]:
+        raise InputError(
+            f"{path}: of several channels, and {found[0]}; save it as a plain TIFF, or each "
+            "channel as a picture of its own"
+        )
+    check_strips(path, tags, content)
+
+
 STRIPS = (273, 279), (324, 325)  # TIFF tags: where strips, or tiles, begin, and their bytes
 DEFLATE = 8, 32946  # TIFF compressions
+PLAIN = 1, 5, *DEFLATE, 32773  # those of samples in a row: none, LZW, PackBits
+ALPHA = {1, 2}  # extra samples (TIFF tag 338) that are an opacity
 
 
 def check_strips(path, tags, content):
@@ -211,6 +271,67 @@ def decode(file, flag=cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH, notes=None):
     if further:
         check_padding(file, int(further[1]), notes)
     return found if found.ndim == 2 else found[..., ::-1]
+
+
+def decode_samples(file):
+    """Pixels of a TIFF of several channels, (H, W, C), as they are stored.
+
+    OpenCV decodes up to four. It gets them as a gray picture that is C times as wide, or, where
+    each channel lies by itself, as C pictures.
+    """
+    tags, count = file.pages[0], file.channels
+    if len(file.pages) > 1:
+        whole = np.frombuffer(file.content, np.uint8)
+        with words_of_libraries() as words, contextlib.suppress(cv2.error):
+            done, found = cv2.imdecodemulti(whole, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE)
+        fits = done and len({(v.shape, v.dtype) for v in found}) == 1 and len(found) == count
+        if not fits or re.search(DAMAGE, words[0]):
+            raise unreadable(file.path)
+        return np.dstack(found)
+    if tags.get(284, 1) == 2:  # planar
+        return np.dstack([decode(as_gray(file, tags, 1, c)) for c in range(count)])
+    wide = decode(as_gray(file, tags, count)).reshape(tags[257], tags[256], count)
+    if tags.get(317, 1) == 2:  # differences along a row, in a tile each for itself
+        whole, side = f"u{wide.itemsize}", tags.get(322, tags[256])  # also of floats
+        tiles = np.split(wide.view(whole), range(side, tags[256], side), 1)
+        sums = [np.cumsum(tile, 1, dtype=whole) for tile in tiles]
+        wide = np.concatenate(sums, 1).view(wide.dtype)
+    return wide
+
+
+def as_gray(file, tags, factor, plane=None):
+    """A TIFF of several samples as one of gray pixels -> File.
+
+    factor: how much wider it is; plane: which of its samples, where each lies by itself
+    """
+    kept = {tag: [tags[tag]] for tag in (256, 257, 259, 266, 278, 317, 322, 323) if tag in tags}
+    kept |= {tag: [np.atleast_1d(tags.get(tag, 1))[0]] for tag in (258, 339)}
+    kept |= {262: [1], 277: [1], 284: [1]}
+    for tag in {256, 322} & set(kept):
+        kept[tag] = [kept[tag][0] * factor]
+    if plane is None and 317 in kept:
+        kept[317] = [1]  # decode_samples() undoes it
+    for tag in {tag for pair in STRIPS for tag in pair} & set(tags):
+        kept[tag] = np.atleast_1d(tags[tag]).tolist()
+        if plane is not None:
+            part = len(kept[tag]) // file.channels
+            kept[tag] = kept[tag][plane * part : (plane + 1) * part]
+    order = "<" if file.content[:2] == b"II" else ">"
+    start = len(file.content) + len(file.content) % 2
+    content = file.content[:4] + struct.pack(f"{order}I", start) + file.content[8:]
+    return replace(file, content=content.ljust(start, b"\0") + directory(kept, order, start))
+
+
+def directory(tags, order, start):
+    """The bytes of a TIFF's last directory, which lies at `start`. tags: {number: [value, ...]}"""
+    entries, more = struct.pack(f"{order}H", len(tags)), b""
+    beyond = start + 2 + 12 * len(tags) + 4  # where the values lie that do not fit into an entry
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}I", *map(int, values))
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values))
+        entries += packed if len(values) == 1 else struct.pack(f"{order}I", beyond + len(more))
+        more += packed if len(values) > 1 else b""
+    return entries + bytes(4) + more
 
 
 def check_padding(file, count, notes):
@@ -274,6 +395,39 @@ def read_picture(path, gray, notes=None):
     if gray or image.ndim == 3:
         return np.ascontiguousarray(image)
     return np.dstack([image] * 3)
+
+
+def read_channels(paths, notes=None):
+    """The channels of an image: a gray picture for each, or one TIFF of several. -> (H, W, C)
+
+    uint8, or float32 if one of them is deeper. notes: see note(). InputError if a file would be
+    misread, if one is colored, or if they differ in size.
+    """
+    found = [read_channel(path, notes) for path in paths]
+    for path, image in zip(paths, found):
+        if image.shape[:2] != found[0].shape[:2]:
+            a, b = (" x ".join(map(str, v.shape[1::-1])) for v in (image, found[0]))
+            raise InputError(
+                f"{path}: {a} pixels, but another channel of its image, {paths[0]}, has {b}; make "
+                "them equal"
+            )
+    return np.dstack(found)
+
+
+def read_channel(path, notes):
+    """A gray picture (H, W), or a TIFF of several channels (H, W, C); uint8 or float32."""
+    file = examine(path, channels=True)
+    if file.turned:
+        note(notes, TURNED, path)
+    image = decode_samples(file) if file.channels else decode(file, notes=notes)
+    if image.ndim == 3 and not file.channels:
+        if (image != image[..., :1]).any():
+            raise InputError(
+                f"{path}: a colored picture, but a channel is gray; save it as gray, or each of "
+                "its colors as a picture of its own"
+            )
+        image = image[..., 0]
+    return np.ascontiguousarray(image) if image.dtype == np.uint8 else to_float32(image, path)
 
 
 def to_float32(image, path):
@@ -362,7 +516,8 @@ def to_gray(mask, file, K, values=None):
     """
     if mask.dtype == np.uint16 and K == 2 and mask.max() == 65535:
         levels = np.unique(mask)
-        if len(levels) <= FEW_LEVELS and (levels % 257).any():  # no black and white of 8 bits
+        few = len(levels) <= FEW_LEVELS and (levels % 257).any()  # no black and white of 8 bits
+        if few or not file.lossy and has_numbers(mask):
             raise InputError(
                 f"{file.path}: values {shares(mask)}, so not a mask of two classes; save the "
                 "foreground as 255 and all else as 0, or say with --labels which values there are"
@@ -396,6 +551,16 @@ def to_gray(mask, file, K, values=None):
             "is not black; save the foreground as 255 and all else as 0"
         )
     return level
+
+
+def has_numbers(mask):
+    """Whether a mask of 16 bits has regions of one number below the first gray level of 8 bits.
+
+    Beside a blurred void of 65535 they are class numbers; as gray levels they would be black.
+    """
+    square = np.ones((3, 3), np.uint8)
+    flat = cv2.erode(mask, square) == cv2.dilate(mask, square)
+    return (np.bincount(mask[flat & (mask < 257)])[1:] >= REGION_PIXELS).any()
 
 
 def binary(mask, file, notes=None):

@@ -3,6 +3,7 @@
 `prepared` of data/h5.py says which converter made a dataset, and with which options.
 """
 
+import shlex
 from collections import defaultdict
 
 from data.files import InputError
@@ -65,7 +66,9 @@ def _prepared(data):
 
 
 def _standardize(data):
-    return data.get("standardize", True) is not False  # older checkpoints do not say
+    """Whether readers standardize images, or a list: of each channel."""
+    found = data.get("standardize", True)  # older checkpoints do not say
+    return found if found is False or isinstance(found, list) else True
 
 
 def _intensities(data):
@@ -75,16 +78,35 @@ def _intensities(data):
         return ""
     if prepared["window"] is None:
         return "--intensity mr"
-    return f"--intensity ct --clip {_text(prepared['window'], ',')}"
+    manner = "mr" if _by_channel(prepared) else "ct"
+    return f"--intensity {manner} --clip {shlex.quote(_windows(prepared))}"
+
+
+def _by_channel(prepared):
+    """The window of each channel, some of which are None; [] for one window of all."""
+    window = prepared["window"]
+    usable = isinstance(window, (list, tuple)) and isinstance(prepared.get("names"), (list, tuple))
+    return (
+        window if usable and any(v is None or isinstance(v, (list, tuple)) for v in window) else []
+    )
+
+
+def _windows(prepared):
+    """The window of CT as --clip takes it, or the windows of those channels that have one."""
+    if not (windows := _by_channel(prepared)):
+        return _text(prepared["window"], ",")
+    pairs = zip(prepared["names"], windows)
+    return ";".join(f"{_text(n)}={_text(w, ',')}" for n, w in pairs if w is not None)[:200]
 
 
 def _words_of(data):
     """How intensities were brought to a scale, in words."""
-    if (window := _prepared(data).get("window")) is not None:
-        return f"clipped to the window {_text(window, ',')}"
-    if _standardize(data):
+    if _prepared(data).get("window") is not None:
+        several = "s" if _by_channel(_prepared(data)) else ""
+        return f"clipped to the window{several} {_windows(_prepared(data))}"
+    if _standardize(data) is True:
         return "standardized case by case"
-    return "brought to an unknown window (standardize False)"
+    return f"brought to an unknown window (standardize {_text(_standardize(data), ', ')})"
 
 
 def _voxels(data):
@@ -104,9 +126,10 @@ def _differences(*both):
     a, b = map(_prepared, both)
     free = {"window", "nnunet"}  # the window is compared already; nnunet is how files are named
     keys = [k for k in a if k in b and k not in free and stated(a[k]) != stated(b[k])]
-    texts = [[f"{_text(k)} {_text(p[k])}" for k in keys] for p in (a, b)]
+    joined = {"channel": ",", "names": ", "}
+    texts = [[f"{_text(k)} {_text(p[k], joined.get(k, ' x '))}" for k in keys] for p in (a, b)]
     windows = list(map(_intensities, both))
-    if any(windows) and not all(windows) and not _standardize(both[0]):
+    if any(windows) and not all(windows) and _standardize(both[0]) is not True:
         texts = [[*text, _words_of(data)] for text, data in zip(texts, both)]
     if any(max(x, y) > CLEARLY * min(x, y) for x, y in zip(*map(_voxels, both))):
         texts = [[*text, f"voxels of {_text(_voxels(d))} mm"] for text, d in zip(texts, both)]

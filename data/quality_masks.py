@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from data import h5, loading
 from data.files import FORMAT, InputError
@@ -204,22 +205,37 @@ def check_places(where, places, info, source, patch):
             raise InputError(f"{where}/at: {at} is no place in {case}, which has {grid}; {REMEDY}")
 
 
-def find_samples(places, info, source, patch, size):
-    """The slices or patches at the places of masks, on a grid `size`. -> loading.Samples, index [N]
+def find_samples(places, info, source, own):
+    """The slices or patches at the places of masks, on the grid of these. -> Samples, index [N]
 
-    places: (case, at) of each mask; source: a split of the data; patch: see Masks.
+    places: (case, at) of each mask; source: a split of the data; own: *S of the masks.
     index: of each mask's slice or patch among them.
     """
     wanted = {e.name: [] for e in info.entries(source)}
     for case, at in dict.fromkeys(places):
         wanted[case].append(at)
     wanted = {case: found for case, found in wanted.items() if found}
-    if patch:
-        samples = loading.load_patches(info, source, patch, wanted, grid=size)
+    if info.dims == 3:
+        samples = loading.load_patches(info, source, own, wanted)
     else:
-        samples = loading.load_slices(info, source, size, wanted)
+        samples = loading.load_slices(info, source, own[0], wanted)
     number = {place: i for i, place in enumerate(zip(samples.case, samples.at))}
     return samples, torch.tensor([number[place] for place in places])
+
+
+def resized_label(label, size):
+    """A mask or a truth [*own] uint8 on a grid `size`, from the nearest pixels. -> [*S]
+
+    models.quality.resample() does the same to the hard masks that g is asked about. Majorities
+    would take thin structures away (results/quality).
+    """
+    x = torch.from_numpy(label)[None, None]
+    return F.interpolate(x, loading.shape_of(size), mode="nearest-exact")[0, 0]
+
+
+def resized_image(image, size):
+    """An image, or probabilities, [C, *own] on a grid `size`. -> [C, *S]"""
+    return torch.from_numpy(np.stack([loading.resize_image(one, size) for one in image]))
 
 
 def load(path, split, info, size, probabilities=False, shrink=1):
@@ -243,16 +259,18 @@ def load(path, split, info, size, probabilities=False, shrink=1):
         at = map(tuple, held["at"][:].tolist())
         places = list(zip(cases, at))  # [N] of (case, (z,)) or (case, (z, y, x))
         prob_index, dice = held["prob_index"][:], held["dice"][:]
-        mask = np.stack([loading.resize_label(m, size) for m in held["mask"]])  # [N, *S]
+        mask = torch.stack([resized_label(m, size) for m in held["mask"]])  # [N, *S]
         prob = []
         if probabilities:
-            for p in held["prob"]:  # [K-1, *own]
-                resized = np.stack([loading.resize_image(channel, size) for channel in p])
-                prob.append(torch.from_numpy(resized))
+            prob = [resized_image(p, size) for p in held["prob"]]  # M of [K-1, *S]
         rows = len(held["prob"])
     check_values(where, mask, dice, prob_index, classes=len(info.classes), rows=rows)
     check_places(where, places, info, source, patch)
-    samples, index = find_samples(places, info, source, patch, size)
+    # The truth goes the way of the masks, over their own grid. Else it would differ from an
+    # identical mask.
+    samples, index = find_samples(places, info, source, own)
+    samples.image = torch.stack([resized_image(one, size) for one in samples.image.numpy()])
+    samples.label = torch.stack([resized_label(one, size) for one in samples.label.numpy()])
     counts = set(torch.bincount(index, minlength=len(samples)).tolist())
     if len(counts) > 1:
         raise InputError(
@@ -260,7 +278,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
             f"same number; {REMEDY}"
         )
     return Masks(
-        mask=torch.from_numpy(mask),
+        mask=mask,
         index=index,
         samples=samples,
         prob=prob,

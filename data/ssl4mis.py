@@ -1,26 +1,32 @@
-"""The .h5 + .list layout of many semi-supervised baselines (ACDC and LA) -> one HDF5 file.
+"""The .h5 files and lists of many semi-supervised baselines (ACDC, LA, BraTS) -> one HDF5 file.
 
     python -m data.ssl4mis ACDC --out acdc.h5
     python -m data.ssl4mis LA --out la.h5
+    python -m data.ssl4mis BraTS2019 --out brats.h5
     python -m data.ssl4mis PROSTATE --out prostate.h5 --classes background,prostate
 
     ACDC  train_slices.list, val.list[, test.list];
           data/slices/patientNNN_frameNN_slice_N.h5 (H, W), data/patientNNN_frameNN.h5 (D, H, W)
     LA    train.list, val.list and/or test.list;
           */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
+    BraTS train.txt, val.txt and/or test.txt;
+          data/ID.h5 (D, H, W), as it is; of several channels (C, D, H, W) or (D, H, W, C)
+
+The axes of BraTS are taken as they are: nothing in its files says where they point. Of channels the
+label's shape says which axis they are, or, without a label, that no slice is narrower than 8.
 
 The slices of a frame become one volume again; the order of patients in the list is kept, because
 `--labeled 7` means the first 7. Where there is no val.list (LA comes without), the last --val
-volumes of train.list validate, so that nothing is chosen on test. Neither layout holds the voxel
+volumes of train.list validate, so that nothing is chosen on test. No layout holds the voxel
 spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
 
 A list names a file on each line, with or without its ending and its folder. The frames of
 patientNNN are one patient; any other case is a patient of its own, unless --patient says
 otherwise. A note tells where names of different splits look like those of one patient.
 
-Labels are class numbers: 0 to 3 in ACDC, 0 and 1 (or 255) in LA. Only labels that hold all of these
-take the names of the classes of ACDC or LA. Other data need --classes, and --labels if their values
-are not 0, 1, 2 and so on.
+Labels are class numbers: 0 to 3 in ACDC, 0 and 1 (or 255) in LA and BraTS. Only labels that hold
+all of these take the names of the classes of their layout. Other data need --classes, and --labels
+if their values are not 0, 1, 2 and so on.
 """
 
 import re
@@ -39,25 +45,24 @@ from data.splits import Row, add_patient, name_patients, note_patients, plain_na
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
     "LA": ["background", "left atrium"],
+    "BraTS": ["background", "whole tumor"],
 }
 VOLUME = "mri_norm2"  # how LA calls each of its files
 
 
-def read(path, axes, values):
+def read(path, axes, values, channels=1):
     """One source file. -> image as float32, label as uint8 class numbers, or None
 
-    axes: how many it must have; values: those of the classes in its label.
+    axes: how many it must have; values: those of the classes in its label; channels: if several,
+    the image has one more axis, which becomes the last one.
     InputError for what is not finite, no class, or of another shape.
     """
     with h5.open_file(path) as f, h5.reading(path, "copy it again"):
-        if "image" not in f:
-            raise InputError(
-                f"{path}: no dataset 'image' (it has: {', '.join(f) or 'nothing'}); "
-                "make the file again"
-            )
-        image = h5.child(f, "image", h5py.Dataset)[()]
+        image = image_in(f, path)[()]
         label = h5.child(f, "label", h5py.Dataset)[()] if "label" in f else None
-    if image.ndim != axes or image.dtype.kind not in "biuf":
+    if channels > 1:
+        image = np.moveaxis(image, channel_axis(image.shape, np.shape(label), path), -1)
+    if image.ndim != axes + (channels > 1) or image.dtype.kind not in "biuf":
         raise InputError(
             f"{path}: image of shape {image.shape} and type {image.dtype}; numbers "
             f"with {axes} axes are needed; make the file again"
@@ -65,11 +70,53 @@ def read(path, axes, values):
     image = to_float32(image, path)
     if label is None:
         return image, None
-    if label.shape != image.shape:
+    if label.shape != image.shape[:axes]:
         raise InputError(
             f"{path}: label of shape {label.shape}, image of {image.shape}; make the file again"
         )
     return image, read_label(label, path, values)
+
+
+def image_in(f, path):
+    """The dataset `image` of an open file."""
+    if "image" not in f:
+        raise InputError(
+            f"{path}: no dataset 'image' (it has: {', '.join(f) or 'nothing'}); make the file again"
+        )
+    return h5.child(f, "image", h5py.Dataset)
+
+
+def channel_axis(shape, grid, path):
+    """Which axis of an image of four axes is that of its channels, 0 or 3.
+
+    grid: shape of its label, () for none. InputError if it is not clear.
+    """
+    fits = {0: shape[1:] == grid, 3: shape[:-1] == grid}
+    if not grid:  # H and W have 8 or more
+        fits = {0: shape[0] < h5.SMALLEST <= shape[3], 3: shape[3] < h5.SMALLEST}
+    if sum(fits.values()) != 1:
+        raise InputError(
+            f"{path}: image of shape {shape}, label of {grid or 'none'}: which axis is that of the "
+            "channels is not clear; save it as the last one, beside a label of another shape"
+        )
+    return 0 if fits[0] else 3
+
+
+def count_channels(paths):
+    """How many channels the images (D, H, W) of some files have. InputError if they differ."""
+    counts = {}
+    for path in paths:
+        with h5.open_file(path) as f, h5.reading(path, "copy it again"):
+            shape = image_in(f, path).shape
+            grid = h5.child(f, "label", h5py.Dataset).shape if "label" in f else ()
+        counts[path] = shape[channel_axis(shape, grid, path)] if len(shape) == 4 else 1
+    first, count = next(iter(counts.items()))
+    if other := next((path for path in paths if counts[path] != count), None):
+        raise InputError(
+            f"{other}: has {counts[other]} channel(s), but {first} has {count}; give all cases the "
+            "same channels"
+        )
+    return count
 
 
 def read_label(label, path, values):
@@ -181,31 +228,38 @@ def stack(frame, names, found, src):
     return np.stack(slices), None if bare else np.stack(truth)
 
 
-def la_rows(src, val):
-    """What the lists of the LA layout name. -> [Row, ...]
+def volume_rows(src, val, layout):
+    """What the lists of the LA or BraTS layout name. -> [Row, ...]
 
     val: how many of train validate, the last ones, where no list says who does.
     """
+    ending, name = "list", name_of
+    if layout == "BraTS":  # the baselines read no further than a comma
+        ending, name = "txt", lambda line: name_of(line.split(",")[0].strip())
     lists = {s: [] for s in ("train", "val", "test")}
-    lists |= read_lists({s: src / f"{s}.list" for s in lists}, name_of)
+    lists |= read_lists({s: src / f"{s}.{ending}" for s in lists}, name)
     if not lists["val"]:
         train = lists["train"]
         if val >= len(train):
             raise InputError(
-                f"--val {val}: train.list of {src} has only {len(train)} volumes; give fewer"
+                f"--val {val}: train.{ending} of {src} has only {len(train)} volumes; give fewer"
             )
         lists["train"], lists["val"] = train[:-val], train[-val:]
-        print(f"no val.list: the last {val} of train.list validate (--val)")
+        print(f"no val.{ending}: the last {val} of train.{ending} validate (--val)")
     files = defaultdict(list)
-    for path in sorted(src.rglob(f"{VOLUME}.h5")):
-        files[plain_name(path.parent.name)].append(path)
+    if layout == "LA":
+        for path in sorted(src.rglob(f"{VOLUME}.h5")):
+            files[plain_name(path.parent.name)].append(path)
+    else:
+        files |= {name: [path] for name, path in files_in(src / "data").items()}
     rows = []
     for split, names in lists.items():
         for name in names:
             if not files[name]:
+                where = f"{name}/{VOLUME}.h5" if layout == "LA" else f"data/{name}.h5"
                 raise InputError(
-                    f"{src}: {split}.list names '{name}', but there is no "
-                    f"{name}/{VOLUME}.h5; mend the list"
+                    f"{src}: {split}.{ending} names '{name}', but there is no {where}; mend the "
+                    "list"
                 )
             path, *others = files[name]
             if others:
@@ -214,24 +268,26 @@ def la_rows(src, val):
     return rows
 
 
-def la_cases(rows, src, spacing, values, shrink):
-    """Volumes of the LA layout as cases, each axis shrunk to a part."""
+def volume_cases(rows, src, args, values, layout, channels):
+    """Volumes of the LA or BraTS layout as cases, each axis shrunk to a part."""
     for row in rows:
-        image, label = (
-            v if v is None else np.ascontiguousarray(v.transpose(2, 0, 1))
-            for v in read(row.image, 3, values)
-        )
-        size = tuple(max(1, n // shrink) for n in image.shape)
-        if min(size[1:]) < h5.SMALLEST <= min(image.shape[1:]):
+        image, label = read(row.image, 3, values, channels)
+        if layout == "LA":
+            turned = (None if v is None else v.transpose(2, 0, 1) for v in (image, label))
+            image, label = (None if v is None else np.ascontiguousarray(v) for v in turned)
+        grid, spacing, shrink = image.shape[:3], args.spacing, args.shrink
+        size = tuple(max(1, n // shrink) for n in grid)
+        if min(size[1:]) < h5.SMALLEST <= min(grid[1:]):
             raise InputError(
                 f"--shrink {shrink}: {row.image} would have {' x '.join(map(str, size))} voxels, "
                 "too few in a slice; choose a smaller one"
             )
-        wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, image.shape, size))
+        wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, grid, size))
         case = row.case(src, image, label, spacing=wide)
         if shrink > 1:
-            case.source_grid, case.source_label = image.shape, label
-            case.image = loading.resize_image(image, size)
+            case.source_grid, case.source_label = grid, label
+            each = [loading.resize_image(v, size) for v in h5.channels_first(image, channels)]
+            case.image = each[0] if channels == 1 else np.stack(each, -1)
             case.label = None if label is None else loading.resize_label(label, size)
         yield case
 
@@ -261,7 +317,7 @@ def main(argv=None):
         "--dims",
         type=int,
         choices=(2, 3),
-        help="segmented as slices or volumes (default: ACDC 2, LA 3)",
+        help="segmented as slices or volumes (default: ACDC 2, LA and BraTS 3)",
     )
     add_patient(p)
     p.add_argument(
@@ -275,13 +331,13 @@ def main(argv=None):
         type=number(1),
         default=1,
         metavar="N",
-        help="LA: average blocks of about N x N x N voxels, for quick experiments",
+        help="LA, BraTS: average blocks of about N x N x N voxels, for quick experiments",
     )
     p.add_argument(
         "--val",
         type=number(1),
         default=8,
-        help="LA without a val.list: how many of train.list validate, the last ones",
+        help="without a val.list or val.txt: how many of train validate, the last ones",
     )
     args = p.parse_args(argv)
     src = Path(args.src)
@@ -295,31 +351,33 @@ def main(argv=None):
             raise InputError(
                 "--shrink is for the volumes of the LA layout; --size of the scripts shrinks slices"
             )
-        layout, dims = "ACDC", 2
+        layout = "ACDC"
         rows, slices = acdc_rows(src)
-    elif (src / "train.list").is_file():
-        layout, dims = "LA", 3
-        rows = la_rows(src, args.val)
+    elif (src / "train.list").is_file() or (src / "train.txt").is_file():
+        layout = "LA" if (src / "train.list").is_file() else "BraTS"
+        rows = volume_rows(src, args.val, layout)
     else:
         raise InputError(
-            f"{src}: neither train_slices.list (ACDC) nor train.list (LA) is there; give the "
-            "folder that holds one of them"
+            f"{src}: neither train_slices.list (ACDC) nor train.list (LA) nor train.txt (BraTS) is "
+            "there; give the folder that holds one of them"
         )
     classes = args.classes or LAYOUTS[layout]
     values = args.labels or range(len(classes))
     rows = name_patients(rows, args)
     note_patients(rows)
+    channels = count_channels([r.image for r in rows]) if layout == "BraTS" else 1
     if layout == "ACDC":
         cases = acdc_cases(rows, slices, src, args.spacing, values)
     else:
-        cases = la_cases(rows, src, args.spacing, values, args.shrink)
+        cases = volume_cases(rows, src, args, values, layout, channels)
     info = h5.write(
         args.out,
         cases if args.classes else of_layout(cases, src, layout),
         name=src.resolve().name if args.classes else layout,
         classes=classes,
-        dims=args.dims or dims,
-        channels=1,
+        dims=args.dims or (2 if layout == "ACDC" else 3),
+        channels=channels,
+        channel_names=[f"channel {k}" for k in range(channels)] if channels > 1 else None,
         prepared={"from": "ssl4mis", "shrink": args.shrink},
     )
     labels.tell_mapping(args.labels)

@@ -31,6 +31,18 @@ def start_reader(number):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def kill_readers():
+    """Ends readers that are left when this process exits, for atexit.
+
+    A traceback may keep them. multiprocessing sends SIGTERM to them, which they ignore, and would
+    wait for them forever.
+    """
+    if hasattr(signal, "SIGCHLD"):  # torch would complain of killed workers; Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def forget_script():
     """Processes that this one spawns do not import its script, which they do not need.
 

@@ -198,7 +198,7 @@ def sliding_window(net, x, window, on):
     for z, following in zip(zs, [*zs[1:], None]):
         for first in range(0, len(planes), window.batch):
             here = planes[first : first + window.batch]
-            windows = torch.stack([x[(slice(None), slice(z, z + depth), *at)] for at in here])
+            windows = torch.stack([x[:, z : z + depth, *at] for at in here])
             found = class_probabilities(net, windows, on)  # [B, K, *S]
             if total is None:
                 total = torch.zeros(found.shape[1] + 1, depth, *x.shape[2:], device=on.device)

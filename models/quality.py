@@ -55,9 +55,11 @@ def with_background(mask):
 
 
 def resample(x, size):
-    """x [B, C, *S] on a grid of `size`, differentiably; shrinking takes averages.
+    """x [B, C, *S] on a grid of `size`, differentiably.
 
     size: a side, or one per axis, or None, which leaves x as it is.
+    Shrinking takes averages. A sample of zeros and ones, a hard mask, takes the nearest pixels, as
+    the masks did that g has learned from (data/quality_masks.py). It stays hard.
     """
     grid = x.shape[2:]
     if size is None:
@@ -68,9 +70,13 @@ def resample(x, size):
     if shape == grid:
         return x
     if len(grid) == 2:
-        return F.interpolate(x, shape, mode="bilinear", antialias=True)
-    smaller = all(new <= old for new, old in zip(shape, grid))
-    return F.interpolate(x, shape, mode="area" if smaller else "trilinear")
+        smooth = F.interpolate(x, shape, mode="bilinear", antialias=True)
+    else:
+        smaller = all(new <= old for new, old in zip(shape, grid))
+        smooth = F.interpolate(x, shape, mode="area" if smaller else "trilinear")
+    nearest = F.interpolate(x, shape, mode="nearest-exact")
+    hard = ((x == 0) | (x == 1)).flatten(1).all(1)  # [B]
+    return torch.where(to_samples(hard, x), nearest, smooth)
 
 
 # ------------------------------------------------------------------------------------- what g sees
@@ -139,7 +145,7 @@ class QualityPredictor(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes - 1))
 
     def forward(self, seen):
-        x = resample(seen.joined(), self.size)  # [B, C + K-1, *S]
+        x = seen.on_grid(self.size).joined()  # [B, C + K-1, *S]
         features = self.backbone.encode(x)[-1].flatten(2).mean(2)  # [B, 8 width]
         return self.head(features).float().sigmoid()
 

@@ -40,7 +40,7 @@ import corrupt  # noqa: E402
 import evaluate  # noqa: E402
 import train_qp  # noqa: E402
 import train_ssl  # noqa: E402
-from data import figures, h5, images, nifti, phantom, ssl4mis  # noqa: E402
+from data import figures, h5, images, nifti, phantom, pixels, ssl4mis  # noqa: E402
 from data.options import cli
 
 SECONDS = 20  # then a child is killed
@@ -1466,6 +1466,242 @@ def converters():
         False,
     )
     yield from wrong_labels()
+    yield from wrong_channels()
+
+
+def write_tiff(path, image, extra=0, **tags):
+    """(H, W, C) as a TIFF of several gray samples.
+
+    extra: what it says of those beyond the first; tags: others, as in t262=2
+    """
+    packed = np.ascontiguousarray(image).tobytes()
+    bits, kind = image.itemsize * 8, {"u": 1, "i": 2, "f": 3}[image.dtype.kind]
+    H, W, C = image.shape
+    found = {256: [W], 257: [H], 258: [bits] * C, 259: [1], 262: [1], 273: [8], 277: [C]}
+    found |= {278: [H], 279: [len(packed)], 284: [1], 338: [extra] * (C - 1), 339: [kind] * C}
+    found |= {int(name[1:]): [value] for name, value in tags.items()}
+    start = 8 + len(packed) + len(packed) % 2
+    head = b"II*\0" + start.to_bytes(4, "little") + packed
+    path.write_bytes(head.ljust(start, b"\0") + pixels.directory(found, "<", start))
+    return path
+
+
+def wrong_channels():
+    """Cases of several channels that are no case of these."""
+    noise = np.random.default_rng(0).integers(0, 200, (6, 10, 12)).astype(np.int16)
+    label = np.resize(np.uint8([0, 0, 1]), (6, 10, 12))
+    table = {"channel_names": {"0": "T2", "1": "CT"}, "labels": {"background": 0, "x": 1}}
+
+    def put(path, array, **place):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(place.get("spacing", (1.0, 1.0, 1.0)))
+        image.SetOrigin(place.get("origin", (0.0, 0.0, 0.0)))
+        sitk.WriteImage(image, str(path))
+
+    def four(path, count):
+        volumes = [sitk.GetImageFromArray(noise + i) for i in range(count)]
+        sitk.WriteImage(sitk.JoinSeries(volumes), str(path))
+
+    def volumes(change, options):
+        def make(work):
+            src = work / "src"
+            for name in ("imagesTr", "labelsTr"):
+                (src / name).mkdir(parents=True)
+            for name in "ab":
+                for c in range(2):
+                    put(src / f"imagesTr/{name}_{c:04d}.nii", noise + c)
+                put(src / f"labelsTr/{name}.nii", label)
+            (src / "dataset.json").write_text(json.dumps(table))
+            change(src)
+            return [str(src), "--out", str(work / "out.h5"), *options.split()]
+
+        return make
+
+    def in_4d(*counts):
+        def change(src):
+            for name, count in zip("ab", counts):
+                for path in (src / "imagesTr").glob(f"{name}_*"):
+                    path.unlink()
+                four(src / f"imagesTr/{name}.nii", count)
+
+        return change
+
+    def said(**more):
+        return lambda src: (src / "dataset.json").write_text(json.dumps(table | more))
+
+    def moved(**place):
+        return lambda src: put(src / "imagesTr/b_0001.nii", noise, **place)
+
+    case_b = ["case 'b', channel 1 (CT)", "b_0001.nii"]
+    modality = {"channel_names": None, "modality": ["MR"]}
+    for name, change, options, words in (
+        (
+            "a channel is missing",
+            lambda s: (s / "imagesTr/b_0001.nii").unlink(),
+            "",
+            ["case 'b' has no channel 1"],
+        ),
+        (
+            "a channel too many",
+            lambda s: put(s / "imagesTr/b_0002.nii", noise),
+            "",
+            ["case 'a' has no channel 2"],
+        ),
+        (
+            "a channel of another size",
+            (lambda s: put(s / "imagesTr/b_0001.nii", noise[:5])),
+            "",
+            [*case_b, "size", "resample channel 1 to channel 0"],
+        ),
+        ("a channel elsewhere", moved(origin=(0.0, 5.0, 0.0)), "", [*case_b, "origin"]),
+        ("a channel of other voxels", moved(spacing=(1.0, 1.0, 2.0)), "", [*case_b, "spacing"]),
+        (
+            "a channel is the label",
+            lambda s: put(s / "imagesTr/b_0001.nii", label),
+            "",
+            ["case 'b', channel 1 (CT)", "is the label itself", "b.nii"],
+        ),
+        (
+            "4D in files of channels",
+            lambda s: four(s / "imagesTr/b_0001.nii", 2),
+            "",
+            ["b_0001.nii", "4D"],
+        ),
+        ("other numbers of volumes", in_4d(2, 3), "", ["b.nii", "holds 3 volumes", "a.nii"]),
+        ("volumes that are times", in_4d(65, 65), "", ["holds 65 volumes", "at most 64"]),
+        ("names of other channels", in_4d(3, 3), "", ["dataset.json", "names channels 0, 1"]),
+        ("channels without names", said(channel_names=["T2", "CT"]), "", ["dataset.json"]),
+        ("a name of a channel is a number", said(channel_names={"0": 1}), "", ["dataset.json"]),
+        ("names by letters", said(channel_names={"a": "T2"}), "", ["dataset.json"]),
+        ("modality is a list", said(**modality), "", ["dataset.json"]),
+        ("--channel that is not there", said(), "--channel 0,2", ["no channel 2"]),
+        ("--channel twice", said(), "--channel 1,1", ["--channel", "comes twice"]),
+        ("--channel of a text", said(), "--channel T2", ["--channel"]),
+        ("--clip of no channel", said(), "--clip MR=0,9", ["--clip", "'MR'", "T2, CT"]),
+        ("--clip by name of one", said(), "--clip CT=0,9 --channel 1", ["--clip", "'CT'"]),
+        ("--clip twice", said(), "--clip CT=0,9;CT=1,2", ["--clip", "two windows"]),
+        ("--clip from high to low", said(), "--clip CT=9,0", ["--clip", "lower"]),
+        ("--clip of all that are MR", said(), "--clip 0,9", ["--clip", "--intensity ct"]),
+    ):
+        # argparse's own lines end with --help, after a semicolon
+        yield "data.nifti", f"channels, {name}", volumes(change, options), words, False
+
+    gray = np.random.default_rng(1).integers(0, 256, (16, 16), np.uint8)
+    five = np.dstack([gray] * 5)
+
+    def pictures(change, options="--channels a,b"):
+        def make(work):
+            for folder in ("a", "b", "images", "masks"):
+                (work / "src" / folder).mkdir(parents=True)
+                for i in range(3):
+                    path = work / "src" / folder / f"p{i}.png"
+                    cv2.imwrite(str(path), np.eye(16) * 255 if folder == "masks" else gray)
+            change(work / "src")
+            argv = [str(work / "src"), "--out", str(work / "out.h5"), "--val", "0"]
+            return [*argv, *options.split()]
+
+        return make
+
+    def tiffs(*images, **tags):
+        def change(src):
+            for i, image in enumerate(images):
+                (src / f"images/p{i}.png").unlink()
+                write_tiff(src / f"images/p{i}.tif", image, **tags)
+
+        return change
+
+    colored = np.dstack([gray, gray, 255 - gray])
+    deflated = dict(t259=8)
+    for name, change, options, words in (
+        (
+            "a channel is missing",
+            lambda s: (s / "b/p1.png").unlink(),
+            "--channels a,b",
+            ["case 'p1' has no channel b"],
+        ),
+        (
+            "the first channel is missing",
+            lambda s: (s / "a/p1.png").unlink(),
+            "--channels a,b",
+            ["case 'p1' has no channel a"],
+        ),
+        (
+            "a channel of another size",
+            lambda s: cv2.imwrite(str(s / "b/p1.png"), gray[:9]),
+            "--channels a,b",
+            ["b/p1.png", "16 x 9", "a/p1.png"],
+        ),
+        (
+            "a colored channel",
+            lambda s: cv2.imwrite(str(s / "b/p1.png"), colored),
+            "--channels a,b",
+            ["b/p1.png", "colored"],
+        ),
+        ("one folder", str, "--channels a", ["--channels"]),
+        ("a folder twice", str, "--channels a,a", ["--channels"]),
+        ("a folder elsewhere", str, "--channels a,../b", ["--channels"]),
+        ("masks as a channel", str, "--channels a,masks", ["--channels", "truth"]),
+        ("no such folders", str, "--channels c,d", ["src/c"]),
+        ("--channels and --gray", str, "--channels a,b --gray", ["--channels"]),
+        ("--channels of a preset", str, "--channels a,b --preset ph2", ["--channels"]),
+        ("TIFFs of 5 and 4", tiffs(five, five, five[..., :4]), "", ["p2.tif", "has 4 channels"]),
+        (
+            "a TIFF of 5 beside gray",
+            tiffs(five),
+            "",
+            ["p0.tif", "is gray or RGB", "has 5 channels"],
+        ),
+        ("TIFFs of 5 as gray", tiffs(five, five, five), "--gray", ["--gray", "5 channels"]),
+        ("65 channels", tiffs(*[np.dstack([gray] * 65)] * 3), "", ["out.h5", "64 channels"]),
+        ("an alpha of 2", tiffs(five[..., :2], extra=1), "", ["p0.tif", "2 channels"]),
+        ("4 that may be RGBA", tiffs(five[..., :4], t262=2), "", ["p0.tif", "4 channels"]),
+        ("5 with an alpha", tiffs(five, extra=2), "", ["p0.tif", "5 channels"]),
+        ("turned", tiffs(five, five, five, t274=6), "", ["src/images/p", "orientation 6"]),
+        ("damaged", tiffs(five, five, five, **deflated), "", ["src/images/p", "not a readable"]),
+        ("JPEG", tiffs(five, five, five, t259=7), "", ["src/images/p", "compressed", "TIFF 7"]),
+        ("floats in steps", tiffs(five, five, five, t317=3), "", ["src/images/p", "predictor"]),
+        (
+            "NaN",
+            tiffs(*[np.where(five > 250, np.nan, five).astype(np.float32)] * 3),
+            "",
+            ["src/images/p", "NaN"],
+        ),
+        (
+            "a mask of 5",
+            lambda s: write_tiff(s / "masks/p1.tif", five) and (s / "masks/p1.png").unlink(),
+            "",
+            ["masks/p1.tif", "5 channels"],
+        ),
+    ):
+        yield "data.images", f"channels, {name}", pictures(change, options), words, False
+
+    def brats(*images, labels=None):
+        """data/ID.h5 of some images; labels: of each, None: without"""
+
+        def make(work):
+            src = work / "src"
+            (src / "data").mkdir(parents=True)
+            for i, image in enumerate(images):
+                with h5py.File(src / f"data/c{i}.h5", "w") as f:
+                    f["image"] = image
+                    if labels is not None:
+                        f["label"] = labels
+            (src / "train.txt").write_text("c0\n")
+            (src / "val.txt").write_text("c1,0.5\n")
+            return [str(src), "--out", str(work / "out.h5")]
+
+        return make
+
+    many = np.random.default_rng(2).random((4, 10, 12, 9))
+    cube, whole = np.resize(many, (9,) * 4), np.resize(np.uint8([0, 0, 1]), (10, 12, 9))
+    for name, make, words in (
+        ("a cube of channels", brats(cube, cube, labels=whole[:9, :9, :9]), ["c0.h5", "axis"]),
+        ("an axis nobody knows", brats(np.resize(many, (9, 10, 12, 9)), many), ["c0.h5", "axis"]),
+        ("other channels", brats(many, many[:3], labels=whole), ["c1.h5", "3 channel", "c0.h5"]),
+        ("a label of another shape", brats(many, many, labels=whole[1:]), ["c0.h5", "(9, 12, 9)"]),
+        ("a case that is not there", brats(many, labels=whole), ["val.txt", "c1", "data/c1.h5"]),
+    ):
+        yield "data.ssl4mis", f"channels, {name}", make, words, False
 
 
 def wrong_labels():

@@ -260,13 +260,13 @@ def test_the_augmented_pass_flips_what_f_may_see_flipped(flip, agrees):
 )
 def test_an_option_for_all_axes_is_the_default(text, dims, flip):
     args = train_ssl.parse_args(["d.h5", "--out", "o", "--flip", text])
-    info = h5.Info("d.h5", "d", ["background", "a"], dims, 1, {}, 0)
+    info = h5.Info("d.h5", "d", ["background", "a"], dims, 1, {}, 0, ["image"])
     assert h5.check_flip(info, args.flip) == flip
 
 
 @pytest.mark.parametrize("flip", ["D", "D,H", "X", 3, ["H"]])
 def test_axes_that_slices_do_not_have_are_refused(flip):
-    info = h5.Info("d.h5", "d", ["background", "a"], 2, 1, {}, 0)
+    info = h5.Info("d.h5", "d", ["background", "a"], 2, 1, {}, 0, ["image"])
     with pytest.raises(InputError, match="d.h5 is segmented in 2D, along the axes H, W; give some"):
         h5.check_flip(info, flip)
 

@@ -145,3 +145,12 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path):
     assert len(done.stdout.splitlines()) < 60
     _, finished = make(tmp_path, "SEED=3", "BROKEN=nothing")
     assert finished == ["-m"]  # the conclusion alone
+
+
+def test_options_of_make_reach_the_demo(tmp_path):
+    """And those of the demo itself, unless they are given, whatever the environment holds."""
+    command = ["make", "-n", "demo3d", "-o", ".venv/ready", f"FOLDER={tmp_path}", "LABELED=3"]
+    command = ["env", "LABELED=9", "METHOD=bcp", *command]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert told.count("--labeled 3 ") == 4 and told.count("--method fixmatch ") == 2
+    assert told.count(f"{tmp_path}/demo3d/vqm ") == 1 and "--window whole" in told

@@ -3,9 +3,11 @@
 The same samples from memory, from a device and from the file, whoever reads them.
 """
 
+import atexit
 import multiprocessing
 import pickle
 import shutil
+import signal
 
 import h5py
 import numpy as np
@@ -172,6 +174,29 @@ def test_bad_pixels_are_found_when_they_are_read(gray, tmp_path, refused):
         del f[f"train/{name}/label"]
     with pytest.raises(h5.InputError, match=f"{name} has no label"):
         loading.Stored(h5.read_info(str(tmp_path / "less.h5")), "train", 32)
+
+
+def test_no_reader_outlives_its_script(gray, monkeypatch):
+    """Even if something holds the steps when the script ends, as a traceback does."""
+    others, at_exit = multiprocessing.active_children(), []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    options = "--out o --labeled 2 --size 32 --batch 2 --cache off --workers 2".split()
+    args = train_ssl.parse_args([gray, *options])
+    feed = feed_of(gray, args)
+    steps = iter(train_ssl.read_steps(feed.labeled, None, args, 0, compute("cpu", "off")))
+    next(steps)
+    usual = signal.getsignal(signal.SIGCHLD)
+    readers = set(multiprocessing.active_children()) - set(others)
+    assert len(readers) == 2
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: readers)
+    for end in at_exit:
+        end()
+    for reader in readers:
+        reader.terminate()  # as multiprocessing does, and waits
+        reader.join(5)
+        assert reader.exitcode == -signal.SIGKILL
+    del steps
+    signal.signal(signal.SIGCHLD, usual)
 
 
 def feed_of(data, args):

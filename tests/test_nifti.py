@@ -166,7 +166,8 @@ def test_nnunet_with_channels(tmp_path, capsys, refused):
         )
     (src / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ball": 1}}))
     info = convert(src, "--val", ".34")
-    assert "taking 0 (choose with --channel)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "channels 0 (channel 0), 1 (channel 1); taking all (choose with --channel)" in said
     assert (
         info.classes == ["background", "ball"]
         and sorted(e.name for es in info.splits.values() for e in es) == names
@@ -413,13 +414,10 @@ def joined(*arrays):
     return sitk.JoinSeries([sitk.GetImageFromArray(a) for a in arrays])
 
 
-def test_four_dimensions_need_a_choice(tmp_path, refused):
+def test_volumes_of_four_dimensions_are_channels(tmp_path, refused):
     src, argv = make(tmp_path / "src", ["a"]), [tmp_path / "src", "--out", tmp_path / "g.h5"]
     first = np.random.default_rng(0).normal(0, 1, (4, 10, 12)).astype(np.float32)
     sitk.WriteImage(joined(first, -first), str(src / "imagesTr" / "a.nii.gz"))
-    refused(
-        nifti.main, argv, "a.nii.gz", "4D", "2 volumes", "; save the one", "data with --channel"
-    )
     refused(nifti.main, [*argv, "--channel", 2], "a.nii.gz", "no channel 2", "0 to 1")
     images = [load(convert(src, "--channel", c), "train", "a")[0] for c in (0, 1)]
     assert (
@@ -1116,7 +1114,7 @@ def test_doubtful_new_volumes_are_noted(tmp_path, capsys):
             SFORM,
             PLAIN,
             (9, 10, 11),
-            ["size [11, 10, 9], not [12, 10, 9]", "; resample the label to its image"],
+            ["size [11, 10, 9], not [12, 10, 9]", "; resample the label to the image"],
         ),
         (MICRONS, MICRONS | dict(qoffset_x=0.8), (9, 10, 12), ["origin [0.0008"]),
         (

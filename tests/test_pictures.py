@@ -324,6 +324,7 @@ UNCLEAR = {
     "deep_void_2.tif": (np.maximum(BORDERED_16, 2 * DISC), {}, "0 .*, 2 .*, 65535 "),
     "deep_void_100.png": (np.maximum(BORDERED_16, 100 * DISC), {}, "100 .*, 65535 "),
     "deep_void_rgb.png": (np.dstack([BORDERED_16] * 3), {}, "0 .*, 1 .*, 65535 "),
+    "deep_void_soft.png": (cv2.resize(BORDERED_16, (391, 280)), {}, "0 .*, 1 .*more, so not"),
     "deep_void_257.png": (BORDERED * np.uint16(257), {}, "regions or lines of 1"),
     "fourth.png": (np.where(RING > 0, 85, DISC * 170) + HEART * 85, {}, "85 .*, 170 .*, 255"),
     "nearly.png": (DISC * 240 + HEART * 15, {}, "of 240"),
@@ -443,7 +444,7 @@ def test_new_pictures_are_read_and_refused_alike(folder, tmp_path, capsys):
     cases = {
         name: image for name, image, *_ in loading.whole_cases(info, "unlabeled", labels=False)
     }
-    assert (cases["b"][0, ..., 0] == DEEP).all() and cases["d"].shape == (1, *SIZE, 3)
+    assert (cases["b"][:, 0] == DEEP).all() and cases["d"].shape == (3, 1, *SIZE)
     for name in ("pages.tif", "hole.png", "nan.tif"):
         picture, options, words = FOREIGN[name]
         save(folder / "images" / name, picture, **options)

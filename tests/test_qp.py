@@ -14,11 +14,19 @@ from conftest import make_pictures, shared
 
 import corrupt
 import evaluate
+import models
 import train_qp
-from data import figures, h5, images, phantom
+from data import figures, h5, images, loading, phantom, quality_masks
 from data.quality_masks import load
 from models import checkpoints, inference
-from models.quality import DenseQualityPredictor, QualityPredictor, Seen, quality_target
+from models.losses import one_hot
+from models.quality import (
+    DenseQualityPredictor,
+    QualityPredictor,
+    Seen,
+    quality_target,
+    true_dice,
+)
 
 
 def options_of(argv, dims=2):
@@ -433,6 +441,58 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
         72,
         72,
     )  # but no smaller than networks can take
+
+
+def vqm_of_truths(info, size, path):
+    """A vqm.h5 of an identity mask of each val slice, or of a patch of each val volume."""
+    if info.dims == 2:
+        truths = loading.load_slices(info, "val", size)
+    else:
+        corners = {e.name: [(1, 2, 3)] for e in info.entries("val")}
+        truths = loading.load_patches(info, "val", size, corners)
+    with h5py.File(path, "w") as f:
+        quality_masks.write_attributes(f, info, spec="all")
+        split = quality_masks.create(f, "val", len(truths), len(info.classes), size)
+        split["mask"][:], split["dice"][:] = truths.label, 1
+        split["case"][:], split["at"][:] = truths.case, truths.at
+    return str(path), truths
+
+
+GRIDS = {  # of masks; of g, and by what the first is divided
+    2: (69, [(None, 1), (None, 2), (33, 1), (50, 1), (81, 2)]),
+    3: ((17, 33, 31), [(None, 2), ((16, 17, 16), 1), ((17, 20, 31), 1), ((9, 40, 30), 1)]),
+}
+
+
+@pytest.mark.parametrize("kind", ["gray", "rgb", "volumes"])
+def test_a_perfect_mask_is_perfect_on_any_grid(kind, request, tmp_path):
+    """Truth and masks take the same way to the grid of g, and so do masks that g is asked about."""
+    info = h5.read_info(request.getfixturevalue(kind))
+    K = len(info.classes)
+    own, grids = GRIDS[info.dims]
+    path, truths = vqm_of_truths(info, own, tmp_path / "vqm.h5")
+    asked = Seen.of_label(truths.batch(torch.arange(len(truths)))[0], truths.label, K)
+    for size, shrink in grids:
+        found = load(path, "val", info, size, shrink=shrink)
+        mask = one_hot(found.mask, K)[:, 1:]
+        truth = one_hot(found.samples.label[found.index], K)[:, 1:]
+        assert (true_dice(mask, truth) == 1).all() and (quality_target(mask, truth) == 1).all()
+        there = asked.on_grid(found.mask.shape[1:])
+        assert torch.equal(there.mask, mask) and found.index.tolist() == [*range(len(mask))]
+        assert there.image.shape[2:] == found.samples.image.shape[2:] == mask.shape[2:]
+
+
+@pytest.mark.parametrize("head", ["quality", "quality_dense"])
+def test_a_head_sees_hard_masks_hard_and_soft_ones_averaged(head):
+    g = models.build(head, channels=1, classes=3, dims=2, size=32, width=8).eval()
+    first = next(layer for layer in g.modules() if isinstance(layer, torch.nn.Conv2d))
+    shown = []
+    first.register_forward_pre_hook(lambda _, x: shown.append(x[0][-2:, -2:]))
+    hard = (torch.rand(1, 2, 64, 64) > 0.5).float()
+    g(Seen(torch.randn(2, 1, 64, 64), torch.cat([hard, 0.9 * hard])))
+    assert set(shown[0][0].unique().tolist()) == {0, 1}
+    assert torch.equal(shown[0][0], hard[0, :, 1::2, 1::2])
+    assert ((shown[0][1] > 0.1) & (shown[0][1] < 0.8)).float().mean() > 0.8
 
 
 def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):

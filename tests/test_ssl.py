@@ -845,11 +845,12 @@ def same(a, b):
     )
 
 
+ANY = ("--weight-threshold", 0)  # an f of two steps reaches no other
 HOOKS = [
     (),
-    ("--weight", "confidence"),
-    ("--weight", "quality", "--correct"),
-    ("--weight", "quality", "--weight-level", "class", "--qar", 0.01),
+    ("--weight", "confidence", *ANY),
+    ("--weight", "quality", *ANY, "--correct"),
+    ("--weight", "quality", *ANY, "--weight-level", "class", "--qar", 0.01),
 ]
 
 
@@ -865,7 +866,7 @@ HOOKS = [
 def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
     """Every method, weighting and dimension; and the seed fixes what a method draws."""
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    at_once = "--steps 2 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
+    at_once = "--steps 2 --conf-threshold 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
     run = lambda out: train(data, out, "--method", method, *hooks, "--qp", qp, *at_once)
     state = run(tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
@@ -877,6 +878,12 @@ def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
     lam = 0 if method == "supervised" else state["args"]["lam"]
     assert float(rows[0]["lam"]) == lam
     assert (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
+    if method != "ua_mt":  # which is certain of no pixel yet
+        assert (float(rows[0]["unsup"]) > 0) == (lam > 0)
+    if lam:
+        everything = 0.5 if method == "bcp" else 1  # of the pixels, those of unlabeled images
+        weight = float(rows[0]["weight"])
+        assert 0 < weight < everything if "--weight" in hooks else weight == everything
     assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
     assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
     if kind == "gray" and "--qar" in hooks:
@@ -929,7 +936,7 @@ def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
     [("adamw", "mean_teacher"), ("sgd", "cps"), ("adamw", "ict")],
 )
 def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp_path, monkeypatch):
-    guided = ("--method", method, "--weight", "quality", "--qp", gray_quality[1])
+    guided = ("--method", method, "--weight", "quality", *ANY, "--qp", gray_quality[1])
     more = (*guided, "--optimizer", optimizer, "--steps", 4)
     whole = train(gray, tmp_path / "whole", *more)
     step, calls = train_ssl.train_step, []
