@@ -991,14 +991,20 @@ def write_harvest(groups, labeled, weak, n_harvest, args):
 def write_outputs(group, samples, outputs, first):
     """Fills the rows of a split from `first` on. outputs: of harvest()"""
     K = group["dice"].shape[1] + 1
+    small = {}  # of each row; written together, which is sooner
     for name, (row, i, probabilities, mask) in outputs:
-        group["mask"][row] = mask
-        group["dice"][row] = dice_of(mask, samples.label[i].numpy(), K)
-        group["source"][row] = name
-        group["case"][row] = samples.case[i]
-        group["at"][row] = samples.at[i]
+        quality_masks.write_chunk(group, row, quality_masks.chunk(mask))
         group["prob"][row - first] = probabilities
-        group["prob_index"][row] = row - first
+        small[row] = dict(
+            dice=dice_of(mask, samples.label[i].numpy(), K),
+            source=name,
+            case=samples.case[i],
+            at=samples.at[i],
+            prob_index=row - first,
+        )
+    rows = sorted(small)  # without a gap
+    for column in small[rows[0]] if rows else ():
+        group[column][rows[0] : rows[-1] + 1] = [small[row][column] for row in rows]
 
 
 def print_quality(split, dice):

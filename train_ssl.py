@@ -54,8 +54,17 @@ from data.splits import note_shared
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
-from models.device import Compute, channels_last, compiled, device_name, fused, samples_in
-from models.ema import update_average
+from models.device import (
+    Compute,
+    Graph,
+    capturable,
+    channels_last,
+    compiled,
+    device_name,
+    fused,
+    samples_in,
+)
+from models.ema import decay_at, move_average
 from models.losses import (
     harden,
     mse_loss,
@@ -151,8 +160,8 @@ class Term:
 # training. Only the ratios of a Term's pixel weights matter to its loss.
 #
 # To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
-# students, in WARM_UP if it starts otherwise, in DEFAULTS if its options differ from the paper's;
-# its own options are in add_method_options.
+# students, in WARM_UP if it starts otherwise, in NO_GRAPH if it reads numbers back from the device,
+# in DEFAULTS if its options differ from the paper's; its own options are in add_method_options.
 #
 # Labeled images, weak views and strong views go through a student in passes of their own: mixed
 # statistics of batch norm let pseudo-labels drift (results/baselines).
@@ -203,7 +212,7 @@ def ua_mt(nets, teacher, batch, args, t):
     eval mode.
     """
     target = batch.pseudo_label(probabilities(teacher, batch.u))
-    limit = (0.75 + 0.25 * math.exp(-5 * (1 - t) ** 2)) * math.log(2)
+    limit = (0.75 + 0.25 * math.e ** (-5 * (1 - t) ** 2)) * math.log(2)
     sure = (uncertainty(teacher, batch.u, args.mc_passes) < limit).float()  # [U, *S]
     at_x = nets[0](batch.x)
     at_s = nets[0](batch.s1)
@@ -219,8 +228,8 @@ def ict(nets, teacher, batch, args, t):
     """
     target = batch.pseudo_label(probabilities(teacher, batch.u))
     perm = shuffled(batch.u)
-    beta = torch.distributions.Beta(args.mix_alpha, args.mix_alpha)
-    share = beta.sample((len(perm),)).to(batch.u.device)  # [U]
+    alpha = torch.full((len(perm),), args.mix_alpha, device=batch.u.device)
+    share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample()  # [U]
     mix = Mix(perm, to_samples(share, target.p[:, 0]))
     at_x = nets[0](batch.x)
     at_mix = nets[0](mix.blend(batch.u))
@@ -377,6 +386,10 @@ METHODS = {
 }
 STUDENTS = {"cps": 2}  # the others have one
 WARM_UP = {"bcp": copy_paste}  # until lambda sets in; the others: supervised
+NO_GRAPH = {  # why --graph cannot hold a step that reads back from the device; "": it can
+    "contrastive": lambda args: "contrastive draws its pixels one class after the other",
+    "bcp": lambda args: args.largest_component and "--largest-component runs on the CPU",
+}
 
 PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
 DEFAULTS = {  # where the method's publication, or a measurement (results/baselines), says otherwise
@@ -628,6 +641,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     on: Compute
+    graph: Graph | None = None  # of --graph
 
 
 def ramp(t, warmup, length):
@@ -646,6 +660,11 @@ def lambdas(args, t):
         lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
     lam_qar = args.qar * ramp(t, args.qar_warmup, args.qar_ramp)
     return lam, lam_qar
+
+
+def acts(lam):
+    """Whether a loss of weight lam takes part. A tensor, in a CUDA graph, is never 0."""
+    return torch.is_tensor(lam) or lam > 0
 
 
 def uses_unlabeled(args):
@@ -668,16 +687,19 @@ def onset(args):
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]  # of a step, logged
 
 
-def total_loss(nets, teacher, g, batch, args, t):
-    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]"""
-    lam, lam_qar = lambdas(args, t)
-    method = METHODS[args.method] if lam else WARM_UP.get(args.method, supervised)
+def total_loss(nets, teacher, g, batch, args, t, lams=None):
+    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]
+
+    lams: those of lambdas() at t, or tensors of them
+    """
+    lam, lam_qar = lams or lambdas(args, t)
+    method = METHODS[args.method] if acts(lam) else WARM_UP.get(args.method, supervised)
     if args.correct:
         batch = replace(batch, g=g)
     sup, terms = method(nets, teacher, batch, args, t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     qar = torch.zeros((), device=sup.device)
-    if lam_qar:
+    if acts(lam_qar):
         qar = qar_loss(g, nets, qar_images(batch.u, args))
     loss = sup + lam * unsup + lam_qar * qar
     share = foreground_share([term.label.p for term in terms], sup.device)
@@ -695,11 +717,29 @@ def foreground_share(labels, device, weight=1.0):
     return torch.stack(shares).mean() if shares else torch.zeros((), device=device)
 
 
+class Now(NamedTuple):
+    """What changes from step to step beside images: numbers, for a CUDA graph tensors of one."""
+
+    t: float  # progress of training, in [0, 1]
+    lams: tuple  # of lambdas()
+    decay: float  # of the teacher's average
+
+
+def now_at(args, step):
+    """Now at a step."""
+    t = (step - 1) / args.steps
+    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema))
+
+
 def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> its PARTS [parts], still on the device"""
-    t = (step - 1) / args.steps
+    return make_step(run, batch, args, now_at(args, step))
+
+
+def make_step(run, batch, args, now):
+    """train_step() of Now. It reads nothing back from the device, but see why_no_graph()."""
     with run.on.autocast():
-        loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, t)
+        loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, now.t, now.lams)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     distributed.average_gradients(p for net in run.nets for p in net.parameters())
@@ -708,8 +748,44 @@ def train_step(run, batch, args, step):
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    update_average(run.teacher, run.nets[0], max(0, step - onset(args)), args.ema)
+    move_average(run.teacher, run.nets[0], now.decay)
     return torch.cat([loss.detach()[None], parts])
+
+
+def whole_step(run, fetched, info, args, step):
+    """train_step() from an item of Feed, whose random numbers are those of the step."""
+    set_seed(args, step)
+    set_rate(run.optimizer, args, step)
+    if run.graph:
+        return run.graph(fetched, now_at(args, step))
+    return train_step(run, views(fetched, info, args, run.on.device), args, step)
+
+
+def graph_of(run, info, args):
+    """--graph: a whole step, with its augmentation, as a Graph of an item of Feed and Now.
+
+    None where that cannot be, which is said once.
+    """
+    if why := why_no_graph(run.on, args):
+        print(f"note: --graph: {why}; steps run without a graph")
+        return None
+    capturable(run.optimizer, run.on.device)
+
+    def step(fetched, now):
+        return make_step(run, views(fetched, info, args, run.on.device), args, now)
+
+    return Graph(step, run.on.device)
+
+
+def why_no_graph(on, args):
+    """What keeps a step from being a CUDA graph, or ""."""
+    if on.device.type != "cuda":
+        return "needs a GPU with CUDA"
+    if on.amp == torch.float16:
+        return "fp16 looks at each gradient before it goes on, so choose --amp bf16 or off"
+    if distributed.world() > 1:
+        return "is for one process"
+    return NO_GRAPH.get(args.method, lambda args: "")(args)
 
 
 # ----------------------------------------------------------------------------------------- the feed
@@ -778,7 +854,7 @@ def views(fetched, info, args, device):
     labeled, unlabeled, fair = fetched
     x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
     x = channels_last(augment.strong(x, args.strength, info.color))
-    fair = to_samples(fair.to(device), y)
+    fair = to_samples(fair.to(device, non_blocking=True), y)
     y = one_hot(y, len(info.classes))
     if unlabeled is None:
         return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], fair=fair)
@@ -968,7 +1044,7 @@ def validate(run, val, progress, args):
         note=note,
         **averages,
         lam=lambdas(args, (step - 1) / args.steps)[0],
-        lr=run.optimizer.param_groups[0]["lr"],
+        lr=float(run.optimizer.param_groups[0]["lr"]),
         val_dice=dice,
         **{f"val_{c}": d for c, d in zip(classes[1:], per_class) if d is not None},
         ms=milliseconds,
@@ -1296,6 +1372,12 @@ def parse_args(argv=None):
         help="torch.compile the networks: slow to start, then faster on GPUs",
     )
     p.add_argument(
+        "--graph",
+        action="store_true",
+        help="CUDA: each step is replayed as one CUDA graph, without Python; off, since it has not "
+        "run on a GPU yet",
+    )
+    p.add_argument(
         "--deterministic",
         action="store_true",
         help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)",
@@ -1437,13 +1519,19 @@ def build_run(network, g, args, on, fresh):
 
 
 def set_rate(optimizer, args, step):
-    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd)."""
+    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd).
+
+    It stays a tensor where it is one, for a CUDA graph.
+    """
     if args.optimizer == "adamw":
         factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
     else:
         factor = (1 - (step - 1) / args.steps) ** 0.9
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * factor
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(args.lr * factor)
+        else:
+            group["lr"] = args.lr * factor
 
 
 def set_seed(args, step):
@@ -1628,14 +1716,13 @@ def main(argv=None):
 
     log = open_log(args, info, progress.step, fresh=not state)
     print_start(run, args, labeled, unlabeled, progress.step)
+    if args.graph:
+        run.graph = graph_of(run, info, args)
     steps = read_steps(labeled, unlabeled, args, progress.step, on)
     progress.since = time.perf_counter()
     with postponed_signals() as stop:
         for step, fetched in steps:
-            set_seed(args, step)
-            set_rate(run.optimizer, args, step)
-            batch = views(fetched, info, args, on.device)
-            progress.parts.append(train_step(run, batch, args, step))
+            progress.parts.append(whole_step(run, fetched, info, args, step))
             progress.step = step
             if step in args.keep:
                 save_run(f"{args.out}/step{step}.pt", run, progress, facts)

@@ -40,10 +40,12 @@ def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=None):
     linear[:, 1, 0] = angle.sin() / stretch
     linear[:, 1, 1] = angle.cos()
     factor = 1 + scale * (2 * torch.rand(B, 1, 1, device=device) - 1)
-    allowed = torch.tensor(may_flip(flip, d)[::-1], device=device)  # of x, y[, z]
-    sign = 1 - 2 * torch.randint(2, (B, d, 1), device=device) * allowed[:, None]
+    flipped = torch.randint(2, (B, d, 1), device=device)
+    for axis, allowed in enumerate(reversed(may_flip(flip, d))):  # x, y[, z]
+        if not allowed:
+            flipped[:, axis].zero_()
     offset = 2 * shift * (2 * torch.rand(B, d, 1, device=device) - 1)
-    affine = torch.cat([linear * sign / factor, offset], 2)  # [B, d, d + 1]
+    affine = torch.cat([linear * (1 - 2 * flipped) / factor, offset], 2)  # [B, d, d + 1]
     return F.affine_grid(affine, (B, 1, *image.shape[2:]), align_corners=False)
 
 
@@ -138,7 +140,7 @@ def random_box(image, share):
     above 1 fills the side.
     """
     B, _, *S = image.shape
-    share = torch.as_tensor(share, device=image.device).expand(B, len(S)).clamp(max=1)
+    share = (share * torch.ones(B, len(S), device=image.device)).clamp(max=1)
     box = torch.ones(B, 1, *S, device=image.device)
     for axis, side in enumerate(S):
         length = (share[:, axis, None] * side).round()  # [B, 1]

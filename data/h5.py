@@ -758,7 +758,14 @@ def mean_and_std(image, channel_names=()):
 
 
 def _mean_and_std(image):
-    return float(image.mean(dtype=np.float64)), max(float(image.std(dtype=np.float64)), 1e-6)
+    """The deviation is at least 1e-5 of the mean, so that no rounding is taken for noise."""
+    mean, std = (float(v) for v in (image.mean(dtype=np.float64), image.std(dtype=np.float64)))
+    return mean, max(std, 1e-6, 1e-5 * abs(mean))
+
+
+def is_flat(image):
+    """Whether an image, or a channel of it, has one value everywhere, but for rounding."""
+    return float(np.ptp(image)) <= 1e-6 * float(np.abs(image).max())
 
 
 def scaling(info, mean, std):
@@ -853,8 +860,8 @@ def summary(info):
             for entry in entries:
                 image, label = read_case(f, info, split, entry.name)
                 each = zip(info.channel_names, channels_first(image, info.channels))
-                flat += [f"{name} of {split}/{entry.name}" for name, c in each if np.ptp(c) == 0]
-                if image.min() == image.max():
+                flat += [f"{name} of {split}/{entry.name}" for name, c in each if is_flat(c)]
+                if is_flat(image):
                     constant.append(f"{split}/{entry.name}")
                 else:
                     digest = hashlib.sha1(np.ascontiguousarray(image)).digest()
@@ -868,9 +875,7 @@ def summary(info):
                 counts[split] = count
     lines += _notes_on_labels(info, counts) + _notes_on_images(images, constant)
     if flat and has_scales(info.channel_names):
-        lines.append(
-            f"note: a channel has one value everywhere: {flat[0]} ({len(flat)} such channels)"
-        )
+        lines.append(f"note: a channel has one value everywhere: {flat[0]} ({len(flat)} in all)")
     return "\n".join(lines)
 
 

@@ -190,11 +190,11 @@ def count_channels(paths):
 def channel_folders(text):
     """argparse type: names of folders, one for each channel, joined by commas. -> a list"""
     names = [name.strip() for name in text.split(",")]
-    plain = all(name.isprintable() and Path(name).name == name != ".." for name in names)
+    plain = all(name and name.isprintable() and Path(name).name == name != ".." for name in names)
     if not plain or not 2 <= len(set(names)) == len(names):
         raise argparse.ArgumentTypeError(
-            f"{text}: names of two different folders in SRC or more, joined by commas, are needed, "
-            "as in phase,dapi"
+            f"{text}: two or more different folders in SRC are needed, joined by commas, as in "
+            "phase,dapi"
         )
     if "masks" in names:
         raise argparse.ArgumentTypeError(f"{text}: masks are the truth, and no channel")

@@ -57,7 +57,7 @@ class Samples:
     def fetch(self, index, place=None):
         """Some samples as they are stored. index [B]; place: only Volumes read it -> Fetched"""
         if torch.is_tensor(index):
-            index = index.to(self.image.device)
+            index = index.to(self.image.device, non_blocking=True)
         label = None if self.label is None else self.label[index]
         return Fetched(self.image[index], label, self.mean[index], self.std[index])
 

@@ -133,7 +133,7 @@ def convert(source, out, data):
     try:
         info = h5.write(
             out,
-            noted(cases, constant := []),
+            noted(cases, names, constant := []),
             name=Path(source).resolve().name,
             classes=data["classes"],
             dims=data["dims"],
@@ -193,11 +193,18 @@ def assumed(kind, source, data):
     return {"from": kind} | several
 
 
-def noted(cases, constant):
-    """Yields cases, and appends the names of those of one value to `constant`."""
+def noted(cases, names, constant):
+    """Yields cases, and appends to `constant` what has one value: a case, or a channel of it.
+
+    names: of the channels
+    """
     for case in cases:
-        if case.image.min() == case.image.max():
+        each = zip(names, h5.channels_first(case.image, len(names)))
+        flat = [name for name, channel in each if h5.is_flat(channel)]
+        if h5.is_flat(case.image):
             constant.append(case.name)
+        elif names != h5.RGB:
+            constant.extend(f"{name} of {case.name}" for name in flat)
         yield case
 
 
@@ -281,6 +288,11 @@ def volumes(paths, how, notes):
     if how.names:  # the files of new data may be of the other kind
         first = next(iter(paths.values()))
         how = replace(how, nnunet=nifti.volumes_in(first) == 1)
+        if how.nnunet and not any(re.search(r"_\d{4}$", name) for name in paths):
+            raise InputError(
+                f"{first}: holds one volume, but the network has learned from {len(how.names)} "
+                f"channels ({', '.join(how.names)}); give NAME_0000, NAME_0001 and so on, or 4D"
+            )
     cases = nifti.by_channel(paths, how.nnunet)
     files = nifti.taken(cases, how.numbers if how.nnunet else [None])
     if how.names and how.channel is None:
@@ -294,8 +306,9 @@ def volumes(paths, how, notes):
                 )
     if further := len(paths) - sum(map(len, files.values())):
         print(
-            f"note: {further} of {len(paths)} files are further channels of a case by their names "
-            "(NAME_0001) and are not read; rename those that are cases of their own"
+            f"note: {further} of {len(paths)} files are of other channels than the network has "
+            "learned from, by their names (NAME_0001), and are not read; rename those that are "
+            "cases of their own"
         )
     if how.axes is None:
         print(

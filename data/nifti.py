@@ -14,8 +14,8 @@ What is read under SRC (.nii or .nii.gz), as the Medical Segmentation Decathlon 
     nnU-Net              NAME_0000.nii.gz, NAME_0001.nii.gz (channels) and the label NAME.nii.gz
 
 All channels are taken unless --channel chooses some. Those of a case lie on one grid. Each is
-clipped, scaled and resampled by itself: a channel that dataset.json calls CT, or that --clip names,
-to its window, and the others, MR, to mean 0 and deviation 1.
+clipped, scaled and resampled by itself: of several, one that dataset.json calls CT, or that --clip
+names, to its window, and the others, MR, to mean 0 and deviation 1.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a case a line; otherwise by patient with
 --seed. A note tells where names of different splits look like those of one patient.
@@ -135,8 +135,8 @@ def taken(cases, numbers):
         if lost := [n for n in numbers if n not in paths]:
             raise InputError(
                 f"{next(iter(paths.values())).parent}: case '{name}' has no channel {lost[0]} "
-                f"(it has: {', '.join(map(str, paths))}); add it, or convert data "
-                "with another --channel"
+                f"(it has: {', '.join(map(str, paths))}); add it, take the case out, or convert "
+                "data with another --channel"
             )
     return {name: [paths[n] for n in numbers] for name, paths in cases.items()}
 
@@ -174,10 +174,10 @@ def name_channels(src, numbers, chosen):
     table = read_json(path, "") if path.is_file() else {}
     key = "channel_names" if table.get("channel_names") else "modality"
     said = table.get(key)
-    if said is None:
+    if not said:
         return [f"channel {n}" for n in numbers]
     try:
-        names = {int(number): name for number, name in said.items()}
+        names = {int(number): name.strip() for number, name in said.items()}
         usable = all(name and name.isprintable() for name in names.values())
     except (AttributeError, TypeError, ValueError):
         usable = False
@@ -637,7 +637,7 @@ def read_case(row, paths, how, src, notes, values=range(labels.MOST)):
 def check_no_label(row, found, label, how):
     """InputError if one of several channels, Volumes, is the label itself."""
     same = [k for k, v in enumerate(found) if np.array_equal(v.values, label.values)]
-    if len(found) > 1 and same:
+    if len(found) > 1 and same and label.values.any():
         raise InputError(
             f"case '{row.name}', {how.channel_text(same[0])}: is the label itself ({row.mask}); "
             "choose the others with --channel, or take it out"
@@ -733,13 +733,33 @@ def window_of(args, names):
     """Preparation.window as --intensity and --clip say it. names: of several channels, or None"""
     clip = args.clip or {}
     if lost := [name for name in clip if name and name not in (names or ())]:
-        there = ", ".join(names or ["one without a name; write LOW,HIGH alone"])
-        raise InputError(f"--clip: there is no channel '{lost[0]}'; there are: {there}")
+        there = f"there are: {', '.join(names or ())}"
+        if not names:
+            there = "there is one without a name; write --intensity ct --clip=LOW,HIGH"
+        raise InputError(f"--clip: there is no channel '{lost[0]}'; {there}")
     windows = []
     for name in names or [None]:
-        is_ct = args.intensity == "ct" or not args.intensity and (name or "").upper() == "CT"
+        is_ct = args.intensity == "ct" or not args.intensity and calls_ct(name)
         windows.append(clip.get(name) or (clip.get(None, SOFT_TISSUE) if is_ct else None))
     return windows[0] if windows.count(windows[0]) == len(windows) else windows
+
+
+def calls_ct(name):
+    """Whether a channel is CT by its name: CT, ct, or CT 0 where several are called CT."""
+    return (name or "").upper().split()[:1] == ["CT"]
+
+
+def note_ct(src, number):
+    """A note where dataset.json calls the only channel, of a number, CT and nobody says so."""
+    try:
+        (name,) = name_channels(src, [number], True)
+    except InputError:  # nothing needs the name
+        return
+    if calls_ct(name):
+        print(
+            "note: dataset.json calls the images CT, but they are taken as MR, each case by "
+            "itself; give --intensity ct if they are CT"
+        )
 
 
 def standardized(windows):
@@ -795,7 +815,10 @@ def main(argv=None):
     if not src.is_dir():
         raise InputError(f"{src}: no such folder; give the one that holds imagesTr")
     if args.clip and None in args.clip and args.intensity != "ct":
-        raise InputError("--clip is the window of --intensity ct; mr is clipped by percentiles")
+        raise InputError(
+            "--clip is the window of --intensity ct; mr is clipped by percentiles (of several "
+            "channels, 'NAME=LOW,HIGH' gives one a window)"
+        )
     if args.axes and not space.are_axes(args.axes):
         raise InputError(
             f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, as in SAR"
@@ -810,6 +833,8 @@ def main(argv=None):
         said = ", ".join(f"{n} ({name})" for n, name in zip(numbers, names))
         print(f"the cases have channels {said}; taking all (choose with --channel)")
     window = window_of(args, names)
+    if not names and not args.intensity:
+        note_ct(src, numbers[0])
     classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
     axes = args.axes or common_axes([r.image for r in rows])
     if axes is None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # --amp
 
@@ -146,6 +147,89 @@ def compiled(net):
         if hasattr(net, name):  # a ResNet has only the first
             setattr(net, name, torch.compile(getattr(net, name)))
     return net
+
+
+class Graph:
+    """A function on the device that is replayed as a CUDA graph: the same kernels without Python.
+
+    A replay repeats, on the same memory, what one call did. So the function must read nothing back,
+    and what changes from call to call must be a tensor of one shape, or a number other than 0,
+    which becomes a tensor. All else (shapes, zeros, None) is the kind of a call. At each new kind,
+    the first three calls run as they are, since libraries set themselves up in them; the next one
+    is captured. The random numbers are those of torch's seed, as in a plain call.
+    """
+
+    def __init__(self, function, device):
+        self.function = function
+        self.device = device
+        self.kind = None
+
+    def __call__(self, *inputs):
+        """-> a copy of the tensor that the function gives"""
+        values, form = tree_flatten(inputs)
+        kind = [form, *map(kind_of, values)]
+        if kind != self.kind:
+            self.kind = kind
+            self.plain = 3  # calls that still run as they are
+            self.replay = None
+            self.held = [self.place_for(value) for value in values]
+        for place, value in zip(self.held, values):
+            if torch.is_tensor(value):
+                place.copy_(value, non_blocking=True)
+            elif torch.is_tensor(place):
+                place.fill_(value)
+        inputs = tree_unflatten(self.held, form)
+        if self.plain:
+            self.plain -= 1
+            return self.warm_up(inputs)
+        if not self.replay:
+            self.replay = self.capture(inputs)
+        self.replay()
+        return self.output.clone()
+
+    def place_for(self, value):
+        """Where an input of each call is put: a tensor on the device; itself if it never changes"""
+        if torch.is_tensor(value):
+            return torch.empty_like(value, device=self.device)
+        return torch.empty((), device=self.device) if is_number(value) else value
+
+    def warm_up(self, inputs):
+        """A plain call, on a stream of its own, as torch asks for before a capture."""
+        here = torch.cuda.current_stream(self.device)
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            output = self.function(*inputs)
+        here.wait_stream(aside)
+        return output
+
+    def capture(self, inputs):
+        """Records a call without making it. -> a function that makes it"""
+        graph = torch.cuda.CUDAGraph()
+        others = dict(capture_error_mode="thread_local")  # another thread may pin memory
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **others):
+            self.output = self.function(*inputs)
+        return graph.replay
+
+
+def is_number(value):
+    """Whether an input of a Graph is a number that changes from call to call."""
+    return isinstance(value, float) and value != 0
+
+
+def kind_of(value):
+    """What is the same in all calls that one CUDA graph can make."""
+    if torch.is_tensor(value):
+        return value.shape, value.dtype
+    return float if is_number(value) else value
+
+
+def capturable(optimizer, device):
+    """Lets a CUDA graph hold an optimizer's step: its learning rate becomes a tensor."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), float(group["lr"]), device=device)
+        if "capturable" in group:  # SGD always is
+            group["capturable"] = True
 
 
 def samples_in(images, shape):

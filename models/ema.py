@@ -3,7 +3,6 @@
 import torch
 
 
-@torch.no_grad()
 def update_average(average, net, count, decay):
     """Moves the average toward the network: average = d average + (1 - d) net.
 
@@ -14,8 +13,22 @@ def update_average(average, net, count, decay):
     network do not fit averaged weights: with them, pseudo-labels collapsed (results/baselines).
     Counts of batches are copied.
     """
-    decay = min(1 - 1 / (count + 1), decay)
-    torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
+    move_average(average, net, decay_at(count, decay))
+
+
+def decay_at(count, decay):
+    """d of update_average()."""
+    return min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def move_average(average, net, decay):
+    """update_average() at a d, a number, or a tensor of one, which nothing reads back."""
+    if torch.is_tensor(decay):
+        shares = [1 - decay] * len(averaged(net))
+        torch._foreach_lerp_(averaged(average), averaged(net), shares)
+    else:
+        torch._foreach_lerp_(averaged(average), averaged(net), 1 - decay)
     if counts := [b for b in average.buffers() if not b.is_floating_point()]:
         torch._foreach_copy_(counts, [b for b in net.buffers() if not b.is_floating_point()])
 

@@ -28,6 +28,10 @@ cv2.setNumThreads(1)
 os.fsync = lambda fd: None  # thousands of checkpoints, none of which has to outlive a power failure
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped without it")
+
+
 def shared(factory, name, make):
     """A folder that make(folder) fills, once for all of pytest-xdist's workers."""
     base = factory.getbasetemp()

@@ -221,7 +221,7 @@ def test_a_channel_that_shows_nothing_is_noted(files, tmp_path, capsys):
         group.attrs["checksum"] = h5.checksum_of(group["image"][()], group["label"][()])
     h5.main([str(tmp_path / "f.h5")])
     said = capsys.readouterr().out
-    assert "4 channel(s): t1, t2, flair, adc" in said and "(1 such channels)" in said
+    assert "4 channel(s): t1, t2, flair, adc" in said and "(1 in all)" in said
     assert "everywhere: flair of train/" in said
 
 

@@ -17,7 +17,7 @@ from test_nifti import ball, convert, joined, load, make, save
 from test_predict import Bright
 
 import evaluate
-from data import h5, images, new_images, nifti, pixels, prepared, ssl4mis
+from data import h5, images, loading, new_images, nifti, pixels, prepared, ssl4mis
 from data.files import InputError
 from models import checkpoints
 
@@ -598,3 +598,64 @@ def test_three_channels_of_an_old_checkpoint_are_rgb(tmp_path):
         new_images.convert(
             str(tmp_path / "a.png"), str(tmp_path / "n.h5"), data | dict(channel_names=list("abc"))
         )
+
+
+def test_ct_by_the_name_of_dataset_json(tmp_path, capsys):
+    """Twice, and with a blank; of a single channel it is a note, since it was MR before."""
+    names = {"0": "ct ", "1": "CT", "2": "MR"}
+    src = mpmri(tmp_path / "src", table={"channel_names": names})
+    info = convert(src)
+    assert info.channel_names == ["ct", "CT", "MR"] and info.standardize == [False, False, True]
+    table = {"channel_names": names | {"0": "CT"}}
+    info = convert(mpmri(tmp_path / "twice", table=table))
+    assert info.channel_names == ["CT 0", "CT 1", "MR"]
+    assert info.standardize == [False, False, True]
+    capsys.readouterr()
+    assert convert(src, "--channel", "1").standardize is True
+    assert "dataset.json calls the images CT, but they are taken as MR" in capsys.readouterr().out
+    convert(src, "--channel", "2"), convert(src, "--channel", "1", "--intensity", "ct")
+    assert "calls the images CT" not in capsys.readouterr().out
+    assert convert(mpmri(tmp_path / "none", table={"modality": {}})).channels == 3
+
+
+def test_an_empty_channel_is_not_taken_for_an_empty_label(tmp_path):
+    src = mpmri(tmp_path / "src")
+    for path in (src / "imagesTr" / "a_0001.nii.gz", src / "labelsTr" / "a.nii.gz"):
+        old = sitk.ReadImage(str(path))
+        new = sitk.GetImageFromArray(0 * sitk.GetArrayFromImage(old))
+        new.CopyInformation(old)
+        sitk.WriteImage(new, str(path))
+    assert convert(src).channels == 3
+
+
+def test_a_channel_of_one_value_is_no_noise(tmp_path):
+    """Rounding, when it is resized, must not be divided by nothing."""
+    image = np.full((64, 64, 2), 1000.1, np.float32)
+    image[..., 1] = np.random.default_rng(0).random((64, 64))
+    case = h5.Case("train", "a", image, None, "a")
+    about = dict(name="f", classes=["background", "a"], dims=2, channels=2)
+    info = h5.write(str(tmp_path / "f.h5"), [case], channel_names=["a", "b"], **about)
+    for size in (37, 64):
+        x, _ = loading.load_samples(info, "train", size, labels=False).batch([0])
+        assert x[:, 0].abs().max() < 0.1 and x[:, 1].std() > 0.3
+    resized = loading.resize_image(image, 37)
+    assert h5.is_flat(resized[..., 0]) and not h5.is_flat(resized[..., 1])
+    assert "a of train/a" in h5.summary(info)
+
+
+def test_new_channels_that_show_nothing_are_noted(tmp_path, capsys):
+    info = convert(mpmri(tmp_path / "src"))
+    src = mpmri(tmp_path / "new", labels=False)
+    path = src / "imagesTr" / "b_0001.nii.gz"
+    old = sitk.ReadImage(str(path))
+    new = sitk.GetImageFromArray(np.full_like(sitk.GetArrayFromImage(old), 7))
+    new.CopyInformation(old)
+    sitk.WriteImage(new, str(path))
+    new_images.convert(str(src / "imagesTr"), str(tmp_path / "n.h5"), info.describe())
+    said = capsys.readouterr().out
+    assert "note: 1 images have one value everywhere, such as ADC of b" in said
+    plain = mpmri(tmp_path / "plain", channels=1, labels=False)
+    for path in (plain / "imagesTr").glob("*.nii.gz"):
+        path.rename(path.with_name(path.name.replace("_0000", "")))
+    with pytest.raises(InputError, match="holds one volume, but .* 3 channels"):
+        new_images.convert(str(plain / "imagesTr"), str(tmp_path / "p.h5"), info.describe())

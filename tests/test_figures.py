@@ -7,6 +7,7 @@ import csv
 import itertools
 import re
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ import train_qp
 import train_ssl
 from data import figures, h5, loading, metrics
 from data.log import Log
-from models import checkpoints
+from models import checkpoints, inference
 from models.quality import Seen
 
 MACHADO = {  # Machado et al. 2009: linear RGB as seen without one kind of cone
@@ -371,7 +372,9 @@ def test_what_g_says_of_val_is_what_it_says(kind, request):
     net = lambda x: torch.nn.functional.one_hot((x[:, 0] > 0.5).long() * 2, 4).movedim(-1, 1) * 50.0
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setattr(train_ssl, "fused", lambda net: net)
-        found = train_ssl.look(net, g, samples, on, np.ones(3, bool))
+        cases = inference.Cases(info, "val", size)
+        val = train_ssl.Val(cases, np.ones(3, bool), None, samples)
+        found = train_ssl.look(SimpleNamespace(nets=[net], g=g, on=on), val)
     mask = (
         torch.nn.functional.one_hot(
             (samples.batch(torch.arange(len(samples)))[0][:, 0] > 0.5).long() * 2, 4

@@ -785,7 +785,7 @@ def test_files_that_pass_for_channels_and_axes_that_nobody_knows_are_noted(tmp_p
         found = list(new_images.volumes(paths, how, defaultdict(list)))
         said = capsys.readouterr().out
         assert [case.name for case in found] == ["case"]
-        assert "2 of 3 files are further channels" in said
+        assert "2 of 3 files are of other channels" in said
         assert ("does not know along which body axes" in said) == noted
 
 

@@ -34,6 +34,7 @@ BLOCKS = [  # words that tell the blocks of commands apart; a test below runs ea
     "corrupt.py spleen.h5",
     "corrupt.py acdc.h5",
     "corrupt.py runs/volumes.h5",
+    "--channels 2",
     "--regions",
     "data.figures",
     "xargs",
@@ -112,6 +113,14 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
     assert "expected Dice under a second network" in out
     assert "ventricles = left ventricle + right ventricle" in out
     assert "| mean_teacher + QW (pixel) |" in out and "| supervised |" in out
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_two_channels(tmp_path, monkeypatch, capsys):
+    for command in commands(block("--channels 2")):
+        execute(command, tmp_path, monkeypatch)
+    assert "2 channel(s): muscle as tissue, muscle as blood" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "two.png").exists()
 
 
 @pytest.mark.usefixtures("unrendered")

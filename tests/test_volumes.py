@@ -55,7 +55,7 @@ def test_patches_are_cut_from_image_and_label_alike(volumes):
         x, y = found.batch(torch.tensor([1, 0, 1]))
         assert x.shape == (3, 1, *SIZE) and y.shape == (3, *SIZE) and y.dtype == torch.int64
         for i, patch, label in zip((1, 0, 1), x[:, 0], y):
-            whole = (found.image[i] - found.mean[i]) / found.std[i]
+            whole = (found.image[i][0] - found.mean[i]) / found.std[i]
             at = [
                 c
                 for c in itertools.product(range(5), range(25), range(5))
@@ -174,13 +174,13 @@ def test_sizes_of_volumes(volumes, tmp_path, refused):
     refused(corrupt.main, [volumes, "--out", tmp_path / "o", "--size", "8,32,32"], "at least 16")
 
 
-def test_a_file_for_3d_holds_gray_volumes(tmp_path):
+def test_a_file_for_3d_holds_volumes_whose_channels_have_names(tmp_path):
     picture = h5.Case(
         split="train", name="a", image=np.zeros((20, 20), np.uint8), label=None, patient="p"
     )
     with pytest.raises(h5.InputError, match="dims=3"):
         h5.write(tmp_path / "f.h5", [picture], name="f", classes=["a", "b"], dims=3, channels=1)
-    with pytest.raises(h5.InputError, match="dims 3 with 1"):
+    with pytest.raises(h5.InputError, match="0 channel_names for 3"):
         h5.write(tmp_path / "f.h5", [], name="f", classes=["a", "b"], dims=3, channels=3)
 
 
@@ -300,7 +300,7 @@ def test_sliding_window_equals_a_plain_loop(shape, size, stride, gaussian, batch
         for s in size
     ]
     with torch.no_grad():
-        slabs = list(inference.sliding_window(net, x, cut, ON))
+        slabs = list(inference.sliding_window(net, x[None], cut, ON))
     calls = len(net.seen)
     want = plain_loop(net, x, size, stride, axes[0][:, None, None] * axes[1][:, None] * axes[2])
     assert np.abs(torch.cat(slabs, 1).numpy() - want).max() < 1e-5

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from medpy.metric import binary
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -32,6 +31,7 @@ import train_ssl
 from data import h5, loading, metrics, workers
 from data.files import InputError
 from data.options import Parser, cli, number
+from data.tables import markdown
 from models import inference
 from models.device import Compute, channels_last, compiled, compute, device_name, fused
 from models.losses import one_hot
@@ -138,6 +138,9 @@ def plain_step(net, teacher, optimizer, image, label, labeled, step):
 @torch.no_grad()
 def plain_evaluation(net, info, size, names, device):
     """Slice by slice to the network's side and back, then medpy's four metrics, class by class."""
+    from medpy.metric import binary  # only this part needs it
+
+    four = (binary.dc, binary.jc, binary.hd95, binary.asd)
     table = []
     with h5.open_file(info.path) as f:
         for name in names:
@@ -150,14 +153,14 @@ def plain_evaluation(net, info, size, names, device):
                 back = [n / size for n in image[z].shape]
                 out[z] = ndimage.zoom(p, back, order=0)
             for k in range(1, len(info.classes)):
-                table.append(plain_scores(out == k, label == k))
+                table.append(plain_scores(out == k, label == k, four))
     return table
 
 
-def plain_scores(a, b):
+def plain_scores(a, b, four):
     if not (a.any() and b.any()):
         return [0, 0, 0, 0]
-    return [metric(a, b) for metric in (binary.dc, binary.jc, binary.hd95, binary.asd)]
+    return [metric(a, b) for metric in four]
 
 
 # ------------------------------------------------------------------------------ the parts
@@ -551,7 +554,7 @@ def main():
     timed = [line for lines in tables.values() for line in lines]
     for lines in (timed, growing):
         if lines:
-            print("\n" + tables.markdown(lines))
+            print("\n" + markdown(lines))
     if args.large:
         large(args)
 
