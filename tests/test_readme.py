@@ -116,21 +116,22 @@ def test_the_four_stages_by_hand(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_two_channels(tmp_path, monkeypatch, capsys):
-    for command in commands(block("--channels 2")):
+@pytest.mark.parametrize(
+    "word, said, made",
+    [
+        ("--channels 2", "2 channel(s): muscle as tissue, muscle as blood", ["two.png"]),
+        (
+            "corrupt.py runs/volumes.h5",
+            "| mean_teacher + QW (pixel) |",
+            ["masks3d.png", "new/masks/phantom010.nii.gz"],
+        ),
+    ],
+)
+def test_the_blocks_on_volumes(word, said, made, tmp_path, monkeypatch, capsys):
+    for command in commands(block(word)):
         execute(command, tmp_path, monkeypatch)
-    assert "2 channel(s): muscle as tissue, muscle as blood" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "two.png").exists()
-
-
-@pytest.mark.usefixtures("unrendered")
-def test_the_stages_of_volumes(tmp_path, monkeypatch, capsys):
-    for command in commands(block("corrupt.py runs/volumes.h5")):
-        execute(command, tmp_path, monkeypatch)
-    assert "| mean_teacher + QW (pixel) |" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "masks3d.png").exists()
-    masks = [p.name for p in (tmp_path / "runs" / "new" / "masks").iterdir()]
-    assert masks == ["phantom010.nii.gz"]
+    assert said in capsys.readouterr().out
+    assert all((tmp_path / "runs" / name).exists() for name in made)
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -217,6 +217,7 @@ def show_labels(oracle):
         return load_slices(info, split, size, names)
 
     def views(fetched, info, args, device):
+        """train_ssl.views() that tells the oracle the labels of the unlabeled images."""
         K = len(info.classes)
         labeled, unlabeled, _ = fetched
         x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
