@@ -27,6 +27,7 @@ views of u.
 import argparse
 import atexit
 import bisect
+import contextlib
 import copy
 import functools
 import itertools
@@ -345,10 +346,14 @@ def bcp(nets, teacher, batch, args, t):
     alpha is --lam. Half of the images take part in each direction, as in the paper. Until lambda
     sets in, `copy_paste` trains on labeled images alone.
 
-    Deviations: both directions are pooled, not summed. There is a box for each pair. The second
-    stage goes on from the last weights of the first, not from its best.
+    The student sees pasted images alone, and so do its running statistics of batch norm. The
+    teacher sees whole ones, and takes the statistics of each batch, as the authors have it.
+
+    Deviations: the teacher has no dropout. Both directions are pooled, not summed. There is a box
+    for each pair. The second stage goes on from the last weights of the first, not from its best.
     """
-    target = batch.pseudo_label(probabilities(teacher, batch.u))
+    with batch_statistics(teacher):
+        target = batch.pseudo_label(probabilities(teacher, batch.u))
     if args.largest_component:
         target = replace(target, p=keep_largest(target.p))
     n = max(len(batch.x), len(batch.u))
@@ -454,6 +459,25 @@ def add_method_options(p):
 def probabilities(net, image):
     """Softmax of a network that gets no gradient here. [B, C, *S] -> [B, K, *S] float32"""
     return net(image).float().softmax(1)
+
+
+@contextlib.contextmanager
+def batch_statistics(net):
+    """In its block, batch norm takes the statistics of each batch, and keeps the running ones.
+
+    net: in eval mode, and again afterwards.
+    """
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.train()
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.eval()
+            m.momentum = momentum
 
 
 def confident(p, args):

@@ -1,5 +1,6 @@
-"""The experiment of results/evidence: its shortcut, its controls and its intervals."""
+"""The experiment of results/evidence: its shortcut, its controls and its tables."""
 
+import csv
 import os
 import shutil
 import sys
@@ -12,22 +13,24 @@ from conftest import FakeG
 import train_ssl
 from data import h5, loading
 from data.files import InputError
+from models import checkpoints
 from models.losses import one_hot
-from models.quality import Seen
-from results.evidence import run, table
+from models.quality import Seen, true_dice
+from results.evidence import controls, run, table
 
 
 @pytest.fixture
-def small(gray, gray_quality, tmp_path, monkeypatch):
-    """The phantom as a data set of the experiment, in an empty folder."""
+def tiny(gray, gray_quality, tmp_path, monkeypatch):
+    """The phantom as the data sets of the experiment, in an empty folder, with a g."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs("runs/v/tiny/g")
+    os.makedirs("runs/evidence/tiny/tiny/g")
     run.split([gray, "runs/tiny.h5", "--patients", "1"])
-    shutil.copy(gray_quality[1], "runs/v/tiny/g/qp.pt")
-    monkeypatch.setitem(run.DATA, "tiny", dict(labeled=2, lr=1e-3, steps=6, start=3, every=2))
-    monkeypatch.setattr(
-        run, "COMMON", "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --ema 0.9".split()
-    )
+    shutil.copy(gray, "runs/other.h5")
+    shutil.copy(gray_quality[1], "runs/evidence/tiny/tiny/g/qp.pt")
+    mine = run.Data("tiny", 2, "1e-3", "", "")
+    monkeypatch.setattr(run, "DATA", {"tiny": mine, "more": mine._replace(archive="other")})
+    small = "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 10 --eval-every 3"
+    monkeypatch.setattr(run, "TIERS", {"tiny": small})
 
 
 def weights(path):
@@ -35,7 +38,11 @@ def weights(path):
     return [v for net in [*state["nets"], state["teacher"]] for v in net.values()]
 
 
-def test_the_last_patients_are_the_test_split(gray, small):
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def test_the_last_patients_are_the_test_split(gray, tiny):
     full, part = h5.read_info(gray), h5.read_info("runs/tiny.h5")
     last = full.entries("train")[-1].patient
     assert [e.name for e in part.entries("train")] == [
@@ -46,42 +53,77 @@ def test_the_last_patients_are_the_test_split(gray, small):
     }
 
 
-@pytest.mark.parametrize("family, row", [("bcp", "none")])
-def test_a_run_from_the_common_start_is_the_whole_run(family, row, small):
-    os.makedirs("runs/v/tiny/a")
-    run.train("tiny", family, row, 0.5, 1, "runs/v/tiny/a")
-    train_ssl.main(run.command("tiny", family, row, 0.5, 1, "b"))
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(weights("runs/v/tiny/a/last.pt"), weights("b/last.pt"), strict=True)
-    )
-    assert os.path.isfile("runs/v/tiny/a/test/cases.csv")
+@pytest.mark.parametrize(
+    "job",
+    [
+        run.Job("tiny", "cps", "none", 1),
+        run.Job("more", "bcp", "correct_qw", 1),
+        run.Job("tiny", "supervised", "all", 1),
+    ],
+)
+def test_a_run_from_the_common_start_is_the_whole_run(job, tiny):
+    """To the last bit, and its validations are the same. A finished run is left as it is."""
+    out = run.place("tiny", job)
+    run.run("tiny", job)
+    train_ssl.main(run.options("tiny", job, "whole"))
+    assert equal(f"{out}/last.pt", "whole/last.pt")
+    logs = []
+    for folder in (out, "whole"):
+        with open(f"{folder}/log.csv", newline="") as f:
+            logs.append([{**line, "ms": ""} for line in csv.DictReader(f)])
+    assert logs[0] and all(line in logs[1] for line in logs[0])
+    before = os.stat(f"{out}/last.pt").st_mtime_ns
+    run.run("tiny", job)
+    assert os.stat(f"{out}/last.pt").st_mtime_ns == before and run.finished(out)
 
 
-def test_controls(small):
-    """The oracle learns from hidden labels, the shuffled g from other answers.
+def test_a_run_that_another_process_is_at_is_passed_over(tiny, monkeypatch, capsys):
+    def claim(out):
+        raise InputError(f"{out}: another process is writing to it")
 
-    Afterwards train_ssl.py is what it was.
-    """
-    kept, found = (train_ssl.views, train_ssl.train_step, loading.load_slices), {}
-    for row in ("none", "oracle_pixel", "blind", "blind_qw", "shuffled_pixel", "qar_hard"):
-        out = f"runs/v/tiny/{row}"
-        os.makedirs(out)
-        run.train("tiny", "pseudo_label", row, 0.5, 1, out)
-        found[row] = weights(f"{out}/last.pt")
-    for a, b in (
-        ("none", "oracle_pixel"),
-        ("none", "blind"),
-        ("blind", "blind_qw"),
-        ("none", "shuffled_pixel"),
-        ("none", "qar_hard"),
-    ):
-        assert not all(torch.equal(x, y) for x, y in zip(found[a], found[b]))
-    assert kept == (train_ssl.views, train_ssl.train_step, loading.load_slices)
+    monkeypatch.setattr(run, "claim", claim)
+    run.run("tiny", run.Job("tiny", "ict", "none", 0))
+    assert capsys.readouterr().out.startswith("passed over: runs/evidence/tiny/tiny/ict-none-0")
+
+
+def test_an_archive_is_unlabeled_and_shares_the_start_and_g():
+    foreign = run.Job("ph2_foreign", "mean_teacher", "qw", 2)
+    words = " ".join(run.options("small", foreign, "OUT"))
+    assert "--unlabeled runs/cvc.h5" in words and "runs/ph2.h5 --out OUT --seed 2" in words
+    assert "--qp runs/evidence/small/ph2/g/qp.pt" in words
+    assert run.start_of(foreign) == run.Job("ph2", "supervised", "none", 2)
+    bcp = run.Job("ph2_foreign", "bcp", "none", 0)
+    assert run.start_of(bcp) == bcp._replace(data="ph2")
+
+
+def test_the_list_names_each_run_once_and_can_be_parsed():
+    jobs = list(run.jobs())
+    assert len(set(jobs)) == len(jobs) > 500
+    for job in jobs[:: len(jobs) // 40]:
+        for tier in run.TIERS:
+            args = train_ssl.parse_args(run.options(tier, job, "OUT"))
+            assert args.method == job.method and (args.labeled == "all") == (job.row == "all")
+
+
+def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
+    """Each stand-in trains other weights than g. Afterwards train_ssl.py is what it was."""
+    kept = [getattr(module, name) for module, name in controls.PATCHED]
+    monkeypatch.setattr(run, "SEEDS", [0])  # an ensemble of one
+    all_weigh = {row: f"{words} --weight-threshold 0" for row, words in run.ROWS.items()}
+    monkeypatch.setattr(run, "ROWS", all_weigh)
+    rows = ["none", "correct_qw", "distill_qw", "blind", "correct", "qw", "shuffled", "oracle"]
+    jobs = {row: run.Job("tiny", "mean_teacher", row, 0) for row in rows}
+    for job in jobs.values():
+        run.run("tiny", job)
+    last = {row: f"{run.place('tiny', job)}/last.pt" for row, job in jobs.items()}
+    alike = [("correct_qw", "distill_qw"), ("correct", "blind"), ("qw", "shuffled")]
+    for a, b in [*alike, ("qw", "oracle"), ("none", "correct"), ("none", "oracle")]:
+        assert not equal(last[a], last[b]), (a, b)
+    assert kept == [getattr(module, name) for module, name in controls.PATCHED]
 
 
 def test_the_oracle_knows_the_truth():
-    oracle = run.Oracle()
+    oracle = controls.Oracle()
     oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3
     truth = Seen(None, one_hot(oracle.label, 3)[:, 1:])
     assert torch.allclose(oracle(truth), torch.ones(4, 2)) and oracle.error(truth).sum() == 0
@@ -93,11 +135,52 @@ def test_the_oracle_knows_the_truth():
     )
 
 
+def test_the_oracle_is_told_the_labels_of_the_batch(tiny):
+    """Its answers for the labels that the file holds are 1, whatever was augmented."""
+    info = h5.read_info("runs/tiny.h5")
+    job = run.Job("tiny", "mean_teacher", "oracle", 0)
+    args = train_ssl.parse_args(run.options("tiny", job, "out"))
+    train_ssl.set_defaults(args, info)
+    with controls.stand_in(controls.Oracle):
+        oracle, _ = checkpoints.load_quality("none")
+        slices = loading.load_slices(info, "train", args.size, None, labels=False)
+        item = slices.fetch(torch.arange(6), torch.rand(6, 3))
+        batch = train_ssl.views((item, item, torch.ones(6)), info, args, torch.device("cpu"))
+        label = one_hot(oracle.label, 4)
+    assert label[:, 1:].any() and torch.allclose(oracle(Seen(batch.u, label[:, 1:])), true_dice(label, label)[:, 1:])
+    bright = (batch.u * label[:, 3:]).sum() / label[:, 3].sum()
+    assert bright > batch.u.mean()  # the label lies where the image has the chamber
+
+
 def test_a_shuffled_g_answers_for_the_next_image():
     counts = lambda seen: seen.image[:, 0, 0, :1]
-    g = run.Shuffled(FakeG(counts, counts, counts))
+    g = controls.Shuffled(FakeG(counts, counts, counts))
     image = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
     assert all(f(Seen(image, None)).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
+
+
+def test_an_ensemble_answers_by_its_mean_probabilities():
+    """Two sure networks that disagree on the left half: belief, expected Dice, error by hand."""
+
+    class Says(torch.nn.Module):
+        def __init__(self, label):
+            super().__init__()
+            self.label = label
+
+        def forward(self, image):
+            return 50 * one_hot(self.label, 2)
+
+    left = torch.zeros(1, 8, 8, dtype=torch.long)
+    left[..., :4] = 1
+    both = controls.Ensemble([Says(left), Says(torch.ones_like(left))])
+    seen = Seen(torch.zeros(1, 1, 8, 8), left[:, None].float())
+    belief = both.belief(seen)[0, 1]
+    assert torch.allclose(belief[:, :4], torch.ones(8, 4))
+    assert torch.allclose(belief[:, 4:], torch.full((8, 4), 0.5))
+    s = 64 / 10_000
+    assert both(seen).item() == pytest.approx((2 * 32 + s) / (32 + 32 + 16 + s))
+    assert torch.allclose(both.error(seen)[0, :, :4], torch.zeros(8, 4), atol=1e-6)
+    assert torch.allclose(both.error(seen)[0, :, 4:], torch.full((8, 4), 0.5))
 
 
 def test_intervals_by_hand():
@@ -108,175 +191,91 @@ def test_intervals_by_hand():
     assert table.interval(np.full((3, 8), 2.0), np.arange(8)).tolist() == [2, 2]
     d = np.random.default_rng(1).normal(1, 1, (1, 400))
     low, high = table.interval(d, np.arange(400))
-    assert low == pytest.approx(d.mean() - 1.96 * d.std() / 20, abs=0.01) and high == pytest.approx(
-        d.mean() + 1.96 * d.std() / 20, abs=0.01
-    )
-    few, groups = (
-        np.repeat(np.random.default_rng(2).normal(0, 1, (1, 8)), 10, 1),
-        np.repeat(np.arange(8), 10),
-    )
+    half = 1.96 * d.std() / 20
+    assert low == pytest.approx(d.mean() - half, abs=0.01)
+    assert high == pytest.approx(d.mean() + half, abs=0.01)
+    few = np.repeat(np.random.default_rng(2).normal(0, 1, (1, 8)), 10, 1)
+    groups = np.repeat(np.arange(8), 10)
     alike, apart = (np.ptp(table.interval(few, g)) for g in (groups, np.arange(80)))
     assert alike > 2 * apart
     seeds = np.array([[0.0] * 50, [1.0] * 50, [2.0] * 50])
     assert table.interval(seeds, np.arange(50)).tolist() == [0, 2]
 
 
-def test_at_a_glance(tmp_path, monkeypatch, capsys):
-    """Runs are added to what is kept, and pairs counted by hand.
-
-    A family whose `full` lacks a seed is none yet.
-    """
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """made(data, name, dice): a finished run whose cases have this Dice at best, .1 less last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
-    (tmp_path / "runs/v/ph2/g").mkdir(parents=True)
-    (tmp_path / "runs/v/ph2/g/qp.pt").write_text("g")
 
-    def made(family, row, dice, seeds=(0, 1, 2), lam=1):
-        for seed in seeds:
-            folder = tmp_path / f"runs/v/ph2/{family}-{row}-{lam}-{seed}"
-            (folder / "test").mkdir(parents=True)
-            (folder / "log.csv").write_text(f"step,val_dice\n100,0.99\n200,{dice}\n")
-            lines = [
-                f"{checkpoint},{case},{case},{dice + case / 100},1"
-                for checkpoint in ("best.pt", "last.pt")
-                for case in range(3)
-            ]
-            (folder / "test/cases.csv").write_text(
-                "\n".join(["checkpoint,case,patient,dice,hd95", *lines])
-            )
-
-    made("supervised", "none", 0.5)
-    for family, none, correct, full in (
-        ("pseudo_label", 0.6, 0.7, 0.75),
-        ("mean_teacher", 0.6, 0.59, 0.7),
-        ("ict", 0.6, 0.62, 0.7),
-        ("cps", 0.6, 0.5, 0.6),
-    ):
-        (
-            made(family, "none", none),
-            made(family, "correct", correct),
-            made(family, "full", full, seeds=(0, 1) if family == "cps" else (0, 1, 2)),
-        )
-    made("pseudo_label", "none", 0.5, seeds=[0], lam=0.3)  # a lambda that is worse on val
-    made("ict", "correct_qw", 0.65)
-    (
-        made("unimatch", "none", 0.6),
-        made("unimatch", "correct", 0.598),
-        made("unimatch", "full", 0.59),
-    )  # where labels harm, there is no half to reach
-    table.add("ph2")
-    shutil.rmtree("runs")
-    table.glance(["ph2"], "correct")
-    table.glance(["ph2"], "correct_qw")
-    out, weighted = capsys.readouterr().out.split("### correct_qw")
-    assert (
-        "| supervised | 51.0 |" in out
-        and "| pseudo_label | 61.0 → 71.0, +10.0 [+10.0, +10.0]; all labels +15.0 |" in out
-        and "cps" not in out
-    )
-    assert (
-        "Of 4 pairs" in out
-        and "above its own baseline in 2, with an interval above zero in 2;" in out
-    )
-    assert "would give in 1; it is more than .3 points below in 1." in out
-    assert (
-        "| mean of the families | +2.7 [+2.7, +2.7] |" in out
-    )  # (10 - 1 + 2 - .2) / 4, the same for every seed and case
-    assert (
-        "| ict | 61.0 → 66.0, +5.0 [+5.0, +5.0]; all labels +10.0 |" in weighted
-        and "Of 1 pairs" in weighted
-        and "would give in 1;" in weighted
-    )
-
-
-def test_what_is_kept_grows(tmp_path, monkeypatch):
-    """A second session's runs join those of the first, and replace those of the same name.
-
-    Other test cases are refused.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
-    g = tmp_path / "runs/v/ph2/g/qp.pt"
-    g.parent.mkdir(parents=True)
-    g.write_text("g")
-    for asked in (
-        lambda: table.runs_of("ph2"),
-        lambda: table.add("ph2"),
-        lambda: table.draw("f.png", []),
-    ):
-        with pytest.raises(InputError, match="no (finished )?run of|nothing to draw"):
-            asked()
-
-    def made(name, dice, cases="abc"):
-        folder = tmp_path / "runs/v/ph2" / name
-        (folder / "test").mkdir(parents=True, exist_ok=True)
-        (folder / "log.csv").write_text(f"step,val_dice\n200,{dice}\n")
-        (folder / "test/cases.csv").write_text(
-            "\n".join(
-                [
-                    "checkpoint,case,patient,dice,hd95",
-                    *(f"best.pt,{c},p{c},{dice},{i / 3}" for i, c in enumerate(cases)),
-                ]
-            )
-        )
-        table.add("ph2")
-        shutil.rmtree(folder)
-
-    made("ict-none-0.3-0", 0.5), made("ict-correct_qw-1-2", 0.6), made("ict-none-0.3-0", 0.7)
-    runs, patients = table.runs_of("ph2")
-    assert {
-        (*key, lam, seed) for key, by in runs.items() for lam, seeds in by.items() for seed in seeds
-    } == {("ict", "none", 0.3, 0), ("ict", "correct_qw", 1.0, 2)}
-    found = runs["ict", "none"][0.3][0]
-    assert (found.val, patients) == (0.7, ["pa", "pb", "pc"]) and found.scores["best.pt"][
-        "dice"
-    ].tolist() == [0.7] * 3
-    assert found.scores["best.pt"]["hd95"].tolist() == [0, 0.3333, 0.6667]
-    for cases in ("abcd", "bac"):
-        with pytest.raises(InputError, match="other test cases"):
-            made("ict-none-1-0", 0.5, cases=cases)
-    shutil.rmtree(tmp_path / "runs/v/ph2/ict-none-1-0")
-    g.write_text("another g")
-    with pytest.raises(InputError, match="another g"):
-        made("ict-none-1-0", 0.5)
-
-
-def test_table_and_figure(tmp_path, monkeypatch, capsys):
-    """The command, from runs to what is printed and drawn.
-
-    Lambda is that of the best val, the smaller one where two are equal.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
-    for name, val, dice in (
-        ("none-0.3-0", 0.6, 0.4),
-        ("none-1-0", 0.6, 0.7),
-        ("none-3-0", 0.5, 0.9),
-        ("correct_qw-1-0", 0.7, 0.5),
-    ):
-        folder = tmp_path / f"runs/v/cvc/ict-{name}/test"
+    def make(data, name, dice, cases="abc"):
+        folder = tmp_path / f"runs/evidence/small/{data}/{name}/test"
         folder.mkdir(parents=True)
-        (folder.parent / "log.csv").write_text(f"step,val_dice\n300,{val}\n")
-        (folder / "cases.csv").write_text(
-            "\n".join(
-                [
-                    "checkpoint,case,patient,dice,hd95",
-                    *(
-                        f"{part}.pt,{c},{c % 2},{dice},7"
-                        for part in ("best", "last")
-                        for c in range(4)
-                    ),
-                ]
-            )
-        )
-    (tmp_path / "runs/v/cvc/g").mkdir()
-    (tmp_path / "runs/v/cvc/g/qp.pt").write_text("g")
-    monkeypatch.setattr(sys, "argv", ["table.py", "cvc", "--add", "--out", "f.png"])
-    table.main()
+        lines = ["checkpoint,case,patient,dice,hd95"]
+        for checkpoint, less in (("best.pt", 0), ("last.pt", 0.1)):
+            for case in cases:
+                lines.append(f"x/{checkpoint},{case},p{case},{dice - less + 0.05},7")
+                lines.append(f"x/{checkpoint},{case},p{case},{dice - less - 0.05},7")
+        (folder / "cases.csv").write_text("\n".join(lines))
+
+    return make
+
+
+def test_tables_by_hand(made, capsys, monkeypatch):
+    """Gains are paired by seed; a mean over methods has only the seeds that all have."""
+    for seed in range(3):
+        made("ph2", f"bcp-none-{seed}", 0.6 + 0.1 * seed)
+        made("ph2", f"bcp-qw-{seed}", 0.63 + 0.1 * seed)
+        made("ph2", f"bcp-published-{seed}", 0.7)
+    made("ph2", "ict-none-0", 0.5)
+    made("ph2", "ict-qw-0", 0.51)
+    made("ph2", "ict-correct_qw-0", 0.6)
+    made("ph2", "ict-distill_qw-0", 0.58)
+    made("cvc", "bcp-none-0", 0.3)
+    table.main(["--add", "--out", "f.png"])
+    best, last = capsys.readouterr().out.split("at the end")
+    assert "| bcp | none |  | 70.0 ± 10.0 |  | 30.0 (1) |" in best
+    assert "| bcp | none |  | 60.0 ± 10.0 |  | 20.0 (1) |" in last
+    assert "| bcp | qw |  | +3.0 [+3.0, +3.0] |  |  |" in best
+    assert "| ict | qw |  | +1.0 [+1.0, +1.0] (1) |  |  |" in best
+    assert "| ict | correct_qw over distill_qw |  | +2.0 [+2.0, +2.0] (1) |  |  |" in best
+    assert "| **mean** | qw |  | +2.0 [+2.0, +2.0] (1) |  |  |" in best
+    assert "published" not in best and os.path.getsize("f.png") > 10_000
+    shutil.rmtree("runs")
+    table.main(["--baselines"])
     out = capsys.readouterr().out
-    assert (
-        "| ict | none | 0.3 | 1 | 40.0 | 7.0 |  |  |" in out
-        and "| ict | correct_qw | 1 | 1 | 50.0 | 7.0 | +10.0 [+10.0, +10.0] | [+10.0, +10.0] |"
-        in out
-    )
-    assert "### cvc, last.pt" in out and (tmp_path / "f.png").stat().st_size > 10_000
+    assert "| bcp | 70.0 ± 10.0 | 70.0 ± 0.0 |  |  | 30.0 (1) |  |" in out
+    assert "| ict | 50.0 (1) |  |  |  |  |  |" in out
+
+
+def test_what_is_kept_grows(made):
+    """A second session's runs join those of the first, and replace those of the same name."""
+    with pytest.raises(InputError, match="nothing to draw"):
+        table.draw("f.png", table.Table("best.pt"))
+    made("ph2", "ict-none-0", 0.5)
+    table.add("small")
+    shutil.rmtree("runs")
+    made("ph2", "ict-none-0", 0.7)
+    made("ph2", "ict-none-1", 0.6)
+    table.add("small")
+    with open(table.SCORES, "rb") as f:
+        before = f.read()
+    table.add("small")
+    with open(table.SCORES, "rb") as f:
+        assert f.read() == before
+    runs = table.Table("best.pt").runs["ph2", "ict", "none"]
+    assert {seed: one.dice.mean().round(4) for seed, one in runs.items()} == {0: 0.7, 1: 0.6}
+    assert runs[0].patients == ["pa", "pb", "pc"] and runs[0].hd95.tolist() == [7, 7, 7]
+    made("ph2", "ict-qw-0", 0.5, cases="abd")
+    with pytest.raises(InputError, match="other test cases"):
+        table.add("small")
+
+
+def test_the_command_lists_what_is_left(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "run --data tiny --methods ict --seeds 2 --list".split())
+    monkeypatch.setattr(run, "TIERS", {"small": ""})
+    os.makedirs("runs/evidence/small/tiny/ict-qw-2/test")
+    open("runs/evidence/small/tiny/ict-qw-2/test/summary.json", "w").close()
+    run.main()
+    left = ["ict-none-2", "ict-correct_qw-2"]
+    assert capsys.readouterr().out.split() == [f"runs/evidence/small/tiny/{name}" for name in left]

@@ -1,18 +1,16 @@
-"""The tables and the figure of README.md, from scores.csv.gz.
+"""The tables and the figure of README.md and ../baselines/README.md, from scores.csv.gz.
 
-    python -m results.evidence.table ph2 cvc acdc_3 --out results/evidence/evidence.png
-    python -m results.evidence.table ph2 --add    # first adds the finished runs of run.py
+    python -m results.evidence.table --out results/evidence/evidence.png
+    python -m results.evidence.table --add      # first adds the finished runs of run.py
+    python -m results.evidence.table --baselines
 
-scores.csv.gz has the best Dice on val of each run, and Dice and HD95 of each test case (mean over
-classes), so that a table needs no runs.
+scores.csv.gz has Dice and HD95 of each test case (mean over classes) for each run, so that a table
+needs no runs. The row `published` is the authors' training step in the place of ours.
 
-For every family and row, lambda is the one with the best Dice on val for seed 0, of those that
-were tried. Scores are those on test of best.pt (chosen on val): Dice in %, with its mean and
-deviation over seeds, and HD95. The difference of Dice is to the family's own row `none`, paired
-over the seeds that both rows have. Its 95% interval comes from 10,000 bootstrap samples: seeds and
-cases (or patients) are drawn with replacement, the same for both rows. Of three seeds that is a
-rough interval, too narrow where seeds differ more than cases do. Of one seed it is an interval over
-cases alone. The figure has the intervals over patients.
+A gain is the difference of Dice to the row `none` of the same method, in points, paired over seeds
+and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of video:
+sequences) are drawn with replacement, the same for both rows. Of three seeds that is a rough
+interval, too narrow where seeds differ more than patients do.
 """
 
 import collections
@@ -21,172 +19,165 @@ import glob
 import gzip
 import io
 import os
+import statistics
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from data import figures
-from data.files import InputError, checksum, replacing
+from data.files import InputError, replacing
 from data.options import Parser, cli, picture
-from results.evidence.run import DATA, FAMILIES, ROWS, best_on_val
+from results.evidence.run import DATA, ROWS, SEEDS
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores.csv.gz")
-COLUMNS = ["data", "g", "run", "val", "checkpoint", "case", "patient", "dice", "hd95"]
-METRICS = ["dice", "hd95"]
+COLUMNS = ["data", "method", "row", "seed", "checkpoint", "case", "patient", "dice", "hd95"]
+CHECKPOINTS = {"best.pt": "at the best validation since lambda set in", "last.pt": "at the end"}
 
 
-@dataclass
-class Run:
-    val: float  # best Dice on val after the common start
-    scores: dict  # {checkpoint: {metric: scores of the cases, an array}}
-
-
-@dataclass
-class DataSet:
-    g: int  # CRC-32 of its file
-    patients: dict  # {case: patient}
-    runs: dict  # {FAMILY-ROW-LAM-SEED: Run}
-
-
-@dataclass
-class Gain:
-    """A difference of Dice, in points, with its intervals (low, high)."""
-
-    mean: float
-    by_case: tuple
-    by_patient: tuple
-
-
-@dataclass
-class Point:
-    """What the figure shows of a row."""
+class Key(NamedTuple):
+    """A run, and one of its two checkpoints."""
 
     data: str
-    family: str
+    method: str
     row: str
-    gain: Gain
+    seed: int
+    checkpoint: str
+
+
+@dataclass
+class Scores:
+    """Of a checkpoint, for each test case."""
+
+    patients: list
+    dice: np.ndarray
+    hd95: np.ndarray
+
+
+class Gain(NamedTuple):
+    """A difference of Dice to the row `none`, in points, and its interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self):
+        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return text if self.seeds == len(SEEDS) else f"{text} ({self.seeds})"
 
 
 # ------------------------------------------------------------------------------ scores of runs
 
 
-def read(folder, start):
-    """Reads a finished run. -> Run, {case: patient}"""
-    patients = {}
-    classes = collections.defaultdict(list)  # scores of the classes of a case
+def read(folder):
+    """The scores of a finished run. -> {checkpoint: Scores}"""
+    classes = collections.defaultdict(list)  # (Dice, HD95) of the classes of a case
+    patient = {}
     with open(f"{folder}/test/cases.csv", newline="") as f:
         for row in csv.DictReader(f):
-            patients[row["case"]] = row["patient"]
-            for metric in METRICS:
-                key = (os.path.basename(row["checkpoint"]), metric, row["case"])
-                classes[key].append(float(row[metric]))
-    scores = {}
-    for (checkpoint, metric, _), values in classes.items():
-        of = scores.setdefault(checkpoint, {name: [] for name in METRICS})
-        of[metric].append(np.mean(values).round(4))
-    return Run(best_on_val(f"{folder}/log.csv", start), as_arrays(scores)), patients
-
-
-def as_arrays(scores):
-    """{checkpoint: {metric: list}} -> the same with arrays"""
-    return {
-        checkpoint: {metric: np.array(values) for metric, values in of.items()}
-        for checkpoint, of in scores.items()
-    }
+            patient[row["case"]] = row["patient"]
+            key = os.path.basename(row["checkpoint"]), row["case"]
+            classes[key].append((float(row["dice"]), float(row["hd95"])))
+    found = {}
+    for checkpoint in CHECKPOINTS:
+        means = [np.mean(classes[checkpoint, case], 0).round(4) for case in patient]
+        found[checkpoint] = Scores(list(patient.values()), *np.array(means).T)
+    return found, list(patient)
 
 
 def kept():
-    """What scores.csv.gz holds. -> {data: DataSet}"""
-    sets = {}
-    if not os.path.isfile(SCORES):
-        return sets
-    with gzip.open(SCORES, "rt", newline="") as f:
-        for row in csv.DictReader(f):
-            mine = sets.setdefault(row["data"], DataSet(int(row["g"]), {}, {}))
-            mine.patients[row["case"]] = row["patient"]
-            run = mine.runs.setdefault(row["run"], Run(float(row["val"]), {}))
-            of = run.scores.setdefault(row["checkpoint"], {name: [] for name in METRICS})
-            for metric in METRICS:
-                of[metric].append(float(row[metric]))
-    for mine in sets.values():
-        for run in mine.runs.values():
-            run.scores = as_arrays(run.scores)
-    return sets
+    """What scores.csv.gz holds. -> {Key: Scores}, {data: its cases}"""
+    lines, cases = collections.defaultdict(list), {}
+    if os.path.isfile(SCORES):
+        with gzip.open(SCORES, "rt", newline="") as f:
+            for row in csv.DictReader(f):
+                of = row["data"], row["method"], row["row"], int(row["seed"]), row["checkpoint"]
+                lines[Key(*of)].append(row)
+    found = {}
+    for key, rows in lines.items():
+        cases[key.data] = [row["case"] for row in rows]
+        dice, hd95 = (np.array([float(row[name]) for row in rows]) for name in ("dice", "hd95"))
+        found[key] = Scores([row["patient"] for row in rows], dice, hd95)
+    return found, cases
 
 
-def keep(sets):
-    """Writes scores.csv.gz; the same scores give the same bytes."""
+def add(tier):
+    """Adds the finished runs to scores.csv.gz, in the place of older ones of the same name.
+
+    InputError for other test cases than those that are kept: they could not be compared.
+    """
+    found, cases = kept()
+    for path in sorted(glob.glob(f"runs/evidence/{tier}/*/*/test/cases.csv")):
+        folder = os.path.dirname(os.path.dirname(path))
+        data, name = folder.split(os.sep)[-2:]
+        method, row, seed = name.rsplit("-", 2)
+        scores, its_cases = read(folder)
+        if cases.setdefault(data, its_cases) != its_cases:
+            raise InputError(f"{folder}: has other test cases than the runs in {SCORES}")
+        for checkpoint, one in scores.items():
+            found[Key(data, method, row, int(seed), checkpoint)] = one
     with replacing(SCORES) as temporary, open(temporary, "wb") as file:
-        packed = gzip.GzipFile("", "wb", 9, file, mtime=0)
+        packed = gzip.GzipFile("", "wb", 9, file, mtime=0)  # the same scores give the same bytes
         with io.TextIOWrapper(packed, "utf-8", newline="") as text:
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows(lines_of(sets))
+            for key, one in sorted(found.items(), key=lambda item: item[0]):
+                columns = cases[key.data], one.patients, one.dice, one.hd95
+                writer.writerows([*key, *line] for line in zip(*columns, strict=True))
 
 
-def lines_of(sets):
-    """A line for each case of each checkpoint of each run."""
-    for data, mine in sets.items():
-        for name, run in sorted(mine.runs.items()):
-            for checkpoint, of in run.scores.items():
-                of_run = (data, mine.g, name, run.val, checkpoint)
-                cases = zip(mine.patients.items(), of["dice"], of["hd95"], strict=True)
-                for (case, patient), dice, hd95 in cases:
-                    yield *of_run, case, patient, dice, hd95
+class Table:
+    """The scores of one checkpoint. {(data, method, row): {seed: Scores}}"""
 
+    def __init__(self, checkpoint):
+        self.runs = collections.defaultdict(dict)
+        for key, scores in kept()[0].items():
+            if key.checkpoint == checkpoint:
+                self.runs[key.data, key.method, key.row][key.seed] = scores
 
-def add(data):
-    """Adds the finished runs of a data set to what is kept, in the place of older ones of the same
-    name. InputError for runs with another g or other test cases: they could not be compared."""
-    sets = kept()
-    g = f"runs/v/{data}/g/qp.pt"
-    for path in sorted(glob.glob(f"runs/v/{data}/*/test/cases.csv")):
-        folder = os.path.dirname(os.path.dirname(path))
-        run, patients = read(folder, DATA[data]["start"])
-        mine = sets.setdefault(data, DataSet(checksum(g), patients, {}))
-        same_cases = list(mine.patients.items()) == list(patients.items())
-        if mine.g != checksum(g) or not same_cases:
-            raise InputError(
-                f"{folder}: has another g or other test cases than the runs of "
-                f"{data} in {SCORES}; remove those"
-            )
-        mine.runs[os.path.basename(folder)] = run
-    if data not in sets:
-        raise InputError(f"runs/v/{data}: no finished run of run.py, and none in {SCORES}")
-    keep(sets)
+    def methods(self, *rows):
+        """The methods that have a run of one of the rows, in the order of the list of runs."""
+        return list(dict.fromkeys(m for _, m, row in self.runs if row in rows))
 
+    def dice(self, data, method, row):
+        """Mean and deviation of Dice over seeds, %; fewer than three seeds are counted. -> text"""
+        runs = self.runs.get((data, method, row), {})
+        if not runs:
+            return ""
+        found = [100 * scores.dice.mean() for scores in runs.values()]
+        text = f"{statistics.mean(found):.1f}"
+        if len(found) > 1:
+            text += f" ± {statistics.stdev(found):.1f}"
+        return text if len(found) == len(SEEDS) else f"{text} ({len(found)})"
 
-def runs_of(data):
-    """-> {(family, row): {lambda: {seed: Run}}}, the patient of each case"""
-    mine = kept().get(data)
-    if not mine:
-        raise InputError(f"{SCORES}: holds no run of {data}; --add those of run.py")
-    found = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for name, run in mine.runs.items():
-        family, row, lam, seed = name.rsplit("-", 3)
-        found[family, row][float(lam)][int(seed)] = run
-    return found, list(mine.patients.values())
+    def difference(self, data, method, row, other="none"):
+        """Paired differences of Dice to another row, in points. -> [seeds, cases], patients"""
+        ours, base = (self.runs.get((data, method, r), {}) for r in (row, other))
+        seeds = sorted(set(ours) & set(base))
+        if not seeds:
+            return None, None
+        found = np.stack([100 * (ours[s].dice - base[s].dice) for s in seeds])
+        return found, ours[seeds[0]].patients
 
+    def gain(self, data, methods, row, other="none"):
+        """The Gain of a row, in the mean over methods; None if one of them has not run.
 
-def chosen(by_lambda):
-    """The lambda of the best Dice on val for seed 0, of those that were tried on it.
-
-    -> lambda, {seed: Run}; None, None where seed 0 is missing
-    """
-    tried = sorted(lam for lam, seeds in by_lambda.items() if 0 in seeds)
-    if not tried:
-        return None, None
-    best = max(tried, key=lambda lam: by_lambda[lam][0].val)
-    return best, by_lambda[best]
-
-
-# ------------------------------------------------------------------------------ differences
+        Only seeds that all methods have count.
+        """
+        found = [self.difference(data, method, row, other) for method in methods]
+        if not found or any(one is None for one, _ in found):
+            return None
+        count = min(len(one) for one, _ in found)
+        mean = np.mean([one[:count] for one, _ in found], 0)  # [seeds, cases]
+        return Gain(mean.mean(), *interval(mean, found[0][1]), count)
 
 
 def interval(difference, groups, count=10_000):
     """95% bootstrap interval of the mean of difference [seeds, cases]; seeds and groups of cases (a
-    number each) are drawn with replacement."""
+    name each) are drawn with replacement."""
     rng = np.random.default_rng(0)
+    groups = np.asarray(groups)
     S = len(difference)
     members = [groups == g for g in np.unique(groups)]
     sums = np.stack([[row[m].sum() for m in members] for row in difference])  # [seeds, groups]
@@ -199,236 +190,130 @@ def interval(difference, groups, count=10_000):
     return np.percentile(means, [2.5, 97.5])
 
 
-def differences(ours, base, checkpoint):
-    """Paired differences of Dice, in points, over common seeds. -> [seeds, cases]"""
-    dice = lambda run: run.scores[checkpoint]["dice"]
-    seeds = sorted(set(ours) & set(base))
-    return 100 * np.stack([dice(ours[s]) - dice(base[s]) for s in seeds])
-
-
-def gain_of(difference, patients):
-    """difference: [seeds, cases] -> Gain"""
-    cases = np.arange(difference.shape[1])
-    groups = np.unique(patients, return_inverse=True)[1]
-    return Gain(difference.mean(), interval(difference, cases), interval(difference, groups))
-
-
-def between(limits):
-    """An interval as text."""
-    low, high = limits
-    return f"[{low:+.1f}, {high:+.1f}]"
-
-
 # ------------------------------------------------------------------------------ tables
 
 
-def table(data, checkpoint):
-    """Prints the Markdown table of one data set. -> a Point for each row with a difference"""
-    points = []
-    runs, patients = runs_of(data)
-    print(f"\n### {data}, {checkpoint}\n")
-    print(
-        "| family | guidance | lambda | seeds | Dice % | HD95 px "
-        "| difference to its own baseline | by patient |\n|" + "---|" * 8
-    )
-    for family in FAMILIES:
-        _, base = chosen(runs.get((family, "none"), {}))
+def lines_of(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def baselines(table):
+    """Ours without guidance beside the published step, a line for each method."""
+    data = [name for name in DATA if not DATA[name].archive]
+    head = ["method", *(text for name in data for text in (f"{name}, ours", "published"))]
+    rows = []
+    for method in table.methods("none", "published"):
+        cells = [table.dice(name, method, row) for name in data for row in ("none", "published")]
+        rows.append([method, *cells])
+    return lines_of(head, rows)
+
+
+def gains(table):
+    """Dice of the rows without guidance, and what each other row gains on it."""
+    rows = []
+    for method in table.methods("none"):
         for row in ROWS:
-            lam, seeds = chosen(runs.get((family, row), {}))
-            if not seeds:
-                continue
-            cells = [family, row, f"{lam:g}", str(len(seeds)), *scores_of(seeds, checkpoint)]
-            if base and row != "none" and set(base) & set(seeds):
-                gain = gain_of(differences(seeds, base, checkpoint), patients)
-                points.append(Point(data, family, row, gain))
-                cells += [f"{gain.mean:+.1f} {between(gain.by_case)}", between(gain.by_patient)]
-            else:
-                cells += ["", ""]
-            print("| " + " | ".join(cells) + " |")
-    return points
+            plain = row in ("none", "all")
+            cells = [cell(table, data, [method], row, plain) for data in DATA]
+            if any(cells):
+                rows.append([method, row, *cells])
+        cells = [cell(table, data, [method], *AGAINST) for data in DATA]
+        if any(cells):
+            rows.append([method, " over ".join(AGAINST), *cells])
+    for row, *other in [*zip(MEAN_OF), AGAINST]:
+        cells = [cell(table, data, table.methods(row), row, *other) for data in DATA]
+        rows.append(["**mean**", " over ".join([row, *other]), *cells])
+    return lines_of(["method", "row", *DATA], rows)
 
 
-def scores_of(seeds, checkpoint):
-    """Dice in % with its deviation over seeds, and HD95, as text."""
-    of = [run.scores[checkpoint] for run in seeds.values()]
-    dice = np.array([100 * scores["dice"].mean() for scores in of])
-    hd95 = np.mean([scores["hd95"].mean() for scores in of])
-    scatter = f" ± {dice.std(ddof=1):.1f}" if len(dice) > 1 else ""
-    return f"{dice.mean():.1f}{scatter}", f"{hd95:.1f}"
+MEAN_OF = ["qw", "correct_qw", "distill_qw"]
+AGAINST = ["correct_qw", "distill_qw"]
 
 
-@dataclass
-class Pair:
-    """A family on a data set, with all three seeds of its baseline, guided row and all labels."""
-
-    base: float  # Dice of the baseline
-    guided: float  # Dice of the guided row
-    full: float  # what all labels give above the baseline
-    difference: np.ndarray
-    gain: Gain
-
-    def text(self):
-        change = f"{self.base:.1f} → {self.guided:.1f}, {self.gain.mean:+.1f}"
-        return f"{change} {between(self.gain.by_patient)}; all labels {self.full:+.1f}"
-
-
-def glance(sets, guided, checkpoint="best.pt"):
-    """Prints a guided row beside each family's own baseline and all labels, a column for each data
-    set, and how many pairs gain.
-
-    A pair counts once these three rows have run with seeds 0, 1 and 2. In the last row the
-    difference is, for each seed and case, the mean over the families above, whose runs share seeds,
-    cases and their supervised beginning.
-    """
-    cells = collections.defaultdict(dict)
-    pairs = []
-    for data in sets:
-        runs, patients = runs_of(data)
-        mine = {}
-        for family in FAMILIES:
-            rows = [chosen(runs.get((family, row), {}))[1] for row in ("none", guided, "full")]
-            if family == "supervised" and rows[0]:
-                cells[family][data] = f"{mean_dice(rows[0], checkpoint):.1f}"
-            if all(seeds and set(seeds) == {0, 1, 2} for seeds in rows):
-                mine[family] = pair_of(*rows, patients, checkpoint)
-                cells[family][data] = mine[family].text()
-        if len(mine) > 1:
-            pooled = np.mean([pair.difference for pair in mine.values()], 0)
-            gain = gain_of(pooled, patients)
-            cells["mean of the families"][data] = f"{gain.mean:+.1f} {between(gain.by_patient)}"
-        pairs += mine.values()
-    if not pairs:
-        return
-    print(f"\n### {guided}\n\n| family | " + " | ".join(sets) + " |")
-    print("|" + "---|" * (len(sets) + 1))
-    for family in [*FAMILIES, "mean of the families"]:
-        if family in cells:
-            row = [cells[family].get(data, "") for data in sets]
-            print(f"| {family} | " + " | ".join(row) + " |")
-    print(f"\n{count(pairs, guided)}")
-
-
-def mean_dice(seeds, checkpoint):
-    """Mean Dice over seeds and cases, %."""
-    return 100 * np.mean([run.scores[checkpoint]["dice"].mean() for run in seeds.values()])
-
-
-def pair_of(none, ours, full, patients, checkpoint):
-    base = mean_dice(none, checkpoint)
-    most = mean_dice(full, checkpoint) - base
-    difference = differences(ours, none, checkpoint)
-    gain = gain_of(difference, patients)
-    return Pair(base, mean_dice(ours, checkpoint), most, difference, gain)
-
-
-def count(pairs, guided):
-    """A sentence: how many pairs gain, how surely, and how much."""
-    above = sum(p.gain.mean > 0 for p in pairs)
-    surely = sum(p.gain.by_patient[0] > 0 for p in pairs)
-    half = sum(0 < p.full <= 2 * p.gain.mean for p in pairs)
-    below = sum(p.gain.mean < -0.3 for p in pairs)
-    return (
-        f"Of {len(pairs)} pairs of a family and a data set `{guided}` is above its own "
-        f"baseline in {above}, with an interval above zero in {surely}; it reaches half of "
-        f"what all labels would give in {half}; it is more than .3 points below in {below}."
-    )
+def cell(table, data, methods, row, other="none"):
+    """A Gain as text, or Dice where `other` is True."""
+    if other is True:
+        return table.dice(data, *methods, row)
+    gain = table.gain(data, methods, row, other or "none")
+    return str(gain) if gain else ""
 
 
 # ------------------------------------------------------------------------------ figure
 
-SHOWN = {
+SHOWN = {  # rows, and what the figure calls them
+    "qw": "QW of the image (the paper's)",
+    "qw_by_ensemble": "QW by the ensemble",
     "correct": "correction",
-    "correct_qw": "correction, weighted",
+    "correct_qw": "correction with QW",
+    "distill_qw": "the same by the ensemble: distillation",
     "blind": "correction, mask unseen",
-    "blind_qw": "correction, weighted, mask unseen",
-    "qw_pixel": "QW, pixel",
-    "qw": "QW, image (the paper's)",
-    "conf": "confidence, image",
-    "conf_pixel": "confidence, pixel",
-    "shuffled_pixel": "QW, pixel, shuffled g",
+    "shuffled": "QW, shuffled g",
+    "oracle": "QW by true Dice",
     "qar": "QAR",
-    "qar_hard": "QAR, hard masks",
-    "qar_fresh": "QAR, g refreshed",
-    "full": "all labels",
 }
 
 
-def draw(path, points):
-    """Draws each difference to the family's own baseline with its interval over patients, a panel
-    for each data set."""
-    points = [p for p in points if p.row in SHOWN]
+def draw(path, table):
+    """Draws each gain with its interval, a panel for each data set."""
+    points = {
+        (data, method, row): table.gain(data, [method], row)
+        for data in DATA
+        for method in table.methods("none")
+        for row in SHOWN
+    }
+    points = {key: gain for key, gain in points.items() if gain}
     if not points:
-        raise InputError("no row beside a family's `none`, so there is nothing to draw")
-    sets = list(dict.fromkeys(p.data for p in points))
-    families = [f for f in FAMILIES if any(p.family == f for p in points)]
-    rows = [row for row in SHOWN if any(p.row == row for p in points)]
-    step = 1 / (len(rows) + 1.5)  # a family is 1 high
-
-    size = (3.6 * len(sets), 1.2 + 0.16 * len(families) / step)
+        raise InputError(f"{SCORES}: no row beside a method's `none`, so there is nothing to draw")
+    sets = [data for data in DATA if any(key[0] == data for key in points)]
+    methods = [m for m in table.methods("none") if any(key[1] == m for key in points)]
+    rows = [row for row in SHOWN if any(key[2] == row for key in points)]
+    step = 1 / (len(rows) + 1.5)  # a method is 1 high
+    size = (3.2 * len(sets), 1.2 + 0.16 * len(methods) / step)
     figure, axes = figures.pyplot().subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
     handles = {}
     for axis, data in zip(axes[0], sets):
-        for point in points:
-            if point.data == data:
-                k = rows.index(point.row)
-                y = families.index(point.family) + (k + 1) * step
-                handles[point.row] = draw_point(axis, point, y, k)
+        for (of, method, row), gain in points.items():
+            if of == data:
+                k = rows.index(row)
+                y = methods.index(method) + (k + 1) * step
+                handles[row] = axis.errorbar(
+                    gain.mean,
+                    y,
+                    xerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
+                    fmt="os^Dv<>pP"[k],
+                    markersize=4,
+                    color=figures.color(k),
+                    capsize=2,
+                )
         axis.axvline(0, color="black", linewidth=0.8)
-        for y in range(1, len(families)):
+        for y in range(1, len(methods)):
             axis.axhline(y, color="0.85", linewidth=0.8)
-        axis.set(title=data, xlabel="difference in Dice, points", ylim=(len(families), 0))
-        middles = [i + 0.5 for i in range(len(families))]
-        axis.set_yticks(middles, [f.replace("_", " ") for f in families])
-    figure.legend(
-        [handles[row] for row in rows],
-        [SHOWN[row] for row in rows],
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
-    figure.tight_layout()
+        axis.set(title=data, xlabel="gain in Dice, points", ylim=(len(methods), 0))
+    axes[0, 0].set_yticks([i + 0.5 for i in range(len(methods))], methods)
+    shown = [row for row in rows if row in handles]
+    names = [SHOWN[row] for row in shown]
+    figure.legend([handles[row] for row in shown], names, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figures.save_figure(figure, path)
 
 
-def draw_point(axis, point, y, k):
-    """Draws one row, the k-th of the legend. -> its handle"""
-    low, high = point.gain.by_patient
-    mean = point.gain.mean
-    return axis.errorbar(
-        mean,
-        y,
-        xerr=[[mean - low], [high - mean]],
-        fmt="os^D"[k % 4],
-        markersize=4,
-        color="0.5" if point.row == "full" else figures.color(k),
-        capsize=2,
-    )
-
-
-def main():
+def main(argv=None):
     p = Parser(__doc__, prog="python -m results.evidence.table")
-    p.add_argument("data", nargs="+", choices=DATA)
-    p.add_argument(
-        "--add",
-        action="store_true",
-        help="first add the finished runs under runs/v to scores.csv.gz",
-    )
+    p.add_argument("--add", action="store_true", help="first add the finished runs to the scores")
+    p.add_argument("--tier", default="small", help="of which runs")
+    p.add_argument("--baselines", action="store_true", help="ours beside published code instead")
     p.add_argument("--out", type=picture, help="the figure")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.add:
-        for data in args.data:
-            add(data)
-    for guided in ("correct_qw", "correct"):
-        glance(args.data, guided)
-    points = []
-    for data in args.data:
-        points += table(data, "best.pt")
-    for data in args.data:
-        table(data, "last.pt")
+        add(args.tier)
+    for checkpoint, when in CHECKPOINTS.items():
+        table = Table(checkpoint)
+        text = baselines(table) if args.baselines else gains(table)
+        print(f"Test Dice, %, {when}\n\n{text}\n")
     if args.out:
-        draw(args.out, points)
+        draw(args.out, Table("best.pt"))
 
 
 if __name__ == "__main__":

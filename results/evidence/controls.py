@@ -1,0 +1,162 @@
+"""What stands in for g in the experiment's controls, and train_ssl.py with such a stand-in.
+
+The oracle needs labels that training must not see, so that none of this is in train_ssl.py.
+
+Legend: B batch, U unlabeled batch, K classes, C channels, *S the grid.
+"""
+
+import contextlib
+
+import torch
+from torch.nn import functional as F
+
+import train_ssl
+from data import augment, loading
+from models import checkpoints
+from models.losses import one_hot
+from models.quality import Seen, quality_target, true_dice, with_background
+
+
+class Oracle(torch.nn.Module):
+    """Answers by the labels [U, *S] of the unlabeled images: the true Dice, and where it is wrong.
+
+    views() of show_labels() sets `label` and `classes`.
+    """
+
+    def forward(self, seen):
+        return true_dice(seen.mask, self.truth(len(seen))[:, 1:])
+
+    def error(self, seen):
+        return (seen.mask != self.truth(len(seen))[:, 1:]).any(1).float()
+
+    def belief(self, seen):
+        return self.truth(len(seen))
+
+    def truth(self, count):
+        return one_hot(self.label[:count], self.classes)
+
+
+class Shuffled(torch.nn.Module):
+    """g, whose answers go to the next image of the batch: the same values, without knowledge."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.g = g
+
+    def forward(self, seen):
+        return self.g(seen).roll(1, 0)
+
+    def error(self, seen):
+        return self.g.error(seen).roll(1, 0)
+
+    def belief(self, seen):
+        return self.g.belief(seen).roll(1, 0)
+
+
+class Blind(torch.nn.Module):
+    """g that is not shown the mask, as if it were f's teacher."""
+
+    def __init__(self, g):
+        super().__init__()
+        self.g = g
+
+    def belief(self, seen):
+        logits = self.g.logits(seen) / self.g.temperature  # [members, views, B, K, *S]
+        withheld = logits[:, 0]  # the first view does not show the mask
+        p = withheld.softmax(2).mean(0)
+        return F.interpolate(p, seen.mask.shape[2:], mode="bilinear")
+
+
+class Ensemble(torch.nn.Module):
+    """Supervised segmentation networks that answer as g does, by the mean of their probabilities.
+
+    They have never seen a mask. What they teach is distillation, without a quality predictor.
+    """
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = torch.nn.ModuleList(nets)
+
+    def belief(self, seen):
+        return torch.stack([net(seen.image).float().softmax(1) for net in self.nets]).mean(0)
+
+    def forward(self, seen):
+        return quality_target(seen.mask, self.belief(seen)[:, 1:])
+
+    def error(self, seen):
+        return 1 - (with_background(seen.mask) * self.belief(seen)).sum(1)
+
+
+class Segments(torch.nn.Module):
+    """A stand-in for g as a segmentation network, by its belief for an empty mask.
+
+    [B, C, *S] -> logits [B, K, *S]
+    """
+
+    def __init__(self, g, classes):
+        super().__init__()
+        self.g = g
+        self.classes = classes
+
+    def forward(self, image):
+        nothing = torch.zeros(len(image), self.classes, *image.shape[2:])
+        return self.g.belief(Seen.of_probabilities(image, nothing, soft=True)).log()
+
+
+PATCHED = [
+    (train_ssl, "views"),
+    (train_ssl, "look"),
+    (checkpoints, "load_quality"),
+    (loading, "load_slices"),
+]
+
+
+@contextlib.contextmanager
+def stand_in(make):
+    """train_ssl.py with make(g) in the place of g. make: None leaves g as it is."""
+    kept = [getattr(module, name) for module, name in PATCHED]
+    load = checkpoints.load_quality
+
+    def load_quality(path, *more):
+        g, _ = load(path, *more)
+        return make(g), []
+
+    if make is not None:
+        train_ssl.look = lambda *_: {}  # it would ask a stand-in about val
+        checkpoints.load_quality = load_quality
+    if make is Oracle:
+        show_labels()
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(PATCHED, kept):
+            setattr(module, name, value)
+
+
+def show_labels():
+    """Puts an oracle in the place of g; each batch tells it the labels of the unlabeled images."""
+    oracle = Oracle()
+    load_slices = loading.load_slices
+
+    def with_labels(info, split, size, names=None, labels=True):
+        return load_slices(info, split, size, names)
+
+    def views(fetched, info, args, device):
+        """train_ssl.views() that tells the oracle the labels of the unlabeled images."""
+        K = len(info.classes)
+        labeled, unlabeled, _ = fetched
+        x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
+        x = train_ssl.channels_last(augment.strong(x, args.strength, info.color))
+        y = one_hot(y, K)
+        if unlabeled is None:
+            return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
+        u, oracle.label = augment.weak(*loading.standardized(unlabeled, device), args.flip)
+        oracle.classes = K
+        u = train_ssl.channels_last(u)
+        s1 = train_ssl.channels_last(augment.strong(u, color=info.color))
+        s2 = train_ssl.channels_last(augment.strong(u, color=info.color))
+        return train_ssl.Batch(x, y, u, s1, s2)
+
+    train_ssl.views = views
+    checkpoints.load_quality = lambda *_: (oracle, [])
+    loading.load_slices = with_labels
