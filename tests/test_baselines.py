@@ -1,12 +1,6 @@
-"""Baselines stay healthy.
-
-Pseudo-labels do not collapse, an alarm says where they do, and the comparison behind
-results/baselines is right.
-"""
+"""Baselines stay healthy: pseudo-labels do not collapse, and an alarm says where they do."""
 
 import csv
-import os
-import shutil
 
 import numpy as np
 import pytest
@@ -15,8 +9,6 @@ import torch
 import train_ssl
 from data import augment, h5
 from models.losses import dice_loss, one_hot
-from results.baselines import compare
-from results.evidence.run import split
 
 
 @pytest.fixture(scope="module")
@@ -262,57 +254,3 @@ def test_a_run_of_other_losses_is_not_resumed(gray, tmp_path, refused):
         "another version",
         "--overwrite",
     )
-
-
-@pytest.mark.parametrize("row", ["cps", "pseudo_label_correct_qw"])
-def test_a_run_of_the_comparison_is_the_whole_command(
-    row, gray, gray_quality, tmp_path, monkeypatch
-):
-    """Going on from the shared start gives the weights and the log of the whole command.
-
-    To the last bit; its scores come into the table.
-    """
-    monkeypatch.chdir(tmp_path)
-    os.makedirs("runs")
-    split([gray, "runs/tiny.h5", "--patients", "1"])
-    monkeypatch.setattr(compare, "START", 2)
-    size = "--size 32 --width 4 --batch 3 --batch-unlabeled 3"
-    time = "--steps 5 --eval-every 1 --lam-warmup 0.4 --lam-ramp 0"
-    monkeypatch.setattr(compare, "COMMON", [*size.split(), *time.split()])
-    monkeypatch.setattr(compare, "DATA", {"tiny": "--labeled 4"})
-    monkeypatch.setattr(compare, "SCORES", "scores.csv")
-    os.makedirs("runs/b/tiny/g")
-    shutil.copy(gray_quality[1], "runs/b/tiny/g/qp.pt")
-    compare.run("tiny", row, 1)
-    train_ssl.main(compare.command("tiny", row, 1, "whole"))
-    a, b = (
-        torch.load(path, weights_only=True)
-        for path in (f"runs/b/tiny/{row}-1/last.pt", "whole/last.pt")
-    )
-    assert all(
-        torch.equal(x[k], y[k])
-        for x, y in zip([*a["nets"], a["teacher"]], [*b["nets"], b["teacher"]])
-        for k in x
-    )
-    logs = [
-        [
-            {k: v for k, v in line.items() if k != "ms"}
-            for line in csv.DictReader(open(f"{out}/log.csv"))
-        ]
-        for out in (f"runs/b/tiny/{row}-1", "whole")
-    ]
-    assert all(line in logs[1] for line in logs[0]) and len(logs[0]) >= 3
-    assert ("ours", "tiny", row, "1") in compare.collect()
-
-
-def test_the_table_by_hand(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "SCORES", "scores.csv")
-    scores = {("ours", "ph2", "bcp", str(seed)): (90.0 + seed, 80.0) for seed in range(3)} | {
-        ("published", "ph2", "bcp", "0"): (70.0, 60.0)
-    }
-    compare.keep(scores)
-    assert compare.collect() == scores
-    assert "| bcp | 91.0 ± 1.0 | 70.0 (1) |" in compare.table(
-        scores, 0
-    ) and "| bcp | 80.0 ± 0.0 | 60.0 (1) |" in compare.table(scores, 1)

@@ -147,7 +147,9 @@ def test_the_oracle_is_told_the_labels_of_the_batch(tiny):
         item = slices.fetch(torch.arange(6), torch.rand(6, 3))
         batch = train_ssl.views((item, item, torch.ones(6)), info, args, torch.device("cpu"))
         label = one_hot(oracle.label, 4)
-    assert label[:, 1:].any() and torch.allclose(oracle(Seen(batch.u, label[:, 1:])), true_dice(label, label)[:, 1:])
+    assert label[:, 1:].any() and torch.allclose(
+        oracle(Seen(batch.u, label[:, 1:])), true_dice(label, label)[:, 1:]
+    )
     bright = (batch.u * label[:, 3:]).sum() / label[:, 3].sum()
     assert bright > batch.u.mean()  # the label lies where the image has the chamber
 

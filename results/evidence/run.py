@@ -93,11 +93,14 @@ CONTROLS = {"blind": Blind, "shuffled": Shuffled, "oracle": Oracle}  # what stan
 BY_ENSEMBLE = ("distill_qw", "qw_by_ensemble")
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
-    ("mean_teacher bcp", "none qw correct_qw distill_qw"),
+    ("mean_teacher", "none qw correct_qw distill_qw"),
+    ("bcp", "none"),
+    ("bcp", "qw correct_qw distill_qw"),
     ("supervised", "all"),
     ("fixmatch", "none qw correct_qw distill_qw"),
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
-    ("pseudo_label cps unimatch", "none qw correct_qw"),
+    ("cps unimatch pseudo_label", "none"),
+    ("cps unimatch pseudo_label", "qw correct_qw"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("ua_mt ict contrastive", "none qw correct_qw"),
 ]
@@ -211,11 +214,11 @@ def from_start(path, args):
     return state
 
 
-# ------------------------------------------------------------------------------ g, and its stand-ins
+# ----------------------------------------------------------------------- g, and its stand-ins
 
 
 def control_of(tier, job):
-    """What makes the stand-in of a row from g, or None. g and the ensemble are trained if missing."""
+    """What makes the stand-in of a row from g, or None; trains g and the ensemble if missing."""
     if "--qp" not in options(tier, job, "-"):
         return None
     train_quality(tier, job.data)

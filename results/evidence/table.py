@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import train_ssl
 from data import figures
 from data.files import InputError, replacing
 from data.options import Parser, cli, picture
@@ -137,8 +138,9 @@ class Table:
                 self.runs[key.data, key.method, key.row][key.seed] = scores
 
     def methods(self, *rows):
-        """The methods that have a run of one of the rows, in the order of the list of runs."""
-        return list(dict.fromkeys(m for _, m, row in self.runs if row in rows))
+        """The methods that have a run of one of the rows."""
+        found = {method for _, method, row in self.runs if row in rows}
+        return [method for method in train_ssl.METHODS if method in found]
 
     def dice(self, data, method, row):
         """Mean and deviation of Dice over seeds, %; fewer than three seeds are counted. -> text"""
