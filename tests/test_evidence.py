@@ -78,12 +78,19 @@ def test_a_run_from_the_common_start_is_the_whole_run(job, tiny):
 
 
 def test_a_run_that_another_process_is_at_is_passed_over(tiny, monkeypatch, capsys):
-    def claim(out):
-        raise InputError(f"{out}: another process is writing to it")
+    """The list goes on with the next."""
+    asked = []
 
-    monkeypatch.setattr(run, "claim", claim)
-    run.run("tiny", run.Job("tiny", "ict", "none", 0))
-    assert capsys.readouterr().out.startswith("passed over: runs/evidence/tiny/tiny/ict-none-0")
+    def run_one(tier, job):
+        asked.append(job.row)
+        if job.row == "qw":
+            raise InputError("runs/x: another process is writing to it")
+
+    monkeypatch.setattr(run, "run", run_one)
+    monkeypatch.setattr(sys, "argv", "run --data tiny --methods ict --seeds 2 --tier tiny".split())
+    run.main()
+    assert asked == ["none", "qw", "correct_qw"]
+    assert capsys.readouterr().out == "passed over: runs/x: another process is writing to it\n"
 
 
 def test_an_archive_is_unlabeled_and_shares_the_start_and_g():

@@ -701,6 +701,27 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bcps_teacher_takes_the_statistics_of_the_batch(kind):
+    """Running statistics, which come from pasted images, do not matter to it, and stay."""
+    nets, teacher, batch = setting(kind)
+    torch.manual_seed(7)
+    _, [term] = step_of("bcp", nets, teacher, batch, "--no-largest-component")
+    floats = [b for b in teacher.buffers() if b.is_floating_point()]
+    before = [b.clone() for b in floats]
+    assert not any(m.training for m in teacher.modules())
+    for b in floats:
+        b.add_(torch.rand_like(b))
+    _, [other] = step_of("bcp", nets, teacher, batch, "--no-largest-component")
+    assert torch.equal(term.label.p, other.label.p)
+    one, _ = step_of("bcp", nets, copy.deepcopy(teacher), batch)
+    assert not torch.allclose(train_ssl.probabilities(teacher, batch.u), term.label.p)
+    assert all(not torch.equal(a, b) for a, b in zip(before, floats)) and one.requires_grad
+    kept = [b.clone() for b in floats]
+    step_of("bcp", nets, teacher, batch)
+    assert all(torch.equal(a, b) for a, b in zip(kept, floats))
+
+
 def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised():
     _, teacher, batch = setting("4-class gray", count=5)
     echo = Echo(torch.randn(1, 4, 32, 32))

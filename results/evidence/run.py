@@ -19,10 +19,10 @@ its weights are those of the whole command, to the last bit.
 """
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from typing import NamedTuple
@@ -168,14 +168,14 @@ def finished(folder):
 
 
 def run(tier, job):
-    """Trains one run and scores it on test, unless that is done, or another process is at it."""
+    """Trains one run and scores it on test, unless that is done.
+
+    InputError if another process is at it, or at what it needs.
+    """
     out = place(tier, job)
     if finished(out):
         return
-    try:
-        lock = claim(out)
-    except InputError as error:
-        return print(f"passed over: {error}")
+    lock = claim(out)
     print(f"\n{out}", flush=True)
     with stand_in(control_of(tier, job)):
         train(tier, job, out)
@@ -315,29 +315,42 @@ def main():
     p.add_argument("--jobs", type=number(1, 64), default=1, help="runs at once")
     p.add_argument("--list", action="store_true", help="only print what is left")
     args = p.parse_args()
-    mine = [job for job in jobs() if is_asked(job, args) and not finished(place(args.tier, job))]
     if args.list:
-        return print(*(place(args.tier, job) for job in mine), sep="\n")
+        return print(*(place(args.tier, job) for job in left(args)), sep="\n")
+    if args.jobs == 1:
+        return work(args)
+    apart = multiprocessing.get_context("spawn")
+    processes = [apart.Process(target=work, args=(args,)) for _ in range(args.jobs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def work(args):
+    """Goes through what is left. When the time is over, a run writes its last.pt and ends."""
     if args.minutes is not None:
         end = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
         end.daemon = True
         end.start()
-    if args.jobs > 1:
-        words = [word for word in sys.argv[1:]]
-        at = words.index("--jobs")
-        alone = [sys.executable, "-m", "results.evidence.run", *words[:at], *words[at + 2 :]]
-        return [child.wait() for child in [subprocess.Popen(alone) for _ in range(args.jobs)]]
-    for job in mine:
-        run(args.tier, job)
+    for job in left(args):
+        try:
+            run(args.tier, job)
+        except InputError as error:
+            print(f"passed over: {error}", flush=True)
 
 
-def is_asked(job, args):
-    return (
-        job.data in args.data
+def left(args):
+    """The jobs that are asked for and not finished."""
+    return [
+        job
+        for job in jobs()
+        if job.data in args.data
         and job.method in args.methods
         and job.row in args.rows
         and job.seed in args.seeds
-    )
+        and not finished(place(args.tier, job))
+    ]
 
 
 if __name__ == "__main__":
