@@ -1070,120 +1070,66 @@ def mask_views(info, samples, i, mask, spacing):
 # -------------------------------------------------------------------------------- options and main
 
 
+# fmt: off
 def parse_args(argv=None):
     p = Parser(__doc__, prog="corrupt.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", type=folder, required=True, help="folder for vqm.h5 and weak/")
     p.section("what is labeled, and what is made of it")
-    p.add_argument(
-        "--labeled",
-        default="all",
-        help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all",
-    )
+    p.add_argument("--labeled", default="all",
+                   help="labeled train patients: a number (7: the first 7), a fraction (0.1) or "
+                        "all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
-    p.add_argument(
-        "--size",
-        type=grid,
-        help="side of the masks' grid (default 224); "
-        "of volumes D,H,W of a patch (default 80,112,112)",
-    )
-    p.add_argument(
-        "--patches",
-        type=number(1, 10_000),
-        default=8,
-        help="volumes: patches of each labeled train volume, at random places",
-    )
-    p.add_argument(
-        "--foreground",
-        type=SHARE,
-        metavar="SHARE",
-        help="volumes: the chance of each of these patches to be centered on a voxel of a class "
-        "that the volume holds, the class drawn first (default: 1/3, as in train_ssl.py)",
-    )
-    p.add_argument(
-        "--masks",
-        type=number(1, 100_000),
-        help="masks of each labeled train slice (default 200) or patch (default 50)",
-    )
-    p.add_argument(
-        "--val-masks",
-        type=number(1, 100_000),
-        default=20,
-        help="synthetic masks of each val slice, or of each patch that tiles a val volume",
-    )
-    p.add_argument(
-        "--balance",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draw train masks so that the histogram of Dice is flat; the paper does not",
-    )
+    p.add_argument("--size", type=grid,
+                   help="side of the masks' grid (default 224); of volumes D,H,W of a patch "
+                        "(default 80,112,112)")
+    p.add_argument("--patches", type=number(1, 10_000), default=8,
+                   help="volumes: patches of each labeled train volume, at random places")
+    p.add_argument("--foreground", type=SHARE, metavar="SHARE",
+                   help="volumes: the chance of each of these patches to be centered on a voxel "
+                        "of a class that the volume holds, the class drawn first (default: 1/3, "
+                        "as in train_ssl.py)")
+    p.add_argument("--masks", type=number(1, 100_000),
+                   help="masks of each labeled train slice (default 200) or patch (default 50)")
+    p.add_argument("--val-masks", type=number(1, 100_000), default=20,
+                   help="synthetic masks of each val slice, or of each patch that tiles a val "
+                        "volume")
+    p.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
+                   help="draw train masks so that the histogram of Dice is flat; the paper does "
+                        "not")
     p.section("harvest")
-    p.add_argument(
-        "--harvest-share",
-        type=SHARE,
-        default=0.5,
-        help="share of train masks that are outputs of weak networks; paper: 0.05",
-    )
-    p.add_argument(
-        "--folds",
-        type=number(1),
-        default=2,
-        help="weak networks predict the fold that they were not trained on; "
-        "1: one for all, the paper",
-    )
-    p.add_argument(
-        "--harvest-epochs",
-        type=numbers,
-        default="1,3,5,10,15,20",
-        help="epochs after which a weak network is saved",
-    )
-    p.add_argument(
-        "--harvest-steps",
-        type=number(1),
-        default=10,
-        help="least steps of a harvest epoch, for few images",
-    )
-    p.add_argument(
-        "--harvest-batch",
-        type=number(1, 65_536),
-        help="slices (default 16) or patches (default 2) in a step of the weak networks",
-    )
-    p.add_argument(
-        "--flip",
-        type=flip_axes,
-        metavar="AXES",
-        help="axes along which images of the weak networks may be flipped: H,W or H "
-        "or none (default: all; give stages 1 to 3 the same)",
-    )
+    p.add_argument("--harvest-share", type=SHARE, default=0.5,
+                   help="share of train masks that are outputs of weak networks; paper: 0.05")
+    p.add_argument("--folds", type=number(1), default=2,
+                   help="weak networks predict the fold that they were not trained on; 1: one for "
+                        "all, the paper")
+    p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20",
+                   help="epochs after which a weak network is saved")
+    p.add_argument("--harvest-steps", type=number(1), default=10,
+                   help="least steps of a harvest epoch, for few images")
+    p.add_argument("--harvest-batch", type=number(1, 65_536),
+                   help="slices (default 16) or patches (default 2) in a step of the weak networks")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images of the weak networks may be flipped: H,W or H or "
+                        "none (default: all; give stages 1 to 3 the same)")
     p.section("running")
     p.add_argument("--workers", type=number(1, 1000), default=1, help="processes that make masks")
-    p.add_argument(
-        "--preview",
-        type=picture,
-        metavar="FILE.png",
-        help="draw a grid of masks with name and Dice",
-    )
+    p.add_argument("--preview", type=picture, metavar="FILE.png",
+                   help="draw a grid of masks with name and Dice")
     h5.add_show(p)
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
     p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument(
-        "--amp",
-        choices=("auto", "off", "bf16", "fp16"),
-        default="auto",
-        help="mixed precision of the weak networks",
-    )
-    p.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same masks each time also on a GPU, at a price (on a CPU they are anyway)",
-    )
-    p.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with a run that was interrupted: keeps the weak networks that it has trained",
-    )
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+                   help="mixed precision of the weak networks")
+    p.add_argument("--deterministic", action="store_true",
+                   help="the same masks each time also on a GPU, at a price (on a CPU they are "
+                        "anyway)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with a run that was interrupted: keeps the weak networks that it "
+                        "has trained")
     p.add_argument("--overwrite", action="store_true", help="replace the masks that OUT holds")
     return p.parse_args(argv)
+# fmt: on
 
 
 def set_defaults(args, info):

@@ -1200,106 +1200,65 @@ def next_command(args, runs):
 # ---------------------------------------------------------------------------------------- options
 
 
+# fmt: off
 def parse_args(argv=None):
     p = Parser(__doc__, prog="evaluate.py")
-    p.add_argument(
-        "data",
-        help="dataset file; with --predict also a folder of pictures or of NIfTI volumes, or one "
-        "of these",
-    )
-    p.add_argument(
-        "checkpoints", nargs="+", help="best.pt, last.pt or step*.pt of one or more runs"
-    )
-    p.add_argument(
-        "--out", type=folder, required=True, help="folder for tables, pictures and masks"
-    )
+    p.add_argument("data",
+                   help="dataset file; with --predict also a folder of pictures or of NIfTI "
+                        "volumes, or one of these")
+    p.add_argument("checkpoints", nargs="+",
+                   help="best.pt, last.pt or step*.pt of one or more runs")
+    p.add_argument("--out", type=folder, required=True,
+                   help="folder for tables, pictures and masks")
     p.section("what to do")
-    p.add_argument(
-        "--split",
-        choices=(*h5.SPLITS, "held_out"),
-        help="cases to score, which need labels (default: val), or to --predict (default: "
-        "unlabeled, else val); held_out: train cases whose labels no run and no g has learned from",
-    )
-    p.add_argument(
-        "--grid",
-        choices=("stored", "source"),
-        default="stored",
-        help="score on the grids of the dataset, or on those that the sources had "
-        "before a converter resampled them, as masks of --predict have",
-    )
-    p.add_argument(
-        "--regions",
-        metavar="NAME=CLASSES;...",
-        help="score unions of classes, too, as in 'whole=1,2,3;core=1,3': numbers or names of "
-        "classes; the means stay those of classes",
-    )
-    p.add_argument(
-        "--predict",
-        action="store_true",
-        help="write the masks of one checkpoint instead of scoring; needs no labels; with --qp "
-        "also a list of them, worst first",
-    )
-    p.add_argument(
-        "--weights",
-        choices=("student", "teacher"),
-        default="student",
-        help="the trained network or its EMA",
-    )
-    p.add_argument(
-        "--baseline",
-        metavar="RUN",
-        help="compare the other rows of the same --labeled with this one, a row's name or a "
-        "checkpoint's path: difference in Dice, patient by patient, with its interval and a test",
-    )
-    p.add_argument(
-        "--largest-component",
-        action="store_true",
-        help="keep the largest connected component of each class, in scores and masks (where --qp "
-        "compares estimates with the truth, it sees the outputs as they are)",
-    )
-    p.add_argument(
-        "--overwrite", action="store_true", help="with --predict: replace the masks that OUT holds"
-    )
+    p.add_argument("--split", choices=(*h5.SPLITS, "held_out"),
+                   help="cases to score, which need labels (default: val), or to --predict "
+                        "(default: unlabeled, else val); held_out: train cases whose labels no "
+                        "run and no g has learned from")
+    p.add_argument("--grid", choices=("stored", "source"), default="stored",
+                   help="score on the grids of the dataset, or on those that the sources had "
+                        "before a converter resampled them, as masks of --predict have")
+    p.add_argument("--regions", metavar="NAME=CLASSES;...",
+                   help="score unions of classes, too, as in 'whole=1,2,3;core=1,3': numbers or "
+                        "names of classes; the means stay those of classes")
+    p.add_argument("--predict", action="store_true",
+                   help="write the masks of one checkpoint instead of scoring; needs no labels; "
+                        "with --qp also a list of them, worst first")
+    p.add_argument("--weights", choices=("student", "teacher"), default="student",
+                   help="the trained network or its EMA")
+    p.add_argument("--baseline", metavar="RUN",
+                   help="compare the other rows of the same --labeled with this one, a row's name "
+                        "or a checkpoint's path: difference in Dice, patient by patient, with its "
+                        "interval and a test")
+    p.add_argument("--largest-component", action="store_true",
+                   help="keep the largest connected component of each class, in scores and masks "
+                        "(where --qp compares estimates with the truth, it sees the outputs as "
+                        "they are)")
+    p.add_argument("--overwrite", action="store_true",
+                   help="with --predict: replace the masks that OUT holds")
     p.section("quality of the outputs")
-    p.add_argument(
-        "--qp",
-        metavar="QP.pt",
-        help="quality predictor: compare its and simpler estimates with each output's true "
-        "quality; with --predict: list the masks by the Dice that it predicts, worst first",
-    )
-    p.add_argument(
-        "--second",
-        metavar="RUN.pt",
-        help="with --qp: an independent run, whose opinion on the outputs is one more estimate",
-    )
+    p.add_argument("--qp", metavar="QP.pt",
+                   help="quality predictor: compare its and simpler estimates with each output's "
+                        "true quality; with --predict: list the masks by the Dice that it "
+                        "predicts, worst first")
+    p.add_argument("--second", metavar="RUN.pt",
+                   help="with --qp: an independent run, whose opinion on the outputs is one more "
+                        "estimate")
     p.section("pictures")
-    p.add_argument(
-        "--pictures",
-        type=number(0),
-        default=20,
-        help="cases to draw, evenly spread from best to worst; 0 draws nothing at all",
-    )
+    p.add_argument("--pictures", type=number(0), default=20,
+                   help="cases to draw, evenly spread from best to worst; 0 draws nothing at all")
     h5.add_show(p)
     p.section("running")
-    p.add_argument(
-        "--batch",
-        type=number(1, 65_536),
-        help="slices or windows of a volume in one pass (default: what is as large as 32 slices of "
-        "224 x 224)",
-    )
-    p.add_argument(
-        "--workers",
-        type=number(0, 1000),
-        default=min(8, cores()),
-        help="processes that score the cases of large data sets while the next ones "
-        "are predicted; 0: none",
-    )
-    p.add_argument(
-        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ..."
-    )
-    p.add_argument(
-        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision"
-    )
+    p.add_argument("--batch", type=number(1, 65_536),
+                   help="slices or windows of a volume in one pass (default: what is as large as "
+                        "32 slices of 224 x 224)")
+    p.add_argument("--workers", type=number(0, 1000), default=min(8, cores()),
+                   help="processes that score the cases of large data sets while the next ones "
+                        "are predicted; 0: none")
+    p.add_argument("--device", type=device_name, default="auto",
+                   help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+                   help="mixed precision")
     inference.add_window_options(p)
     args = p.parse_args(argv)
     if args.second and not args.qp:
@@ -1311,6 +1270,7 @@ def parse_args(argv=None):
             "--regions"
         )
     return args
+# fmt: on
 
 
 def cores():

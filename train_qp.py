@@ -521,124 +521,68 @@ def leave_if_stopped(stop, run, data, args):
 # -------------------------------------------------------------------------------- options and main
 
 
+# fmt: off
 def parse_args(argv=None):
     p = Parser(__doc__, prog="train_qp.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--vqm", required=True, help="masks of variable quality, from corrupt.py")
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
-    p.add_argument(
-        "--size",
-        type=grid,
-        help="side of the images that g sees, or D,H,W that patches are resized to (default: "
-        "the masks' own; of slices, with --head dense, half of it, measured no worse)",
-    )
+    p.add_argument("--size", type=grid,
+                   help="side of the images that g sees, or D,H,W that patches are resized to "
+                        "(default: the masks' own; of slices, with --head dense, half of it, "
+                        "measured no worse)")
     p.section("network")
-    p.add_argument(
-        "--head",
-        choices=HEADS,
-        default="dense",
-        help="dense: image, mask -> truth -> expected Dice; scalar: the paper's ResNet-18",
-    )
-    p.add_argument(
-        "--width",
-        type=number(1, 256),
-        help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 and 32)",
-    )
-    p.add_argument(
-        "--members",
-        type=number(1, 64),
-        default=3,
-        help="dense: U-Nets whose predictions of the truth are averaged",
-    )
-    p.add_argument(
-        "--mask-dropout",
-        type=SHARE,
-        default=0.5,
-        help="dense: share of training samples whose mask is withheld",
-    )
-    p.add_argument(
-        "--quality-loss",
-        type=number(0, 1e6, float),
-        default=1.0,
-        help="dense: weight of the error in Dice beside that in pixels",
-    )
-    p.add_argument(
-        "--dropout", type=number(0, 0.99, float), default=0.15, help="scalar: before the last layer"
-    )
-    p.add_argument(
-        "--encoder-weights",
-        "--pretrained",
-        metavar="FILE",
-        help="scalar: ResNet-18 state dict of torchvision or timm to start from; or the word "
-        "imagenet, which downloads torchvision's",
-    )
+    p.add_argument("--head", choices=HEADS, default="dense",
+                   help="dense: image, mask -> truth -> expected Dice; scalar: the paper's "
+                        "ResNet-18")
+    p.add_argument("--width", type=number(1, 256),
+                   help="channels of the first stage (default: dense 16, scalar 64; of volumes 8 "
+                        "and 32)")
+    p.add_argument("--members", type=number(1, 64), default=3,
+                   help="dense: U-Nets whose predictions of the truth are averaged")
+    p.add_argument("--mask-dropout", type=SHARE, default=0.5,
+                   help="dense: share of training samples whose mask is withheld")
+    p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0,
+                   help="dense: weight of the error in Dice beside that in pixels")
+    p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15,
+                   help="scalar: before the last layer")
+    p.add_argument("--encoder-weights", "--pretrained", metavar="FILE",
+                   help="scalar: ResNet-18 state dict of torchvision or timm to start from; or "
+                        "the word imagenet, which downloads torchvision's")
     p.section("training (epochs, masks, batch, decay and patience are the paper's)")
     p.add_argument("--epochs", type=number(1), default=150, help="at most")
-    p.add_argument(
-        "--per-image", type=number(1), default=50, help="masks of each slice or patch in an epoch"
-    )
-    p.add_argument(
-        "--batch", type=number(2, 65_536), help="masks in a step (default: 32, of volumes 4)"
-    )
-    p.add_argument(
-        "--lr",
-        type=number(0, 10, float),
-        help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)",
-    )
-    p.add_argument(
-        "--ema",
-        type=number(0, 0.999999, float),
-        default=0.99,
-        help="g is the moving average of the trained weights; 0: they themselves",
-    )
+    p.add_argument("--per-image", type=number(1), default=50,
+                   help="masks of each slice or patch in an epoch")
+    p.add_argument("--batch", type=number(2, 65_536),
+                   help="masks in a step (default: 32, of volumes 4)")
+    p.add_argument("--lr", type=number(0, 10, float),
+                   help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
+    p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
+                   help="g is the moving average of the trained weights; 0: they themselves")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
-    p.add_argument(
-        "--select",
-        choices=("last", "best"),
-        help="keep the last epoch, or the best on val's real outputs "
-        "(default: dense last, scalar best)",
-    )
-    p.add_argument(
-        "--patience",
-        type=number(1),
-        default=25,
-        help="--select best: epochs without a better one before stopping",
-    )
-    p.add_argument(
-        "--strength",
-        type=SHARE,
-        default=0.5,
-        help="of augmentation: intensity, rotation, scale and shift",
-    )
-    p.add_argument(
-        "--flip",
-        type=flip_axes,
-        metavar="AXES",
-        help="axes along which images and masks may be flipped: H,W or H or none "
-        "(default: all; give stages 1 to 3 the same)",
-    )
-    p.add_argument(
-        "--soft",
-        type=SHARE,
-        default=0.3,
-        help="share of masks shown soft (blurred, or a weak network's probabilities)",
-    )
+    p.add_argument("--select", choices=("last", "best"),
+                   help="keep the last epoch, or the best on val's real outputs (default: dense "
+                        "last, scalar best)")
+    p.add_argument("--patience", type=number(1), default=25,
+                   help="--select best: epochs without a better one before stopping")
+    p.add_argument("--strength", type=SHARE, default=0.5,
+                   help="of augmentation: intensity, rotation, scale and shift")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images and masks may be flipped: H,W or H or none "
+                        "(default: all; give stages 1 to 3 the same)")
+    p.add_argument("--soft", type=SHARE, default=0.3,
+                   help="share of masks shown soft (blurred, or a weak network's probabilities)")
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything")
-    p.add_argument(
-        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ..."
-    )
-    p.add_argument(
-        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision"
-    )
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile g: slow to start, then faster on GPUs"
-    )
-    p.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)",
-    )
+    p.add_argument("--device", type=device_name, default="auto",
+                   help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+                   help="mixed precision")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile g: slow to start, then faster on GPUs")
+    p.add_argument("--deterministic", action="store_true",
+                   help="the same weights each time also on a GPU, at a price (on a CPU they are "
+                        "anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
@@ -648,6 +592,7 @@ def parse_args(argv=None):
     if args.head == "scalar" and (args.width or 8) < 8:
         raise InputError(f"--width {args.width}: --head scalar needs at least 8 channels")
     return args
+# fmt: on
 
 
 def set_defaults(args, dims):

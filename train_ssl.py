@@ -1195,222 +1195,116 @@ def is_over(progress, args):
 # ------------------------------------------------------------------------------------------ options
 
 
+# fmt: off
 def parse_args(argv=None):
     p = Parser(__doc__, prog="train_ssl.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
     p.section("what is labeled")
-    p.add_argument(
-        "--labeled",
-        default="all",
-        help="labeled train patients: a number (7: the first 7), a fraction (0.1) or all",
-    )
+    p.add_argument("--labeled", default="all",
+                   help="labeled train patients: a number (7: the first 7), a fraction (0.1) "
+                        "or all")
     p.add_argument("--labeled-seed", type=SEED, help="draw the labeled patients at random")
-    p.add_argument(
-        "--unlabeled",
-        metavar="OTHER.h5",
-        help="a second file whose train and unlabeled images join the unlabeled ones",
-    )
+    p.add_argument("--unlabeled", metavar="OTHER.h5",
+                   help="a second file whose train and unlabeled images join the unlabeled ones")
     add_method_options(p)
     p.section("quality guidance")
     p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
-    p.add_argument(
-        "--weight",
-        choices=("none", "confidence", "quality"),
-        default="none",
-        help="what weights a pseudo-label (QW: quality)",
-    )
-    p.add_argument(
-        "--weight-level",
-        choices=("image", "class", "pixel"),
-        help="one weight per image, per pixel by its pseudo-class, or per pixel by the chance that "
-        "it is right (default: image, as in the paper; of --weight quality with a dense head and "
-        "without --correct: pixel)",
-    )
+    p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none",
+                   help="what weights a pseudo-label (QW: quality)")
+    p.add_argument("--weight-level", choices=("image", "class", "pixel"),
+                   help="one weight per image, per pixel by its pseudo-class, or per pixel by the "
+                        "chance that it is right (default: image, as in the paper; of --weight "
+                        "quality with a dense head and without --correct: pixel)")
     p.add_argument("--weight-power", type=number(0, 100, float), default=2.0, help="w = q^power")
-    p.add_argument(
-        "--weight-threshold",
-        type=SHARE,
-        help="w = 0 where q is below (default: quality .5, confidence .9)",
-    )
-    p.add_argument(
-        "--correct",
-        action="store_true",
-        help="g (dense head) sees each pseudo-label and predicts the truth, which replaces the "
-        "pseudo-label, also for --conf-threshold and --weight",
-    )
-    p.add_argument(
-        "--qar",
-        type=number(0, 1e6, float),
-        default=0.0,
-        help="lambda_qar after its ramp; the paper's value is 0.01",
-    )
-    p.add_argument(
-        "--qar-share",
-        type=number(1e-6, 1, float),
-        default=1 / 3,
-        help="of a step's unlabeled images, those on which QAR is taken (two or more); 1: all, as "
-        "in the paper",
-    )
-    p.add_argument(
-        "--qar-warmup", type=SHARE, default=0.15, help="share of training before QAR sets in"
-    )
-    p.add_argument(
-        "--qar-ramp",
-        type=SHARE,
-        default=0.2,
-        help="share of training over which lambda_qar then grows",
-    )
+    p.add_argument("--weight-threshold", type=SHARE,
+                   help="w = 0 where q is below (default: quality .5, confidence .9)")
+    p.add_argument("--correct", action="store_true",
+                   help="g (dense head) sees each pseudo-label and predicts the truth, which "
+                        "replaces the pseudo-label, also for --conf-threshold and --weight")
+    p.add_argument("--qar", type=number(0, 1e6, float), default=0.0,
+                   help="lambda_qar after its ramp; the paper's value is 0.01")
+    p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
+                   help="of a step's unlabeled images, those on which QAR is taken (two or more); "
+                        "1: all, as in the paper")
+    p.add_argument("--qar-warmup", type=SHARE, default=0.15,
+                   help="share of training before QAR sets in")
+    p.add_argument("--qar-ramp", type=SHARE, default=0.2,
+                   help="share of training over which lambda_qar then grows")
     p.section("network and training")
-    p.add_argument(
-        "--model",
-        type=models.model_name,
-        metavar="NAME",
-        help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, of volumes "
-        "vnet); smp:UnetPlusPlus is that of segmentation_models_pytorch, if it is installed",
-    )
-    p.add_argument(
-        "--width",
-        type=number(1, 256),
-        help="channels of the network's first level (default: its own)",
-    )
-    p.add_argument(
-        "--encoder",
-        metavar="NAME",
-        help=f"of resnet_unet, unetpp, attention_unet: {', '.join(RESNETS)} (default: resnet34)",
-    )
-    p.add_argument(
-        "--encoder-weights",
-        metavar="FILE",
-        help="state dict to start the encoder from: a ResNet's of torchvision or timm, for "
-        "swin_unet the official Swin-T's; or the word imagenet, which downloads torchvision's",
-    )
-    p.add_argument(
-        "--dropout",
-        type=number(0, 0.99, float),
-        help="vnet: at the bottom and before the head (default: 0.5)",
-    )
-    p.add_argument(
-        "--size",
-        type=grid,
-        help="side of the images that f sees (default 224); of volumes D,H,W of a patch (default "
-        "80,112,112)",
-    )
+    p.add_argument("--model", type=models.model_name, metavar="NAME",
+                   help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, "
+                        "of volumes vnet); smp:UnetPlusPlus is that of "
+                        "segmentation_models_pytorch, if it is installed")
+    p.add_argument("--width", type=number(1, 256),
+                   help="channels of the network's first level (default: its own)")
+    p.add_argument("--encoder", metavar="NAME",
+                   help=f"of resnet_unet, unetpp, attention_unet: {', '.join(RESNETS)} "
+                        "(default: resnet34)")
+    p.add_argument("--encoder-weights", metavar="FILE",
+                   help="state dict to start the encoder from: a ResNet's of torchvision or timm, "
+                        "for swin_unet the official Swin-T's; or the word imagenet, which "
+                        "downloads torchvision's")
+    p.add_argument("--dropout", type=number(0, 0.99, float),
+                   help="vnet: at the bottom and before the head (default: 0.5)")
+    p.add_argument("--size", type=grid,
+                   help="side of the images that f sees (default 224); of volumes D,H,W of a "
+                        "patch (default 80,112,112)")
     p.add_argument("--steps", type=number(1), default=6000, help="training steps")
-    p.add_argument(
-        "--batch",
-        type=number(1, 65_536),
-        help="labeled images in a step (default 32, of volumes 2)",
-    )
-    p.add_argument(
-        "--batch-unlabeled",
-        type=number(1, 65_536),
-        help="unlabeled images in a step (default 64, of volumes 2)",
-    )
-    p.add_argument(
-        "--foreground",
-        type=SHARE,
-        metavar="SHARE",
-        help="volumes: the chance of each labeled patch of a step to be centered on a voxel of a "
-        "class that its case holds, the class drawn first; other patches lie anywhere (default: "
-        "1/3, as in nnU-Net)",
-    )
-    p.add_argument(
-        "--strength",
-        type=number(0, 2, float),
-        default=0.5,
-        help="of the intensity augmentation of labeled images; that of strong views is 1",
-    )
-    p.add_argument(
-        "--flip",
-        type=flip_axes,
-        metavar="AXES",
-        help="axes along which images may be flipped: H,W or H or none "
-        "(default: all; give stages 1 to 3 the same)",
-    )
-    p.add_argument(
-        "--optimizer",
-        choices=("adamw", "sgd"),
-        default="adamw",
-        help="adamw: cosine; sgd: momentum .9, poly .9",
-    )
-    p.add_argument(
-        "--lr",
-        type=number(0, 10, float),
-        default=1e-3,
-        help="initial learning rate (sgd: 0.01 is usual; with --encoder-weights 1e-4)",
-    )
-    p.add_argument(
-        "--weight-decay", type=number(0, 10, float), default=1e-4, help="of the optimizer"
-    )
-    p.add_argument(
-        "--clip", type=number(1e-6, 1e9, float), default=1.0, help="largest norm of the gradient"
-    )
-    p.add_argument(
-        "--eval-every",
-        type=number(1),
-        default=200,
-        help="steps between validations, log rows and checkpoints",
-    )
-    p.add_argument(
-        "--patience",
-        type=number(1),
-        default=30,
-        help="validations without a better Dice before stopping",
-    )
-    p.add_argument(
-        "--keep",
-        metavar="N,N,...",
-        type=numbers,
-        default=[],
-        help="also keep the checkpoints of these steps, as OUT/stepN.pt",
-    )
+    p.add_argument("--batch", type=number(1, 65_536),
+                   help="labeled images in a step (default 32, of volumes 2)")
+    p.add_argument("--batch-unlabeled", type=number(1, 65_536),
+                   help="unlabeled images in a step (default 64, of volumes 2)")
+    p.add_argument("--foreground", type=SHARE, metavar="SHARE",
+                   help="volumes: the chance of each labeled patch of a step to be centered on a "
+                        "voxel of a class that its case holds, the class drawn first; other "
+                        "patches lie anywhere (default: 1/3, as in nnU-Net)")
+    p.add_argument("--strength", type=number(0, 2, float), default=0.5,
+                   help="of the intensity augmentation of labeled images; that of strong views "
+                        "is 1")
+    p.add_argument("--flip", type=flip_axes, metavar="AXES",
+                   help="axes along which images may be flipped: H,W or H or none (default: all; "
+                        "give stages 1 to 3 the same)")
+    p.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw",
+                   help="adamw: cosine; sgd: momentum .9, poly .9")
+    p.add_argument("--lr", type=number(0, 10, float), default=1e-3,
+                   help="initial learning rate (sgd: 0.01 is usual; with --encoder-weights 1e-4)")
+    p.add_argument("--weight-decay", type=number(0, 10, float), default=1e-4,
+                   help="of the optimizer")
+    p.add_argument("--clip", type=number(1e-6, 1e9, float), default=1.0,
+                   help="largest norm of the gradient")
+    p.add_argument("--eval-every", type=number(1), default=200,
+                   help="steps between validations, log rows and checkpoints")
+    p.add_argument("--patience", type=number(1), default=30,
+                   help="validations without a better Dice before stopping")
+    p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[],
+                   help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     inference.add_window_options(p)
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
-    p.add_argument(
-        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:1, ..."
-    )
-    p.add_argument(
-        "--amp",
-        choices=("auto", "off", "bf16", "fp16"),
-        default="auto",
-        help="mixed precision; losses, Dice and g's output stay fp32",
-    )
-    p.add_argument(
-        "--cache",
-        choices=("auto", "device", "ram", "off"),
-        default="auto",
-        help="where images are kept: on the device, in memory, or nowhere, but read for each step; "
-        "auto: the first that they fit into",
-    )
-    p.add_argument(
-        "--workers",
-        type=number(0, 1000),
-        default=2,
-        help="--cache off: processes that read the images of the next steps",
-    )
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the networks: slow to start, then faster on GPUs",
-    )
-    p.add_argument(
-        "--graph",
-        action="store_true",
-        help="CUDA: each step is replayed as one CUDA graph, without Python; off, since it has not "
-        "run on a GPU yet",
-    )
-    p.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same weights each time also on a GPU, at a price (on a CPU they are anyway)",
-    )
+    p.add_argument("--device", type=device_name, default="auto",
+                   help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+                   help="mixed precision; losses, Dice and g's output stay fp32")
+    p.add_argument("--cache", choices=("auto", "device", "ram", "off"), default="auto",
+                   help="where images are kept: on the device, in memory, or nowhere, but read "
+                        "for each step; auto: the first that they fit into")
+    p.add_argument("--workers", type=number(0, 1000), default=2,
+                   help="--cache off: processes that read the images of the next steps")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile the networks: slow to start, then faster on GPUs")
+    p.add_argument("--graph", action="store_true",
+                   help="CUDA: each step is replayed as one CUDA graph, without Python; off, "
+                        "since it has not run on a GPU yet")
+    p.add_argument("--deterministic", action="store_true",
+                   help="the same weights each time also on a GPU, at a price (on a CPU they are "
+                        "anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
     fill_in(args)
     return args
+# fmt: on
 
 
 WEIGHT_THRESHOLD = {"none": 0.0, "confidence": 0.9, "quality": 0.5}
