@@ -185,6 +185,7 @@ def run(tier, job):
 
 
 def train(tier, job, out):
+    """Trains a run from its start, or as a start of others."""
     words = options(tier, job, out)
     args = train_ssl.parse_args(words)
     step = round(START * args.steps)

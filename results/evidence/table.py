@@ -29,6 +29,7 @@ import train_ssl
 from data import figures
 from data.files import InputError, replacing
 from data.options import Parser, cli, picture
+from data.tables import markdown
 from results.evidence.run import DATA, ROWS, SEEDS
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores.csv.gz")
@@ -153,26 +154,18 @@ class Table:
             text += f" ± {statistics.stdev(found):.1f}"
         return text if len(found) == len(SEEDS) else f"{text} ({len(found)})"
 
-    def difference(self, data, method, row, other="none"):
-        """Paired differences of Dice to another row, in points. -> [seeds, cases], patients"""
-        ours, base = (self.runs.get((data, method, r), {}) for r in (row, other))
-        seeds = sorted(set(ours) & set(base))
-        if not seeds:
-            return None, None
-        found = np.stack([100 * (ours[s].dice - base[s].dice) for s in seeds])
-        return found, ours[seeds[0]].patients
-
     def gain(self, data, methods, row, other="none"):
-        """The Gain of a row, in the mean over methods; None if one of them has not run.
+        """The Gain of a row over another, in the mean over methods and the seeds that all have.
 
-        Only seeds that all methods have count.
+        None if there is no such seed.
         """
-        found = [self.difference(data, method, row, other) for method in methods]
-        if not found or any(one is None for one, _ in found):
+        pairs = [[self.runs.get((data, m, r), {}) for r in (row, other)] for m in methods]
+        seeds = sorted(set.intersection(*(set(a) & set(b) for a, b in pairs))) if pairs else []
+        if not seeds:
             return None
-        count = min(len(one) for one, _ in found)
-        mean = np.mean([one[:count] for one, _ in found], 0)  # [seeds, cases]
-        return Gain(mean.mean(), *interval(mean, found[0][1]), count)
+        gains = [[100 * (a[seed].dice - b[seed].dice) for seed in seeds] for a, b in pairs]
+        mean = np.mean(gains, 0)  # [seeds, cases]
+        return Gain(mean.mean(), *interval(mean, pairs[0][0][seeds[0]].patients), len(seeds))
 
 
 def interval(difference, groups, count=10_000):
@@ -182,63 +175,60 @@ def interval(difference, groups, count=10_000):
     groups = np.asarray(groups)
     S = len(difference)
     members = [groups == g for g in np.unique(groups)]
-    sums = np.stack([[row[m].sum() for m in members] for row in difference])  # [seeds, groups]
+    sums = np.stack([difference[:, m].sum(1) for m in members], 1)  # [seeds, groups]
     sizes = np.array([m.sum() for m in members])
-    means = []
-    for _ in range(count):
-        s = rng.integers(S, size=S)
-        g = rng.integers(len(sizes), size=len(sizes))
-        means.append(sums[s][:, g].sum() / (S * sizes[g].sum()))
+    s = rng.integers(S, size=(count, S, 1))
+    g = rng.integers(len(sizes), size=(count, 1, len(sizes)))
+    means = sums[s, g].sum((1, 2)) / (S * sizes[g].sum((1, 2)))
     return np.percentile(means, [2.5, 97.5])
 
 
 # ------------------------------------------------------------------------------ tables
 
 
-def lines_of(head, rows):
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def baselines(table):
-    """Ours without guidance beside the published step, a line for each method."""
-    data = [name for name in DATA if not DATA[name].archive]
-    head = ["method", *(text for name in data for text in (f"{name}, ours", "published"))]
-    rows = []
+    """Ours without guidance beside the published step, a line for each method. -> Markdown"""
+    columns = {
+        f"{data}, {code}": (data, row)
+        for data in DATA
+        for code, row in (("ours", "none"), ("published", "published"))
+        if not DATA[data].archive
+    }
+    lines = []
     for method in table.methods("none", "published"):
-        cells = [table.dice(name, method, row) for name in data for row in ("none", "published")]
-        rows.append([method, *cells])
-    return lines_of(head, rows)
+        cells = {name: table.dice(data, method, row) for name, (data, row) in columns.items()}
+        lines.append({"method": method} | cells)
+    return markdown(lines)
 
 
 def gains(table):
-    """Dice of the rows without guidance, and what each other row gains on it."""
-    rows = []
+    """Dice of `none` and `all`, what each other row gains on `none`, and means over methods.
+
+    -> Markdown
+    """
+    lines = []
     for method in table.methods("none"):
         for row in ROWS:
-            plain = row in ("none", "all")
-            cells = [cell(table, data, [method], row, plain) for data in DATA]
-            if any(cells):
-                rows.append([method, row, *cells])
-        cells = [cell(table, data, [method], *AGAINST) for data in DATA]
-        if any(cells):
-            rows.append([method, " over ".join(AGAINST), *cells])
-    for row, *other in [*zip(MEAN_OF), AGAINST]:
-        cells = [cell(table, data, table.methods(row), row, *other) for data in DATA]
-        rows.append(["**mean**", " over ".join([row, *other]), *cells])
-    return lines_of(["method", "row", *DATA], rows)
+            if row in ("none", "all"):
+                cells = {data: table.dice(data, method, row) for data in DATA}
+            else:
+                cells = {data: text(table.gain(data, [method], row)) for data in DATA}
+            lines.append({"method": method, "row": row} | cells)
+        cells = {data: text(table.gain(data, [method], *QUALITY)) for data in DATA}
+        lines.append({"method": method, "row": " over ".join(QUALITY)} | cells)
+    for rows in (["qw"], ["correct_qw"], ["distill_qw"], QUALITY):
+        cells = {}
+        for data in DATA:
+            methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
+            cells[data] = text(table.gain(data, methods, *rows))
+        lines.append({"method": "**mean**", "row": " over ".join(rows)} | cells)
+    return markdown([line for line in lines if any([*line.values()][2:])])
 
 
-MEAN_OF = ["qw", "correct_qw", "distill_qw"]
-AGAINST = ["correct_qw", "distill_qw"]
+QUALITY = ["correct_qw", "distill_qw"]  # their difference: what quality adds to a second network
 
 
-def cell(table, data, methods, row, other="none"):
-    """A Gain as text, or Dice where `other` is True."""
-    if other is True:
-        return table.dice(data, *methods, row)
-    gain = table.gain(data, methods, row, other or "none")
+def text(gain):
     return str(gain) if gain else ""
 
 
