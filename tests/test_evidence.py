@@ -148,8 +148,9 @@ def test_the_oracle_is_told_the_labels_of_the_batch(tiny):
     job = run.Job("tiny", "mean_teacher", "oracle", 0)
     args = train_ssl.parse_args(run.options("tiny", job, "out"))
     train_ssl.set_defaults(args, info)
-    with controls.stand_in(controls.Oracle):
-        oracle, _ = checkpoints.load_quality("none")
+    oracle = controls.Oracle()
+    with controls.stand_in(oracle):
+        assert checkpoints.load_quality("none") == (oracle, [])
         slices = loading.load_slices(info, "train", args.size, None, labels=False)
         item = slices.fetch(torch.arange(6), torch.rand(6, 3))
         batch = train_ssl.views((item, item, torch.ones(6)), info, args, torch.device("cpu"))

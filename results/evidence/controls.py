@@ -112,20 +112,25 @@ PATCHED = [
 
 
 @contextlib.contextmanager
-def stand_in(make):
-    """train_ssl.py with make(g) in the place of g. make: None leaves g as it is."""
+def stand_in(control):
+    """train_ssl.py with a control in the place of g: one that is ready, or a class that takes g.
+
+    None leaves g as it is.
+    """
     kept = [getattr(module, name) for module, name in PATCHED]
     load = checkpoints.load_quality
 
-    def load_quality(path, *more):
-        g, _ = load(path, *more)
-        return make(g), []
+    def load_quality(*args):
+        if isinstance(control, torch.nn.Module):
+            return control, []
+        g, _ = load(*args)
+        return control(g), []
 
-    if make is not None:
+    if control is not None:
         train_ssl.look = lambda *_: {}  # it would ask a stand-in about val
         checkpoints.load_quality = load_quality
-    if make is Oracle:
-        show_labels()
+    if isinstance(control, Oracle):
+        show_labels(control)
     try:
         yield
     finally:
@@ -133,9 +138,8 @@ def stand_in(make):
             setattr(module, name, value)
 
 
-def show_labels():
-    """Puts an oracle in the place of g; each batch tells it the labels of the unlabeled images."""
-    oracle = Oracle()
+def show_labels(oracle):
+    """Each batch tells an oracle the labels of the unlabeled images."""
     load_slices = loading.load_slices
 
     def with_labels(info, split, size, names=None, labels=True):
@@ -158,5 +162,4 @@ def show_labels():
         return train_ssl.Batch(x, y, u, s1, s2)
 
     train_ssl.views = views
-    checkpoints.load_quality = lambda *_: (oracle, [])
     loading.load_slices = with_labels

@@ -89,7 +89,7 @@ ROWS = {  # options of train_ssl.py
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
 }
-CONTROLS = {"blind": Blind, "shuffled": Shuffled, "oracle": Oracle}  # what stands in for g
+CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
 BY_ENSEMBLE = ("distill_qw", "qw_by_ensemble")
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
@@ -219,14 +219,13 @@ def from_start(path, args):
 
 
 def control_of(tier, job):
-    """What makes the stand-in of a row from g, or None; trains g and the ensemble if missing."""
+    """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
     if "--qp" not in options(tier, job, "-"):
         return None
     train_quality(tier, job.data)
     if job.row in BY_ENSEMBLE:
-        nets = ensemble(tier, job.data)
-        return lambda g: Ensemble(nets)
-    return CONTROLS.get(job.row)
+        return Ensemble(ensemble(tier, job.data))
+    return Oracle() if job.row == "oracle" else CONTROLS.get(job.row)
 
 
 def train_quality(tier, data):
