@@ -249,92 +249,120 @@ def read_pair(paths, mask_path, classes, colors, notes=None, values=None):
     return image, mask
 
 
-def to_case(row, paths, colors, src, args, classes, notes):
-    """A row as an h5.Case, resized to --size. paths, colors, notes: of read_image()"""
-    image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels)
-    case = row.case(src, image, label)
-    if args.size:
-        case.source_grid, case.source_label = image.shape[:2], label
-        case.image = loading.resize_image(image, args.size)
-        case.label = None if label is None else loading.resize_label(label, args.size)
+def resized(case, size):
+    """An h5.Case whose image and label are squares of this side; 0: as they are."""
+    if size:
+        case.source_grid, case.source_label = case.image.shape[:2], case.label
+        case.image = loading.resize_image(case.image, size)
+        case.label = None if case.label is None else loading.resize_label(case.label, size)
     return case
 
 
-def main(argv=None):
+# fmt: off
+def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.images")
-    p.add_argument("src", help="folder of the pictures")
+    p.add_argument("src", type=Path, help="folder of the pictures")
     p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument(
-        "--size",
-        type=number(0),
-        default=0,
-        help=f"resize to a square of this side, at least {h5.SMALLEST}; "
-        "0 keeps the pictures' own sizes",
-    )
+    p.add_argument("--size", type=number(0), default=0,
+                   help=f"resize to a square of this side, at least {h5.SMALLEST}; 0 keeps the "
+                        "pictures' own sizes")
     p.add_argument("--gray", action="store_true", help="read the pictures as gray")
-    p.add_argument(
-        "--channels",
-        type=channel_folders,
-        metavar="DIR,DIR,...",
-        help="preset folder: a gray picture of each case in each of these folders, in place of "
-        "images",
-    )
+    p.add_argument("--channels", type=channel_folders, metavar="DIR,DIR,...",
+                   help="preset folder: a gray picture of each case in each of these folders, in "
+                        "place of images")
     labels.add_options(p)
     splits.add_options(p)
     args = p.parse_args(argv)
     labels.check_options(args)
-    src, classes = Path(args.src), args.classes or ["background", SHOWS[args.preset]]
-    if args.labels and not args.classes and len(args.labels) > 2:
-        classes = labels.numbered(len(args.labels))
-    if not src.is_dir():
-        raise InputError(f"{src}: no such folder; give the one that holds the pictures")
+    if not args.src.is_dir():
+        raise InputError(f"{args.src}: no such folder; give the one that holds the pictures")
     if 0 < args.size < h5.SMALLEST:
         raise InputError(f"--size {args.size}: networks need {h5.SMALLEST} pixels or more")
     if args.channels and (args.gray or args.preset != "folder"):
         raise InputError("--channels: for the preset folder, without --gray; leave one of them out")
-    lists = splits.find_lists(args)
-    bases = [src, *(src / split for split in h5.SPLITS)]
-    files = of_channels(bases, args.channels) if args.channels else {}
-    rows = find_folder(src, args.channels[0]) if args.channels else PRESETS[args.preset](src)
-    names = FOLDERS[args.preset]
+    return args
+# fmt: on
+
+
+def find(args):
+    """The cases of SRC. -> [Row, ...], {image of a row: the pictures of its channels}"""
+    src = args.src
     if args.channels:
-        names = [f"{part}{n}" for part in ("", "*/") for n in (*args.channels, "masks")]
-    say_unread(p for name in names for p in sorted(src.glob(name)) if p.is_dir())
+        folders = [f"{part}{name}" for part in ("", "*/") for name in (*args.channels, "masks")]
+        files = of_channels([src, *(src / split for split in h5.SPLITS)], args.channels)
+        rows = find_folder(src, args.channels[0])
+    else:
+        folders, rows = FOLDERS[args.preset], PRESETS[args.preset](src)
+        files = {row.image: [row.image] for row in rows}
+    say_unread(p for name in folders for p in sorted(src.glob(name)) if p.is_dir())
     if not rows:
         raise InputError(
             f"{src}: no picture in the layout of preset '{args.preset}'; "
             "see python -m data.images --help"
         )
-    found = len(rows)
-    drawn = not lists and not any(r.split for r in rows)
+    return rows, files
+
+
+def split_cases(rows, lists, args):
+    """Gives every case its patient and split. -> rows in their final order
+
+    Says what is left out, what has no mask, and whose names look like those of one patient.
+    """
+    found, drawn = len(rows), not lists and not any(r.split for r in rows)
     rows = splits.assign_splits(splits.name_patients(rows, args), lists, args)
     splits.note_patients(rows, drawn)
     if len(rows) < found:
         print(f"{found - len(rows)} of {found} pictures are in no list and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
-    colors, names, prepared = "gray" if args.gray else "RGB", None, {"from": "pictures"}
+    return rows
+
+
+def name_classes(args):
+    """Names of the classes: of --classes, else numbers for --labels, else those of the preset."""
+    if args.classes:
+        return args.classes
+    if args.labels and len(args.labels) > 2:
+        return labels.numbered(len(args.labels))
+    return ["background", SHOWS[args.preset]]
+
+
+def name_channels(rows, args):
+    """What the pictures show. -> colors of read_image(), names of channels that are no colors"""
     if args.channels:
-        colors, names = None, args.channels
-        prepared["folders"] = names
-    elif count := count_channels([r.image for r in rows]):
-        colors, names = None, [f"channel {k}" for k in range(count)]
-        if args.gray:
-            raise InputError(f"--gray: {rows[0].image} has {count} channels; leave --gray out")
+        return None, args.channels
+    count = count_channels([r.image for r in rows])
+    if not count:
+        return "gray" if args.gray else "RGB", None
+    if args.gray:
+        raise InputError(f"--gray: {rows[0].image} has {count} channels; leave --gray out")
+    return None, [f"channel {k}" for k in range(count)]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    lists = splits.find_lists(args)
+    rows, files = find(args)
+    rows = split_cases(rows, lists, args)
+    classes = name_classes(args)
+    colors, names = name_channels(rows, args)
     notes = {}
+
+    def to_case(row):
+        paths = files[row.image]
+        image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels)
+        return resized(row.case(args.src, image, label), args.size)
+
     info = h5.write(
         args.out,
-        (
-            to_case(row, files.get(row.image, [row.image]), colors, src, args, classes, notes)
-            for row in rows
-        ),
-        name=args.preset if args.preset != "folder" else src.resolve().name,
+        map(to_case, rows),
+        name=args.preset if args.preset != "folder" else args.src.resolve().name,
         classes=classes,
         dims=2,
         channels=len(names) if names else 1 if args.gray else 3,
         channel_names=names,
-        prepared=prepared,
+        prepared={"from": "pictures"} | ({"folders": names} if args.channels else {}),
     )
     labels.tell_mapping(args.labels)
     say(notes)

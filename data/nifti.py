@@ -164,6 +164,23 @@ def count_volumes(paths):
     return count
 
 
+def choose_channels(rows, numbers, args):
+    """The channels that are taken, which it says where nobody chose. -> numbers, names
+
+    numbers: those of find(), [None] where the volumes in a file are the channels. One channel needs
+    no name: None.
+    """
+    if numbers == [None]:
+        numbers = args.channel or list(range(count_volumes([r.image for r in rows])))
+    if len(numbers) == 1:
+        return numbers, None
+    names = name_channels(args.src, numbers, bool(args.channel))
+    if not args.channel:
+        said = ", ".join(f"{n} ({name})" for n, name in zip(numbers, names))
+        print(f"the cases have channels {said}; taking all (choose with --channel)")
+    return numbers, names
+
+
 def name_channels(src, numbers, chosen):
     """Names of several channels: those of dataset.json, else `channel 0` and so on.
 
@@ -193,10 +210,11 @@ def name_channels(src, numbers, chosen):
 
 
 def split_cases(rows, lists, args):
-    """Gives every case its split. -> rows in their final order
+    """Gives every case its patient and split. -> rows in their final order
 
     Says what has no label, what is left out, and whose names look like those of one patient.
     """
+    rows = splits.name_patients(rows, args)
     held = [r for r in rows if r.split]  # of imagesTs
     bare = [r for r in rows if not (r.mask or r.split)]
     if not any(r.mask for r in rows):
@@ -231,17 +249,16 @@ def split_cases(rows, lists, args):
     return out
 
 
-def name_classes(src, args, paths):
+def name_classes(args, paths):
     """Names of the classes, background first, and the values that stand for them in the labels.
 
     They are those of --classes and --labels, else of dataset.json. paths: of the labels, which must
     hold 0, 1, 2 and so on without a gap where nobody says anything.
     """
-    labels.check_options(args)
     names, values = args.classes, args.labels
     if names:
         return names, values or range(len(names))
-    path = src / "dataset.json"
+    path = args.src / "dataset.json"
     if table := named_values(path) if path.is_file() else {}:
         values = values or sorted(table)
         if lost := [v for v in values if v not in table]:
@@ -539,10 +556,19 @@ class Preparation:
 
 
 def common_axes(paths):
-    """The body axes of most of some files, so that few have to be turned; None: no file knows."""
+    """The body axes of most of some files, so that few have to be turned.
+
+    None, and a note, if no file knows.
+    """
     headers = [(space.parse(bytes_of(p, space.BYTES), p), p) for p in paths]
     found = [space.axes_of(space.affine_of(h, p)) for h, p in headers if space.has_axes(h)]
-    return Counter(found).most_common(1)[0][0] if found else None
+    if found:
+        return Counter(found).most_common(1)[0][0]
+    print(
+        "note: no volume has an orientation (the codes of qform and sform are 0); they are "
+        "taken as they are, so they should be stored alike"
+    )
+    return None
 
 
 NOTES = {  # of cases, in the order in which they are said
@@ -749,10 +775,12 @@ def calls_ct(name):
     return (name or "").upper().split()[:1] == ["CT"]
 
 
-def note_ct(src, number):
-    """A note where dataset.json calls the only channel, of a number, CT and nobody says so."""
+def note_ct(args, numbers):
+    """A note where dataset.json calls the only channel CT and --intensity does not say so."""
+    if args.intensity or len(numbers) > 1:
+        return
     try:
-        (name,) = name_channels(src, [number], True)
+        (name,) = name_channels(args.src, numbers, True)
     except InputError:  # nothing needs the name
         return
     if calls_ct(name):
@@ -768,52 +796,35 @@ def standardized(windows):
     return found[0] if len(set(found)) == 1 else found
 
 
-def main(argv=None):
+# fmt: off
+def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.nifti")
     # else argparse takes the value of --clip -175,250 for an option
     p._negative_number_matcher = re.compile(r"-[\d.]+,")
-    p.add_argument("src", help="folder that holds imagesTr and labelsTr")
+    p.add_argument("src", type=Path, help="folder that holds imagesTr and labelsTr")
     p.add_argument("--out", required=True, help="dataset file to write")
-    p.add_argument(
-        "--spacing",
-        type=decimals(3, low=0),
-        metavar="D,H,W",
-        help="resample to this spacing in mm; default: each case keeps its own",
-    )
-    p.add_argument(
-        "--axes",
-        help="body axes that D, H and W are turned to, such as SAR for up, "
-        "front and right; default: those of most volumes",
-    )
-    p.add_argument(
-        "--intensity",
-        choices=("mr", "ct"),
-        help="mr: each case to mean 0, deviation 1; ct: one window for all (default: mr; of "
-        "several channels, ct where dataset.json calls one CT)",
-    )
-    p.add_argument(
-        "--clip",
-        type=clip_windows,
-        metavar="LOW,HIGH",
-        help="window of --intensity ct in Hounsfield units (default: -175,250, soft tissue); "
-        "'NAME=LOW,HIGH;NAME=...' makes some channels CT, by their names",
-    )
-    p.add_argument(
-        "--channel",
-        type=ordered_numbers,
-        metavar="N,...",
-        help="which channels (nnU-Net) or volumes (of a 4D file) to take, in that order, as in 0 "
-        "or 0,2; default: all",
-    )
-    p.add_argument(
-        "--dims", type=int, choices=(2, 3), default=3, help="segmented as slices or volumes"
-    )
+    p.add_argument("--spacing", type=decimals(3, low=0), metavar="D,H,W",
+                   help="resample to this spacing in mm; default: each case keeps its own")
+    p.add_argument("--axes",
+                   help="body axes that D, H and W are turned to, such as SAR for up, front and "
+                        "right; default: those of most volumes")
+    p.add_argument("--intensity", choices=("mr", "ct"),
+                   help="mr: each case to mean 0, deviation 1; ct: one window for all (default: "
+                        "mr; of several channels, ct where dataset.json calls one CT)")
+    p.add_argument("--clip", type=clip_windows, metavar="LOW,HIGH",
+                   help="window of --intensity ct in Hounsfield units (default: -175,250, soft "
+                        "tissue); 'NAME=LOW,HIGH;NAME=...' makes some channels CT, by their names")
+    p.add_argument("--channel", type=ordered_numbers, metavar="N,...",
+                   help="which channels (nnU-Net) or volumes (of a 4D file) to take, in that "
+                        "order, as in 0 or 0,2; default: all")
+    p.add_argument("--dims", type=int, choices=(2, 3), default=3,
+                   help="segmented as slices or volumes")
     labels.add_options(p)
     splits.add_options(p)
     args = p.parse_args(argv)
-    src = Path(args.src)
-    if not src.is_dir():
-        raise InputError(f"{src}: no such folder; give the one that holds imagesTr")
+    labels.check_options(args)
+    if not args.src.is_dir():
+        raise InputError(f"{args.src}: no such folder; give the one that holds imagesTr")
     if args.clip and None in args.clip and args.intensity != "ct":
         raise InputError(
             "--clip is the window of --intensity ct; mr is clipped by percentiles (of several "
@@ -823,33 +834,28 @@ def main(argv=None):
         raise InputError(
             f"--axes {args.axes}: one letter each of S or I, A or P, R or L is needed, as in SAR"
         )
+    return args
+# fmt: on
+
+
+def main(argv=None):
+    args = parse_args(argv)
     lists = splits.find_lists(args)
-    rows, files, numbers, nnunet = find(src, args.channel)
-    rows = split_cases(splits.name_patients(rows, args), lists, args)
-    if not nnunet:
-        numbers = args.channel or list(range(count_volumes([r.image for r in rows])))
-    names = name_channels(src, numbers, bool(args.channel)) if len(numbers) > 1 else None
-    if names and not args.channel:
-        said = ", ".join(f"{n} ({name})" for n, name in zip(numbers, names))
-        print(f"the cases have channels {said}; taking all (choose with --channel)")
+    rows, files, numbers, nnunet = find(args.src, args.channel)
+    rows = split_cases(rows, lists, args)
+    numbers, names = choose_channels(rows, numbers, args)
     window = window_of(args, names)
-    if not names and not args.intensity:
-        note_ct(src, numbers[0])
-    classes, values = name_classes(src, args, [r.mask for r in rows if r.mask])
+    note_ct(args, numbers)
+    classes, values = name_classes(args, [r.mask for r in rows if r.mask])
     axes = args.axes or common_axes([r.image for r in rows])
-    if axes is None:
-        print(
-            "note: no volume has an orientation (the codes of qform and sform are 0); they are "
-            "taken as they are, so they should be stored alike"
-        )
     whole = not args.channel and numbers == list(range(len(numbers)))
     channel = None if whole else numbers[0] if len(numbers) == 1 else numbers
     how = Preparation(args.spacing, window, channel, nnunet, axes, names)
     notes = defaultdict(list)
     info = h5.write(
         args.out,
-        (read_case(row, files[row.image], how, src, notes, values) for row in rows),
-        name=src.resolve().name,
+        (read_case(row, files[row.image], how, args.src, notes, values) for row in rows),
+        name=args.src.resolve().name,
         classes=classes,
         dims=args.dims,
         channels=len(numbers),

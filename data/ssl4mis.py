@@ -47,6 +47,7 @@ LAYOUTS = {
     "LA": ["background", "left atrium"],
     "BraTS": ["background", "whole tumor"],
 }
+LISTS = {"ACDC": "train_slices.list", "LA": "train.list", "BraTS": "train.txt"}
 VOLUME = "mri_norm2"  # how LA calls each of its files
 
 
@@ -268,7 +269,7 @@ def volume_rows(src, val, layout):
     return rows
 
 
-def volume_cases(rows, src, args, values, layout, channels):
+def volume_cases(rows, args, values, layout, channels):
     """Volumes of the LA or BraTS layout as cases, each axis shrunk to a part."""
     for row in rows:
         image, label = read(row.image, 3, values, channels)
@@ -283,7 +284,7 @@ def volume_cases(rows, src, args, values, layout, channels):
                 "too few in a slice; choose a smaller one"
             )
         wide = spacing and tuple(s * n / m for s, n, m in zip(spacing, grid, size))
-        case = row.case(src, image, label, spacing=wide)
+        case = row.case(args.src, image, label, spacing=wide)
         if shrink > 1:
             case.source_grid, case.source_label = grid, label
             each = [loading.resize_image(v, size) for v in h5.channels_first(image, channels)]
@@ -308,68 +309,63 @@ def of_layout(cases, src, layout):
         )
 
 
-def main(argv=None):
+# fmt: off
+def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.ssl4mis")
-    p.add_argument("src", help="folder that holds the .list files")
+    p.add_argument("src", type=Path, help="folder that holds the .list files")
     p.add_argument("--out", required=True, help="dataset file to write")
     labels.add_options(p)
-    p.add_argument(
-        "--dims",
-        type=int,
-        choices=(2, 3),
-        help="segmented as slices or volumes (default: ACDC 2, LA and BraTS 3)",
-    )
+    p.add_argument("--dims", type=int, choices=(2, 3),
+                   help="segmented as slices or volumes (default: ACDC 2, LA and BraTS 3)")
     add_patient(p)
-    p.add_argument(
-        "--spacing",
-        type=decimals(3, low=0),
-        metavar="D,H,W",
-        help="voxel spacing in mm, if it is known",
-    )
-    p.add_argument(
-        "--shrink",
-        type=number(1),
-        default=1,
-        metavar="N",
-        help="LA, BraTS: average blocks of about N x N x N voxels, for quick experiments",
-    )
-    p.add_argument(
-        "--val",
-        type=number(1),
-        default=8,
-        help="without a val.list or val.txt: how many of train validate, the last ones",
-    )
+    p.add_argument("--spacing", type=decimals(3, low=0), metavar="D,H,W",
+                   help="voxel spacing in mm, if it is known")
+    p.add_argument("--shrink", type=number(1), default=1, metavar="N",
+                   help="LA, BraTS: average blocks of about N x N x N voxels, for quick "
+                        "experiments")
+    p.add_argument("--val", type=number(1), default=8,
+                   help="without a val.list or val.txt: how many of train validate, the last ones")
     args = p.parse_args(argv)
-    src = Path(args.src)
     if args.labels and not args.classes:
         raise InputError(
             "--labels says which values there are; give --classes, too, with a name for each"
         )
     labels.check_options(args)
-    if (src / "train_slices.list").is_file():
-        if args.shrink > 1:
-            raise InputError(
-                "--shrink is for the volumes of the LA layout; --size of the scripts shrinks slices"
-            )
-        layout = "ACDC"
-        rows, slices = acdc_rows(src)
-    elif (src / "train.list").is_file() or (src / "train.txt").is_file():
-        layout = "LA" if (src / "train.list").is_file() else "BraTS"
-        rows = volume_rows(src, args.val, layout)
-    else:
+    return args
+# fmt: on
+
+
+def layout_of(args):
+    """The layout of SRC, as the list that it holds tells. InputError if --shrink is not for it."""
+    found = [layout for layout, name in LISTS.items() if (args.src / name).is_file()]
+    if not found:
         raise InputError(
-            f"{src}: neither train_slices.list (ACDC) nor train.list (LA) nor train.txt (BraTS) is "
-            "there; give the folder that holds one of them"
+            f"{args.src}: neither train_slices.list (ACDC) nor train.list (LA) nor train.txt "
+            "(BraTS) is there; give the folder that holds one of them"
         )
-    classes = args.classes or LAYOUTS[layout]
-    values = args.labels or range(len(classes))
+    if found[0] == "ACDC" and args.shrink > 1:
+        raise InputError(
+            "--shrink is for the volumes of the LA layout; --size of the scripts shrinks slices"
+        )
+    return found[0]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    src, layout = args.src, layout_of(args)
+    if layout == "ACDC":
+        rows, slices = acdc_rows(src)
+    else:
+        rows = volume_rows(src, args.val, layout)
     rows = name_patients(rows, args)
     note_patients(rows)
+    classes = args.classes or LAYOUTS[layout]
+    values = args.labels or range(len(classes))
     channels = count_channels([r.image for r in rows]) if layout == "BraTS" else 1
     if layout == "ACDC":
         cases = acdc_cases(rows, slices, src, args.spacing, values)
     else:
-        cases = volume_cases(rows, src, args, values, layout, channels)
+        cases = volume_cases(rows, args, values, layout, channels)
     info = h5.write(
         args.out,
         cases if args.classes else of_layout(cases, src, layout),
