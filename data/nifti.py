@@ -642,6 +642,7 @@ def read_case(row, paths, how, src, notes, values=range(labels.MOST)):
         if window and (why := not_hounsfield(image, window)):
             which = f", {how.channel_text(k)}" if how.names else ""
             notes["not HU"].append(f"{row.name}{which}, {why}")
+            break  # one channel tells enough
     header = np.frombuffer(space.without_texts(volume.header).binaryblock, np.uint8)
     about = dict(spacing=how.spacing or spacing, affine=affine, nifti_header=header)
     if how.spacing:

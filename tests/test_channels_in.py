@@ -161,6 +161,8 @@ def test_a_ct_among_others_that_is_not_in_hounsfield_units_is_named(tmp_path, ca
     said = capsys.readouterr().out
     assert "2 of 2 volumes do not look like Hounsfield units" in said
     assert "channel 2 (CT), whose voxels" in said
+    convert(src, "--intensity", "ct")  # all channels, of which two are not
+    assert "2 of 2 volumes do not look like Hounsfield units" in capsys.readouterr().out
 
 
 def test_prepared_of_several_channels_is_compared():
