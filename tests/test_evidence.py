@@ -115,7 +115,9 @@ def test_the_list_names_each_run_once_and_can_be_parsed():
 def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
     """Each stand-in trains other weights than g. Afterwards train_ssl.py is what it was."""
     kept = [getattr(module, name) for module, name in controls.PATCHED]
+    monkeypatch.setattr(run.evaluate, "main", lambda argv: None)
     monkeypatch.setattr(run, "SEEDS", [0])  # an ensemble of one
+    monkeypatch.setitem(run.TIERS, "tiny", run.TIERS["tiny"] + " --steps 6 --eval-every 6")
     all_weigh = {row: f"{words} --weight-threshold 0" for row, words in run.ROWS.items()}
     monkeypatch.setattr(run, "ROWS", all_weigh)
     rows = ["none", "correct_qw", "distill_qw", "blind", "correct", "qw", "shuffled", "oracle"]
