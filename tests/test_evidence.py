@@ -245,7 +245,7 @@ def test_tables_by_hand(made, capsys, monkeypatch):
     made("ph2", "ict-distill_qw-0", 0.58)
     made("cvc", "bcp-none-0", 0.3)
     table.main(["--add", "--out", "f.png"])
-    best, last = capsys.readouterr().out.split("at the end")
+    best, last = capsys.readouterr().out.split("at the last step")
     assert "| bcp | none |  | 70.0 ± 10.0 |  | 30.0 (1) |" in best
     assert "| bcp | none |  | 60.0 ± 10.0 |  | 20.0 (1) |" in last
     assert "| bcp | qw |  | +3.0 [+3.0, +3.0] |  |  |" in best
