@@ -34,7 +34,10 @@ from results.evidence.run import DATA, ROWS, SEEDS
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores.csv.gz")
 COLUMNS = ["data", "method", "row", "seed", "checkpoint", "case", "patient", "dice", "hd95"]
-CHECKPOINTS = {"best.pt": "at the best validation since lambda set in", "last.pt": "at the last step"}
+CHECKPOINTS = {
+    "best.pt": "at the best validation since lambda set in",
+    "last.pt": "at the last step",
+}
 
 
 class Key(NamedTuple):
