@@ -21,7 +21,7 @@ demo: export METHOD = fixmatch
 demo: export MASKS = --size 48 --masks 100 --val-masks 10 --harvest-epochs 1,3,6
 demo: export G = --size 48 --width 8 --members 1 --batch 16 --per-image 40 --epochs 7 --strength 1
 demo: export F = --size 48 --width 8 --batch 8 --batch-unlabeled 8 --steps 500 --eval-every 250 \
-    --lr 2e-3
+    --lr 2e-3 --geometry 2
 demo: export GUIDANCE = --correct --weight quality
 demo: export WINDOW =
 

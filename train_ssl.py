@@ -876,14 +876,14 @@ def views(fetched, info, args, device):
     if isinstance(fetched, InputError):
         raise fetched
     labeled, unlabeled, fair = fetched
-    x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
+    x, y = augment.weak(*loading.standardized(labeled, device), args.flip, args.geometry)
     x = channels_last(augment.strong(x, args.strength, info.color))
     fair = to_samples(fair.to(device, non_blocking=True), y)
     y = one_hot(y, len(info.classes))
     if unlabeled is None:
         return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], fair=fair)
     u, _ = loading.standardized(unlabeled, device)
-    u = channels_last(augment.weak(u, flip=args.flip))
+    u = channels_last(augment.weak(u, flip=args.flip, geometry=args.geometry))
     s1 = channels_last(augment.strong(u, color=info.color))
     s2 = channels_last(augment.strong(u, color=info.color))
     return Batch(x, y, u, s1, s2, fair=fair)
@@ -1262,6 +1262,9 @@ def parse_args(argv=None):
     p.add_argument("--strength", type=number(0, 2, float), default=0.5,
                    help="of the intensity augmentation of labeled images; that of strong views "
                         "is 1")
+    p.add_argument("--geometry", type=number(0, 3, float), default=1.0,
+                   help="of all views: at 1 rotation up to 20 degrees, scale up to 15%%, shift up "
+                        "to 8%% of the side; 2 doubles these, and 0 leaves only flips")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
                    help="axes along which images may be flipped: H,W or H or none (default: all; "
                         "give stages 1 to 3 the same)")

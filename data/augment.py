@@ -22,7 +22,7 @@ def may_flip(flip, dims):
     return [flip is None or axis in flip.split(",") for axis in "DHW"[-dims:]]
 
 
-def random_geometry(image, rotate=20, scale=0.15, shift=0.08, flip=None):
+def random_geometry(image, *, rotate, scale, shift, flip=None):
     """A random affine map per sample, as a sampling grid [B, *S, 2 or 3] for `move`.
 
     rotate: degrees, in the plane of the last two axes (depth is often coarser).
@@ -62,9 +62,13 @@ def move(tensor, grid):
     return moved[:, 0].to(tensor.dtype)
 
 
-def weak(image, label=None, flip=None):
-    """Random geometry. -> image, and label moved with it if one is given. flip: of --flip"""
-    grid = random_geometry(image, flip=flip)
+def weak(image, label=None, flip=None, geometry=1.0):
+    """Random geometry. -> image, and label moved with it if one is given
+
+    flip: of --flip; geometry: of --geometry, multiplies rotation, scale and shift.
+    """
+    limits = dict(rotate=20 * geometry, scale=0.15 * geometry, shift=0.08 * geometry)
+    grid = random_geometry(image, **limits, flip=flip)
     if label is None:
         return move(image, grid)
     return move(image, grid), move(label, grid)

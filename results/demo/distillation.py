@@ -4,8 +4,7 @@
 
 For each seed, a second supervised network takes the place of g in the demo's guided run. It is a
 U-Net like f and g, has the same labels, another seed, and has never seen a mask. It is trained as f
-is; or as long, and with the same intensities, as g (_longer); or with the geometry of g, too
-(_like_g). All else is as in the demo.
+is, or as long and with the same augmentation as g (_longer). All else is as in the demo.
 
 Reads  the Makefile, for the demo's commands.
 Writes runs/distillation/SEED/: the phantom; second/ and distilled/, second_longer/, ..., runs of
@@ -13,8 +12,6 @@ Writes runs/distillation/SEED/: the phantom; second/ and distilled/, second_long
        again.
 """
 
-import contextlib
-import functools
 import os
 import shlex
 import subprocess
@@ -23,7 +20,7 @@ import numpy as np
 
 import evaluate
 import train_ssl
-from data import augment, phantom
+from data import phantom
 from data.files import InputError
 from data.options import Parser, cli
 from data.tables import markdown
@@ -34,8 +31,7 @@ from results.evidence.controls import Ensemble, stand_in
 
 FOLDER = "runs/distillation"
 LONGER = "--steps 560 --batch 16 --strength 1 --lr 1e-3"  # as `make demo` trains g
-KINDS = {"": "", "_longer": LONGER, "_like_g": LONGER}  # of second networks: their training
-GEOMETRY = dict(rotate=45, scale=0.3, shift=0.15)  # of train_qp.py at --strength 1
+KINDS = {"": "", "_longer": LONGER}  # of second networks: their training
 
 
 def commands(seed):
@@ -62,17 +58,6 @@ def changed(words, **options):
     return words
 
 
-@contextlib.contextmanager
-def geometry(changes):
-    """Weak views with other limits of rotation, scale and shift."""
-    plain = augment.random_geometry
-    augment.random_geometry = functools.partial(plain, **changes)
-    try:
-        yield
-    finally:
-        augment.random_geometry = plain
-
-
 def distill(seed):
     """Trains and scores the runs. -> {run: Dice on test}"""
     out = f"{FOLDER}/{seed}"
@@ -84,8 +69,7 @@ def distill(seed):
     for kind, training in KINDS.items():
         second, distilled = f"{out}/second{kind}", f"{out}/distilled{kind}"
         words = changed(argv["supervised"], out=second, seed=str(100 + seed))
-        with geometry(GEOMETRY if kind == "_like_g" else {}):
-            train_ssl.main([data, *words[1:], *training.split()])
+        train_ssl.main([data, *words[1:], *training.split()])
         on = compute("auto", "off", False)
         net = fused(checkpoints.load_run(f"{second}/best.pt", "student", on)[0])
         with stand_in(Ensemble([net])):

@@ -149,12 +149,13 @@ def show_labels(oracle):
         """train_ssl.views() that tells the oracle the labels of the unlabeled images."""
         K = len(info.classes)
         labeled, unlabeled, _ = fetched
-        x, y = augment.weak(*loading.standardized(labeled, device), args.flip)
+        x, y = augment.weak(*loading.standardized(labeled, device), args.flip, args.geometry)
         x = train_ssl.channels_last(augment.strong(x, args.strength, info.color))
         y = one_hot(y, K)
         if unlabeled is None:
             return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
-        u, oracle.label = augment.weak(*loading.standardized(unlabeled, device), args.flip)
+        item = loading.standardized(unlabeled, device)
+        u, oracle.label = augment.weak(*item, args.flip, args.geometry)
         oracle.classes = K
         u = train_ssl.channels_last(u)
         s1 = train_ssl.channels_last(augment.strong(u, color=info.color))
