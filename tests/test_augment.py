@@ -64,6 +64,19 @@ def test_flips_are_exact_and_no_geometry_is_identity(shape):
         assert any(torch.allclose(before.flip(a) if a else before, after, atol=1e-4) for a in axes)
 
 
+def test_geometry_multiplies_rotation_scale_and_shift():
+    image = torch.randn(4, 1, 24, 24)
+    label = torch.randint(3, (4, 24, 24))
+    torch.manual_seed(0)
+    moved, y = augment.weak(image, label, "none", geometry=2)
+    torch.manual_seed(0)
+    way = augment.random_geometry(image, rotate=40, scale=0.3, shift=0.16, flip="none")
+    assert torch.equal(moved, augment.move(image, way))
+    assert torch.equal(y, augment.move(label, way))
+    still, same = augment.weak(image, label, "none", geometry=0)
+    assert torch.allclose(still, image, atol=1e-4) and torch.equal(same, label)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_strong_view_changes_intensity_only(shape):
     image, _ = shapes(shape)

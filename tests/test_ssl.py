@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 import train_ssl
-from data import h5, phantom
+from data import h5, loading, phantom
 from models import inference
 from models.device import Compute, compute
 from models.ema import averaged, update_average
@@ -1061,6 +1061,21 @@ def test_compiled_networks_train_alike(gray, tmp_path, monkeypatch):
         for u, v in zip(a["nets"], b["nets"])
         for k in u
     )
+
+
+def test_geometry_0_moves_no_view(gray):
+    """Neither labeled images and their labels, nor weak views, if flips are off, too."""
+    info = h5.read_info(gray)
+    words = "--out o --size 32 --strength 0 --flip none --geometry".split()
+    slices = loading.load_slices(info, "train", 32, None)
+    item = slices.fetch(torch.arange(6), torch.rand(6, 3))
+    image, label = loading.standardized(item, torch.device("cpu"))
+    for geometry, still in (("0", True), ("1", False)):
+        args = train_ssl.parse_args([gray, *words, geometry])
+        batch = train_ssl.views((item, item, torch.ones(6)), info, args, torch.device("cpu"))
+        assert torch.allclose(batch.x, image, atol=1e-4) is still
+        assert torch.allclose(batch.u, image, atol=1e-4) is still
+        assert torch.equal(batch.y, one_hot(label, 4)) is still
 
 
 def test_labels_of_unlabeled_cases_have_no_influence(gray, tmp_path):
