@@ -7,8 +7,10 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+import train_qp
+import train_ssl
 from data import tables
-from results.demo import conclusion
+from results.demo import conclusion, distillation
 
 RUNS = {  # Dice of two classes, of four patients
     ("supervised", "2"): (0.60, 0.62, 0.58, 0.64),
@@ -154,3 +156,18 @@ def test_options_of_make_reach_the_demo(tmp_path):
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert told.count("--labeled 3 ") == 4 and told.count("--method fixmatch ") == 2
     assert told.count(f"{tmp_path}/demo3d/vqm ") == 1 and "--window whole" in told
+
+
+def test_the_distillation_asks_make_for_the_demos_commands(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = distillation.commands(2)
+    assert {"phantom.h5", "supervised", "guided"} <= set(argv)
+    args = train_ssl.parse_args(argv["guided"])
+    assert (args.method, args.correct, args.weight, args.seed) == ("fixmatch", True, "quality", 2)
+    words = distillation.changed(argv["guided"], out="o", qp="second.pt")
+    new = train_ssl.parse_args(words)
+    assert vars(new) == vars(args) | dict(out="o", qp="second.pt")
+    of_g = train_qp.parse_args(argv["qp"])
+    of_second = train_ssl.parse_args([*argv["supervised"], *distillation.AS_G.split()])
+    assert (of_second.batch, of_second.strength) == (of_g.batch, of_g.strength)
+    assert of_second.width == of_g.width and of_g.members == 1
