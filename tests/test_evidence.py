@@ -131,6 +131,21 @@ def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
     assert kept == [getattr(module, name) for module, name in controls.PATCHED]
 
 
+def test_g_is_trained_and_scored_as_a_network(tiny, monkeypatch, capsys):
+    """Where qp.pt is missing. An ensemble stands beside it."""
+    os.remove("runs/evidence/tiny/tiny/g/qp.pt")
+    stages = "--masks 8 --harvest-epochs 1 --harvest-steps 2", "--epochs 1 --width 4 --members 1"
+    monkeypatch.setitem(run.DATA, "tiny", run.DATA["tiny"]._replace(masks=stages[0], g=stages[1]))
+    monkeypatch.setattr(run, "SEEDS", [0])
+    monkeypatch.setattr(sys, "argv", ["run", "g", "tiny", "--tier", "tiny"])
+    run.main()
+    last = capsys.readouterr().out.splitlines()
+    found = [line.split(": ") for line in last if line.startswith("tiny, ")]
+    assert [name for name, _ in found] == ["tiny, g", "tiny, ensemble"]
+    assert all(0 <= float(dice) <= 100 for _, dice in found)
+    assert os.path.isfile("runs/evidence/tiny/tiny/g/qp.pt")
+
+
 def test_the_oracle_knows_the_truth():
     oracle = controls.Oracle()
     oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3

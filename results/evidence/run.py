@@ -139,6 +139,12 @@ def quality_of(tier, data):
     return f"runs/evidence/{tier}/{DATA[data].file}/g"
 
 
+def side_of(tier):
+    """The side of the images that f sees."""
+    words = TIERS[tier].split()
+    return int(words[words.index("--size") + 1])
+
+
 def options(tier, job, out):
     """What train_ssl.py is called with."""
     data = DATA[job.data]
@@ -234,8 +240,7 @@ def train_quality(tier, data):
     if os.path.isfile(f"{out}/qp.pt"):
         return
     mine = DATA[data]
-    size = train_ssl.parse_args(["-", "--out", "-", *TIERS[tier].split()]).size
-    masks = f"--labeled {mine.labeled} --size {size} --val-masks 5 {mine.masks} --resume"
+    masks = f"--labeled {mine.labeled} --size {side_of(tier)} --val-masks 5 {mine.masks} --resume"
     corrupt.main([file_of(data), "--out", f"{out}/vqm", *masks.split()])
     source = [file_of(data), "--vqm", f"{out}/vqm/vqm.h5", "--out", out]
     train_qp.main([*source, *mine.g.split(), "--resume"])
@@ -268,7 +273,7 @@ def as_networks(argv):
         info = h5.read_info(file_of(data))
         names = [e.name for e in info.entries("test")]
         K = len(info.classes)
-        size = train_ssl.parse_args(["-", "--out", "-", *TIERS[args.tier].split()]).size
+        size = side_of(args.tier)
         cases = inference.Cases(info, "test", size, names, keep=False)
         g, _ = checkpoints.load_quality(f"{quality_of(args.tier, data)}/qp.pt", info, on, size)
         held = supervision.held_classes(info, "test")
