@@ -223,7 +223,7 @@ def gains(table):
         cells = {}
         for data in DATA:
             methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
-            cells[data] = text(table.gain(data, methods, *rows))
+            cells[data] = text(table.gain(data, methods, *rows)) if len(methods) > 1 else ""
         lines.append({"method": "**mean**", "row": " over ".join(rows)} | cells)
     return markdown([line for line in lines if any([*line.values()][2:])])
 
