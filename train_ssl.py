@@ -468,16 +468,17 @@ def batch_statistics(net):
     net: in eval mode, and again afterwards.
     """
     norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
+    running = [b for m in norms for b in m.buffers()]
+    kept = [b.clone() for b in running]
     for m in norms:
         m.train()
-        m.momentum = 0.0
     try:
         yield
     finally:
-        for m, momentum in zip(norms, momenta):
+        for m in norms:
             m.eval()
-            m.momentum = momentum
+        for b, value in zip(running, kept):
+            b.copy_(value)
 
 
 def confident(p, args):

@@ -3,7 +3,9 @@
 import csv
 import os
 import shutil
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -78,19 +80,62 @@ def test_a_run_from_the_common_start_is_the_whole_run(job, tiny):
 
 
 def test_a_run_that_another_process_is_at_is_passed_over(tiny, monkeypatch, capsys):
-    """The list goes on with the next."""
-    asked = []
+    """The list goes on with the next, and comes back to it."""
+    asked, done = [], set()
 
     def run_one(tier, job):
         asked.append(job.row)
-        if job.row == "qw":
+        if asked == ["none", "qw"]:
             raise InputError("runs/x: another process is writing to it")
+        done.add(run.place(tier, job))
 
     monkeypatch.setattr(run, "run", run_one)
+    monkeypatch.setattr(run, "finished", done.__contains__)
     monkeypatch.setattr(sys, "argv", "run --data tiny --methods ict --seeds 2 --tier tiny".split())
     run.main()
-    assert asked == ["none", "qw", "correct_qw"]
+    assert asked == ["none", "qw", "correct_qw", "qw"]
     assert capsys.readouterr().out == "passed over: runs/x: another process is writing to it\n"
+
+
+def test_a_time_limit_ends_without_an_error(tiny, monkeypatch):
+    """The signal that it sends stops a run, which ends its process as train_ssl.py does."""
+    sent = []
+
+    class Timer:
+        def __init__(self, seconds, kill, words):
+            self.finished = threading.Event()
+            self.about = seconds, kill, words
+
+        def start(self):
+            sent.append(self.about)
+            self.finished.set()
+
+    def stopped(tier, job):
+        sys.exit(143)
+
+    monkeypatch.setattr(run.threading, "Timer", Timer)
+    monkeypatch.setattr(run, "run", stopped)
+    words = "run --data tiny --methods ict --seeds 2 --tier tiny".split()
+    monkeypatch.setattr(sys, "argv", [*words, "--minutes", "2"])
+    run.main()
+    assert sent == [(120, os.kill, (os.getpid(), signal.SIGTERM))]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):  # somebody else's signal
+        run.main()
+
+
+def test_a_split_keeps_patients_in_train(gray, tiny, refused):
+    for patients in ("0", "99"):
+        refused(run.split, [gray, "new.h5", "--patients", patients], patients)
+    assert not os.path.exists("new.h5")
+
+
+def test_files_that_are_missing_are_named_before_anything_runs(tiny, monkeypatch):
+    os.remove("runs/other.h5")
+    monkeypatch.setattr(sys, "argv", "run --data more --tier tiny".split())
+    with pytest.raises(InputError, match="runs/other.h5: no such file"):
+        run.main()
+    assert not os.path.exists("runs/evidence/tiny/more")
 
 
 def test_an_archive_is_unlabeled_and_shares_the_start_and_g():
@@ -304,5 +349,6 @@ def test_the_command_lists_what_is_left(tiny, monkeypatch, capsys):
     os.makedirs("runs/evidence/small/tiny/ict-qw-2/test")
     open("runs/evidence/small/tiny/ict-qw-2/test/summary.json", "w").close()
     run.main()
-    left = ["ict-none-2", "ict-correct_qw-2"]
-    assert capsys.readouterr().out.split() == [f"runs/evidence/small/tiny/{name}" for name in left]
+    left = [f"runs/evidence/small/tiny/ict-{row}-2" for row in ("none", "correct_qw")]
+    *found, last = capsys.readouterr().out.splitlines()
+    assert found == left and last.startswith("2 runs are left")

@@ -99,7 +99,7 @@ class Segments(torch.nn.Module):
         self.classes = classes
 
     def forward(self, image):
-        nothing = torch.zeros(len(image), self.classes, *image.shape[2:])
+        nothing = image.new_zeros(len(image), self.classes, *image.shape[2:])
         return self.g.belief(Seen.of_probabilities(image, nothing, soft=True)).log()
 
 

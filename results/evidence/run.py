@@ -35,7 +35,7 @@ import evaluate
 import train_qp
 import train_ssl
 from data import h5, supervision
-from data.files import InputError, checksum, claim
+from data.files import InputError, checksum, claim, replacing
 from data.options import Parser, cli, number
 from models import checkpoints, inference
 from models.device import compute, fused
@@ -61,10 +61,10 @@ PH2 = Data("ph2", 14, "1e-3", "--masks 200 --folds 3", "--batch 24 --per-image 2
 CVC = Data("cvc", 4, "1e-3", "--masks 60 --folds 2", "--batch 24 --per-image 40 --epochs 4")
 ACDC = Data("acdc", 7, "3e-3", "--masks 60 --folds 3", "--batch 16 --per-image 30 --epochs 3")
 DATA = {
-    "ph2_foreign": PH2._replace(archive="cvc"),  # 268 colonoscopy frames among 80 lesions
     "ph2": PH2,
     "acdc": ACDC,
     "cvc": CVC,
+    "ph2_foreign": PH2._replace(archive="cvc"),  # 268 colonoscopy frames among 80 lesions
 }
 TIERS = {
     "small": "--size 64 --width 8 --batch 8 --batch-unlabeled 8 --mc-passes 4 --steps 1000 "
@@ -290,18 +290,23 @@ def split(argv):
     p = Parser(__doc__, prog=f"{PROG} split")
     p.add_argument("source", metavar="FULL.h5")
     p.add_argument("out", metavar="DATA.h5")
-    p.add_argument("--patients", type=int, required=True)
+    p.add_argument("--patients", type=number(1), required=True)
     args = p.parse_args(argv)
-    train = h5.read_info(args.source).entries("train")
+    info = h5.read_info(args.source)
+    train = info.entries("train")
     patients = list(dict.fromkeys(e.patient for e in train))
+    if args.patients >= len(patients):
+        raise InputError(f"--patients {args.patients}: {args.source} has {len(patients)} in train")
+    if info.splits.get("test"):
+        print(f"note: {len(info.splits['test'])} cases were in test already and stay there")
     last = patients[-args.patients :]
-    shutil.copy(args.source, args.out)
-    with h5py.File(args.out, "r+") as f:
-        if "test" not in f:
-            f.create_group("test", track_order=True)
-        for entry in train:
-            if entry.patient in last:
-                f.move(f"train/{entry.name}", f"test/{entry.name}")
+    with replacing(args.out) as temporary:
+        shutil.copy(args.source, temporary)
+        with h5py.File(temporary, "r+") as f:
+            f.require_group("test")
+            for entry in train:
+                if entry.patient in last:
+                    f.move(f"train/{entry.name}", f"test/{entry.name}")
 
 
 def main():
@@ -321,7 +326,13 @@ def main():
     p.add_argument("--list", action="store_true", help="only print what is left")
     args = p.parse_args()
     if args.list:
-        return print(*(place(args.tier, job) for job in left(args)), sep="\n")
+        found = [place(args.tier, job) for job in left(args)]
+        return print(*found, f"{len(found)} runs are left, 2 to 4 minutes each on a CPU", sep="\n")
+    files = {
+        f"runs/{name}.h5" for d in args.data for name in (DATA[d].file, DATA[d].archive) if name
+    }
+    if lost := sorted(path for path in files if not os.path.isfile(path)):
+        raise InputError(f"{lost[0]}: no such file; protocol.md says how it is made")
     if args.jobs == 1:
         return work(args)
     apart = multiprocessing.get_context("spawn")
@@ -330,19 +341,32 @@ def main():
         process.start()
     for process in processes:
         process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(1)
 
 
 def work(args):
-    """Goes through what is left. When the time is over, a run writes its last.pt and ends."""
+    """Goes through what is left, until a round finishes nothing or the time is over.
+
+    Then a run that is under way writes its last.pt.
+    """
+    end = threading.Timer(60 * (args.minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
+    end.daemon = True
     if args.minutes is not None:
-        end = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        end.daemon = True
         end.start()
-    for job in left(args):
-        try:
-            run(args.tier, job)
-        except InputError as error:
-            print(f"passed over: {error}", flush=True)
+    more = True
+    while more:
+        more = False
+        for job in left(args):
+            try:
+                run(args.tier, job)
+                more = True
+            except InputError as error:
+                print(f"passed over: {error}", flush=True)
+            except SystemExit:
+                if end.finished.is_set():
+                    return
+                raise
 
 
 def left(args):
