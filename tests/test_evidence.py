@@ -278,7 +278,7 @@ def test_intervals_by_hand():
 def made(tmp_path, monkeypatch):
     """made(data, name, dice): a finished run whose cases have this Dice at best, .1 less last."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores.csv.gz"))
+    monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores_{}.csv.gz"))
 
     def make(data, name, dice, cases="abc"):
         folder = tmp_path / f"runs/evidence/small/{data}/{name}/test"
@@ -306,12 +306,12 @@ def test_tables_by_hand(made, capsys, monkeypatch):
     made("cvc", "bcp-none-0", 0.3)
     table.main(["--add", "--out", "f.png"])
     best, last = capsys.readouterr().out.split("at the last step")
-    assert "| bcp | none |  | 70.0 ± 10.0 |  | 30.0 (1) |" in best
-    assert "| bcp | none |  | 60.0 ± 10.0 |  | 20.0 (1) |" in last
-    assert "| bcp | qw |  | +3.0 [+3.0, +3.0] |  |  |" in best
-    assert "| ict | qw |  | +1.0 [+1.0, +1.0] (1) |  |  |" in best
-    assert "| ict | correct_qw over distill_qw |  | +2.0 [+2.0, +2.0] (1) |  |  |" in best
-    assert "| **mean** | qw |  | +2.0 [+2.0, +2.0] (1) |  |  |" in best
+    assert "| bcp | none | 70.0 ± 10.0 |  | 30.0 (1) |  |" in best
+    assert "| bcp | none | 60.0 ± 10.0 |  | 20.0 (1) |  |" in last
+    assert "| bcp | qw | +3.0 [+3.0, +3.0] |  |  |  |" in best
+    assert "| ict | qw | +1.0 [+1.0, +1.0] (1) |  |  |  |" in best
+    assert "| ict | correct_qw over distill_qw | +2.0 [+2.0, +2.0] (1) |  |  |  |" in best
+    assert "| **mean** | qw | +2.0 [+2.0, +2.0] (1) |  |  |  |" in best
     assert "published" not in best and os.path.getsize("f.png") > 10_000
     shutil.rmtree("runs")
     table.main(["--baselines"])
@@ -323,19 +323,19 @@ def test_tables_by_hand(made, capsys, monkeypatch):
 def test_what_is_kept_grows(made):
     """A second session's runs join those of the first, and replace those of the same name."""
     with pytest.raises(InputError, match="nothing to draw"):
-        table.draw("f.png", table.Table("best.pt"))
+        table.draw("f.png", table.Table("small", "best.pt"))
     made("ph2", "ict-none-0", 0.5)
     table.add("small")
     shutil.rmtree("runs")
     made("ph2", "ict-none-0", 0.7)
     made("ph2", "ict-none-1", 0.6)
     table.add("small")
-    with open(table.SCORES, "rb") as f:
+    with open(table.SCORES.format("small"), "rb") as f:
         before = f.read()
     table.add("small")
-    with open(table.SCORES, "rb") as f:
+    with open(table.SCORES.format("small"), "rb") as f:
         assert f.read() == before
-    runs = table.Table("best.pt").runs["ph2", "ict", "none"]
+    runs = table.Table("small", "best.pt").runs["ph2", "ict", "none"]
     assert {seed: one.dice.mean().round(4) for seed, one in runs.items()} == {0: 0.7, 1: 0.6}
     assert runs[0].patients == ["pa", "pb", "pc"] and runs[0].hd95.tolist() == [7, 7, 7]
     made("ph2", "ict-qw-0", 0.5, cases="abd")

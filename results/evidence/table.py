@@ -1,16 +1,17 @@
-"""The tables and the figure of README.md and ../baselines/README.md, from scores.csv.gz.
+"""The tables and the figure of README.md and ../baselines/README.md, from scores_TIER.csv.gz.
 
     python -m results.evidence.table --out results/evidence/evidence.png
     python -m results.evidence.table --add      # first adds the finished runs of run.py
     python -m results.evidence.table --baselines
 
-scores.csv.gz has Dice and HD95 of each test case (mean over classes) for each run, so that a table
-needs no runs. The row `published` is the authors' training step in the place of ours.
+scores_TIER.csv.gz has Dice and HD95 of each test case (mean over classes) for each run, so that a
+table needs no runs. The row `published` is the authors' training step in the place of ours.
 
-A gain is the difference of Dice to the row `none` of the same method, in points, paired over seeds
-and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of video:
-sequences) are drawn with replacement, the same for both rows. Of three seeds that is a rough
-interval, too narrow where seeds differ more than patients do.
+A gain is the difference of Dice to another row of the same method, mostly `none`, in points, paired
+over seeds and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of
+video: sequences) are drawn with replacement, the same for both rows. Of three seeds that is a rough
+interval, too narrow where seeds differ more than patients do; of one seed it is over patients
+alone.
 """
 
 import collections
@@ -30,9 +31,9 @@ from data import figures
 from data.files import InputError, replacing
 from data.options import Parser, cli, picture
 from data.tables import markdown
-from results.evidence.run import DATA, ROWS, SEEDS
+from results.evidence.run import DATA, ROWS, SEEDS, TIERS
 
-SCORES = os.path.join(os.path.dirname(__file__), "scores.csv.gz")
+SCORES = os.path.join(os.path.dirname(__file__), "scores_{}.csv.gz")  # of a tier
 COLUMNS = ["data", "method", "row", "seed", "checkpoint", "case", "patient", "dice", "hd95"]
 CHECKPOINTS = {
     "best.pt": "at the best validation since lambda set in",
@@ -60,7 +61,7 @@ class Scores:
 
 
 class Gain(NamedTuple):
-    """A difference of Dice to the row `none`, in points, and its interval."""
+    """A difference of Dice to another row, in points, and its interval."""
 
     mean: float
     low: float
@@ -68,7 +69,7 @@ class Gain(NamedTuple):
     seeds: int
 
     def __str__(self):
-        text = f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        text = f"{self.mean:+z.1f} [{self.low:+z.1f}, {self.high:+z.1f}]"
         return text if self.seeds == len(SEEDS) else f"{text} ({self.seeds})"
 
 
@@ -91,11 +92,11 @@ def read(folder):
     return found, list(patient)
 
 
-def kept():
-    """What scores.csv.gz holds. -> {Key: Scores}, {data: its cases}"""
+def kept(tier):
+    """The scores that are kept. -> {Key: Scores}, {data: its cases}"""
     lines, cases = collections.defaultdict(list), {}
-    if os.path.isfile(SCORES):
-        with gzip.open(SCORES, "rt", newline="") as f:
+    if os.path.isfile(SCORES.format(tier)):
+        with gzip.open(SCORES.format(tier), "rt", newline="") as f:
             for row in csv.DictReader(f):
                 of = row["data"], row["method"], row["row"], int(row["seed"]), row["checkpoint"]
                 lines[Key(*of)].append(row)
@@ -108,24 +109,26 @@ def kept():
 
 
 def add(tier):
-    """Adds the finished runs to scores.csv.gz, in the place of older ones of the same name.
+    """Adds the finished runs to those that are kept, in the place of older ones of the same name.
 
     InputError for other test cases than those that are kept: they could not be compared.
     """
-    found, cases = kept()
+    found, cases = kept(tier)
     for path in sorted(glob.glob(f"runs/evidence/{tier}/*/*/test/cases.csv")):
         folder = os.path.dirname(os.path.dirname(path))
         data, name = folder.split(os.sep)[-2:]
         method, row, seed = name.rsplit("-", 2)
         scores, its_cases = read(folder)
         if cases.setdefault(data, its_cases) != its_cases:
-            raise InputError(f"{folder}: has other test cases than the runs in {SCORES}")
+            raise InputError(
+                f"{folder}: has other test cases than the runs in {SCORES.format(tier)}"
+            )
         for checkpoint, one in scores.items():
             found[Key(data, method, row, int(seed), checkpoint)] = one
-    with replacing(SCORES) as temporary, open(temporary, "wb") as file:
+    with replacing(SCORES.format(tier)) as temporary, open(temporary, "wb") as file:
         packed = gzip.GzipFile("", "wb", 9, file, mtime=0)  # the same scores give the same bytes
-        with io.TextIOWrapper(packed, "utf-8", newline="") as text:
-            writer = csv.writer(text, lineterminator="\n")
+        with io.TextIOWrapper(packed, "utf-8", newline="") as unpacked:
+            writer = csv.writer(unpacked, lineterminator="\n")
             writer.writerow(COLUMNS)
             for key, one in sorted(found.items(), key=lambda item: item[0]):
                 columns = cases[key.data], one.patients, one.dice, one.hd95
@@ -133,11 +136,11 @@ def add(tier):
 
 
 class Table:
-    """The scores of one checkpoint. {(data, method, row): {seed: Scores}}"""
+    """The scores of one checkpoint of each run, by data, method and row, then by seed."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, tier, checkpoint):
         self.runs = collections.defaultdict(dict)
-        for key, scores in kept()[0].items():
+        for key, scores in kept(tier)[0].items():
             if key.checkpoint == checkpoint:
                 self.runs[key.data, key.method, key.row][key.seed] = scores
 
@@ -260,7 +263,7 @@ def draw(path, table):
     }
     points = {key: gain for key, gain in points.items() if gain}
     if not points:
-        raise InputError(f"{SCORES}: no row beside a method's `none`, so there is nothing to draw")
+        raise InputError("no row beside a method's `none` is kept, so there is nothing to draw")
     sets = [data for data in DATA if any(key[0] == data for key in points)]
     methods = [m for m in table.methods("none") if any(key[1] == m for key in points)]
     rows = [row for row in SHOWN if any(key[2] == row for key in points)]
@@ -297,18 +300,18 @@ def draw(path, table):
 def main(argv=None):
     p = Parser(__doc__, prog="python -m results.evidence.table")
     p.add_argument("--add", action="store_true", help="first add the finished runs to the scores")
-    p.add_argument("--tier", default="small", help="of which runs")
+    p.add_argument("--tier", choices=TIERS, default="small", help="of which runs")
     p.add_argument("--baselines", action="store_true", help="ours beside published code instead")
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args(argv)
     if args.add:
         add(args.tier)
     for checkpoint, when in CHECKPOINTS.items():
-        table = Table(checkpoint)
+        table = Table(args.tier, checkpoint)
         text = baselines(table) if args.baselines else gains(table)
         print(f"Test Dice, %, {when}\n\n{text}\n")
     if args.out:
-        draw(args.out, Table("best.pt"))
+        draw(args.out, Table(args.tier, "best.pt"))
 
 
 if __name__ == "__main__":
