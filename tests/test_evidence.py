@@ -55,16 +55,12 @@ def test_the_last_patients_are_the_test_split(gray, tiny):
     }
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
-        run.Job("tiny", "cps", "none", 1),
-        run.Job("more", "bcp", "correct_qw", 1),
-        run.Job("tiny", "supervised", "all", 1),
-    ],
-)
-def test_a_run_from_the_common_start_is_the_whole_run(job, tiny):
-    """To the last bit, and its validations are the same. A finished run is left as it is."""
+def test_a_run_from_the_common_start_is_the_whole_run(tiny):
+    """To the last bit, and its validations are the same. A finished run is left as it is.
+
+    bcp has a start of its own; that of this run is without the archive.
+    """
+    job = run.Job("more", "bcp", "correct_qw", 1)
     out = run.place("tiny", job)
     run.run("tiny", job)
     train_ssl.main(run.options("tiny", job, "whole"))
