@@ -306,7 +306,7 @@ def test_runs_as_a_command(gray, tmp_path):
         "corrupt.py",
         gray,
         "--workers",
-        3,
+        2,
         "--out",
         tmp_path,
         *"--labeled 1 --folds 1 --size 32 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
