@@ -58,13 +58,15 @@ def test_the_last_patients_are_the_test_split(gray, tiny):
 def test_a_run_from_the_common_start_is_the_whole_run(tiny):
     """To the last bit, and its validations are the same. A finished run is left as it is.
 
-    bcp has a start of its own; that of this run is without the archive.
+    The start is supervised and without the archive; its validations do not count for best.pt.
     """
-    job = run.Job("more", "bcp", "correct_qw", 1)
+    job = run.Job("more", "mean_teacher", "correct_qw", 1)
     out = run.place("tiny", job)
     run.run("tiny", job)
     train_ssl.main(run.options("tiny", job, "whole"))
     assert equal(f"{out}/last.pt", "whole/last.pt")
+    best = [torch.load(f"{folder}/last.pt", weights_only=True)["best"] for folder in (out, "whole")]
+    assert best[0] == best[1]
     logs = []
     for folder in (out, "whole"):
         with open(f"{folder}/log.csv", newline="") as f:
