@@ -139,28 +139,30 @@ def stand_in(control):
 
 
 def show_labels(oracle):
-    """Each batch tells an oracle the labels of the unlabeled images."""
+    """Each batch tells an oracle the labels of its unlabeled images, moved as these are."""
     load_slices = loading.load_slices
+    plain_views, plain_weak = train_ssl.views, augment.weak
 
     def with_labels(info, split, size, names=None, labels=True):
         return load_slices(info, split, size, names)
 
     def views(fetched, info, args, device):
-        """train_ssl.views() that tells the oracle the labels of the unlabeled images."""
-        K = len(info.classes)
-        labeled, unlabeled, _ = fetched
-        x, y = augment.weak(*loading.standardized(labeled, device), args.flip, args.geometry)
-        x = train_ssl.channels_last(augment.strong(x, args.strength, info.color))
-        y = one_hot(y, K)
-        if unlabeled is None:
-            return train_ssl.Batch(x, y, x[:0], x[:0], x[:0])
-        item = loading.standardized(unlabeled, device)
-        u, oracle.label = augment.weak(*item, args.flip, args.geometry)
-        oracle.classes = K
-        u = train_ssl.channels_last(u)
-        s1 = train_ssl.channels_last(augment.strong(u, color=info.color))
-        s2 = train_ssl.channels_last(augment.strong(u, color=info.color))
-        return train_ssl.Batch(x, y, u, s1, s2)
+        """train_ssl.views(), in which unlabeled images are those that come without a label."""
+        _, unlabeled, _ = fetched
+        oracle.classes = len(info.classes)
+
+        def weak(image, *label, **how):
+            if label:
+                return plain_weak(image, *label, **how)
+            truth = loading.standardized(unlabeled, device)[1]
+            moved, oracle.label = plain_weak(image, truth, **how)
+            return moved
+
+        augment.weak = weak
+        try:
+            return plain_views(fetched, info, args, device)
+        finally:
+            augment.weak = plain_weak
 
     train_ssl.views = views
     loading.load_slices = with_labels

@@ -214,7 +214,6 @@ def from_start(path, args):
     state = torch.load(path, weights_only=True)
     state["args"] = vars(args)
     state["inputs"] = {name: checksum(getattr(args, name)) for name in train_ssl.FILES}
-    state["teacher"] = state["nets"][0]
     state["best"] = dict(dice=-1.0, step=0)
     state["parts"] = state["parts"][:0]
     state["seconds"] = 0.0
