@@ -171,3 +171,5 @@ def test_the_distillation_asks_make_for_the_demos_commands(monkeypatch):
     of_second = train_ssl.parse_args([*argv["supervised"], *distillation.AS_G.split()])
     assert (of_second.batch, of_second.strength) == (of_g.batch, of_g.strength)
     assert of_second.width == of_g.width and of_g.members == 1
+    slices = 4 * 8  # of the labeled patients
+    assert of_second.steps == of_g.epochs * of_g.per_image * slices // of_g.batch
