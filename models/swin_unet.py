@@ -243,6 +243,10 @@ class SwinUNet(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def encode(self, x):
+        """[B, C, H, W] -> features of four levels, the finest first.
+
+        ValueError for sides that are no multiples of `multiple`.
+        """
         sides = x.shape[2:]
         if any(side % self.multiple for side in sides):
             text = " x ".join(map(str, sides))

@@ -189,6 +189,7 @@ AT_ONCE = "--lam-warmup 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
 
 
 def prepare(args):
+    """The data, options and feed that all parts share. -> Bench"""
     half = str(args.batch // 2)
     run = train_ssl.parse_args(
         [
@@ -247,6 +248,7 @@ def step_of(b, side=None, batch=None, g=None, **changes):
 
 
 def plain_step_of(b):
+    """A step of mean teacher as the public baselines write it. -> a function without arguments"""
     half = b.args.batch // 2
     size = b.args.size
     net = b.network().to(memory_format=torch.contiguous_format).train()
