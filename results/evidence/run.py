@@ -101,6 +101,7 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
     ("cps unimatch pseudo_label", "none"),
     ("cps unimatch pseudo_label", "qw correct_qw"),
+    ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("ua_mt ict contrastive", "none qw correct_qw"),
 ]
