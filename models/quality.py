@@ -79,6 +79,11 @@ def resample(x, size):
     return torch.where(to_samples(hard, x), nearest, smooth)
 
 
+def on_grid(p, grid):
+    """Probabilities [B, K, *S] interpolated to another grid."""
+    return F.interpolate(p, grid, mode="bilinear" if len(grid) == 2 else "trilinear")
+
+
 # ------------------------------------------------------------------------------------- what g sees
 
 
@@ -217,9 +222,7 @@ class DenseQualityPredictor(nn.Module):
 
         Unless `both`, only the view with the mask is asked, if members know it: at half the cost.
         """
-        truth = self.truth(seen, both)
-        mode = "bilinear" if truth.dim() == 4 else "trilinear"
-        return F.interpolate(truth, seen.mask.shape[2:], mode=mode)
+        return on_grid(self.truth(seen, both), seen.mask.shape[2:])
 
     def error(self, seen):
         """The probability that the class of each pixel of the mask is wrong. -> [B, *S]"""

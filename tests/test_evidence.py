@@ -17,7 +17,7 @@ from data import h5, loading
 from data.files import InputError
 from models import checkpoints
 from models.losses import one_hot
-from models.quality import Seen
+from models.quality import DenseQualityPredictor, Seen
 from results.evidence import controls, run, table
 
 
@@ -129,6 +129,10 @@ def test_a_split_keeps_patients_in_train(gray, tiny, refused):
 
 
 def test_files_that_are_missing_are_named_before_anything_runs(tiny, monkeypatch):
+    monkeypatch.setitem(run.DATA, "large", run.DATA["tiny"]._replace(full=True))
+    monkeypatch.setattr(sys, "argv", "run --data large tiny --tier tiny".split())
+    with pytest.raises(InputError, match="--data large: is of --tier full alone"):
+        run.main()
     os.remove("runs/other.h5")
     monkeypatch.setattr(sys, "argv", "run --data more --tier tiny".split())
     with pytest.raises(InputError, match="runs/other.h5: no such file"):
@@ -147,12 +151,15 @@ def test_an_archive_is_unlabeled_and_shares_the_start_and_g():
 
 
 def test_the_list_names_each_run_once_and_can_be_parsed():
-    jobs = list(run.jobs())
-    assert len(set(jobs)) == len(jobs) > 500
-    for job in jobs[:: len(jobs) // 40]:
-        for tier in run.TIERS:
+    for tier, sets in (("small", {"ph2", "acdc", "cvc", "ph2_foreign"}), ("full", set(run.DATA))):
+        jobs = list(run.jobs(tier))
+        assert len(set(jobs)) == len(jobs) > 500 and {job.data for job in jobs} == sets
+        for job in jobs[:: len(jobs) // 40]:
             args = train_ssl.parse_args(run.options(tier, job, "OUT"))
             assert args.method == job.method and (args.labeled == "all") == (job.row == "all")
+            assert len(args.size) == (3 if run.DATA[job.data].volumes else 1)
+    assert run.quality_of("full", "acdc_3") != run.quality_of("full", "acdc")
+    assert run.start_of(run.Job("la_8", "ict", "qw", 1)) == run.Job("la_8", "supervised", "none", 1)
 
 
 def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
@@ -226,6 +233,16 @@ def test_a_shuffled_g_answers_for_the_next_image():
     g = controls.Shuffled(FakeG(counts, counts, counts))
     image = torch.arange(3.0)[:, None, None, None].expand(3, 1, 4, 4)
     assert all(f(Seen(image, None)).flatten().tolist() == [2, 0, 1] for f in (g, g.error, g.belief))
+
+
+@pytest.mark.parametrize("grid", [(24, 20), (16, 24, 20)])
+def test_a_blind_g_answers_on_the_grid_of_the_mask_without_seeing_it(grid):
+    g = DenseQualityPredictor(1, 3, dims=len(grid), width=4, members=1, size=16).eval()
+    image, mask = torch.randn(2, 1, *grid), torch.randint(2, (2, 2, *grid)).float()
+    belief = controls.Blind(g).belief(Seen(image, mask))
+    assert belief.shape == (2, 3, *grid) and torch.allclose(belief.sum(1), torch.ones(2, *grid))
+    assert torch.equal(belief, controls.Blind(g).belief(Seen(image, 1 - mask)))
+    assert not torch.equal(g.belief(Seen(image, mask)), g.belief(Seen(image, 1 - mask)))
 
 
 def test_an_ensemble_answers_by_its_mean_probabilities():

@@ -9,7 +9,7 @@ The first makes the last train patients the test split (protocol.md says of whic
 works on the whole list; when the time is over, a run that is under way is kept, and goes on the
 next time. The last prints Dice on test of g, and of its stand-ins, as segmentation networks.
 
-Reads  runs/ph2.h5, cvc.h5, acdc.h5.
+Reads  runs/ph2.h5, cvc.h5, acdc.h5; the tier `full` also la.h5.
 Writes runs/evidence/TIER/DATA/METHOD-ROW-SEED/: a run of train_ssl.py and its scores on test;
        runs/evidence/TIER/DATA/g/, the quality predictor, and large-none-SEED/, the ensemble.
 
@@ -55,22 +55,30 @@ class Data(NamedTuple):
     masks: str  # of corrupt.py
     g: str  # of train_qp.py
     archive: str = ""  # the images of this file are unlabeled ones, too
+    full: bool = False  # of the tier `full` alone
+    volumes: bool = False  # f sees them in 3D
 
 
 PH2 = Data("ph2", 14, "1e-3", "--masks 200 --folds 3", "--batch 24 --per-image 200 --epochs 4")
 CVC = Data("cvc", 4, "1e-3", "--masks 60 --folds 2", "--batch 24 --per-image 40 --epochs 4")
 ACDC = Data("acdc", 7, "3e-3", "--masks 60 --folds 3", "--batch 16 --per-image 30 --epochs 3")
+LA_G = "--size 40,56,56 --batch 8 --per-image 60 --epochs 6 --members 1"
+LA = Data("la", 4, "1e-3", "--masks 60 --folds 2", LA_G, full=True, volumes=True)
 DATA = {
     "ph2": PH2,
     "acdc": ACDC,
     "cvc": CVC,
     "ph2_foreign": PH2._replace(archive="cvc"),  # 268 colonoscopy frames among 80 lesions
+    "acdc_3": ACDC._replace(labeled=3, full=True),
+    "la_4": LA,
+    "la_8": LA._replace(labeled=8),
 }
 TIERS = {
     "small": "--size 64 --width 8 --batch 8 --batch-unlabeled 8 --mc-passes 4 --steps 1000 "
     "--eval-every 100",
     "full": "--size 256 --batch 12 --batch-unlabeled 12 --steps 10000 --eval-every 500",
 }
+VOLUMES = "--size 80,112,112 --steps 6000 --eval-every 300"  # instead of these in 3D
 SHARED = f"--patience 100 --lam-warmup {START} --lam-ramp 0.1 --qar-warmup {START} --qar-ramp 0.1"
 QW = "--weight quality --weight-level"
 ROWS = {  # options of train_ssl.py
@@ -114,13 +122,25 @@ class Job(NamedTuple):
     seed: int
 
 
-def jobs():
+def sets_of(tier):
+    """Names of the data sets of a tier."""
+    return [data for data in DATA if tier == "full" or not DATA[data].full]
+
+
+def jobs(tier):
     """The list, in its order."""
     for methods, rows in PARTS:
-        for seed, data in itertools.product(SEEDS, DATA):
+        for seed, data in itertools.product(SEEDS, sets_of(tier)):
             for method, row in itertools.product(methods.split(), rows.split()):
-                if not (DATA[data].archive and method == "supervised"):  # it sees no archive
+                if fits(data, method, row):
                     yield Job(data, method, row, seed)
+
+
+def fits(data, method, row):
+    """Supervised training sees no archive; the oracle knows slices alone."""
+    if method == "supervised":
+        return not DATA[data].archive
+    return row != "oracle" or not DATA[data].volumes
 
 
 # ------------------------------------------------------------------------------ one run
@@ -135,15 +155,25 @@ def file_of(data):
     return f"runs/{DATA[data].file}.h5"
 
 
+def plain(data):
+    """The data set without the archive. It may be this one."""
+    return next(name for name in DATA if DATA[name] == DATA[data]._replace(archive=""))
+
+
 def quality_of(tier, data):
-    """The folder of g, and of its masks. Data sets of one file share it."""
-    return f"runs/evidence/{tier}/{DATA[data].file}/g"
+    """The folder of g, and of its masks. An archive does not change them."""
+    return f"runs/evidence/{tier}/{plain(data)}/g"
 
 
-def side_of(tier):
-    """The side of the images that f sees."""
-    words = TIERS[tier].split()
-    return int(words[words.index("--size") + 1])
+def settings(tier, data):
+    """Options of train_ssl.py that the runs of a tier share."""
+    return (VOLUMES if DATA[data].volumes else TIERS[tier]).split()
+
+
+def side_of(tier, data):
+    """--size of the images or patches that f sees."""
+    words = settings(tier, data)
+    return words[words.index("--size") + 1]
 
 
 def options(tier, job, out):
@@ -151,7 +181,7 @@ def options(tier, job, out):
     data = DATA[job.data]
     guide = ROWS[job.row].split()
     words = [file_of(job.data), "--out", out, "--seed", str(job.seed), "--lr", data.lr]
-    words += TIERS[tier].split() + SHARED.split() + guide
+    words += settings(tier, job.data) + SHARED.split() + guide
     if job.row != "all":
         words += ["--labeled", str(data.labeled)]
     if data.archive and job.method != "supervised":
@@ -166,8 +196,7 @@ def start_of(job):
     own = job.method in (*train_ssl.STUDENTS, *train_ssl.WARM_UP)
     if job.row == "all":
         return job
-    data = next(name for name in DATA if DATA[name] == DATA[job.data]._replace(archive=""))
-    return Job(data, job.method if own else "supervised", "none", job.seed)
+    return Job(plain(job.data), job.method if own else "supervised", "none", job.seed)
 
 
 def finished(folder):
@@ -240,19 +269,20 @@ def train_quality(tier, data):
     if os.path.isfile(f"{out}/qp.pt"):
         return
     mine = DATA[data]
-    masks = f"--labeled {mine.labeled} --size {side_of(tier)} --val-masks 5 {mine.masks} --resume"
+    side = side_of(tier, data)
+    masks = f"--labeled {mine.labeled} --size {side} --val-masks 5 {mine.masks} --resume"
     corrupt.main([file_of(data), "--out", f"{out}/vqm", *masks.split()])
     source = [file_of(data), "--vqm", f"{out}/vqm/vqm.h5", "--out", out]
     train_qp.main([*source, *mine.g.split(), "--resume"])
 
 
 def ensemble(tier, data):
-    """Three supervised networks as wide as the members of g, the best of each on val."""
+    """Three supervised networks as wide as the members of g (in 3D twice), the best on val."""
     nets = []
     for seed in SEEDS:
         out = f"{os.path.dirname(quality_of(tier, data))}/large-none-{seed}"
         if not finished(out):
-            words = options(tier, Job(DATA[data].file, "supervised", "none", seed), out)
+            words = options(tier, Job(plain(data), "supervised", "none", seed), out)
             train_ssl.main([*words, "--width", "16", "--resume"])
             scored = [f"{out}/best.pt", f"{out}/last.pt", "--split", "test"]
             evaluate.main([file_of(data), *scored, "--out", f"{out}/test", "--pictures", "0"])
@@ -264,7 +294,7 @@ def ensemble(tier, data):
 def as_networks(argv):
     """Prints Dice on test of g and of the ensemble: what they know without f."""
     p = Parser(__doc__, prog=f"{PROG} g")
-    p.add_argument("data", nargs="+", choices=DATA)
+    p.add_argument("data", nargs="+", choices=[name for name in DATA if not DATA[name].volumes])
     p.add_argument("--tier", choices=TIERS, default="small")
     args = p.parse_args(argv)
     on = compute("auto", "off", False)
@@ -273,7 +303,7 @@ def as_networks(argv):
         info = h5.read_info(file_of(data))
         names = [e.name for e in info.entries("test")]
         K = len(info.classes)
-        size = side_of(args.tier)
+        size = int(side_of(args.tier, data))
         cases = inference.Cases(info, "test", size, names, keep=False)
         g, _ = checkpoints.load_quality(f"{quality_of(args.tier, data)}/qp.pt", info, on, size)
         held = supervision.held_classes(info, "test")
@@ -314,9 +344,9 @@ def main():
         return split(sys.argv[2:])
     if sys.argv[1:2] == ["g"]:
         return as_networks(sys.argv[2:])
-    methods = list(dict.fromkeys(job.method for job in jobs()))
+    methods = list(dict.fromkeys(job.method for job in jobs("full")))
     p = Parser(__doc__, prog=PROG)
-    p.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    p.add_argument("--data", nargs="+", choices=DATA, help="(default: all of the tier)")
     p.add_argument("--methods", nargs="+", choices=methods, default=methods)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
@@ -325,12 +355,14 @@ def main():
     p.add_argument("--jobs", type=number(1, 64), default=1, help="runs at once")
     p.add_argument("--list", action="store_true", help="only print what is left")
     args = p.parse_args()
+    args.data = args.data or sets_of(args.tier)
+    if others := sorted({*args.data} - {*sets_of(args.tier)}):
+        raise InputError(f"--data {others[0]}: is of --tier full alone")
     if args.list:
         found = [place(args.tier, job) for job in left(args)]
         return print(*found, f"{len(found)} runs are left, 2 to 4 minutes each on a CPU", sep="\n")
-    files = {
-        f"runs/{name}.h5" for d in args.data for name in (DATA[d].file, DATA[d].archive) if name
-    }
+    names = {name for d in args.data for name in (DATA[d].file, DATA[d].archive) if name}
+    files = {f"runs/{name}.h5" for name in names}
     if lost := sorted(path for path in files if not os.path.isfile(path)):
         raise InputError(f"{lost[0]}: no such file; protocol.md says how it is made")
     if args.jobs == 1:
@@ -373,7 +405,7 @@ def left(args):
     """The jobs that are asked for and not finished."""
     return [
         job
-        for job in jobs()
+        for job in jobs(args.tier)
         if job.data in args.data
         and job.method in args.methods
         and job.row in args.rows
