@@ -30,8 +30,8 @@ demo3d: export PHANTOM = --dims 3 --train 30 --val 4 --test 8 --depth 16 --size 
     --unlabeled 30 --foreign 0.5
 demo3d: export LABELED = 4
 demo3d: export METHOD = fixmatch
-demo3d: export MASKS = --size 16,48,48 --masks 200 --val-masks 8 --harvest-epochs 1,3,6
-demo3d: export G = --size 16,24,24 --members 1 --batch 8 --per-image 100 --epochs 6 --strength 1
+demo3d: export MASKS = --size 16,48,48 --masks 200 --val-masks 8 --harvest-epochs 1,3,10
+demo3d: export G = --size 16,24,24 --members 1 --batch 8 --per-image 100 --epochs 10 --strength 1
 demo3d: export F = --size 16,48,48 --width 8 --dropout 0 --steps 450 --eval-every 150 --lr 2e-3
 demo3d: export GUIDANCE = --correct --weight quality
 demo3d: export WINDOW = --window whole

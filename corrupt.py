@@ -54,7 +54,14 @@ from data.options import (
     seed_of,
 )
 from models.checkpoints import check_finite, load_checkpoint, save_checkpoint, start_run
-from models.device import Compute, channels_last, compute, device_name, samples_in
+from models.device import (
+    Compute,
+    channels_last,
+    compute,
+    device_name,
+    restore_scaler,
+    samples_in,
+)
 from models.losses import dice_loss, one_hot
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -584,7 +591,6 @@ class SampleMasks(NamedTuple):
 
 def masks_of_sample(truths, i):
     """The synthetic masks of truth i, the same whoever computes them. -> SampleMasks"""
-    cv2.setNumThreads(1)  # the processes are what runs in parallel
     label = truths.labels[i]
     similar = similar_labels(truths, i)
     drawn = []
@@ -700,7 +706,7 @@ def restore(run, state):
     """Sets a run to the state of last.pt."""
     run.net.load_state_dict(state["net"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    restore_scaler(run.scaler, state)
     run.epoch = state["epoch"]
 
 

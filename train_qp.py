@@ -44,7 +44,14 @@ from data.tables import markdown, write_text
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
 from models.checkpoints import check_finite, save_checkpoint, start_run
-from models.device import Compute, channels_last, compiled, compute, device_name
+from models.device import (
+    Compute,
+    channels_last,
+    compiled,
+    compute,
+    device_name,
+    restore_scaler,
+)
 from models.ema import update_average
 from models.losses import one_hot, seg_loss
 from models.quality import Seen, quality_target, resample, true_dice, with_background
@@ -441,7 +448,12 @@ def build_run(data, args, on, state, inputs):
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=decay, fused=True)
     of_each = len(data.train.mask) // len(data.train.samples)  # masks of a slice or patch
     masks = len(data.train.samples) * min(args.per_image, of_each)  # of an epoch
-    steps = -(-masks // args.batch)
+    steps = len(own_batches(torch.arange(masks), args.batch))
+    if not steps:
+        raise InputError(
+            f"{args.vqm}: an epoch has {masks} mask(s), too few for a step of batch norm by "
+            f"{distributed.world()} process(es); give a larger --per-image, or more labels"
+        )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     run = Run(net, g, optimizer, schedule, on.scaler(), on, steps, inputs)
     run.start = time.perf_counter()
@@ -456,7 +468,7 @@ def restore(run, state):
     run.g.load_state_dict(state["weights"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
-    run.scaler.load_state_dict(state["scaler"])
+    restore_scaler(run.scaler, state)
     run.epoch = state["epoch"]
     run.best = state["best"]
     run.losses = [*state["losses"].to(run.on.device)]

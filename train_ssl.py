@@ -63,6 +63,7 @@ from models.device import (
     compiled,
     device_name,
     fused,
+    restore_scaler,
     samples_in,
 )
 from models.ema import decay_at, move_average
@@ -161,8 +162,9 @@ class Term:
 # training. Only the ratios of a Term's pixel weights matter to its loss.
 #
 # To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
-# students, in WARM_UP if it starts otherwise, in NO_GRAPH if it reads numbers back from the device,
-# in DEFAULTS if its options differ from the paper's; its own options are in add_method_options.
+# students, in WARM_UP if it starts otherwise, in MIXES if it needs two images, in NO_GRAPH if it
+# reads numbers back from the device, in DEFAULTS if its options differ from the paper's; its own
+# options are in add_method_options.
 #
 # Labeled images, weak views and strong views go through a student in passes of their own: mixed
 # statistics of batch norm let pseudo-labels drift (results/baselines).
@@ -360,7 +362,8 @@ def bcp(nets, teacher, batch, args, t):
     target = target.repeated(n)
     x, y, u = (repeated(v, n) for v in (batch.x, batch.y, batch.u))
     box = augment.random_box(x, args.paste)  # [n, 1, *S]
-    inward = to_samples(torch.arange(n, device=x.device) % 2 == 0, x)
+    pair = torch.arange(n, device=x.device) * distributed.world() + distributed.rank()
+    inward = to_samples(pair % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)  # [n, 1, *S] 1 where the labeled image shows
     logits = nets[0](channels_last(torch.where(labeled > 0, x, u)))
     unlabeled = 1 - labeled[:, 0]  # [n, *S]
@@ -391,6 +394,7 @@ METHODS = {
 }
 STUDENTS = {"cps": 2}  # the others have one
 WARM_UP = {"bcp": copy_paste}  # until lambda sets in; the others: supervised
+MIXES = {"ict", "fixmatch", "unimatch", "bcp"}  # images of a batch with each other
 NO_GRAPH = {  # why --graph cannot hold a step that reads back from the device; "": it can
     "contrastive": lambda args: "contrastive draws its pixels one class after the other",
     "bcp": lambda args: args.largest_component and "--largest-component runs on the CPU",
@@ -1495,7 +1499,7 @@ def restore(run, state):
     for net, its in zip([*run.nets, run.teacher], weights, strict=True):
         net.load_state_dict(its)
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    restore_scaler(run.scaler, state)
     return Progress(
         state["step"],
         state["best"],
@@ -1546,6 +1550,20 @@ def print_start(run, args, labeled, unlabeled, first):
     if first:
         words.append(f"from step {first}")
     print(", ".join(words))
+
+
+def print_surprises(args, first):
+    """Notes of images that are not mixed, and of --keep steps that do not come after `first`."""
+    images = args.batch if args.method in WARM_UP else args.batch_unlabeled
+    if args.method in MIXES and images == distributed.world():
+        print(
+            f"note: {args.method} mixes images of a process with each other, and each process has "
+            "one; give a larger --batch and --batch-unlabeled"
+        )
+    kept = [step for step in args.keep if os.path.isfile(f"{args.out}/step{step}.pt")]
+    never = {step for step in args.keep if not first < step <= args.steps} - {*kept}
+    if never:
+        print(f"note: --keep: step {min(never)} is not among {first + 1} to {args.steps}")
 
 
 def print_taught(taught, labeled):
@@ -1638,6 +1656,7 @@ def main(argv=None):
 
     log = open_log(args, info, progress.step, fresh=not state)
     print_start(run, args, labeled, unlabeled, progress.step)
+    print_surprises(args, progress.step)
     if args.graph:
         run.graph = graph_of(run, info, args)
     steps = read_steps(labeled, unlabeled, args, progress.step, on)

@@ -49,6 +49,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may hold $
     import matplotlib.pyplot
 
     return matplotlib.pyplot

@@ -381,6 +381,7 @@ def _check_case(path, case, K, channels, dims):
     _check_arrays(where, arrays, case.source_grid, channels, dims)
     _check_place(where, case, _grid_of(case.image, channels))
     _check_pixels(where, case.image)
+    _check_spread(where, case.image, channels)
     _check_label(where, case.label, K)
     _check_label(f"{where}: source_label", case.source_label, K)
 
@@ -403,6 +404,16 @@ def _check_place(where, case, grid):
 def _check_pixels(where, image):
     if image.dtype == np.float32 and not np.isfinite(image).all():
         raise InputError(f"{where}: NaN or infinite pixels; mend them and convert the data again")
+
+
+def _check_spread(where, image, channels):
+    """InputError for intensities that readers would not standardize, see _mean_and_std()."""
+    each = np.moveaxis(image, -1, 0) if channels > 1 else [image]
+    if any(0 < one.std(dtype=np.float64) < LEAST_STD for one in each):
+        raise InputError(
+            f"{where}: values from {image.min():.9g} to {image.max():.9g} lie too close together; "
+            "bring them to a usual range, such as 0 to 1"
+        )
 
 
 def _check_label(where, label, K):
@@ -757,10 +768,13 @@ def mean_and_std(image, channel_names=()):
     return _mean_and_std(image)
 
 
+LEAST_STD = 1e-6  # readers divide by no less
+
+
 def _mean_and_std(image):
     """The deviation is at least 1e-5 of the mean, so that no rounding is taken for noise."""
     mean, std = (float(v) for v in (image.mean(dtype=np.float64), image.std(dtype=np.float64)))
-    return mean, max(std, 1e-6, 1e-5 * abs(mean))
+    return mean, max(std, LEAST_STD, 1e-5 * abs(mean))
 
 
 def is_flat(image):

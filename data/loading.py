@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from data import h5
 from data.files import InputError
 
+cv2.setNumThreads(1)  # its pool of threads would be missing in forked processes, which would wait
+
 # ------------------------------------------------------------------------------ samples in memory
 
 
@@ -490,22 +492,20 @@ def shape_of(size):
 def resize_image(image, size):
     """(H, W[, C]) -> (S, S[, C]) for a side; (D, H, W) -> (*S,) for a size of three.
 
-    Values are averaged where the grid shrinks, else interpolated linearly.
+    Values are averaged along the axes that shrink, then interpolated linearly along the others.
     """
     shape = shape_of(size)
     if image.shape[: len(shape)] == shape:
         return image
     if len(shape) == 2 and image.ndim == 3 and image.shape[2] > 4:  # more than OpenCV takes
         return np.stack([resize_image(one, size) for one in np.moveaxis(image, 2, 0)], 2)
+    small = tuple(map(min, image.shape, shape))
     if len(shape) == 2:
-        shrinks = min(image.shape[:2]) >= size
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return cv2.resize(image, shape, interpolation=how)
+        image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
+        return cv2.resize(image, shape, interpolation=cv2.INTER_LINEAR)
     x = torch.from_numpy(image)[None, None].float()  # [1, 1, D, H, W]
-    if all(n >= s for n, s in zip(image.shape, shape)):
-        x = F.interpolate(x, shape, mode="area")
-    else:
-        x = F.interpolate(x, shape, mode="trilinear", align_corners=False)
+    x = F.interpolate(x, small, mode="area")
+    x = F.interpolate(x, shape, mode="trilinear", align_corners=False)
     if image.dtype == np.uint8:
         x = x.round()
     return x[0, 0].numpy().astype(image.dtype)

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from data import figures
+from data import figures, h5
 from data.files import InputError, replacing
 from data.labels import MOST, are_whole, class_numbers
 
@@ -438,7 +438,7 @@ def to_float32(image, path):
         found = np.ascontiguousarray(image, np.float32)
     lost = np.abs(found - image.astype(np.float64)).max()
     spread = image.std(dtype=np.float64)
-    if lost > 1e-3 * spread or 0 < spread < 1e-6:  # 1e-6: readers divide by no less
+    if lost > 1e-3 * spread or 0 < spread < h5.LEAST_STD:
         raise InputError(
             f"{path}: has values from {image.min():.9g} to {image.max():.9g}, which "
             "float32 cannot hold or tell apart; bring them to a usual range"

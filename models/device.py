@@ -50,6 +50,15 @@ class Compute:
         return f"{self.device}, {str(self.amp or torch.float32).removeprefix('torch.')}"
 
 
+def restore_scaler(scaler, state):
+    """Sets a scaler to that of a checkpoint. It starts anew where that run had none, without fp16.
+
+    So it may be where --amp auto means another type on another device.
+    """
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+
+
 def compute(device="auto", amp="auto", deterministic=False):
     """The Compute of the options --device and --amp.
 

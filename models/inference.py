@@ -343,7 +343,7 @@ def judged_masks(masks, K, on, most=None, batch=64):
     N = len(masks.mask)
     every = torch.arange(N) if most is None else torch.linspace(0, N - 1, min(most, N)).long()
     mine = every[distributed.rank() :: distributed.world()]
-    for rows in mine.split(samples_in(batch, masks.mask.shape[1:])):
+    for rows in mine.split(samples_in(batch, masks.mask.shape[1:])) if len(mine) else ():
         x, y = masks.samples.batch(masks.index[rows], on.device)
         seen = quality.Seen.of_label(x, masks.mask[rows].to(on.device), K)
         yield seen, one_hot(y, K)[:, 1:]
@@ -359,7 +359,10 @@ class Estimates(NamedTuple):
 
 @torch.no_grad()
 def estimate_quality(g, judged, on):
-    """g's estimate and the true Dice of what a judged_...() yields, hard masks. -> Estimates"""
+    """g's estimate and the true Dice of what a judged_...() yields, hard masks. -> Estimates
+
+    They are empty where it yields nothing, as to a process that has no share.
+    """
     found = []
     for seen, truth, *_ in judged:
         with on.autocast():
@@ -367,6 +370,8 @@ def estimate_quality(g, judged, on):
         true = quality.true_dice(seen.mask, truth)
         present = truth.flatten(2).any(2)
         found.append((predicted.cpu(), true.cpu(), present.cpu()))
+    if not found:
+        return Estimates(*[np.zeros((0, 0))] * 3)
     return Estimates(*(torch.cat(parts).numpy() for parts in zip(*found)))
 
 

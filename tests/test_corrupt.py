@@ -315,3 +315,22 @@ def test_runs_as_a_command(gray, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "next: python train_qp.py" in done.stdout and done.stderr == ""
+
+
+FORKED = """
+import numpy as np
+import corrupt
+from data import loading
+labels = np.zeros((6, 384, 384), np.uint8)
+labels[:, 90:200, 80:180] = 1
+for _ in range(6):
+    loading.resize_image(np.zeros((560, 760, 3), np.uint8), 384)
+truths = corrupt.Truths("train", labels, list("abcdef"), 2, 3, False, 0)
+print(len(list(corrupt.synthetic_masks(truths, 2))))
+"""
+
+
+def test_processes_draw_masks_after_large_pictures_were_resized():
+    """Threads of OpenCV, which these start, would be missing in forked processes."""
+    done = python("-c", FORKED, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == "6", done.stderr

@@ -413,3 +413,34 @@ def test_summary_and_preview(gray, rgb, tmp_path, capsys):
         assert cv2.imread(str(tmp_path / "p.png")).shape[0] > 300
         text = capsys.readouterr().out
         assert "train" in text and "val" in text and "background" in text
+
+
+@pytest.mark.parametrize("scale, refused", [(1, False), (1e-5, False), (1e-8, True)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_intensities_that_nobody_could_standardize_are_refused(scale, refused, channels, tmp_path):
+    image = np.random.default_rng(0).random((8, 20, 20, channels), np.float32)
+    image[..., -1] *= scale
+    case = h5.Case("train", "a", image.squeeze(), None, "a")
+    names = ["b", "c"][:channels] if channels > 1 else None
+    about = dict(name="x", classes=["background", "a"], dims=2)
+    write = lambda: h5.write(
+        str(tmp_path / "d.h5"), [case], channels=channels, channel_names=names, **about
+    )
+    if refused:
+        with pytest.raises(InputError, match="case 'a': values from .* too close together"):
+            write()
+    else:
+        (read,) = loading.whole_cases(write(), "train", labels=False)
+        mean, std = np.atleast_1d(read.mean), np.atleast_1d(read.std)
+        assert ((read.image[-1] - mean[-1]) / std[-1]).std() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_axis_that_shrinks_is_averaged_whatever_the_others_do(dims):
+    """Stripes of one pixel become gray, also where the image grows along the other axis."""
+    stripes = np.zeros((1000, 20), np.float32)
+    stripes[::2] = 1
+    image, size = (stripes, 97) if dims == 2 else (stripes[:, :, None], (97, 40, 3))
+    small = loading.resize_image(image, size)
+    assert small.shape[:2] == (97, 97 if dims == 2 else 40)
+    assert abs(small - 0.5).max() < 0.06  # the 10.3 pixels of each have 5 or 6 stripes

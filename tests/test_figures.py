@@ -479,3 +479,16 @@ def test_scripts_are_silent_but_for_their_words_when_piped(tmp_path):
         32,
     )
     assert done.stderr == "" and "next: python corrupt.py" in done.stdout
+
+
+def test_names_may_hold_dollars(tmp_path):
+    """matplotlib would take what stands between two of them for mathematics."""
+    label = np.zeros((24, 24), np.uint8)
+    label[6:14, 6:14] = 1
+    image = (label * 100 + np.arange(24)).astype(np.uint8)
+    splits = enumerate(("train", "val"))
+    cases = [h5.Case(split, f"US${i}_$x", image, label, f"p{i}") for i, split in splits]
+    about = dict(name="x", classes=["background", "a$_$b"], dims=2, channels=1)
+    h5.write(str(tmp_path / "d.h5"), cases, **about)
+    h5.main([str(tmp_path / "d.h5"), "--preview", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").stat().st_size > 1000

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from models.device import Compute, channels_last
+from models.device import Compute, channels_last, restore_scaler
 from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
 from models.quality import (
     SMOOTH_SHARE,
@@ -385,3 +385,14 @@ def test_pixel_contrast_draws_negatives_and_needs_two_classes():
     )
     none = pixel_contrast(anchors, anchors, label, ~clear, negatives=5, temperature=0.5)
     assert (one == 0).all() and (none == 0).all()
+
+
+def test_a_scaler_starts_anew_where_the_run_had_none():
+    """As where --amp auto was bfloat16 on one GPU, and is fp16 on the next."""
+    on = Compute(torch.device("cpu"), torch.float16)
+    scaler = on.scaler()
+    before = scaler.state_dict()
+    restore_scaler(scaler, dict(scaler=Compute(on.device, None).scaler().state_dict()))
+    assert scaler.state_dict() == before
+    restore_scaler(scaler, dict(scaler=before | {"scale": 8.0}))
+    assert scaler.get_scale() == 8.0

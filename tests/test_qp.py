@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, shared
+from conftest import FakeG, make_pictures, shared
 
 import corrupt
 import evaluate
@@ -18,7 +18,8 @@ import models
 import train_qp
 from data import figures, h5, images, loading, phantom, quality_masks
 from data.quality_masks import load
-from models import checkpoints, inference
+from models import checkpoints, distributed, inference
+from models.device import compute
 from models.losses import one_hot
 from models.quality import (
     DenseQualityPredictor,
@@ -584,3 +585,35 @@ def test_bad_input(gray, rgb, rgb_quality, gray_quality, tmp_path, refused):
         del f["real/mask"]
     refused(train_qp.main, [gray, "--vqm", tmp_path / "damaged.h5", *out], "damaged.h5", "/real")
     assert not (tmp_path / "o").exists()
+
+
+def test_an_epoch_of_one_mask_is_refused(tmp_path, refused):
+    """Batch norm needs two. One mask of val is enough for the report, whoever has no share."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((40, 40), np.uint8)
+    label[9:22, 8:20] = 1
+    image = (rng.integers(0, 60, (40, 40)) + label * 100).astype(np.uint8)
+    splits = ("train", "train", "val")
+    cases = [h5.Case(s, f"c{i}", image, label, f"p{i}") for i, s in enumerate(splits)]
+    data = str(tmp_path / "d.h5")
+    h5.write(data, cases, name="x", classes=["background", "a"], dims=2, channels=1)
+    masks = "--labeled 1 --folds 1 --size 32 --masks 4 --val-masks 1"
+    harvest = "--harvest-epochs 1 --harvest-steps 2"
+    corrupt.main([data, "--out", str(tmp_path), *masks.split(), *harvest.split()])
+    files = [data, "--vqm", str(tmp_path / "vqm.h5"), "--out", str(tmp_path / "g")]
+    options = "--epochs 1 --members 1 --width 4".split()
+    refused(
+        train_qp.main, [*files, *options, "--per-image", 1], "1 mask(s), too few", "--per-image"
+    )
+    train_qp.main([*files, *options])
+    assert (tmp_path / "g" / "qp.pt").exists()
+
+
+def test_a_process_without_a_share_of_the_masks(gray, gray_quality, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    masks = load(gray_quality[0], "val", h5.read_info(gray), None)
+    g = FakeG(lambda seen: torch.zeros(len(seen), 3), classes=4)
+    on = compute("cpu", "off")
+    found = inference.estimate_quality(g, inference.judged_masks(masks, 4, on, most=3), on)
+    assert [len(v) for v in found] == [0, 0, 0]
