@@ -131,9 +131,9 @@ class FakeG(torch.nn.Module):
         return self.answer("belief", seen)
 
 
-def quality(data, folder, size="32", val=4, epochs="1,2", members=2):
+def quality(data, folder, size="32", val=4, epochs="1,2", members=2, masks=8):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
-    masks = f"--labeled 4 --size {size} --patches 2 --masks 8 --val-masks {val} --folds 2"
+    masks = f"--labeled 4 --size {size} --patches 2 --masks {masks} --val-masks {val} --folds 2"
     harvest = f"--harvest-share 0.25 --harvest-epochs {epochs} --harvest-steps 2 --harvest-batch 4"
     corrupt.main([data, "--out", str(folder), *masks.split(), *harvest.split()])
     files = ["--vqm", str(folder / "vqm.h5"), "--out", str(folder)]
@@ -154,7 +154,7 @@ def gray_quality(gray, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def volumes_quality(volumes, tmp_path_factory):
-    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1, "1", 1)
+    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1, "1", 1, 4)
 
 
 @pytest.fixture(scope="session")

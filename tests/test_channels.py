@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quality, shared
-from test_ssl import train
+from test_ssl import AT_ONCE, by_hand, train
 
 import evaluate
 import train_ssl
@@ -53,8 +53,8 @@ def predictors(files, tmp_path_factory):
     """{dims: qp.pt}"""
 
     def make(folder):
-        quality(files[2], folder / "2", "32", 2, "1", 1)
-        quality(files[3], folder / "3", "16,16,32", 1, "1", 1)
+        for dims, size in ((2, "32"), (3, "16,16,32")):
+            quality(files[dims], folder / str(dims), size, 1, "1", 1, masks=2)
 
     folder = shared(tmp_path_factory, "four_quality", make)
     return {dims: str(folder / str(dims) / "qp.pt") for dims in GRID}
@@ -152,15 +152,15 @@ def test_colors_change_together_and_other_channels_each_for_itself(shape):
 
 @pytest.mark.parametrize("dims, method", METHODS)
 def test_two_steps_of_every_method(dims, method, files, predictors, tmp_path):
-    hooks = ["--weight", "quality", "--qar", 0.01, "--qp", predictors[dims], "--cache", "off"]
+    """From disk, but without processes that read (tests/test_feed.py has those)."""
+    hooks = ["--weight", "quality", "--qar", 0.01, "--cache", "off", "--workers", 0, *AT_ONCE]
     more = ["--correct"] if method != "supervised" else []
-    at_once = "--steps 2 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
-    state = train(files[dims], tmp_path, "--method", method, *hooks, *more, *at_once)
-    assert state["step"] == 2 and state["data"]["channel_names"] == NAMES
-    first = state["nets"][0][next(name for name in state["nets"][0] if name.endswith("weight"))]
-    assert first.shape[1] == 4
+    _, run, parts = by_hand(files[dims], predictors[dims], "--method", method, *hooks, *more)
+    assert len(parts) == 2 and parts.isfinite().all() and (parts[:, 3] > 0).all()  # QAR
+    assert next(run.nets[0].parameters()).shape[1] == 4
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("dims", GRID)
 def test_the_other_stages(dims, files, predictors, tmp_path, monkeypatch, refused):
     """Pictures show the channel that --show names; a file of other channels is refused."""

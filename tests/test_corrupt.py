@@ -182,6 +182,7 @@ def test_file_is_the_same_for_a_seed_whatever_the_workers(gray, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_file_holds_what_it_says(kind, request, tmp_path):
     data = request.getfixturevalue(kind)

@@ -25,8 +25,8 @@ from models.checkpoints import check_finite, load_checkpoint
 @pytest.mark.parametrize(
     "name, number, less",
     [
-        ("corrupt.py --workers 2", signal.SIGKILL, "--masks 30 --harvest-epochs 1,2"),
-        ("train_qp.py", signal.SIGKILL, ""),
+        ("corrupt.py --workers 2", signal.SIGKILL, "--masks 15 --harvest-epochs 1,2"),
+        ("train_qp.py", signal.SIGKILL, "--per-image 8"),
         ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 24 --eval-every 4"),
     ],
 )
@@ -49,7 +49,7 @@ SSL = [
 ]
 MASKS = [
     *"--labeled 4 --size 32 --masks 8 --val-masks 4 --harvest-share 0.25".split(),
-    *"--harvest-epochs 1,2 --harvest-steps 2 --harvest-batch 4".split(),
+    *"--harvest-epochs 1 --harvest-steps 1 --harvest-batch 16".split(),
 ]
 
 
@@ -302,7 +302,7 @@ def test_deterministic_gives_the_same_weights_in_another_process(gray, tmp_path)
     argv = [
         gray,
         *SSL[:-2],
-        *"--method unimatch --lam-warmup 0 --deterministic --out".split(),
+        *"--steps 3 --method unimatch --lam-warmup 0 --deterministic --out".split(),
     ]
     done = python("train_ssl.py", *argv, tmp_path / "a", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr == "", done.stderr

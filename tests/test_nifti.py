@@ -595,7 +595,7 @@ def test_options_that_contradict(tmp_path, refused, more, words):
     assert not (tmp_path / "g.h5").exists()
 
 
-def test_as_a_command(tmp_path):
+def test_as_a_command(tmp_path, refused):
     src = make(tmp_path / "src", ["a", "b"], ending=".nii")
     done = python("-m", "data.nifti", src, "--out", tmp_path / "f.h5", "--val", ".5")
     assert (
@@ -606,8 +606,7 @@ def test_as_a_command(tmp_path):
     patch(src / "imagesTr" / "a.nii", 80, 0.0)
     done = python("-m", "data.nifti", src, "--out", tmp_path / "g.h5")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "spacing" in done.stderr
-    refusal = python("-m", "data.nifti", tmp_path / "nothing", "--out", tmp_path / "g.h5")
-    assert refusal.returncode == 2 and "no such folder" in refusal.stderr
+    refused(nifti.main, [tmp_path / "nothing", "--out", tmp_path / "g.h5"], "no such folder")
 
 
 def test_nnunet_images_without_a_channel(tmp_path, refused):

@@ -43,8 +43,8 @@ BLOCKS = [  # words that tell the blocks of commands apart; a test below runs ea
 SMALL = {  # appended to a command, so that it ends in seconds; argparse takes the last value
     "data.phantom": "--train 8 --val 2 --test 1 --size 32 --depth 4",
     "data.ssl4mis": "--val 1",
-    "corrupt.py": "--size 32 --masks 4 --val-masks 1 --harvest-epochs 1 --harvest-steps 1 "
-    "--harvest-batch 4",
+    "corrupt.py": "--size 32 --masks 4 --val-masks 1 --patches 2 --harvest-epochs 1 "
+    "--harvest-steps 1 --harvest-batch 16",
     "train_qp.py": "--size 32 --width 4 --members 1 --epochs 1 --per-image 1 --batch 8",
     "train_ssl.py": "--size 32 --width 4 --steps 2 --batch 2 --batch-unlabeled 2 --keep 1,2",
     "evaluate.py": "--pictures 1",
@@ -526,6 +526,7 @@ def test_example_input_of_g(gray, gray_quality, tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", ["demo", "demo3d"])
 def test_make_demo_in_miniature(target, tmp_path, monkeypatch, capsys):
     """The commands of a demo, one after another, each shrunk; the real ones take minutes."""
+    monkeypatch.setitem(SMALL, "data.phantom", SMALL["data.phantom"] + " --unlabeled 6")
     recipe = subprocess.run(
         ["make", "-n", target, f"FOLDER={tmp_path}", "-o", ".venv/ready"],
         cwd=ROOT,

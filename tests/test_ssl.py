@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import itertools
 import re
 import shutil
@@ -17,7 +18,7 @@ from torch import nn
 import models
 import train_ssl
 from data import h5, loading, phantom
-from models import inference
+from models import checkpoints, inference
 from models.device import Compute, compute
 from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
@@ -66,8 +67,11 @@ def constant(value, K):
     )
 
 
-def loss_of(kind, g, args, seed=1):
-    nets, teacher, batch = setting(kind, seed, students=train_ssl.STUDENTS.get(args.method, 1))
+kept = functools.cache(setting)  # in train mode, no answer depends on what batch norm keeps
+
+
+def loss_of(kind, g, args):
+    nets, teacher, batch = kept(kind, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
     with torch.no_grad():
         return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
@@ -854,13 +858,36 @@ def test_the_teacher_averages_weights_and_statistics_and_starts_from_the_student
 # --------------------------------------------------------------------------------------- whole runs
 
 
-def train(data, out, *more):
+def arguments(data, out, *more):
     flat = h5.read_info(data).dims == 2
     size = ("--size 32 --width 4" if flat else "--size 16,16,32 --width 2 --window whole").split()
     usual = "--labeled 2 --batch 2 --batch-unlabeled 2 --steps 5 --eval-every 2 --lr 1e-3"
     argv = [data, "--out", str(out), *size, *usual.split(), "--lam-warmup", "0", "--mc-passes", "2"]
-    train_ssl.main([*argv, *map(str, more)])
+    return [*argv, *map(str, more)]
+
+
+def train(data, out, *more):
+    train_ssl.main(arguments(data, out, *more))
     return torch.load(out / "last.pt", weights_only=True)
+
+
+@functools.cache
+def guide(data, qp):
+    return checkpoints.load_quality(qp, h5.read_info(data), compute("cpu", "off"))[0]
+
+
+def by_hand(data, qp, *more):
+    """The steps of train() alone, without its files. -> args, Run, PARTS of each step"""
+    args = train_ssl.parse_args(arguments(data, "out", "--qp", qp, *more))
+    info, g, on = h5.read_info(data), guide(data, qp), compute("cpu", "off")
+    network = train_ssl.set_defaults(args, info)
+    args.weight_level = args.weight_level or train_ssl.finest_level(g, args)
+    images = train_ssl.load_data(info, args, on)
+    torch.manual_seed(args.seed)
+    run = train_ssl.build_run(network, g, args, on, fresh=True)
+    steps = train_ssl.read_steps(*images, args, 0, on)
+    parts = [train_ssl.whole_step(run, fetched, info, args, step) for step, fetched in steps]
+    return args, run, torch.stack(parts)
 
 
 def same(a, b):
@@ -878,42 +905,55 @@ HOOKS = [
     ("--weight", "quality", *ANY, "--correct"),
     ("--weight", "quality", *ANY, "--weight-level", "class", "--qar", 0.01),
 ]
+AT_ONCE = "--steps 2 --conf-threshold 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
+
+
+def check_parts(parts, method, hooks):
+    mean = dict(zip(train_ssl.PARTS, parts.mean(0).tolist()))
+    assert len(parts) == 2 and parts.isfinite().all()
+    assert (mean["qar"] > 0) == ("--qar" in hooks)
+    if method != "ua_mt":  # which is certain of no pixel yet
+        assert (mean["unsup"] > 0) == (method != "supervised")
+    if method != "supervised":
+        everything = 0.5 if method == "bcp" else 1  # of the pixels, those of unlabeled images
+        weight = mean["weight"]
+        assert 0 < weight < everything if "--weight" in hooks else weight == everything
 
 
 @pytest.mark.parametrize(
     "kind, method, hooks",
     [
         (kind, method, hooks)
-        for kind, some in (("gray", HOOKS), ("volumes", HOOKS[1:]))
+        for kind, some in (("gray", HOOKS[:-1]), ("volumes", HOOKS[1:-1]))
         for method, hooks in itertools.product(train_ssl.METHODS, some)
         if method != "supervised" or "--correct" not in hooks
     ],
 )
-def test_two_steps_of_everything(kind, method, hooks, request, tmp_path):
-    """Every method, weighting and dimension; and the seed fixes what a method draws."""
+def test_two_steps_of_everything(kind, method, hooks, request):
+    """Every method, weighting and dimension, but the weighting of the runs below."""
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    at_once = "--steps 2 --conf-threshold 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
-    run = lambda out: train(data, out, "--method", method, *hooks, "--qp", qp, *at_once)
-    state = run(tmp_path)
-    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert (
-        state["step"] == 2
-        and [r["step"] for r in rows] == ["2"]
-        and (tmp_path / "best.pt").exists()
-    )
-    lam = 0 if method == "supervised" else state["args"]["lam"]
-    assert float(rows[0]["lam"]) == lam
-    assert (float(rows[0]["qar"]) > 0) == ("--qar" in hooks)
-    if method != "ua_mt":  # which is certain of no pixel yet
-        assert (float(rows[0]["unsup"]) > 0) == (lam > 0)
-    if lam:
-        everything = 0.5 if method == "bcp" else 1  # of the pixels, those of unlabeled images
-        weight = float(rows[0]["weight"])
-        assert 0 < weight < everything if "--weight" in hooks else weight == everything
-    assert all(0 <= float(r["val_dice"]) <= 1 for r in rows) and list(tmp_path.glob("events.*"))
-    assert max(float(r["val_dice"]) for r in rows) == pytest.approx(state["best"]["dice"], abs=1e-4)
-    if kind == "gray" and "--qar" in hooks:
-        assert same(state, run(tmp_path / "again"))
+    _, _, parts = by_hand(data, qp, "--method", method, *hooks, *AT_ONCE)
+    check_parts(parts, method, hooks)
+
+
+@pytest.mark.parametrize("kind", ["gray", "volumes"])
+@pytest.mark.parametrize("method", train_ssl.METHODS)
+def test_a_run_of_every_method(kind, method, request, tmp_path):
+    """Its files; and its weights are those of its steps, as the seed fixes what they draw."""
+    data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    more = ["--method", method, *HOOKS[-1], *AT_ONCE]
+    state = train(data, tmp_path, *more, "--qp", qp)
+    (row,) = csv.DictReader(open(tmp_path / "log.csv"))
+    assert state["step"] == 2 and row["step"] == "2" and (tmp_path / "best.pt").exists()
+    assert 0 <= float(row["val_dice"]) <= 1 and list(tmp_path.glob("events.*"))
+    assert float(row["val_dice"]) == pytest.approx(state["best"]["dice"], abs=1e-4)
+    args, run, parts = by_hand(data, qp, *more)
+    check_parts(parts, method, HOOKS[-1])
+    weights = [net.state_dict() for net in (*run.nets, run.teacher)]
+    assert same(state, dict(nets=weights[:-1], teacher=weights[-1]))
+    assert float(row["lam"]) == (0 if method == "supervised" else args.lam)
+    logged = [float(row[name] or 0) for name in train_ssl.PARTS]
+    assert logged == pytest.approx(parts.mean(0).tolist(), rel=1e-3, abs=1e-4)
 
 
 def test_kept_checkpoints_are_those_of_their_steps(gray, tmp_path):
