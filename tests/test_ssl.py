@@ -708,6 +708,17 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
         )
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bcp_pastes_in_both_directions_also_where_each_process_has_one_image(rank, monkeypatch):
+    monkeypatch.setattr(train_ssl.distributed, "rank", lambda: rank)
+    monkeypatch.setattr(train_ssl.distributed, "world", lambda: 2)
+    monkeypatch.setattr(train_ssl.distributed, "mean", lambda x: x)
+    nets, teacher, batch = setting("4-class gray", count=1)
+    _, [term] = step_of("bcp", nets, teacher, batch, "--no-largest-component")
+    box = (21 / 32) ** 2  # of 2/3 of each side
+    assert term.weight.mean().item() == pytest.approx(box if rank else 1 - box)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bcps_teacher_takes_the_statistics_of_the_batch(kind):
     """Running statistics, which come from pasted images, do not matter to it, and stay."""
@@ -1045,6 +1056,18 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
         ["--resume", "--correct"],
         "--correct",
     )
+
+
+@pytest.mark.parametrize(
+    "method, said", [("bcp", True), ("fixmatch", True), ("mean_teacher", False)]
+)
+def test_a_lone_image_and_a_step_that_never_comes_are_noted(method, said, gray, tmp_path, capsys):
+    words = "--batch 1 --batch-unlabeled 1 --lam-warmup 0.5 --keep 3,50 --method".split()
+    train(gray, tmp_path, *words, method)
+    out = capsys.readouterr().out
+    assert ("mixes images of a process with each other" in out) == said
+    assert "note: --keep: step 50 is not among 1 to 5" in out
+    assert (tmp_path / "step3.pt").exists()
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monkeypatch, refused):
