@@ -713,19 +713,30 @@ def onset(args):
     return count % args.steps
 
 
+class Now(NamedTuple):
+    """What changes from step to step beside images: numbers, for a CUDA graph tensors of one."""
+
+    t: float  # progress of training, in [0, 1]
+    lams: tuple  # of lambdas()
+    decay: float  # of the teacher's average
+
+
+def now_at(args, step):
+    """Now at a step."""
+    t = (step - 1) / args.steps
+    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema))
+
+
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]  # of a step, logged
 
 
-def total_loss(nets, teacher, g, batch, args, t, lams=None):
-    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]
-
-    lams: those of lambdas() at t, or tensors of them
-    """
-    lam, lam_qar = lams or lambdas(args, t)
+def total_loss(nets, teacher, g, batch, args, now):
+    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]"""
+    lam, lam_qar = now.lams
     method = METHODS[args.method] if acts(lam) else WARM_UP.get(args.method, supervised)
     if args.correct:
         batch = replace(batch, g=g)
-    sup, terms = method(nets, teacher, batch, args, t)
+    sup, terms = method(nets, teacher, batch, args, now.t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     qar = torch.zeros((), device=sup.device)
     if acts(lam_qar):
@@ -746,20 +757,6 @@ def foreground_share(labels, device, weight=1.0):
     return torch.stack(shares).mean() if shares else torch.zeros((), device=device)
 
 
-class Now(NamedTuple):
-    """What changes from step to step beside images: numbers, for a CUDA graph tensors of one."""
-
-    t: float  # progress of training, in [0, 1]
-    lams: tuple  # of lambdas()
-    decay: float  # of the teacher's average
-
-
-def now_at(args, step):
-    """Now at a step."""
-    t = (step - 1) / args.steps
-    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema))
-
-
 def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> its PARTS [parts], still on the device"""
     return make_step(run, batch, args, now_at(args, step))
@@ -768,7 +765,7 @@ def train_step(run, batch, args, step):
 def make_step(run, batch, args, now):
     """train_step() of Now. It reads nothing back from the device, but see why_no_graph()."""
     with run.on.autocast():
-        loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, now.t, now.lams)
+        loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, now)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     distributed.average_gradients(p for net in run.nets for p in net.parameters())

@@ -118,7 +118,7 @@ def test_compiled_and_in_bfloat16():
 @pytest.mark.parametrize("name", SMALL)
 def test_methods_that_look_into_a_network_train_every_network(name, method):
     """At its dropout, or at what its encoder finds; others see its answers alone."""
-    from test_ssl import options
+    from test_ssl import halfway, options
 
     torch.manual_seed(0)
     net = lambda: models.build(name, channels=1, classes=3, **SMALL[name]).train()
@@ -145,7 +145,8 @@ def test_methods_that_look_into_a_network_train_every_network(name, method):
         level="class",
         qar=0.1,
     )
-    loss, _ = train_ssl.total_loss(nets, teacher, g, train_ssl.Batch(x, y, u, s1, s2), args, 0.5)
+    batch = train_ssl.Batch(x, y, u, s1, s2)
+    loss, _ = train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
     loss.backward()
     assert loss.isfinite() and all(
         p.grad is not None and p.grad.isfinite().all() for n in nets for p in n.parameters()

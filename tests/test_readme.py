@@ -229,7 +229,8 @@ def test_one_step_computes_the_loss(tmp_path):
     torch.manual_seed(1)
     exec(step, names)
     torch.manual_seed(1)
-    loss, _ = train_ssl.total_loss([net], teacher, g, batch, args, t=1)
+    end = train_ssl.now_at(args, args.steps + 1)
+    loss, _ = train_ssl.total_loss([net], teacher, g, batch, args, end)
     assert torch.equal(names["loss"], loss)
 
 

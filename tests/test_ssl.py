@@ -42,6 +42,11 @@ def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
     return train_ssl.parse_args(argv)
 
 
+def halfway(args):
+    """Now at the middle of training."""
+    return train_ssl.now_at(args, args.steps // 2 + 1)
+
+
 def setting(kind, seed=1, count=3, students=1):
     """Students, teacher and a batch."""
     C, K, S = KINDS[kind]
@@ -74,7 +79,7 @@ def loss_of(kind, g, args):
     nets, teacher, batch = kept(kind, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
     with torch.no_grad():
-        return train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+        return train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
 
 
 GUIDANCE = [  # weight, level, lambda of QAR
@@ -113,7 +118,7 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
         level=level,
         qar=qar,
     )
-    loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+    loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
     loss.backward()
     assert loss.isfinite() and parts.shape == (7,) and not parts.requires_grad
     assert all(
@@ -134,9 +139,8 @@ def test_gradient_under_mixed_precision(kind, method):
     for net in (*nets, teacher):
         on.place(net)
     with on.autocast():
-        loss, parts = train_ssl.total_loss(
-            nets, teacher, None, batch, options("--conf-threshold", "0", method=method), 0.5
-        )
+        args = options("--conf-threshold", "0", method=method)
+        loss, parts = train_ssl.total_loss(nets, teacher, None, batch, args, halfway(args))
     loss.backward()
     assert loss.dtype == parts.dtype == torch.float32 and loss.isfinite()
     assert all(
@@ -213,7 +217,7 @@ def test_what_g_believes_takes_the_place_of_the_pseudo_label(kind, method, monke
     made = []
     plain = train_ssl.METHODS[method]
     monkeypatch.setitem(train_ssl.METHODS, method, lambda *a: made.append(plain(*a)) or made[-1])
-    train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)[0].backward()
+    train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))[0].backward()
     ((_, terms),) = made
     assert terms and all(torch.equal(term.label.p, own) for term in terms)
     assert len(g.asked) == students
@@ -747,9 +751,8 @@ def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised(
     echo = Echo(torch.randn(1, 4, 32, 32))
     before = ["--lam-warmup", "0.6"]
     torch.manual_seed(0)
-    _, parts = train_ssl.total_loss(
-        [echo], teacher, None, batch, options(*before, method="bcp"), 0.5
-    )
+    args = options(*before, method="bcp")
+    _, parts = train_ssl.total_loss([echo], teacher, None, batch, args, halfway(args))
     shown = echo.seen[0]
     pasted = (shown != batch.x).any(1)
     assert (
@@ -766,7 +769,8 @@ def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised(
             y[i][:, here] = batch.y[j][:, here]
     assert torch.allclose(loss, seg_loss(echo.logits.expand(5, -1, -1, -1), y), atol=1e-6)
     nets, teacher, batch = setting("4-class gray", students=2)
-    sup, _ = train_ssl.total_loss(nets, teacher, None, batch, options(*before, method="cps"), 0.5)
+    args = options(*before, method="cps")
+    sup, _ = train_ssl.total_loss(nets, teacher, None, batch, args, halfway(args))
     sup.backward()
     assert all(net.head.weight.grad.abs().sum() > 0 for net in nets)  # both students of CPS warm up
 
@@ -1110,7 +1114,7 @@ def test_qar_is_taken_on_a_share_of_the_images(share, count):
     nets, teacher, batch = setting("4-class gray", count=5)
     g = constant(0.3, 4)
     args = options("--qar-share", str(share), qar=0.1)
-    train_ssl.total_loss(nets, teacher, g, batch, args, 0.5)
+    train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
     (seen,) = g.asked
     assert torch.equal(seen.image, batch.u[:count])
 
