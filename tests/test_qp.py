@@ -432,7 +432,7 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
                 str(tmp_path / head),
                 "--head",
                 head,
-                *"--width 8 --epochs 1".split(),
+                *"--width 8 --epochs 1 --members 1".split(),
             ]
         )
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
@@ -528,16 +528,22 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
 
 
-@pytest.mark.usefixtures("unrendered")
-def test_masks_of_networks_of_other_flips_are_noted(gray, gray_quality, tmp_path, capsys, refused):
+def test_masks_of_networks_of_other_flips_are_noted(
+    gray, gray_quality, tmp_path, capsys, refused, monkeypatch
+):
     shutil.copy(gray_quality[0], vqm := str(tmp_path / "vqm.h5"))
+
+    def ends(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_qp, "build_run", ends)  # once the masks are read
 
     def told(stored, *flip):
         with h5py.File(vqm, "a") as f:
             assert f.attrs.pop("flip") == "H,W"
             f.attrs.update(stored)
-        options = ["--overwrite", "--epochs", "1", "--members", "1", "--width", "4", *flip]
-        train_qp.main([gray, "--vqm", vqm, "--out", str(tmp_path / "o"), *options])
+        with pytest.raises(KeyboardInterrupt):
+            train_qp.main([gray, "--vqm", vqm, "--out", str(tmp_path / "o"), *flip])
         with h5py.File(vqm, "a") as f:
             f.attrs["flip"] = "H,W"
         return capsys.readouterr().out
