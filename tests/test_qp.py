@@ -320,18 +320,15 @@ def test_image_of_another_case(gray, gray_quality):
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("head", ["dense", "scalar"])
-def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("head, width", [("dense", "4"), ("scalar", "8")])
+def test_resumed_equals_uninterrupted(head, width, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
     """Also where it dies in the report, after its last epoch; a finished run says so."""
     common = [
         rgb,
         "--vqm",
         rgb_quality[0],
-        *"--size 32 --width 8 --batch 16 --epochs 3".split(),
-        "--head",
-        head,
-        "--members",
-        "2",
+        *"--size 32 --batch 16 --epochs 3 --members 2".split(),
+        *("--head", head, "--width", width),
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     told = capsys.readouterr().out
