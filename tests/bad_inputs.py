@@ -11,7 +11,9 @@ nothing but the child.
 """
 
 import contextlib
+import copy
 import fcntl
+import functools
 import json
 import os
 import pickle
@@ -719,16 +721,21 @@ LAST = {
 }
 
 
+@functools.cache
+def loaded(source):
+    return torch.load(source, weights_only=True)
+
+
 def saved(change):
     def write(source, path, bomb):
-        torch.save(change(torch.load(source, weights_only=True)), path)
+        torch.save(change(copy.deepcopy(loaded(source))), path)
 
     return write
 
 
 def zip_bomb(source, path, bomb):
     with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
         new.open("archive/data.pkl", "w") as f,
     ):
         for _ in range(300):

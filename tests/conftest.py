@@ -137,7 +137,7 @@ def quality(data, folder, size="32", val=4, epochs="1,2", members=2, masks=8):
     harvest = f"--harvest-share 0.25 --harvest-epochs {epochs} --harvest-steps 2 --harvest-batch 4"
     corrupt.main([data, "--out", str(folder), *masks.split(), *harvest.split()])
     files = ["--vqm", str(folder / "vqm.h5"), "--out", str(folder)]
-    options = f"--width 4 --members {members} --epochs 2 --batch 16"
+    options = f"--width 4 --members {members} --epochs 1 --batch 16"
     train_qp.main([data, *files, *options.split()])
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 

@@ -155,7 +155,7 @@ def work(folder, data, vqm):
             vqm,
             "--out",
             f"{folder}/qp",
-            *"--width 4 --members 1 --epochs 1 --batch 16 --device cpu".split(),
+            *"--width 4 --members 1 --epochs 1 --batch 16 --per-image 2 --device cpu".split(),
         ]
     )
     torch.save(runs[-1].net.state_dict(), f"{folder}/qp_{rank}.pt")

@@ -27,7 +27,7 @@ from models.checkpoints import check_finite, load_checkpoint
     [
         ("corrupt.py --workers 2", signal.SIGKILL, "--masks 15 --harvest-epochs 1,2"),
         ("train_qp.py", signal.SIGKILL, "--per-image 8"),
-        ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 24 --eval-every 4"),
+        ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 16 --eval-every 4"),
     ],
 )
 def test_interrupted_at_a_random_moment_equals_uninterrupted(

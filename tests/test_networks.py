@@ -585,8 +585,9 @@ def test_a_run_from_published_weights(rgb, rgb_quality, tmp_path, capsys):
     """Stage 3 with guidance, interrupted and resumed without the file, and stage 4."""
     torch.save({"model": swin_t()}, tmp_path / "w.pth")
     argv = [
-        *[rgb, *RUN, "--size", "32", "--out", str(tmp_path / "run"), "--qp", rgb_quality[1]],
-        *"--model swin_unet --width 12 --method mean_teacher --weight quality --qar 0.01".split(),
+        *[rgb, *RUN, "--out", str(tmp_path / "run"), "--qp", rgb_quality[1]],
+        *"--size 32 --steps 2 --eval-every 1 --model swin_unet --width 12".split(),
+        *"--method mean_teacher --weight quality --qar 0.01".split(),
         *["--encoder-weights", str(tmp_path / "w.pth")],
     ]
     torch.manual_seed(3)
@@ -607,7 +608,7 @@ def test_a_run_from_published_weights(rgb, rgb_quality, tmp_path, capsys):
             "train_step",
             lambda run, batch, args, n: (
                 (_ for _ in ()).throw(RuntimeError("killed"))
-                if n == 3
+                if n == 2
                 else step(run, batch, args, n)
             ),
         )

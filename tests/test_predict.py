@@ -236,6 +236,7 @@ def test_one_picture_and_a_folder_around_the_pictures(rgb, pictures, bright, tmp
     assert len(list((tmp_path / "b" / "masks").iterdir())) == 20
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_pictures_that_were_resized_get_masks_on_their_source(tmp_path, pictures, bright):
     """A dataset of --size keeps what size its pictures had; their masks have it again."""
     folder, masks = pictures
@@ -575,6 +576,7 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         refused(evaluate.main, [tmp_path / "f.h5", run, *out], "f.h5")
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused):
     """They may have been corrected.
 

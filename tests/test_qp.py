@@ -321,18 +321,15 @@ def test_image_of_another_case(gray, gray_quality):
 
 
 @pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("head", ["dense", "scalar"])
-def test_resumed_equals_uninterrupted(head, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("head, width", [("dense", "4"), ("scalar", "8")])
+def test_resumed_equals_uninterrupted(head, width, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
     """Also where it dies in the report, after its last epoch; a finished run says so."""
     common = [
         rgb,
         "--vqm",
         rgb_quality[0],
-        *"--size 32 --width 8 --batch 16 --epochs 3".split(),
-        "--head",
-        head,
-        "--members",
-        "2",
+        *"--size 32 --batch 16 --epochs 3 --members 2".split(),
+        *("--head", head, "--width", width),
     ]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     told = capsys.readouterr().out
@@ -433,7 +430,7 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
                 str(tmp_path / head),
                 "--head",
                 head,
-                *"--width 8 --epochs 1".split(),
+                *"--width 8 --epochs 1 --members 1".split(),
             ]
         )
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
@@ -529,16 +526,22 @@ def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
     assert torch.equal(g.backbone.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
 
 
-@pytest.mark.usefixtures("unrendered")
-def test_masks_of_networks_of_other_flips_are_noted(gray, gray_quality, tmp_path, capsys, refused):
+def test_masks_of_networks_of_other_flips_are_noted(
+    gray, gray_quality, tmp_path, capsys, refused, monkeypatch
+):
     shutil.copy(gray_quality[0], vqm := str(tmp_path / "vqm.h5"))
+
+    def ends(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_qp, "build_run", ends)  # once the masks are read
 
     def told(stored, *flip):
         with h5py.File(vqm, "a") as f:
             assert f.attrs.pop("flip") == "H,W"
             f.attrs.update(stored)
-        options = ["--overwrite", "--epochs", "1", "--members", "1", "--width", "4", *flip]
-        train_qp.main([gray, "--vqm", vqm, "--out", str(tmp_path / "o"), *options])
+        with pytest.raises(KeyboardInterrupt):
+            train_qp.main([gray, "--vqm", vqm, "--out", str(tmp_path / "o"), *flip])
         with h5py.File(vqm, "a") as f:
             f.attrs["flip"] = "H,W"
         return capsys.readouterr().out
