@@ -360,7 +360,8 @@ def main():
         raise InputError(f"--data {others[0]}: is of --tier full alone")
     if args.list:
         found = [place(args.tier, job) for job in left(args)]
-        return print(*found, f"{len(found)} runs are left, 2 to 4 minutes each on a CPU", sep="\n")
+        long = ", 2 to 4 minutes each on a CPU" if args.tier == "small" else ""
+        return print(*found, f"{len(found)} runs are left{long}", sep="\n")
     names = {name for d in args.data for name in (DATA[d].file, DATA[d].archive) if name}
     files = {f"runs/{name}.h5" for name in names}
     if lost := sorted(path for path in files if not os.path.isfile(path)):
