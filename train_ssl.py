@@ -162,7 +162,7 @@ class Term:
 # training. Only the ratios of a Term's pixel weights matter to its loss.
 #
 # To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
-# students, in WARM_UP if it starts otherwise, in MIXES if it needs two images, in NO_GRAPH if it
+# students, in WARM_UP if it starts otherwise, in MIXES if it mixes a batch, in NO_GRAPH if it
 # reads numbers back from the device, in DEFAULTS if its options differ from the paper's; its own
 # options are in add_method_options.
 #
@@ -345,7 +345,7 @@ def bcp(nets, teacher, batch, args, t):
 
     X_in = M x + (1 - M) u and X_out = M u + (1 - M) x, with M a box of 2/3 of each side. L = l on
     the labeled pixels against y + alpha l on the unlabeled ones against the teacher's hard label.
-    alpha is --lam. Half of the images take part in each direction, as in the paper. Until lambda
+    alpha is --lam. Half of the images of all processes take part in each direction. Until lambda
     sets in, `copy_paste` trains on labeled images alone.
 
     The student sees pasted images alone, and so do its running statistics of batch norm. The
@@ -362,7 +362,7 @@ def bcp(nets, teacher, batch, args, t):
     target = target.repeated(n)
     x, y, u = (repeated(v, n) for v in (batch.x, batch.y, batch.u))
     box = augment.random_box(x, args.paste)  # [n, 1, *S]
-    pair = torch.arange(n, device=x.device) * distributed.world() + distributed.rank()
+    pair = torch.arange(n, device=x.device) * distributed.world() + distributed.rank()  # see Feed
     inward = to_samples(pair % 2 == 0, x)
     labeled = torch.where(inward, box, 1 - box)  # [n, 1, *S] 1 where the labeled image shows
     logits = nets[0](channels_last(torch.where(labeled > 0, x, u)))
@@ -394,7 +394,12 @@ METHODS = {
 }
 STUDENTS = {"cps": 2}  # the others have one
 WARM_UP = {"bcp": copy_paste}  # until lambda sets in; the others: supervised
-MIXES = {"ict", "fixmatch", "unimatch", "bcp"}  # images of a batch with each other
+MIXES = {  # images of a process's batch with each other: the option that tells how many
+    "ict": "batch_unlabeled",
+    "fixmatch": "batch_unlabeled",
+    "unimatch": "batch_unlabeled",
+    "bcp": "batch",  # in its warm-up
+}
 NO_GRAPH = {  # why --graph cannot hold a step that reads back from the device; "": it can
     "contrastive": lambda args: "contrastive draws its pixels one class after the other",
     "bcp": lambda args: args.largest_component and "--largest-component runs on the CPU",
@@ -1549,17 +1554,18 @@ def print_start(run, args, labeled, unlabeled, first):
     print(", ".join(words))
 
 
-def print_surprises(args, first):
-    """Notes of images that are not mixed, and of --keep steps that do not come after `first`."""
-    images = args.batch if args.method in WARM_UP else args.batch_unlabeled
-    if args.method in MIXES and images == distributed.world():
+def print_ignored(args, first):
+    """Notes of a lone image, which is not mixed, and of --keep steps not to come after `first`."""
+    name = MIXES.get(args.method)
+    if name and getattr(args, name) == distributed.world():
+        each = "in each process" if distributed.world() > 1 else "in a step"
+        option = "--" + name.replace("_", "-")
         print(
-            f"note: {args.method} mixes images of a process with each other, and each process has "
-            "one; give a larger --batch and --batch-unlabeled"
+            f"note: {args.method} mixes images, but {option} leaves one {each}; give a larger one"
         )
-    kept = [step for step in args.keep if os.path.isfile(f"{args.out}/step{step}.pt")]
-    never = {step for step in args.keep if not first < step <= args.steps} - {*kept}
-    if never:
+    kept = {step for step in args.keep if os.path.isfile(f"{args.out}/step{step}.pt")}
+    before = kept if first else set()  # else they are of a run that was replaced
+    if never := {step for step in args.keep if not first < step <= args.steps} - before:
         print(f"note: --keep: step {min(never)} is not among {first + 1} to {args.steps}")
 
 
@@ -1653,7 +1659,7 @@ def main(argv=None):
 
     log = open_log(args, info, progress.step, fresh=not state)
     print_start(run, args, labeled, unlabeled, progress.step)
-    print_surprises(args, progress.step)
+    print_ignored(args, progress.step)
     if args.graph:
         run.graph = graph_of(run, info, args)
     steps = read_steps(labeled, unlabeled, args, progress.step, on)

@@ -206,6 +206,7 @@ def write(
                 f.attrs["prepared"] = json.dumps(prepared)
             for case in cases:
                 _check_case(path, case, len(classes), channels, dims)
+                _check_spread(f"{path}: case '{case.name}'", case.image, names, standardize)
                 if case.split not in f:
                     f.create_group(case.split, track_order=True)
                 group = f[case.split]
@@ -381,7 +382,6 @@ def _check_case(path, case, K, channels, dims):
     _check_arrays(where, arrays, case.source_grid, channels, dims)
     _check_place(where, case, _grid_of(case.image, channels))
     _check_pixels(where, case.image)
-    _check_spread(where, case.image, channels)
     _check_label(where, case.label, K)
     _check_label(f"{where}: source_label", case.source_label, K)
 
@@ -406,14 +406,16 @@ def _check_pixels(where, image):
         raise InputError(f"{where}: NaN or infinite pixels; mend them and convert the data again")
 
 
-def _check_spread(where, image, channels):
-    """InputError for intensities that readers would not standardize, see _mean_and_std()."""
-    each = np.moveaxis(image, -1, 0) if channels > 1 else [image]
-    if any(0 < one.std(dtype=np.float64) < LEAST_STD for one in each):
-        raise InputError(
-            f"{where}: values from {image.min():.9g} to {image.max():.9g} lie too close together; "
-            "bring them to a usual range, such as 0 to 1"
-        )
+def _check_spread(where, image, names, standardize):
+    """InputError for a deviation below LEAST_STD that is no rounding, see _mean_and_std()."""
+    apart = np.moveaxis(image, -1, 0) if has_scales(names) else [image]
+    wanted = standardize if isinstance(standardize, list) else [standardize] * len(apart)
+    for name, one, divided in zip(names, apart, wanted):
+        if divided and not is_flat(one) and one.std(dtype=np.float64) < LEAST_STD:
+            raise InputError(
+                f"{where}: values of {name} from {one.min():.9g} to {one.max():.9g} lie too close "
+                "together; bring them to a usual range, such as 0 to 1"
+            )
 
 
 def _check_label(where, label, K):

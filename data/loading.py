@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from data import h5
 from data.files import InputError
 
-cv2.setNumThreads(1)  # its pool of threads would be missing in forked processes, which would wait
+cv2.setNumThreads(1)  # else forked processes may wait forever for threads of their parent
 
 # ------------------------------------------------------------------------------ samples in memory
 
@@ -492,7 +492,8 @@ def shape_of(size):
 def resize_image(image, size):
     """(H, W[, C]) -> (S, S[, C]) for a side; (D, H, W) -> (*S,) for a size of three.
 
-    Values are averaged along the axes that shrink, then interpolated linearly along the others.
+    Values are averaged along the axes that shrink, then interpolated linearly along those that
+    grow.
     """
     shape = shape_of(size)
     if image.shape[: len(shape)] == shape:

@@ -51,9 +51,9 @@ class Compute:
 
 
 def restore_scaler(scaler, state):
-    """Sets a scaler to that of a checkpoint. It starts anew where that run had none, without fp16.
+    """Sets a scaler to that of a checkpoint, or leaves it as new where that run was without fp16.
 
-    So it may be where --amp auto means another type on another device.
+    --amp auto may choose another type on another device.
     """
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])

@@ -418,17 +418,23 @@ def test_summary_and_preview(gray, rgb, tmp_path, capsys):
 @pytest.mark.parametrize("scale, refused", [(1, False), (1e-5, False), (1e-8, True)])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_intensities_that_nobody_could_standardize_are_refused(scale, refused, channels, tmp_path):
+    """What differs by rounding alone is no such image, and nobody standardizes a window."""
     image = np.random.default_rng(0).random((8, 20, 20, channels), np.float32)
     image[..., -1] *= scale
     case = h5.Case("train", "a", image.squeeze(), None, "a")
     names = ["b", "c"][:channels] if channels > 1 else None
     about = dict(name="x", classes=["background", "a"], dims=2)
-    write = lambda: h5.write(
-        str(tmp_path / "d.h5"), [case], channels=channels, channel_names=names, **about
-    )
+    about |= dict(channels=channels, channel_names=names)
+    write = lambda **more: h5.write(str(tmp_path / "d.h5"), [case], **about, **more)
     if refused:
-        with pytest.raises(InputError, match="case 'a': values from .* too close together"):
+        name = "c" if channels > 1 else "image"
+        words = rf"case 'a': values of {name} from \S+ to \d\.\d+e-09 lie too close together"
+        with pytest.raises(InputError, match=words):
             write()
+        write(standardize=False)
+        case.image[:] = 0.1
+        case.image.flat[:40] = np.nextafter(np.float32(0.1), 1)
+        write()
     else:
         (read,) = loading.whole_cases(write(), "train", labels=False)
         mean, std = np.atleast_1d(read.mean), np.atleast_1d(read.std)

@@ -72,11 +72,11 @@ def constant(value, K):
     )
 
 
-kept = functools.cache(setting)  # in train mode, no answer depends on what batch norm keeps
+cached_setting = functools.cache(setting)  # of tests that ask nothing of running statistics
 
 
 def loss_of(kind, g, args):
-    nets, teacher, batch = kept(kind, students=train_ssl.STUDENTS.get(args.method, 1))
+    nets, teacher, batch = cached_setting(kind, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
     with torch.no_grad():
         return train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
@@ -1057,15 +1057,32 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
 
 
 @pytest.mark.parametrize(
-    "method, said", [("bcp", True), ("fixmatch", True), ("mean_teacher", False)]
+    "method, batch, unlabeled, world, said",
+    [
+        ("bcp", 1, 4, 1, "--batch leaves one in a step"),
+        ("bcp", 2, 1, 1, ""),
+        ("fixmatch", 4, 1, 1, "--batch-unlabeled leaves one in a step"),
+        ("fixmatch", 2, 2, 2, "--batch-unlabeled leaves one in each process"),
+        ("fixmatch", 1, 2, 1, ""),
+        ("mean_teacher", 1, 1, 1, ""),
+    ],
 )
-def test_a_lone_image_and_a_step_that_never_comes_are_noted(method, said, gray, tmp_path, capsys):
-    words = "--batch 1 --batch-unlabeled 1 --lam-warmup 0.5 --keep 3,50 --method".split()
-    train(gray, tmp_path, *words, method)
-    out = capsys.readouterr().out
-    assert ("mixes images of a process with each other" in out) == said
-    assert "note: --keep: step 50 is not among 1 to 5" in out
-    assert (tmp_path / "step3.pt").exists()
+def test_a_lone_image_is_noted(method, batch, unlabeled, world, said, capsys, monkeypatch):
+    monkeypatch.setattr(train_ssl.distributed, "world", lambda: world)
+    sizes = ["--batch", str(batch), "--batch-unlabeled", str(unlabeled)]
+    train_ssl.print_ignored(options(*sizes, method=method), 0)
+    found = capsys.readouterr().out
+    assert said in found if said else not found
+
+
+def test_a_step_that_never_comes_is_noted(tmp_path, capsys):
+    args = options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
+    (tmp_path / "step3.pt").touch()
+    for keep, first, said in (([3, 50], 0, "50 is not among 1 to 9"), ([3], 5, ""), ([4], 5, "4 ")):
+        args.keep = keep
+        train_ssl.print_ignored(args, first)
+        found = capsys.readouterr().out
+        assert f"step {said}" in found if said else not found
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(gray, tmp_path, capsys, monkeypatch, refused):

@@ -78,7 +78,7 @@ TIERS = {
     "--eval-every 100",
     "full": "--size 256 --batch 12 --batch-unlabeled 12 --steps 10000 --eval-every 500",
 }
-VOLUMES = "--size 80,112,112 --steps 6000 --eval-every 300"  # instead of these in 3D
+VOLUMES = "--size 80,112,112 --steps 6000 --eval-every 300"  # in 3D, instead of a tier's
 SHARED = f"--patience 100 --lam-warmup {START} --lam-ramp 0.1 --qar-warmup {START} --qar-ramp 0.1"
 QW = "--weight quality --weight-level"
 ROWS = {  # options of train_ssl.py
@@ -127,6 +127,12 @@ def sets_of(tier):
     return [data for data in DATA if tier == "full" or not DATA[data].full]
 
 
+def check_sets(args):
+    """InputError for data that the tier has not."""
+    if others := sorted({*args.data} - {*sets_of(args.tier)}):
+        raise InputError(f"{others[0]}: is of --tier full alone")
+
+
 def jobs(tier):
     """The list, in its order."""
     for methods, rows in PARTS:
@@ -166,11 +172,11 @@ def quality_of(tier, data):
 
 
 def settings(tier, data):
-    """Options of train_ssl.py that the runs of a tier share."""
+    """Options of train_ssl.py: how large and how long. In 3D they are VOLUMES in any tier."""
     return (VOLUMES if DATA[data].volumes else TIERS[tier]).split()
 
 
-def side_of(tier, data):
+def size_of(tier, data):
     """--size of the images or patches that f sees."""
     words = settings(tier, data)
     return words[words.index("--size") + 1]
@@ -269,15 +275,15 @@ def train_quality(tier, data):
     if os.path.isfile(f"{out}/qp.pt"):
         return
     mine = DATA[data]
-    side = side_of(tier, data)
-    masks = f"--labeled {mine.labeled} --size {side} --val-masks 5 {mine.masks} --resume"
+    size = size_of(tier, data)
+    masks = f"--labeled {mine.labeled} --size {size} --val-masks 5 {mine.masks} --resume"
     corrupt.main([file_of(data), "--out", f"{out}/vqm", *masks.split()])
     source = [file_of(data), "--vqm", f"{out}/vqm/vqm.h5", "--out", out]
     train_qp.main([*source, *mine.g.split(), "--resume"])
 
 
 def ensemble(tier, data):
-    """Three supervised networks as wide as the members of g (in 3D twice), the best on val."""
+    """Three supervised networks of width 16, as members of g have (in 3D 8); each at its best."""
     nets = []
     for seed in SEEDS:
         out = f"{os.path.dirname(quality_of(tier, data))}/large-none-{seed}"
@@ -297,13 +303,14 @@ def as_networks(argv):
     p.add_argument("data", nargs="+", choices=[name for name in DATA if not DATA[name].volumes])
     p.add_argument("--tier", choices=TIERS, default="small")
     args = p.parse_args(argv)
+    check_sets(args)
     on = compute("auto", "off", False)
     for data in args.data:
         train_quality(args.tier, data)
         info = h5.read_info(file_of(data))
         names = [e.name for e in info.entries("test")]
         K = len(info.classes)
-        size = int(side_of(args.tier, data))
+        size = int(size_of(args.tier, data))
         cases = inference.Cases(info, "test", size, names, keep=False)
         g, _ = checkpoints.load_quality(f"{quality_of(args.tier, data)}/qp.pt", info, on, size)
         held = supervision.held_classes(info, "test")
@@ -356,8 +363,7 @@ def main():
     p.add_argument("--list", action="store_true", help="only print what is left")
     args = p.parse_args()
     args.data = args.data or sets_of(args.tier)
-    if others := sorted({*args.data} - {*sets_of(args.tier)}):
-        raise InputError(f"--data {others[0]}: is of --tier full alone")
+    check_sets(args)
     if args.list:
         found = [place(args.tier, job) for job in left(args)]
         long = ", 2 to 4 minutes each on a CPU" if args.tier == "small" else ""

@@ -31,7 +31,7 @@ from data import figures
 from data.files import InputError, replacing
 from data.options import Parser, cli, picture
 from data.tables import markdown
-from results.evidence.run import DATA, ROWS, SEEDS, TIERS
+from results.evidence.run import DATA, ROWS, SEEDS, TIERS, sets_of
 
 SCORES = os.path.join(os.path.dirname(__file__), "scores_{}.csv.gz")  # of a tier
 COLUMNS = ["data", "method", "row", "seed", "checkpoint", "case", "patient", "dice", "hd95"]
@@ -139,6 +139,7 @@ class Table:
     """The scores of one checkpoint of each run, by data, method and row, then by seed."""
 
     def __init__(self, tier, checkpoint):
+        self.sets = sets_of(tier)  # of data
         self.runs = collections.defaultdict(dict)
         for key, scores in kept(tier)[0].items():
             if key.checkpoint == checkpoint:
@@ -196,7 +197,7 @@ def baselines(table):
     """Ours without guidance beside the published step, a line for each method. -> Markdown"""
     columns = {
         f"{data}, {code}": (data, row)
-        for data in DATA
+        for data in table.sets
         for code, row in (("ours", "none"), ("published", "published"))
         if not DATA[data].archive
     }
@@ -216,15 +217,15 @@ def gains(table):
     for method in table.methods("none"):
         for row in ROWS:
             if row in ("none", "all"):
-                cells = {data: table.dice(data, method, row) for data in DATA}
+                cells = {data: table.dice(data, method, row) for data in table.sets}
             else:
-                cells = {data: text(table.gain(data, [method], row)) for data in DATA}
+                cells = {data: text(table.gain(data, [method], row)) for data in table.sets}
             lines.append({"method": method, "row": row} | cells)
-        cells = {data: text(table.gain(data, [method], *QUALITY)) for data in DATA}
+        cells = {data: text(table.gain(data, [method], *QUALITY)) for data in table.sets}
         lines.append({"method": method, "row": " over ".join(QUALITY)} | cells)
     for rows in (["qw"], ["correct_qw"], ["distill_qw"], QUALITY):
         cells = {}
-        for data in DATA:
+        for data in table.sets:
             methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
             cells[data] = text(table.gain(data, methods, *rows)) if len(methods) > 1 else ""
         lines.append({"method": "**mean**", "row": " over ".join(rows)} | cells)
@@ -257,14 +258,14 @@ def draw(path, table):
     """Draws each gain with its interval, a panel for each data set."""
     points = {
         (data, method, row): table.gain(data, [method], row)
-        for data in DATA
+        for data in table.sets
         for method in table.methods("none")
         for row in SHOWN
     }
     points = {key: gain for key, gain in points.items() if gain}
     if not points:
         raise InputError("no row beside a method's `none` is kept, so there is nothing to draw")
-    sets = [data for data in DATA if any(key[0] == data for key in points)]
+    sets = [data for data in table.sets if any(key[0] == data for key in points)]
     methods = [m for m in table.methods("none") if any(key[1] == m for key in points)]
     rows = [row for row in SHOWN if any(key[2] == row for key in points)]
     step = 1 / (len(rows) + 1.5)  # a method is 1 high
