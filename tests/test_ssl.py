@@ -1077,7 +1077,8 @@ def test_a_lone_image_is_noted(method, batch, unlabeled, world, said, capsys, mo
 
 def test_a_step_that_never_comes_is_noted(tmp_path, capsys):
     args = options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
-    (tmp_path / "step3.pt").touch()
+    for step in (3, 50):  # 50 is of a run that was replaced
+        (tmp_path / f"step{step}.pt").touch()
     for keep, first, said in (([3, 50], 0, "50 is not among 1 to 9"), ([3], 5, ""), ([4], 5, "4 ")):
         args.keep = keep
         train_ssl.print_ignored(args, first)
