@@ -211,6 +211,17 @@ def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refu
     )
 
 
+def test_g_stopped_within_an_epoch_equals_uninterrupted(gray, gray_quality, tmp_path, stopped):
+    options = "--width 4 --members 1 --epochs 2 --per-image 8 --batch 16 --vqm".split()
+    whole, parts = ([gray, *options, gray_quality[0], "--out", str(tmp_path / n)] for n in "wp")
+    train_qp.main(whole)
+    stopped(train_qp, parts, 2)
+    assert len(torch.load(tmp_path / "p" / "last.pt", weights_only=True)["losses"]) == 2
+    train_qp.main([*parts, "--resume"])
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in "wp")
+    assert all(torch.equal(a[w][k], b[w][k]) for w in ("net", "weights") for k in a[w])
+
+
 def test_one_folder_one_process(tmp_path, monkeypatch):
     """flock, released by the system when the process dies."""
     hold = (
