@@ -81,6 +81,7 @@ def decimals(count, low=-math.inf):
     """argparse type: so many numbers above `low`, joined by commas. -> a tuple"""
 
     def parse(text):
+        """The numbers of a text. ArgumentTypeError: not so many, or too low."""
         try:
             values = tuple(map(float, text.split(",")))
         except ValueError:

@@ -1057,20 +1057,19 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
 
 
 @pytest.mark.parametrize(
-    "method, batch, unlabeled, world, said",
+    "method, sizes, world, said",
     [
-        ("bcp", 1, 4, 1, "--batch leaves one in a step"),
-        ("bcp", 2, 1, 1, ""),
-        ("fixmatch", 4, 1, 1, "--batch-unlabeled leaves one in a step"),
-        ("fixmatch", 2, 2, 2, "--batch-unlabeled leaves one in each process"),
-        ("fixmatch", 1, 2, 1, ""),
-        ("mean_teacher", 1, 1, 1, ""),
+        ("bcp", "--batch 1 --batch-unlabeled 4", 1, "--batch leaves one in a step"),
+        ("bcp", "--batch 2 --batch-unlabeled 1", 1, ""),
+        ("fixmatch", "--batch 4 --batch-unlabeled 1", 1, "--batch-unlabeled leaves one in a step"),
+        ("fixmatch", "--batch-unlabeled 2", 2, "--batch-unlabeled leaves one in each process"),
+        ("fixmatch", "--batch 1 --batch-unlabeled 2", 1, ""),
+        ("mean_teacher", "--batch 1 --batch-unlabeled 1", 1, ""),
     ],
 )
-def test_a_lone_image_is_noted(method, batch, unlabeled, world, said, capsys, monkeypatch):
+def test_a_lone_image_is_noted(method, sizes, world, said, capsys, monkeypatch):
     monkeypatch.setattr(train_ssl.distributed, "world", lambda: world)
-    sizes = ["--batch", str(batch), "--batch-unlabeled", str(unlabeled)]
-    train_ssl.print_ignored(options(*sizes, method=method), 0)
+    train_ssl.print_ignored(options(*sizes.split(), method=method), 0)
     found = capsys.readouterr().out
     assert said in found if said else not found
 
