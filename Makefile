@@ -11,6 +11,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 FOLDER ?= runs
+unexport PYTHONDONTWRITEBYTECODE  # modules are compiled where they are first imported
 SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: demo demo3d story test clean
@@ -49,7 +50,7 @@ clean:
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q --no-compile -r requirements.txt
 	touch $@
 
 # The story that both demos tell. A step prints into LOG/STEP.txt, which is there when it is done.
