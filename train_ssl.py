@@ -1555,7 +1555,16 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def print_ignored(args, first):
-    """Notes of a lone image, which is not mixed, and of --keep steps not to come after `first`."""
+    """Notes of options that do nothing in this run.
+
+    They are --weight where no pseudo-label is, mixing where an image is alone, and --keep of steps
+    that do not come after `first`.
+    """
+    if args.weight != "none" and args.method == "supervised":
+        print(
+            f"note: --weight {args.weight} weighs nothing: supervised training has no "
+            "pseudo-label; choose another --method"
+        )
     name = MIXES.get(args.method)
     if name and getattr(args, name) == distributed.world():
         each = "in each process" if distributed.world() > 1 else "in a step"
