@@ -1,8 +1,8 @@
 """Losses of a batch, in float32, for any number of classes and dimensions.
 
-Every loss takes weights of pixels, which stand inside its sums over the batch. Only the ratios of
-weights matter, and a pixel of no weight is as if it were not there. Several processes take their
-sums together.
+Every loss takes weights of pixels, which stand inside its sums over the batch; pixel_contrast()
+gives a loss of each pixel instead. Only the ratios of weights matter, and a pixel of no weight is
+as if it were not there. Several processes take their sums together.
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
