@@ -443,7 +443,8 @@ def add_method_options(p):
                    help="share of training over which lambda then grows "
                         f"({defaults_of('lam_ramp')})")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
-                   help="decay of the teacher, which starts from the student where lambda sets in")
+                   help="decay of the teacher, which starts from the student where unlabeled "
+                        "images come in")
     p.add_argument("--mc-passes", type=number(1, 1000), default=8,
                    help="ua_mt: noisy passes of the teacher")
     p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0,
