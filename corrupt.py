@@ -12,8 +12,9 @@ Writes OUT/weak/fold*.pt  partly trained networks f, the weak networks
          /val    synthetic masks
          /real   outputs of all weak networks on val, which none has seen
 
-Synthetic masks are truths that are corrupted as the catalog says, in the paper's shares. The masks
-depend on --seed alone, not on --workers.
+Synthetic masks are truths that are corrupted as the catalog says, drawn in the paper's shares. Of
+those of train, --balance keeps the ones that make the histogram of Dice flat. The masks depend on
+--seed alone, not on --workers.
 
 Legend: N samples (slices or patches), K classes, n dimensions, 2 or 3; *S the masks' grid, S, S of
 slices or D, H, W of patches of volumes; m a binary mask, label a label map, uint8 [*S] both.

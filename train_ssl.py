@@ -443,7 +443,8 @@ def add_method_options(p):
                    help="share of training over which lambda then grows "
                         f"({defaults_of('lam_ramp')})")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
-                   help="decay of the teacher, which starts from the student where lambda sets in")
+                   help="decay of the teacher, which starts from the student where unlabeled "
+                        "images come in")
     p.add_argument("--mc-passes", type=number(1, 1000), default=8,
                    help="ua_mt: noisy passes of the teacher")
     p.add_argument("--mix-alpha", type=number(1e-3, 1e3, float), default=1.0,
@@ -1555,7 +1556,16 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def print_ignored(args, first):
-    """Notes of a lone image, which is not mixed, and of --keep steps not to come after `first`."""
+    """Notes of options that do nothing in this run.
+
+    They are --weight where no pseudo-label is, mixing where an image is alone, and --keep of steps
+    that do not come after `first`.
+    """
+    if args.weight != "none" and args.method == "supervised":
+        print(
+            f"note: --weight {args.weight} weighs nothing: supervised training has no "
+            "pseudo-label; choose another --method"
+        )
     name = MIXES.get(args.method)
     if name and getattr(args, name) == distributed.world():
         each = "in each process" if distributed.world() > 1 else "in a step"

@@ -131,9 +131,10 @@ def channels_last(x):
 
 
 def fused(net):
-    """A copy of a network in eval mode, each batch norm folded into the convolution before it.
+    """A copy of a network in eval mode, batch norms folded into the convolutions before them.
 
-    It gives the same answers, a sixth sooner on a CPU.
+    This takes an nn.Sequential that holds both, so the blocks of a ResNet keep theirs. The copy
+    gives the same answers but for rounding; a U-Net's come a sixth sooner on a CPU.
     """
     net = copy.deepcopy(net).eval()
     for name in ("encode", "decode"):

@@ -244,7 +244,7 @@ def labels_of_volumes(net, cases, on, window):
         volume, mean, std = case.image
         shape = window.size
         this = window
-        if window.whole:  # networks halve the grid up to four times
+        if window.whole:  # sides that lose nothing where V-Net halves them
             shape = tuple(-(-n // 16) * 16 for n in case.entry.grid)
             this = Window(shape, shape, gaussian=False)
         x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)

@@ -1,8 +1,8 @@
 """Losses of a batch, in float32, for any number of classes and dimensions.
 
-Every loss takes weights of pixels, which stand inside its sums over the batch. Only the ratios of
-weights matter, and a pixel of no weight is as if it were not there. Several processes take their
-sums together.
+Every loss takes weights of pixels, which stand inside its sums over the batch; pixel_contrast()
+gives a loss of each pixel instead. Only the ratios of weights matter, and a pixel of no weight is
+as if it were not there. Several processes take their sums together.
 
 Legend: B batch, K classes, *S = H, W or D, H, W.
 """
@@ -30,7 +30,7 @@ def pixel_entropy(p, least):
     return -(p * p.clamp_min(least).log()).sum(1)
 
 
-def soft_dice(a, b, smooth=1.0):
+def soft_dice(a, b, smooth):
     """(2 sum(a b) + s) / (sum a + sum b + s) over space: what g predicts.
 
     a, b [B, K, *S] in [0, 1] -> [B, K]; two empty masks score 1.

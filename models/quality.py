@@ -33,10 +33,10 @@ def quality_target(mask, truth):
     and falls with the area that was invented.
 
     If the truth is given as probabilities, this is the expected Dice: the expectation of the
-    numerator over that of the denominator. It is the Dice that hard truths, drawn pixel by pixel
-    from the probabilities, have on average. Doubts that pixels share (is the whole organ there?)
-    are beyond it. For an empty mask, it is s / (s + expected area): near 1 only where nothing of
-    the class is expected.
+    numerator over that of the denominator. Unless areas are a few pixels, it is nearly the Dice
+    that hard truths, drawn pixel by pixel from the probabilities, have on average. Doubts that
+    pixels share (is the whole organ there?) are beyond it. For an empty mask, it is s / (s +
+    expected area): near 1 only where much less than s is expected.
     """
     return soft_dice(mask, truth, smooth=SMOOTH_SHARE * mask[0, 0].numel())
 
@@ -58,8 +58,8 @@ def resample(x, size):
     """x [B, C, *S] on a grid of `size`, differentiably.
 
     size: a side, or one per axis, or None, which leaves x as it is.
-    Shrinking takes averages. A sample of zeros and ones, a hard mask, takes the nearest pixels, as
-    the masks did that g has learned from (data/quality_masks.py). It stays hard.
+    Axes that shrink take averages. A sample of zeros and ones, a hard mask, takes the nearest
+    pixels, as the masks did that g has learned from (data/quality_masks.py). It stays hard.
     """
     grid = x.shape[2:]
     if size is None:
@@ -72,8 +72,8 @@ def resample(x, size):
     if len(grid) == 2:
         smooth = F.interpolate(x, shape, mode="bilinear", antialias=True)
     else:
-        smaller = all(new <= old for new, old in zip(shape, grid))
-        smooth = F.interpolate(x, shape, mode="area" if smaller else "trilinear")
+        smooth = F.interpolate(x, tuple(map(min, shape, grid)), mode="area")
+        smooth = F.interpolate(smooth, shape, mode="trilinear")
     nearest = F.interpolate(x, shape, mode="nearest-exact")
     hard = ((x == 0) | (x == 1)).flatten(1).all(1)  # [B]
     return torch.where(to_samples(hard, x), nearest, smooth)

@@ -26,6 +26,7 @@ from models.quality import (
     QualityPredictor,
     Seen,
     quality_target,
+    resample,
     true_dice,
 )
 
@@ -478,6 +479,13 @@ def test_a_perfect_mask_is_perfect_on_any_grid(kind, request, tmp_path):
         there = asked.on_grid(found.mask.shape[1:])
         assert torch.equal(there.mask, mask) and found.index.tolist() == [*range(len(mask))]
         assert there.image.shape[2:] == found.samples.image.shape[2:] == mask.shape[2:]
+
+
+@pytest.mark.parametrize("size", [(10, 8, 8), (24, 48, 48), (24, 8, 8)])
+def test_a_patch_that_g_is_asked_about_is_resized_like_one_that_it_learned_from(size):
+    patch = torch.rand(1, 1, 20, 32, 32)
+    learned = quality_masks.resized_image(patch[0].numpy(), size)
+    assert torch.allclose(resample(patch, size)[0], learned, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["quality", "quality_dense"])

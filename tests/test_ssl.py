@@ -1074,6 +1074,13 @@ def test_a_lone_image_is_noted(method, sizes, world, said, capsys, monkeypatch):
     assert said in found if said else not found
 
 
+@pytest.mark.parametrize("weight", ["quality", "confidence"])
+def test_a_weight_of_no_pseudo_label_is_noted(weight, capsys):
+    for method, noted in (("supervised", True), ("mean_teacher", False)):
+        train_ssl.print_ignored(options(weight=weight, method=method), 0)
+        assert (f"--weight {weight} weighs nothing" in capsys.readouterr().out) == noted
+
+
 def test_a_step_that_never_comes_is_noted(tmp_path, capsys):
     args = options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
     for step in (3, 50):  # 50 is of a run that was replaced
