@@ -654,10 +654,10 @@ class WeakRun:
     epoch: int = 0  # epochs done
 
 
-def train_weak_networks(labeled, args, state=None):
+def train_weak_networks(labeled, args, state):
     """The weak networks of all folds. -> {(fold, epoch): weights}
 
-    state: last.pt of an interrupted run, whose finished folds are not trained again.
+    state: last.pt of an interrupted run, whose finished folds are not trained again, or None.
     """
     weak = {}
     for fold in range(args.folds):

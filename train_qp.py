@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, loading, metrics, quality_masks, supervision
-from data.files import InputError, claim
+from data.files import InputError
 from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, seed_of
@@ -628,16 +628,6 @@ def check_batch(args):
         )
 
 
-def lock_folder(out):
-    """The lock on a folder that exists. Nobody else writes to it while the lock is kept.
-
-    A folder that is not there yet is not made: the input may still be refused.
-    """
-    if distributed.rank() == 0 and os.path.isdir(out):
-        return claim(out)
-    return None
-
-
 def is_over(run, args):
     """Whether all epochs are done, or --patience of them brought nothing better."""
     tired = args.select == "best" and run.epoch - run.best["epoch"] >= args.patience
@@ -665,7 +655,7 @@ def print_start(run, data):
     )
 
 
-def print_end(report, blind, text, data, args):
+def print_end(blind, text, data, args):
     """The report, the files, and the next command; a warning first where g is blind."""
     if blind:
         print(
@@ -693,7 +683,7 @@ def main(argv=None):
     set_defaults(args, info.dims)
     args.flip = h5.check_flip(info, args.flip)
     check_batch(args)
-    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
     if state and state["finished"]:
         print_finished(args, state)
@@ -742,7 +732,7 @@ def main(argv=None):
         keep_verdict(args, blind)
     save_run(run, data, args, finished=True)
     distributed.wait()  # until everything is written
-    print_end(report, blind, text, data, args)
+    print_end(blind, text, data, args)
 
 
 if __name__ == "__main__":

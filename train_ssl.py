@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, loading, metrics, prepared, supervision, workers
-from data.files import InputError, claim
+from data.files import InputError
 from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
@@ -61,6 +61,7 @@ from models.device import (
     capturable,
     channels_last,
     compiled,
+    compute,
     device_name,
     fused,
     restore_scaler,
@@ -1195,8 +1196,8 @@ def alarm(parts, dice, best, args):
 
 def is_over(progress, args):
     """Whether all steps are made, or --patience validations have found nothing better."""
-    without = progress.step - max(progress.best["step"], onset(args))
-    return progress.step == args.steps or without >= args.patience * args.eval_every
+    waited = progress.step - max(progress.best["step"], onset(args))
+    return progress.step == args.steps or waited >= args.patience * args.eval_every
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -1390,13 +1391,6 @@ def set_defaults(args, info):
 
 
 # ---------------------------------------------------------------------------------- helpers of main
-
-
-def lock_folder(out):
-    """The lock on a folder that exists. Nobody else writes to it while the lock is kept."""
-    if distributed.rank() == 0 and os.path.isdir(out):
-        return claim(out)
-    return None
 
 
 def load_g(args, info, on):
@@ -1633,12 +1627,12 @@ MAY_CHANGE = ("keep", "window", "stride", "blend", "cache", "workers")  # where 
 
 def main(argv=None):
     args = parse_args(argv)
-    on = models.device.compute(args.device, args.amp, args.deterministic)
+    on = compute(args.device, args.amp, args.deterministic)
     info = h5.read_info(args.data)
     distributed.start(on.device)
     network = set_defaults(args, info)
     window = inference.window_of(args.size, args)
-    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     g, taught = load_g(args, info, on)
     args.weight_level = args.weight_level or finest_level(g, args)
     state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE)

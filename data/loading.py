@@ -316,23 +316,23 @@ def load_slices(info, split, size, names=None, labels=True):
     return _stacked([one for case in cases for one in slices_of(case, size)])
 
 
-def load_patches(info, split, size, corners, labels=True):
+def load_patches(info, split, size, corners):
     """Patches of volumes. -> Samples
 
     size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume.
     """
-    cases = whole_cases(info, split, corners, labels)
+    cases = whole_cases(info, split, corners)
     return _stacked([one for case in cases for one in patches_of(case, size, corners[case.name])])
 
 
-def load_samples(info, split, size, names=None, labels=True):
+def load_samples(info, split, size, names=None):
     """What stands for whole cases on the network's grid. -> Samples
 
     These are all slices, or the fewest patches that cover the volumes.
     """
     if info.dims == 2:
-        return load_slices(info, split, size, names, labels)
-    cases = whole_cases(info, split, names, labels)
+        return load_slices(info, split, size, names)
+    cases = whole_cases(info, split, names)
     return _stacked([one for case in cases for one in parts_of(case, size)])
 
 

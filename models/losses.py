@@ -30,7 +30,7 @@ def pixel_entropy(p, least):
     return -(p * p.clamp_min(least).log()).sum(1)
 
 
-def soft_dice(a, b, smooth=1.0):
+def soft_dice(a, b, smooth):
     """(2 sum(a b) + s) / (sum a + sum b + s) over space: what g predicts.
 
     a, b [B, K, *S] in [0, 1] -> [B, K]; two empty masks score 1.
