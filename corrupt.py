@@ -698,7 +698,7 @@ def build_run(fold, info, args, state=None):
     if state and state["fold"] == fold:
         restore(run, state)
     elif state and state["fold"] > fold:
-        run.epoch = args.harvest_epochs[-1]
+        run.epoch = args.harvest_epochs[-1]  # nothing is left to train
     return run
 
 

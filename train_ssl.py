@@ -94,7 +94,7 @@ class Batch:
     s1: torch.Tensor  # [U, C, *S] strong view of u: other intensity, the same geometry
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
-    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights of y in share_y, see Feed.aim()
+    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 if aimed, see Feed.aim()
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -720,7 +720,7 @@ def onset(args):
 
 
 class Now(NamedTuple):
-    """What changes from step to step beside images: numbers, for a CUDA graph tensors of one."""
+    """The numbers of a step, which change as training goes on. In a CUDA graph they are tensors."""
 
     t: float  # progress of training, in [0, 1]
     lams: tuple  # of lambdas()
@@ -769,7 +769,7 @@ def train_step(run, batch, args, step):
 
 
 def make_step(run, batch, args, now):
-    """train_step() of Now. It reads nothing back from the device, but see why_no_graph()."""
+    """train_step() with its numbers given. Reads nothing back, except as why_no_graph() says."""
     with run.on.autocast():
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, now)
     run.optimizer.zero_grad(set_to_none=True)
@@ -784,8 +784,29 @@ def make_step(run, batch, args, now):
     return torch.cat([loss.detach()[None], parts])
 
 
+def set_rate(optimizer, args, step):
+    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd).
+
+    It stays a tensor where it is one, for a CUDA graph.
+    """
+    if args.optimizer == "adamw":
+        factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+    else:
+        factor = (1 - (step - 1) / args.steps) ** 0.9
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(args.lr * factor)
+        else:
+            group["lr"] = args.lr * factor
+
+
+def set_seed(args, step):
+    """The random numbers of a step, other ones in each process."""
+    torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
+
+
 def whole_step(run, fetched, info, args, step):
-    """train_step() from an item of Feed, whose random numbers are those of the step."""
+    """A step from an item of Feed: seed and learning rate, views, and train_step() or the graph."""
     set_seed(args, step)
     set_rate(run.optimizer, args, step)
     if run.graph:
@@ -966,8 +987,8 @@ def second_file(path, info):
 def where_it_fits(size, device):
     """--cache auto for `size` bytes: device, ram or off.
 
-    The GPU takes less than a quarter of its free memory, since training needs it, too. Memory takes
-    less than half of this process's share, since loading takes twice as much.
+    Images take less than a quarter of a GPU's free memory, since training needs the rest, or less
+    than half of this process's share of main memory, since loading takes twice as much.
     """
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
@@ -1139,7 +1160,7 @@ def means(progress, nets):
 def averaged(table, step, args):
     """Means of PARTS over the steps up to `step`. table [steps, parts] -> {name: mean}
 
-    Those of the unlabeled loss are over the steps alone that had one.
+    OF_TERMS are means over those steps alone that had an unlabeled loss.
     """
     lams = [lambdas(args, (s - 1) / args.steps)[0] for s in range(step - len(table) + 1, step + 1)]
     weighed = [lam > 0 for lam in lams]
@@ -1165,7 +1186,7 @@ def alarm(parts, dice, best, args):
 
     parts: means since the last validation; dice, best: of val, now and so far
 
-    Where guidance rejects them all, training is a supervised one, whatever --lam says.
+    Where guidance rejects all pseudo-labels, training is supervised, whatever --lam says.
     Pseudo-labels collapse where their share of foreground is under a third, or over three times,
     that of the labels, or where val lost a third of its best Dice. The share is a mean over
     classes, so that one vanished class of several may go unseen.
@@ -1440,27 +1461,6 @@ def build_run(network, g, args, on, fresh):
     return Run(nets, teacher, g, optimizer, on.scaler(), on)
 
 
-def set_rate(optimizer, args, step):
-    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd).
-
-    It stays a tensor where it is one, for a CUDA graph.
-    """
-    if args.optimizer == "adamw":
-        factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
-    else:
-        factor = (1 - (step - 1) / args.steps) ** 0.9
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(args.lr * factor)
-        else:
-            group["lr"] = args.lr * factor
-
-
-def set_seed(args, step):
-    """The random numbers of a step, other ones in each process."""
-    torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
-
-
 def save_run(path, run, progress, facts, finished=False):
     """Writes a checkpoint: all that a run resumes from, and that evaluate.py reads.
 
@@ -1549,7 +1549,7 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def print_ignored(args, first):
-    """Notes of a lone image, which is not mixed, and of --keep steps not to come after `first`."""
+    """Notes on what has no effect: mixing of one image, --keep of steps not after `first`."""
     name = MIXES.get(args.method)
     if name and getattr(args, name) == distributed.world():
         each = "in each process" if distributed.world() > 1 else "in a step"

@@ -109,8 +109,9 @@ def zoomed(v, size):
     return ndimage.zoom(v, [size / n for n in v.shape], order=0)
 
 
-def plain_step(net, teacher, optimizer, image, label, labeled, step):
-    """Mean teacher on a batch whose first `labeled` images have labels."""
+def plain_step(net, teacher, optimizer, image, label, step):
+    """Mean teacher on a batch whose first images have labels."""
+    labeled = len(label)
     noise = torch.clamp(torch.randn_like(image[labeled:]) * 0.1, -0.2, 0.2)
     logits = net(image)
     p = torch.softmax(logits, 1)
@@ -260,7 +261,7 @@ def plain_step_of(b):
     def step():
         x = image.to(b.on.device)
         y = label.to(b.on.device)
-        return plain_step(net, teacher, optimizer, x, y, half, 1000)
+        return plain_step(net, teacher, optimizer, x, y, 1000)
 
     return step
 
