@@ -1340,7 +1340,7 @@ def test_another_run_is_not_gone_on_with(gray, tmp_path, refused):
     phantom.main(["--out", other, *"--train 6 --val 2 --depth 4 --size 48 --seed 1".split()])
     train(gray, tmp_path / "o")
     again = lambda argv: train(gray, tmp_path / "o", *argv)
-    refused(again, ["--steps", "5"], "was started with --", "--overwrite", "another --out")
+    refused(again, ["--steps", "6"], "was started with --", "--overwrite", "another --out")
     refused(again, ["--resume", "--lr", "0.5"], "with --lr 0.001, not with --lr 0.5")
     refused(again, ["--resume", "--overwrite"], "choose one")
     refused(lambda argv: train(other, tmp_path / "o", *argv), ["--resume"], "other data")
