@@ -105,11 +105,6 @@ class Volumes:
         std = torch.tensor([self.std[i] for i in index], device=image.device)
         return Fetched(image, label, mean, std)
 
-    def batch(self, index, device="cpu"):
-        """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
-        place = torch.rand(len(index), 3)
-        return standardized(self.fetch(index, place), device)
-
     def to(self, device):
         """Moves the tensors to a device, in place. -> itself"""
         self.image = [volume.to(device) for volume in self.image]
