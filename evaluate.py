@@ -1224,7 +1224,7 @@ def parse_args(argv=None):
                    help="write the masks of one checkpoint instead of scoring; needs no labels; "
                         "with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student",
-                   help="the trained network or its EMA")
+                   help="the trained network, or its moving average")
     p.add_argument("--baseline", metavar="RUN",
                    help="compare the other rows of the same --labeled with this one, a row's name "
                         "or a checkpoint's path: difference in Dice, patient by patient, with its "

@@ -557,12 +557,13 @@ def parse_args(argv=None):
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0,
                    help="dense: weight of the error in Dice beside that in pixels")
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15,
-                   help="scalar: before the last layer")
+                   help="scalar: share of features that are dropped before the last layer")
     p.add_argument("--encoder-weights", "--pretrained", metavar="FILE",
                    help="scalar: ResNet-18 state dict of torchvision or timm to start from; or "
                         "the word imagenet, which downloads torchvision's")
     p.section("training (epochs, masks, batch, decay and patience are the paper's)")
-    p.add_argument("--epochs", type=number(1), default=150, help="at most")
+    p.add_argument("--epochs", type=number(1), default=150,
+                   help="epochs at most; with --select best fewer, see --patience")
     p.add_argument("--per-image", type=number(1), default=50,
                    help="masks of each slice or patch in an epoch")
     p.add_argument("--batch", type=number(2, 65_536),
@@ -570,7 +571,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=number(0, 10, float),
                    help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
-                   help="g is the moving average of the trained weights; 0: they themselves")
+                   help="decay of g, the moving average of the trained weights; 0: no average")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
     p.add_argument("--select", choices=("last", "best"),
                    help="keep the last epoch, or the best on val's real outputs (default: dense "
@@ -578,14 +579,14 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=number(1), default=25,
                    help="--select best: epochs without a better one before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5,
-                   help="of augmentation: intensity, rotation, scale and shift")
+                   help="augmentation: intensity, rotation, scale and shift; 0: flips alone")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
                    help="axes along which images and masks may be flipped: H,W or H or none "
                         "(default: all; give stages 1 to 3 the same)")
     p.add_argument("--soft", type=SHARE, default=0.3,
                    help="share of masks shown soft (blurred, or a weak network's probabilities)")
     p.section("running")
-    p.add_argument("--seed", type=SEED, default=0, help="of everything")
+    p.add_argument("--seed", type=SEED, default=0, help="of all random numbers")
     p.add_argument("--device", type=device_name, default="auto",
                    help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",

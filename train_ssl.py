@@ -452,7 +452,7 @@ def add_method_options(p):
     p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1,
                    help="contrastive: weight of the contrast")
     p.add_argument("--temperature", type=number(1e-3, 1e3, float), default=0.1,
-                   help="contrastive: of the similarities")
+                   help="contrastive: temperature of the similarities")
     p.add_argument("--negatives", type=number(1, 100_000), default=256,
                    help="contrastive: pixels of other classes for each class")
     p.add_argument("--paste", type=SHARE, default=2 / 3,
@@ -1238,7 +1238,9 @@ def parse_args(argv=None):
                    help="a second file whose train and unlabeled images join the unlabeled ones")
     add_method_options(p)
     p.section("quality guidance")
-    p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
+    p.add_argument("--qp", metavar="QP.pt",
+                   help="quality predictor of train_qp.py, for --weight quality, --correct and "
+                        "--qar")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none",
                    help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class", "pixel"),
@@ -1254,7 +1256,7 @@ def parse_args(argv=None):
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0,
                    help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
-                   help="of a step's unlabeled images, those on which QAR is taken (two or more); "
+                   help="share of a step's unlabeled images that QAR sees, at least two images; "
                         "1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15,
                    help="share of training before QAR sets in")
@@ -1289,11 +1291,11 @@ def parse_args(argv=None):
                         "voxel of a class that its case holds, the class drawn first; other "
                         "patches lie anywhere (default: 1/3, as in nnU-Net)")
     p.add_argument("--strength", type=number(0, 2, float), default=0.5,
-                   help="of the intensity augmentation of labeled images; that of strong views "
-                        "is 1")
+                   help="intensity augmentation of labeled images; 0: none; strong views have 1")
     p.add_argument("--geometry", type=number(0, 3, float), default=1.0,
-                   help="of all views: at 1 rotation up to 20 degrees, scale up to 15%%, shift up "
-                        "to 8%% of the side; 2 doubles these, and 0 leaves only flips")
+                   help="geometric augmentation of all views: 1 rotates by up to 20 degrees, "
+                        "scales by 15%% and shifts by 8%% of the side; 2 doubles these, and 0 "
+                        "leaves only flips")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
                    help="axes along which images may be flipped: H,W or H or none (default: all; "
                         "give stages 1 to 3 the same)")
@@ -1313,7 +1315,8 @@ def parse_args(argv=None):
                    help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     inference.add_window_options(p)
     p.section("running")
-    p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
+    p.add_argument("--seed", type=SEED, default=0,
+                   help="of all random numbers but those of --labeled-seed")
     p.add_argument("--device", type=device_name, default="auto",
                    help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",

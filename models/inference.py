@@ -112,7 +112,7 @@ def add_window_options(p):
         "--stride",
         type=grid,
         metavar="D,H,W",
-        help="between windows (default: half of the window)",
+        help="steps between windows (default: half of the window)",
     )
     p.add_argument(
         "--blend",
