@@ -889,13 +889,13 @@ def worst_panels(info, split, rows):
             image, _ = h5.read_shown(f, info, split, row.entry.name, label=False)
             place = f", slice {row.z}" if len(image) > 1 else ""
             title = f"{rank}. {row.entry.name[:24]}{place}"
-            title += f"\npredicted {dice_of(image)} {row.dice.mean():.2f}"
+            title += f"\npredicted {dice_name(image)} {row.dice.mean():.2f}"
             mask = unpack(row.drawing, image)
             panels.append(figures.Panel(title, image[row.z], mask, row.entry.aspect))
     return panels
 
 
-def dice_of(image):
+def dice_name(image):
     """What the Dice of a case (D, H, W[, 3]) is called beside one of its slices."""
     return "volume Dice" if len(image) > 1 else "Dice"
 
@@ -1150,7 +1150,7 @@ def case_panels(runs, f, c, mark, names):
     for name, group in zip(names, runs.groups):
         i = group.members[0]
         dice = case_dice(runs.scores, [i])[c]
-        title = "\n".join([*textwrap.wrap(name, 30), f"{dice_of(image)} {dice:.3f}"])
+        title = "\n".join([*textwrap.wrap(name, 30), f"{dice_name(image)} {dice:.3f}"])
         mask = unpack(runs.drawings[i][c], image)
         panels.append(figures.Panel(title, image[z], mask, entry.aspect))
     return panels
@@ -1322,8 +1322,8 @@ def main(argv=None):
             found = inference.predict_cases(net, cases, on, window, args.batch)
             found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
-            members = list(runs.held_regions.values())
-            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, members)
+            unions = list(runs.held_regions.values())
+            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, unions)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
             runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:
