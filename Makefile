@@ -1,6 +1,7 @@
 # make demo    from nothing to a table and a conclusion: all four stages on the embedded phantom
 # make demo3d  the same in 3D: volumes, V-Net, whole-volume scores
 # make test    the style of the code, then the test suite
+# make .venv/ready  installs requirements.txt alone
 # make clean   deletes what the demos made, of all seeds
 #
 # A demo that was stopped goes on. It does not see that code or options have changed: make clean.

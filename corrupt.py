@@ -655,10 +655,10 @@ class WeakRun:
     epoch: int = 0  # epochs done
 
 
-def train_weak_networks(labeled, args, state=None):
+def train_weak_networks(labeled, args, state):
     """The weak networks of all folds. -> {(fold, epoch): weights}
 
-    state: last.pt of an interrupted run, whose finished folds are not trained again.
+    state: last.pt of an interrupted run, whose finished folds are not trained again, or None.
     """
     weak = {}
     for fold in range(args.folds):
@@ -699,7 +699,7 @@ def build_run(fold, info, args, state=None):
     if state and state["fold"] == fold:
         restore(run, state)
     elif state and state["fold"] > fold:
-        run.epoch = args.harvest_epochs[-1]
+        run.epoch = args.harvest_epochs[-1]  # nothing is left to train
     return run
 
 
@@ -1108,12 +1108,12 @@ def parse_args(argv=None):
     p.add_argument("--harvest-share", type=SHARE, default=0.5,
                    help="share of train masks that are outputs of weak networks; paper: 0.05")
     p.add_argument("--folds", type=number(1), default=2,
-                   help="weak networks predict the fold that they were not trained on; 1: one for "
-                        "all, the paper")
+                   help="groups of patients; weak networks make masks of the group that they were "
+                        "not trained on; 1: of all patients, as in the paper")
     p.add_argument("--harvest-epochs", type=numbers, default="1,3,5,10,15,20",
                    help="epochs after which a weak network is saved")
     p.add_argument("--harvest-steps", type=number(1), default=10,
-                   help="least steps of a harvest epoch, for few images")
+                   help="steps of a harvest epoch at least, where images are few")
     p.add_argument("--harvest-batch", type=number(1, 65_536),
                    help="slices (default 16) or patches (default 2) in a step of the weak networks")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
@@ -1124,7 +1124,7 @@ def parse_args(argv=None):
     p.add_argument("--preview", type=picture, metavar="FILE.png",
                    help="draw a grid of masks with name and Dice")
     h5.add_show(p)
-    p.add_argument("--seed", type=SEED, default=0, help="of everything")
+    p.add_argument("--seed", type=SEED, default=0, help="of all random numbers")
     p.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
                    help="mixed precision of the weak networks")

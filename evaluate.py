@@ -17,14 +17,13 @@ Writes OUT/cases.csv (a row per run, case and class or region), OUT/summary.json
        volume, for an image .png with a palette, whose pixels are class numbers. With --qp also
        OUT/worst_first.csv, the Dice that g predicts, and worst_first.png, the sixteen worst.
 
-A class that no label of the split holds counts in no mean, and its column says "-". One that a case
-lacks, but not the split, has Dice 1 in this case where the output lacks it too, else 0. Runs that
-differ only in their seed (and in g, if each seed has its own) form one row: mean and standard
-deviation. Cases are read, predicted and
-scored one after the other, each on its own grid, as the dataset stores it, or, with --grid source,
-on that of its source, on which masks are delivered. Volumes are scored as volumes, also those that
-were segmented slice by slice. The estimates of quality are compared on the network's grid, for
-slices or for patches that cover the volumes.
+A class that no label of the split holds counts in no mean, and its column says "-". Where a single
+case lacks a class, its Dice is 1 if the output lacks the class, too, else 0. Runs that differ only
+in their seed (and in g, if each seed has its own) form one row: mean and standard deviation. Cases
+are read, predicted and scored one after the other, each on the grid that the dataset stores, or,
+with --grid source, on the grid of its source, as masks are delivered. Volumes are scored as
+volumes, also those that were segmented slice by slice. The estimates of quality are compared on the
+network's grid, for slices or for patches that cover the volumes.
 
 Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the
 network's grid: S, S or D, H, W.
@@ -361,10 +360,9 @@ def run_name(args):
 def group_runs(states, paths):
     """Runs that differ only in their seed -> [Group]; names are made unique by what differs.
 
-    Options that one of two runs does not know, as it is older, do not tell them apart. Files of
-    --qp and --unlabeled are the same where their checksums are, whatever their paths. Seeds may
-    have a g each, see split_by_g(). A checkpoint whose seed is in its row already stands alone,
-    under its path.
+    An option that an older run does not know tells no two runs apart. Files of --qp and --unlabeled
+    are the same where their checksums are, whatever their paths. Each seed may have a g of its own,
+    see split_by_g(). A second checkpoint of a seed is a row by itself, under its path.
 
     states [runs]: of their checkpoints; paths [runs].
     """
@@ -403,10 +401,10 @@ def group_runs(states, paths):
 
 
 def file_names(option, states):
-    """Yields the name of each run's file of an option, one name for each file, or None.
+    """Yields the name of the file that each run had as an option, or None. states [runs]
 
-    It is the first path under which a run had it. Files are told apart by the checksums in the
-    checkpoints, or by their paths where an older checkpoint has none. states [runs].
+    A file's name is the first path under which a run had it. Checksums in the checkpoints tell
+    files apart, or paths where an older checkpoint has no checksum.
     """
     names = {None: None}  # {checksum or path: name}
     for state in states:
@@ -423,10 +421,10 @@ def differing(a, b):
 
 
 def split_by_g(config, members, seeds, qps):
-    """Runs that differ in seed and g alone as rows. -> list of (options, runs)
+    """The rows of runs that differ in seed and g alone. -> [(options, runs)]
 
-    They are one row where each seed has a g of its own, else a row for each g.
-    seeds, qps [runs]: of every run, also of those that are not among the members.
+    If each seed has a g of its own, they are one row; else each g has a row.
+    seeds, qps [runs]: of all runs, not only of the members.
     """
     pairs = {(seeds[i], qps[i]) for i in members}
     count = len(pairs)
@@ -438,7 +436,7 @@ def split_by_g(config, members, seeds, qps):
 
 
 def split_by_seed(config, members, seeds, paths):
-    """A row, and one for each run whose seed is in it already. -> list of (options, runs)"""
+    """A row with one run of each seed, and a row for every further run. -> [(options, runs)]"""
     first = {}  # {seed: run}
     for i in members:
         first.setdefault(seeds[i], i)
@@ -697,7 +695,7 @@ def predict(args):
     net, state = checkpoints.load_run(path, args.weights, on)
     size = state["args"]["size"]
 
-    # fails before images are read
+    # what can be refused is refused before images are read
     known = data_of(path, state)
     checkpoints.check_trained_size(path, known, size)
     window = inference.window_of(size, args, args.batch)
@@ -705,7 +703,7 @@ def predict(args):
     if args.qp:
         g, _ = checkpoints.load_quality(args.qp, known, on, size, {path: state["args"]})
     masks = os.path.join(args.out, "masks")
-    held = claim(args.out)  # noqa: F841  (until this ends)
+    lock = claim(args.out)  # noqa: F841 (until this ends)
     if os.path.isdir(masks) and os.listdir(masks) and not args.overwrite:
         raise InputError(
             f"{masks}: holds masks already, perhaps corrected ones; replace them with --overwrite, "
@@ -722,7 +720,7 @@ def predict(args):
         cases = inference.Cases(info, split, size, names, keep=False)
         remove_former(args.out)
         batch = args.batch or samples_in(32, loading.shape_of(size))
-        found = inference.predict_read(net, cases, on, window, batch)
+        found = inference.answers(net, cases, on, window, batch)
         rows = []
         for answer in bar(found, len(cases), "predict"):
             entry, label = answer.case.entry, answer.label
@@ -891,13 +889,13 @@ def worst_panels(info, split, rows):
             image, _ = h5.read_shown(f, info, split, row.entry.name, label=False)
             place = f", slice {row.z}" if len(image) > 1 else ""
             title = f"{rank}. {row.entry.name[:24]}{place}"
-            title += f"\npredicted {dice_of(image)} {row.dice.mean():.2f}"
+            title += f"\npredicted {dice_name(image)} {row.dice.mean():.2f}"
             mask = unpack(row.drawing, image)
             panels.append(figures.Panel(title, image[row.z], mask, row.entry.aspect))
     return panels
 
 
-def dice_of(image):
+def dice_name(image):
     """What the Dice of a case (D, H, W[, 3]) is called beside one of its slices."""
     return "volume Dice" if len(image) > 1 else "Dice"
 
@@ -1152,7 +1150,7 @@ def case_panels(runs, f, c, mark, names):
     for name, group in zip(names, runs.groups):
         i = group.members[0]
         dice = case_dice(runs.scores, [i])[c]
-        title = "\n".join([*textwrap.wrap(name, 30), f"{dice_of(image)} {dice:.3f}"])
+        title = "\n".join([*textwrap.wrap(name, 30), f"{dice_name(image)} {dice:.3f}"])
         mask = unpack(runs.drawings[i][c], image)
         panels.append(figures.Panel(title, image[z], mask, entry.aspect))
     return panels
@@ -1177,8 +1175,9 @@ def draw_curves(args):
 def best_run(args, runs):
     """The number of the run that is best on val. Another split is for the report, not for choosing.
 
-    A checkpoint holds the best Dice that its run had on val; the one of that very step goes before
-    others of the run. Where val itself is scored, or a checkpoint holds no Dice, the table decides.
+    A checkpoint tells the best val Dice of its run and the step that had it. Among checkpoints of
+    one run, the one of that step is chosen. Where val itself is scored, or a checkpoint tells no
+    Dice, the table decides.
     """
     best = [_dict(state, "best") for state in runs.states]
     numbers = range(len(best))
@@ -1225,7 +1224,7 @@ def parse_args(argv=None):
                    help="write the masks of one checkpoint instead of scoring; needs no labels; "
                         "with --qp also a list of them, worst first")
     p.add_argument("--weights", choices=("student", "teacher"), default="student",
-                   help="the trained network or its EMA")
+                   help="the trained network, or its moving average")
     p.add_argument("--baseline", metavar="RUN",
                    help="compare the other rows of the same --labeled with this one, a row's name "
                         "or a checkpoint's path: difference in Dice, patient by patient, with its "
@@ -1323,8 +1322,8 @@ def main(argv=None):
             found = inference.predict_cases(net, cases, on, window, args.batch)
             found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
-            members = list(runs.held_regions.values())
-            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, members)
+            unions = list(runs.held_regions.values())
+            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, unions)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
             runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:

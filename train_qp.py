@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, loading, metrics, quality_masks, supervision
-from data.files import InputError, claim
+from data.files import InputError
 from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, seed_of
@@ -557,12 +557,13 @@ def parse_args(argv=None):
     p.add_argument("--quality-loss", type=number(0, 1e6, float), default=1.0,
                    help="dense: weight of the error in Dice beside that in pixels")
     p.add_argument("--dropout", type=number(0, 0.99, float), default=0.15,
-                   help="scalar: before the last layer")
+                   help="scalar: share of features that are dropped before the last layer")
     p.add_argument("--encoder-weights", "--pretrained", metavar="FILE",
                    help="scalar: ResNet-18 state dict of torchvision or timm to start from; or "
                         "the word imagenet, which downloads torchvision's")
     p.section("training (epochs, masks, batch, decay and patience are the paper's)")
-    p.add_argument("--epochs", type=number(1), default=150, help="at most")
+    p.add_argument("--epochs", type=number(1), default=150,
+                   help="epochs at most; with --select best fewer, see --patience")
     p.add_argument("--per-image", type=number(1), default=50,
                    help="masks of each slice or patch in an epoch")
     p.add_argument("--batch", type=number(2, 65_536),
@@ -570,7 +571,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=number(0, 10, float),
                    help="AdamW, cosine schedule (default: dense 1e-3, scalar 3e-4)")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
-                   help="g is the moving average of the trained weights; 0: they themselves")
+                   help="decay of g, the moving average of the trained weights; 0: no average")
     p.add_argument("--weight-decay", type=number(0, 10, float), default=5e-4, help="of AdamW")
     p.add_argument("--select", choices=("last", "best"),
                    help="keep the last epoch, or the best on val's real outputs (default: dense "
@@ -578,14 +579,14 @@ def parse_args(argv=None):
     p.add_argument("--patience", type=number(1), default=25,
                    help="--select best: epochs without a better one before stopping")
     p.add_argument("--strength", type=SHARE, default=0.5,
-                   help="of augmentation: intensity, rotation, scale and shift")
+                   help="augmentation: intensity, rotation, scale and shift; 0: flips alone")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
                    help="axes along which images and masks may be flipped: H,W or H or none "
                         "(default: all; give stages 1 to 3 the same)")
     p.add_argument("--soft", type=SHARE, default=0.3,
                    help="share of masks shown soft (blurred, or a weak network's probabilities)")
     p.section("running")
-    p.add_argument("--seed", type=SEED, default=0, help="of everything")
+    p.add_argument("--seed", type=SEED, default=0, help="of all random numbers")
     p.add_argument("--device", type=device_name, default="auto",
                    help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
@@ -628,16 +629,6 @@ def check_batch(args):
         )
 
 
-def lock_folder(out):
-    """The lock on a folder that exists. Nobody else writes to it while the lock is kept.
-
-    A folder that is not there yet is not made: the input may still be refused.
-    """
-    if distributed.rank() == 0 and os.path.isdir(out):
-        return claim(out)
-    return None
-
-
 def is_over(run, args):
     """Whether all epochs are done, or --patience of them brought nothing better."""
     tired = args.select == "best" and run.epoch - run.best["epoch"] >= args.patience
@@ -665,7 +656,7 @@ def print_start(run, data):
     )
 
 
-def print_end(report, blind, text, data, args):
+def print_end(blind, text, data, args):
     """The report, the files, and the next command; a warning first where g is blind."""
     if blind:
         print(
@@ -693,7 +684,7 @@ def main(argv=None):
     set_defaults(args, info.dims)
     args.flip = h5.check_flip(info, args.flip)
     check_batch(args)
-    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
     if state and state["finished"]:
         print_finished(args, state)
@@ -742,7 +733,7 @@ def main(argv=None):
         keep_verdict(args, blind)
     save_run(run, data, args, finished=True)
     distributed.wait()  # until everything is written
-    print_end(report, blind, text, data, args)
+    print_end(blind, text, data, args)
 
 
 if __name__ == "__main__":

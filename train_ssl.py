@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import models
 from data import augment, figures, h5, loading, metrics, prepared, supervision, workers
-from data.files import InputError, claim
+from data.files import InputError
 from data.labels import without
 from data.log import Log
 from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
@@ -61,6 +61,7 @@ from models.device import (
     capturable,
     channels_last,
     compiled,
+    compute,
     device_name,
     fused,
     restore_scaler,
@@ -93,7 +94,7 @@ class Batch:
     s1: torch.Tensor  # [U, C, *S] strong view of u: other intensity, the same geometry
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
-    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights of y in share_y, see Feed.aim()
+    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 if aimed, see Feed.aim()
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -452,7 +453,7 @@ def add_method_options(p):
     p.add_argument("--contrast-weight", type=number(0, 1e6, float), default=0.1,
                    help="contrastive: weight of the contrast")
     p.add_argument("--temperature", type=number(1e-3, 1e3, float), default=0.1,
-                   help="contrastive: of the similarities")
+                   help="contrastive: temperature of the similarities")
     p.add_argument("--negatives", type=number(1, 100_000), default=256,
                    help="contrastive: pixels of other classes for each class")
     p.add_argument("--paste", type=SHARE, default=2 / 3,
@@ -720,7 +721,7 @@ def onset(args):
 
 
 class Now(NamedTuple):
-    """What changes from step to step beside images: numbers, for a CUDA graph tensors of one."""
+    """The numbers of a step, which change as training goes on. In a CUDA graph they are tensors."""
 
     t: float  # progress of training, in [0, 1]
     lams: tuple  # of lambdas()
@@ -769,7 +770,7 @@ def train_step(run, batch, args, step):
 
 
 def make_step(run, batch, args, now):
-    """train_step() of Now. It reads nothing back from the device, but see why_no_graph()."""
+    """train_step() with its numbers given. Reads nothing back, except as why_no_graph() says."""
     with run.on.autocast():
         loss, parts = total_loss(run.nets, run.teacher, run.g, batch, args, now)
     run.optimizer.zero_grad(set_to_none=True)
@@ -784,8 +785,29 @@ def make_step(run, batch, args, now):
     return torch.cat([loss.detach()[None], parts])
 
 
+def set_rate(optimizer, args, step):
+    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd).
+
+    It stays a tensor where it is one, for a CUDA graph.
+    """
+    if args.optimizer == "adamw":
+        factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+    else:
+        factor = (1 - (step - 1) / args.steps) ** 0.9
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(args.lr * factor)
+        else:
+            group["lr"] = args.lr * factor
+
+
+def set_seed(args, step):
+    """The random numbers of a step, other ones in each process."""
+    torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
+
+
 def whole_step(run, fetched, info, args, step):
-    """train_step() from an item of Feed, whose random numbers are those of the step."""
+    """A step from an item of Feed: seed and learning rate, views, and train_step() or the graph."""
     set_seed(args, step)
     set_rate(run.optimizer, args, step)
     if run.graph:
@@ -966,8 +988,8 @@ def second_file(path, info):
 def where_it_fits(size, device):
     """--cache auto for `size` bytes: device, ram or off.
 
-    The GPU takes less than a quarter of its free memory, since training needs it, too. Memory takes
-    less than half of this process's share, since loading takes twice as much.
+    Images take less than a quarter of a GPU's free memory, since training needs the rest, or less
+    than half of this process's share of main memory, since loading takes twice as much.
     """
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
         return "device"
@@ -1139,7 +1161,7 @@ def means(progress, nets):
 def averaged(table, step, args):
     """Means of PARTS over the steps up to `step`. table [steps, parts] -> {name: mean}
 
-    Those of the unlabeled loss are over the steps alone that had one.
+    OF_TERMS are means over those steps alone that had an unlabeled loss.
     """
     lams = [lambdas(args, (s - 1) / args.steps)[0] for s in range(step - len(table) + 1, step + 1)]
     weighed = [lam > 0 for lam in lams]
@@ -1165,7 +1187,7 @@ def alarm(parts, dice, best, args):
 
     parts: means since the last validation; dice, best: of val, now and so far
 
-    Where guidance rejects them all, training is a supervised one, whatever --lam says.
+    Where guidance rejects all pseudo-labels, training is supervised, whatever --lam says.
     Pseudo-labels collapse where their share of foreground is under a third, or over three times,
     that of the labels, or where val lost a third of its best Dice. The share is a mean over
     classes, so that one vanished class of several may go unseen.
@@ -1196,8 +1218,8 @@ def alarm(parts, dice, best, args):
 
 def is_over(progress, args):
     """Whether all steps are made, or --patience validations have found nothing better."""
-    without = progress.step - max(progress.best["step"], onset(args))
-    return progress.step == args.steps or without >= args.patience * args.eval_every
+    waited = progress.step - max(progress.best["step"], onset(args))
+    return progress.step == args.steps or waited >= args.patience * args.eval_every
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -1217,7 +1239,9 @@ def parse_args(argv=None):
                    help="a second file whose train and unlabeled images join the unlabeled ones")
     add_method_options(p)
     p.section("quality guidance")
-    p.add_argument("--qp", metavar="QP.pt", help="quality predictor of train_qp.py")
+    p.add_argument("--qp", metavar="QP.pt",
+                   help="quality predictor of train_qp.py, for --weight quality, --correct and "
+                        "--qar")
     p.add_argument("--weight", choices=("none", "confidence", "quality"), default="none",
                    help="what weights a pseudo-label (QW: quality)")
     p.add_argument("--weight-level", choices=("image", "class", "pixel"),
@@ -1233,7 +1257,7 @@ def parse_args(argv=None):
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0,
                    help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
-                   help="of a step's unlabeled images, those on which QAR is taken (two or more); "
+                   help="share of a step's unlabeled images that QAR sees, at least two images; "
                         "1: all, as in the paper")
     p.add_argument("--qar-warmup", type=SHARE, default=0.15,
                    help="share of training before QAR sets in")
@@ -1268,11 +1292,11 @@ def parse_args(argv=None):
                         "voxel of a class that its case holds, the class drawn first; other "
                         "patches lie anywhere (default: 1/3, as in nnU-Net)")
     p.add_argument("--strength", type=number(0, 2, float), default=0.5,
-                   help="of the intensity augmentation of labeled images; that of strong views "
-                        "is 1")
+                   help="intensity augmentation of labeled images; 0: none; strong views have 1")
     p.add_argument("--geometry", type=number(0, 3, float), default=1.0,
-                   help="of all views: at 1 rotation up to 20 degrees, scale up to 15%%, shift up "
-                        "to 8%% of the side; 2 doubles these, and 0 leaves only flips")
+                   help="geometric augmentation of all views: 1 rotates by up to 20 degrees, "
+                        "scales by 15%% and shifts by 8%% of the side; 2 doubles these, and 0 "
+                        "leaves only flips")
     p.add_argument("--flip", type=flip_axes, metavar="AXES",
                    help="axes along which images may be flipped: H,W or H or none (default: all; "
                         "give stages 1 to 3 the same)")
@@ -1292,7 +1316,8 @@ def parse_args(argv=None):
                    help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     inference.add_window_options(p)
     p.section("running")
-    p.add_argument("--seed", type=SEED, default=0, help="of everything but --labeled-seed")
+    p.add_argument("--seed", type=SEED, default=0,
+                   help="of all random numbers but those of --labeled-seed")
     p.add_argument("--device", type=device_name, default="auto",
                    help="auto, cpu, cuda, cuda:1, ...")
     p.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
@@ -1393,13 +1418,6 @@ def set_defaults(args, info):
 # ---------------------------------------------------------------------------------- helpers of main
 
 
-def lock_folder(out):
-    """The lock on a folder that exists. Nobody else writes to it while the lock is kept."""
-    if distributed.rank() == 0 and os.path.isdir(out):
-        return claim(out)
-    return None
-
-
 def load_g(args, info, on):
     """g, and the train cases whose labels it has learned from; without --qp None and [].
 
@@ -1445,27 +1463,6 @@ def build_run(network, g, args, on, fresh):
             parameters, args.lr, momentum=0.9, weight_decay=decay, fused=True
         )
     return Run(nets, teacher, g, optimizer, on.scaler(), on)
-
-
-def set_rate(optimizer, args, step):
-    """The learning rate of a step: --lr times a cosine (adamw) or (1 - t)^0.9 (sgd).
-
-    It stays a tensor where it is one, for a CUDA graph.
-    """
-    if args.optimizer == "adamw":
-        factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
-    else:
-        factor = (1 - (step - 1) / args.steps) ** 0.9
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(args.lr * factor)
-        else:
-            group["lr"] = args.lr * factor
-
-
-def set_seed(args, step):
-    """The random numbers of a step, other ones in each process."""
-    torch.manual_seed(seed_of(args.seed, step, 1 + distributed.rank()))
 
 
 def save_run(path, run, progress, facts, finished=False):
@@ -1556,11 +1553,7 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def print_ignored(args, first):
-    """Notes of options that do nothing in this run.
-
-    They are --weight where no pseudo-label is, mixing where an image is alone, and --keep of steps
-    that do not come after `first`.
-    """
+    """Notes on what has no effect: --weight, mixing of one image, --keep of steps up to `first`."""
     if args.weight != "none" and args.method == "supervised":
         print(
             f"note: --weight {args.weight} weighs nothing: supervised training has no "
@@ -1643,12 +1636,12 @@ MAY_CHANGE = ("keep", "window", "stride", "blend", "cache", "workers")  # where 
 
 def main(argv=None):
     args = parse_args(argv)
-    on = models.device.compute(args.device, args.amp, args.deterministic)
+    on = compute(args.device, args.amp, args.deterministic)
     info = h5.read_info(args.data)
     distributed.start(on.device)
     network = set_defaults(args, info)
     window = inference.window_of(args.size, args)
-    lock = lock_folder(args.out)  # noqa: F841 (until main ends)
+    lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     g, taught = load_g(args, info, on)
     args.weight_level = args.weight_level or finest_level(g, args)
     state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE)

@@ -105,11 +105,6 @@ class Volumes:
         std = torch.tensor([self.std[i] for i in index], device=image.device)
         return Fetched(image, label, mean, std)
 
-    def batch(self, index, device="cpu"):
-        """Patches at places that torch's global generator draws, as Samples.batch() gives them."""
-        place = torch.rand(len(index), 3)
-        return standardized(self.fetch(index, place), device)
-
     def to(self, device):
         """Moves the tensors to a device, in place. -> itself"""
         self.image = [volume.to(device) for volume in self.image]
@@ -316,23 +311,23 @@ def load_slices(info, split, size, names=None, labels=True):
     return _stacked([one for case in cases for one in slices_of(case, size)])
 
 
-def load_patches(info, split, size, corners, labels=True):
+def load_patches(info, split, size, corners):
     """Patches of volumes. -> Samples
 
     size: (D, H, W); corners: {case: [(z, y, x), ...]}, each within the volume.
     """
-    cases = whole_cases(info, split, corners, labels)
+    cases = whole_cases(info, split, corners)
     return _stacked([one for case in cases for one in patches_of(case, size, corners[case.name])])
 
 
-def load_samples(info, split, size, names=None, labels=True):
+def load_samples(info, split, size, names=None):
     """What stands for whole cases on the network's grid. -> Samples
 
     These are all slices, or the fewest patches that cover the volumes.
     """
     if info.dims == 2:
-        return load_slices(info, split, size, names, labels)
-    cases = whole_cases(info, split, names, labels)
+        return load_slices(info, split, size, names)
+    cases = whole_cases(info, split, names)
     return _stacked([one for case in cases for one in parts_of(case, size)])
 
 

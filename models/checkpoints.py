@@ -18,6 +18,7 @@ import torch
 import models
 from data import files, h5, loading, prepared
 from data.files import FORMAT, InputError
+from models import distributed
 from models.device import fused
 
 # Raised when a training step computes something else. A run is resumed only under the number that
@@ -157,6 +158,16 @@ def _load(path):
 
 
 # ---------------------------------------------------------------------------------- resuming a run
+
+
+def lock_folder(out):
+    """The lock on a folder that exists. Nobody else writes to it while the lock is kept.
+
+    A folder that is not there yet is not made: the input may still be refused.
+    """
+    if distributed.rank() == 0 and os.path.isdir(out):
+        return files.claim(out)
+    return None
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):

@@ -112,7 +112,7 @@ def add_window_options(p):
         "--stride",
         type=grid,
         metavar="D,H,W",
-        help="between windows (default: half of the window)",
+        help="steps between windows (default: half of the window)",
     )
     p.add_argument(
         "--blend",
@@ -225,12 +225,12 @@ def predict_cases(net, cases, on, window=None, batch=32):
 
     window: Window, for volumes; batch: slices in a pass.
     """
-    for answer in predict_read(net, cases, on, window, batch):
+    for answer in answers(net, cases, on, window, batch):
         yield answer.case.entry, answer.label, answer.case.truth
 
 
-def predict_read(net, cases, on, window=None, batch=32):
-    """predict_cases() that yields the Answer to each case."""
+def answers(net, cases, on, window, batch):
+    """Yields the Answer to each of `cases`. The arguments are those of predict_cases()."""
     if window:
         return labels_of_volumes(net, cases, on, window)
     return labels_of_slices(net, cases, on, batch)
@@ -238,7 +238,7 @@ def predict_read(net, cases, on, window=None, batch=32):
 
 @torch.no_grad()
 def labels_of_volumes(net, cases, on, window):
-    """predict_read() for volumes, one after the other."""
+    """answers() to volumes, one after the other."""
     net = fused(net)
     for case in cases:
         volume, mean, std = case.image
@@ -256,7 +256,7 @@ def labels_of_volumes(net, cases, on, window):
 
 @torch.no_grad()
 def labels_of_slices(net, cases, on, batch):
-    """predict_read() for slices, in full batches.
+    """answers() to slices, in full batches.
 
     Many single pictures are in one batch, a long volume is in several.
     """

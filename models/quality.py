@@ -79,8 +79,8 @@ def resample(x, size):
     return torch.where(to_samples(hard, x), nearest, smooth)
 
 
-def on_grid(p, grid):
-    """Probabilities [B, K, *S] interpolated to another grid."""
+def interpolated(p, grid):
+    """Probabilities [B, K, *S] on another grid, linear between pixels."""
     return F.interpolate(p, grid, mode="bilinear" if len(grid) == 2 else "trilinear")
 
 
@@ -222,7 +222,7 @@ class DenseQualityPredictor(nn.Module):
 
         Unless `both`, only the view with the mask is asked, if members know it: at half the cost.
         """
-        return on_grid(self.truth(seen, both), seen.mask.shape[2:])
+        return interpolated(self.truth(seen, both), seen.mask.shape[2:])
 
     def error(self, seen):
         """The probability that the class of each pixel of the mask is wrong. -> [B, *S]"""

@@ -131,7 +131,7 @@ class FakeG(torch.nn.Module):
         return self.answer("belief", seen)
 
 
-def quality(data, folder, size="32", val=4, epochs="1,2", members=2, masks=8):
+def quality(data, folder, *, size="32", val=4, epochs="1,2", members=2, masks=8):
     """The first two stages on a dataset, as small as they go. -> vqm.h5, qp.pt"""
     masks = f"--labeled 4 --size {size} --patches 2 --masks {masks} --val-masks {val} --folds 2"
     harvest = f"--harvest-share 0.25 --harvest-epochs {epochs} --harvest-steps 2 --harvest-batch 4"
@@ -142,19 +142,20 @@ def quality(data, folder, size="32", val=4, epochs="1,2", members=2, masks=8):
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
-def shared_quality(factory, name, *args):
-    folder = shared(factory, name, lambda folder: quality(args[0], folder, *args[1:]))
+def shared_quality(factory, name, data, **options):
+    folder = shared(factory, name, lambda folder: quality(data, folder, **options))
     return str(folder / "vqm.h5"), str(folder / "qp.pt")
 
 
 @pytest.fixture(scope="session")
 def gray_quality(gray, tmp_path_factory):
-    return shared_quality(tmp_path_factory, "gray_quality", gray, "32", 4, "1,2", 1)
+    return shared_quality(tmp_path_factory, "gray_quality", gray, members=1)
 
 
 @pytest.fixture(scope="session")
 def volumes_quality(volumes, tmp_path_factory):
-    return shared_quality(tmp_path_factory, "volumes_quality", volumes, "16,16,32", 1, "1", 1, 4)
+    small = dict(size="16,16,32", val=1, epochs="1", members=1, masks=4)
+    return shared_quality(tmp_path_factory, "volumes_quality", volumes, **small)
 
 
 @pytest.fixture(scope="session")

@@ -50,27 +50,12 @@ GUIDED = "--lam-warmup .1 --weight quality --weight-threshold 0 --qar .01".split
 
 def prepare(folder):
     """The data of all runs, made anew: a phantom, its masks and g. -> the arguments of scripts()"""
-    data, volumes, vqm = (
-        str(folder / "p.h5"),
-        str(folder / "v.h5"),
-        str(folder / "masks" / "vqm.h5"),
-    )
-    fork(
-        phantom.main,
-        [
-            "--out",
-            data,
-            *"--train 6 --val 2 --test 1 --depth 4 --size 48".split(),
-        ],
-    )
-    fork(
-        phantom.main,
-        [
-            "--out",
-            volumes,
-            *"--train 6 --val 2 --test 1 --depth 20 --size 40 --dims 3".split(),
-        ],
-    )
+    data = str(folder / "p.h5")
+    volumes = str(folder / "v.h5")
+    vqm = str(folder / "masks" / "vqm.h5")
+    cases = "--train 6 --val 2 --test 1".split()
+    fork(phantom.main, ["--out", data, *cases, *"--depth 4 --size 48".split()])
+    fork(phantom.main, ["--out", volumes, *cases, *"--depth 20 --size 40 --dims 3".split()])
     fork(corrupt.main, [data, "--out", str(folder / "masks"), *CORRUPT])
     fork(train_qp.main, [data, "--vqm", vqm, "--out", str(folder / "g"), *QP])
     return data, volumes, vqm, str(folder / "g" / "qp.pt")
@@ -154,13 +139,9 @@ def fingerprint(out):
         elif isinstance(value, (list, tuple)):
             note(name, dict(enumerate(value)))
         else:
-            data = (
-                value.numpy().tobytes()
-                if torch.is_tensor(value)
-                else value.tobytes()
-                if isinstance(value, np.ndarray)
-                else repr(value).encode()
-            )
+            if torch.is_tensor(value):
+                value = value.numpy()
+            data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
             found[name] = hashlib.md5(data).hexdigest()
 
     for path in sorted(out.rglob("*")):
@@ -196,7 +177,7 @@ def fingerprint(out):
     return found
 
 
-def leftovers(group, out):
+def leftovers(group):
     """Processes of a killed run that still live after six seconds."""
     end = time.monotonic() + 6
     while time.monotonic() < end:
@@ -218,7 +199,7 @@ def interrupt(main, argv, out, number, delay, expected):
     time.sleep(delay)
     os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    wrong = leftovers(child, out)
+    wrong = leftovers(child)
     again = fork(main, [*argv, "--out", str(out), "--resume"])
     found = fingerprint(out) if out.exists() else {}
     wrong += [f"exit code {again} after --resume"] * (again != 0) + [
@@ -228,12 +209,13 @@ def interrupt(main, argv, out, number, delay, expected):
     return code, wrong
 
 
-def soak(name, main, argv, folder, kills, numbers, first=0.0):
+def soak(name, script, folder, kills, numbers, first=0.0):
     """Interrupts a run `kills` times with each signal at random moments.
 
-    The earliest comes after a share `first` of the run's time. -> a row of the table for each
-    signal
+    The earliest comes after a share `first` of the run's time. script: (main, argv)
+    -> a row of the table for each signal
     """
+    main, argv = script
     rng, out, rows = random.Random(name), folder / "run", []
     shutil.rmtree(out, ignore_errors=True)
     start = time.monotonic()
@@ -268,8 +250,9 @@ def soak(name, main, argv, folder, kills, numbers, first=0.0):
     return rows
 
 
-def watch(name, main, argv, folder, steps):
+def watch(name, script, folder, steps):
     """Resident memory and open files of a long run, at every log row. -> a row of the table"""
+    main, argv = script
     out, seen = folder / "run", {}
     shutil.rmtree(out, ignore_errors=True)
     child = fork(
@@ -338,9 +321,9 @@ def main():
         if args.memory:
             titles = "run | steps | MB at a quarter | MB at the end | slope, KB a step | open files"
             print(f"| {titles} |\n{'|---' * 6}|")
-            for name, (script, argv) in runs.items():
+            for name, script in runs.items():
                 if "train_ssl" in name:
-                    row = watch(name, script, argv, Path(folder), args.memory)
+                    row = watch(name, script, Path(folder), args.memory)
                     print(
                         f"| `{name}` | {row['steps']} | {row['start']:.0f} | {row['end']:.0f} "
                         f"| {row['slope']:+.3f} | {row['files']} |",
@@ -349,11 +332,11 @@ def main():
             return
         titles = "run | seconds | signal | sent | after its end | right exit code | identical"
         print(f"| {titles} | values compared |\n{'|---' * 8}|")
-        for name, (script, argv) in runs.items():
+        for name, script in runs.items():
             few = max(1, args.kills // 4)
             for row in (
-                *soak(name, script, argv, Path(folder), args.kills, [signal.SIGKILL]),
-                *soak(name, script, argv, Path(folder), few, [signal.SIGTERM, signal.SIGINT]),
+                *soak(name, script, Path(folder), args.kills, [signal.SIGKILL]),
+                *soak(name, script, Path(folder), few, [signal.SIGTERM, signal.SIGINT]),
             ):
                 print(
                     f"| `{row['run']}` | {row['seconds']:.1f} | {row['signal']} | {row['sent']} "

@@ -54,7 +54,8 @@ def predictors(files, tmp_path_factory):
 
     def make(folder):
         for dims, size in ((2, "32"), (3, "16,16,32")):
-            quality(files[dims], folder / str(dims), size, 1, "1", 1, masks=2)
+            small = dict(size=size, val=1, epochs="1", members=1, masks=2)
+            quality(files[dims], folder / str(dims), **small)
 
     folder = shared(tmp_path_factory, "four_quality", make)
     return {dims: str(folder / str(dims) / "qp.pt") for dims in GRID}

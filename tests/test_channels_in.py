@@ -638,7 +638,7 @@ def test_a_channel_of_one_value_is_no_noise(tmp_path):
     about = dict(name="f", classes=["background", "a"], dims=2, channels=2)
     info = h5.write(str(tmp_path / "f.h5"), [case], channel_names=["a", "b"], **about)
     for size in (37, 64):
-        x, _ = loading.load_samples(info, "train", size, labels=False).batch([0])
+        x, _ = loading.load_slices(info, "train", size, labels=False).batch([0])
         assert x[:, 0].abs().max() < 0.1 and x[:, 1].std() > 0.3
     resized = loading.resize_image(image, 37)
     assert h5.is_flat(resized[..., 0]) and not h5.is_flat(resized[..., 1])

@@ -22,6 +22,11 @@ from data.files import InputError
 from models.checkpoints import check_finite, load_checkpoint
 
 
+@pytest.fixture
+def scripts(gray, volumes, gray_quality):
+    return soak.scripts(gray, volumes, *gray_quality)
+
+
 @pytest.mark.parametrize(
     "name, number, less",
     [
@@ -30,16 +35,14 @@ from models.checkpoints import check_finite, load_checkpoint
         ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 16 --eval-every 4"),
     ],
 )
-def test_interrupted_at_a_random_moment_equals_uninterrupted(
-    name, number, less, gray, volumes, gray_quality, tmp_path
-):
+def test_interrupted_at_a_random_moment_equals_uninterrupted(name, number, less, scripts, tmp_path):
     """Weights, optimizers, logs, masks and reports bit by bit; no process, no file left over.
 
     By tests/soak.py. The moment lies in the second half of the run, when there is something to go
     on from.
     """
-    main, argv = soak.scripts(gray, volumes, *gray_quality)[name]
-    (row,) = soak.soak(name, main, [*argv, *less.split()], tmp_path, 1, [number], 0.6)
+    main, argv = scripts[name]
+    (row,) = soak.soak(name, (main, [*argv, *less.split()]), tmp_path, 1, [number], 0.6)
     assert row["identical"] == row["ended"] == row["sent"] and row["items"] > 100, row
 
 
@@ -106,9 +109,7 @@ def test_a_second_signal_does_not_wait(monkeypatch):
     with workers.postponed_signals() as stop:
         assert stop() == 0
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(
-            signal.SIGINT
-        )  # torchrun may hand on what the terminal has sent already
+        signal.raise_signal(signal.SIGINT)  # torchrun hands on what the terminal has sent, too
         assert stop() == 130
         now[0] = 2.0
         with pytest.raises(KeyboardInterrupt):

@@ -37,9 +37,9 @@ def save(path, array, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction
 
 
 def make(
-    folder, names, suffix="", shape=(4, 10, 12), ending=".nii.gz", tr="Tr", labels=True, **place
+    folder, names, suffix="", *, shape=(4, 10, 12), ending=".nii.gz", tr="Tr", labels=True, **place
 ):
-    """A folder of images (noise and a ball) and labels."""
+    """A folder of images (noise and a ball) and labels. place: of save()"""
     for i, name in enumerate(names):
         rng = np.random.default_rng(i)
         label = ball(shape, (2, 5, 4 + i % 4), 2.6)

@@ -208,7 +208,7 @@ def test_each_case_is_read_once(kind, size, request, monkeypatch, tmp_path):
     run = make_run(tmp_path / "run", info, size=size)
     cases = list(inference.Cases(info, "val", size))
     for case in cases:
-        theirs = loading.load_samples(info, "val", size, [case.entry.name], labels=False)
+        theirs = loading.load_samples(info, "val", size, [case.entry.name])
         ours = inference.samples_of(case, size)
         assert (ours.case, ours.at) == (theirs.case, theirs.at)
         assert torch.equal(ours.image, theirs.image) and torch.equal(ours.mean, theirs.mean)

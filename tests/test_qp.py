@@ -31,6 +31,12 @@ from models.quality import (
 )
 
 
+@pytest.fixture
+def given(rgb, rgb_quality):
+    """What stage 2 reads: pictures and their masks, as words of its command line."""
+    return [rgb, "--vqm", rgb_quality[0]]
+
+
 def options_of(argv, dims=2):
     args = train_qp.parse_args(argv)
     train_qp.set_defaults(args, dims)
@@ -160,36 +166,22 @@ def test_report(kind, request):
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("select, kept, run", [("last", 5, 5), ("best", 2, 4)])
-def test_which_epoch_is_kept(select, kept, run, rgb, rgb_quality, tmp_path, monkeypatch):
+def test_which_epoch_is_kept(select, kept, run, given, tmp_path, monkeypatch):
     """The last epoch; or the best, after which come no more than `patience` worse ones.
 
-    Errors on val are given.
+    Errors on val are made up.
     """
-    errors, estimate = (
-        iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")]),
-        inference.estimate_masks,
-    )
+    errors = iter([e for e in (0.3, 0.1, 0.2, 0.4, 0.3) for _ in ("synthetic", "real")])
+    estimate = inference.estimate_masks
 
-    def given(*args, most):
+    def made_up(*args, most):
         if most == 300:
             return np.full((4, 1), next(errors)), np.zeros((4, 1)), None
         return estimate(*args, most=most)
 
-    monkeypatch.setattr(inference, "estimate_masks", given)
-    train_qp.main(
-        [
-            rgb,
-            "--vqm",
-            rgb_quality[0],
-            "--out",
-            str(tmp_path),
-            *"--size 32 --width 4 --members 1 --epochs 5 --batch 16".split(),
-            "--select",
-            select,
-            "--patience",
-            "2",
-        ]
-    )
+    monkeypatch.setattr(inference, "estimate_masks", made_up)
+    options = f"--size 32 --width 4 --members 1 --epochs 5 --batch 16 --select {select}"
+    train_qp.main([*given, "--out", str(tmp_path), *options.split(), "--patience", "2"])
     assert torch.load(tmp_path / "qp.pt", weights_only=True)["epoch"] == kept
     assert len(list(csv.DictReader(open(tmp_path / "log.csv")))) == run
 
@@ -323,15 +315,10 @@ def test_image_of_another_case(gray, gray_quality):
 
 @pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("head, width", [("dense", "4"), ("scalar", "8")])
-def test_resumed_equals_uninterrupted(head, width, rgb, rgb_quality, tmp_path, monkeypatch, capsys):
+def test_resumed_equals_uninterrupted(head, width, given, tmp_path, monkeypatch, capsys):
     """Also where it dies in the report, after its last epoch; a finished run says so."""
-    common = [
-        rgb,
-        "--vqm",
-        rgb_quality[0],
-        *"--size 32 --batch 16 --epochs 3 --members 2".split(),
-        *("--head", head, "--width", width),
-    ]
+    options = f"--size 32 --batch 16 --epochs 3 --members 2 --head {head} --width {width}"
+    common = [*given, *options.split()]
     train_qp.main([*common, "--out", str(tmp_path / "whole")])
     told = capsys.readouterr().out
     step, calls = train_qp.train_step, []
@@ -354,12 +341,10 @@ def test_resumed_equals_uninterrupted(head, width, rgb, rgb_quality, tmp_path, m
     assert "is finished" not in capsys.readouterr().out and (tmp_path / "parts" / "qp.md").exists()
     train_qp.main([*common, "--out", str(tmp_path / "parts")])
     assert "this run is finished (g of epoch" in capsys.readouterr().out
-    checkpoints.load_quality(
-        str(tmp_path / "parts" / "last.pt"), h5.read_info(rgb), evaluate.compute()
-    )  # a g like any other
-    whole, parts = (
-        torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")
-    )
+    last = {n: str(tmp_path / n / "last.pt") for n in ("whole", "parts")}
+    info = h5.read_info(given[0])
+    checkpoints.load_quality(last["parts"], info, evaluate.compute())  # a g like any other
+    whole, parts = (torch.load(path, weights_only=True) for path in last.values())
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(
         torch.equal(whole["net"][k], whole["weights"][k]) for k in whole["net"]
@@ -501,21 +486,14 @@ def test_a_head_sees_hard_masks_hard_and_soft_ones_averaged(head):
     assert ((shown[0][1] > 0.1) & (shown[0][1] < 0.8)).float().mean() > 0.8
 
 
-def test_pretrained_weights(rgb, rgb_quality, tmp_path, refused):
+def test_pretrained_weights(given, tmp_path, refused):
     from models.resnet import ResNet
 
     torch.manual_seed(9)
     source = ResNet(3)
     torch.save(source.state_dict(), tmp_path / "resnet18.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    common = [
-        rgb,
-        "--vqm",
-        rgb_quality[0],
-        "--out",
-        tmp_path / "o",
-        *"--size 32 --epochs 1 --head scalar".split(),
-    ]
+    common = [*given, "--out", tmp_path / "o", *"--size 32 --epochs 1 --head scalar".split()]
     refused(
         train_qp.main,
         [*common, "--encoder-weights", tmp_path / "other.pt"],

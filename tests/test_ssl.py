@@ -1306,14 +1306,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert (tmp_path / "last.pt").read_bytes() == good[0]
 
 
-def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, refused):
+def test_refusals(gray, rgb, rgb_quality, rgb_scalar, tmp_path, refused):
     out = ["--out", tmp_path / "o", "--size", "32"]
     refused(train_ssl.main, [gray, *out, "--weight", "quality"], "--qp")
     refused(train_ssl.main, [gray, *out, "--qar", "0.1"], "--qp")
     refused(
         train_ssl.main, [gray, *out, "--method", "ict", "--correct"], "--correct needs the qp.pt"
     )
-    refused(train_ssl.main, [gray, *out, "--correct", "--qp", gray_quality[1]], "no pseudo-label")
+    refused(train_ssl.main, [rgb, *out, "--correct", "--qp", rgb_quality[1]], "no pseudo-label")
     refused(
         train_ssl.main,
         [rgb, *out, "--method", "ict", "--correct", "--qp", rgb_scalar],
@@ -1325,7 +1325,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         "qp.pt",
         "classes",
     )
-    refused(train_ssl.main, [gray, *out, "--weight", "quality", "--qp", gray_quality[0]], "vqm.h5")
+    refused(train_ssl.main, [rgb, *out, "--weight", "quality", "--qp", rgb_quality[0]], "vqm.h5")
     refused(
         train_ssl.main,
         [rgb, *out, "--weight", "quality", "--weight-level", "pixel", "--qp", rgb_scalar],
@@ -1340,37 +1340,17 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, gray_quality, tmp_path, re
         del f["val"]
     refused(train_ssl.main, [tmp_path / "no_val.h5", *out], "'val' is empty")
     assert not (tmp_path / "o").exists()
+
+
+def test_another_run_is_not_gone_on_with(gray, tmp_path, refused):
+    other = str(tmp_path / "other.h5")
+    phantom.main(["--out", other, *"--train 6 --val 2 --depth 4 --size 48 --seed 1".split()])
     train(gray, tmp_path / "o")
-    refused(train_ssl.main, [gray, *out], "was started with --", "--overwrite", "another --out")
-    refused(
-        lambda argv: train(gray, tmp_path / "o", *argv),
-        ["--resume", "--lr", "0.5"],
-        "with --lr 0.001, not with --lr 0.5",
-    )
-    refused(
-        lambda argv: train(gray, tmp_path / "o", *argv), ["--resume", "--overwrite"], "choose one"
-    )
-    phantom.main(
-        [
-            "--out",
-            str(tmp_path / "other.h5"),
-            "--train",
-            "6",
-            "--val",
-            "2",
-            "--depth",
-            "4",
-            "--size",
-            "48",
-            "--seed",
-            "1",
-        ]
-    )
-    refused(
-        lambda argv: train(str(tmp_path / "other.h5"), tmp_path / "o", *argv),
-        ["--resume"],
-        "other data",
-    )
+    again = lambda argv: train(gray, tmp_path / "o", *argv)
+    refused(again, ["--steps", "6"], "was started with --", "--overwrite", "another --out")
+    refused(again, ["--resume", "--lr", "0.5"], "with --lr 0.001, not with --lr 0.5")
+    refused(again, ["--resume", "--overwrite"], "choose one")
+    refused(lambda argv: train(other, tmp_path / "o", *argv), ["--resume"], "other data")
 
 
 def test_an_option_that_was_not_given_is_called_so(gray, tmp_path, refused):

@@ -45,6 +45,12 @@ SIZE = (16, 16, 32)
 # ----------------------------------------------------------------------------------------- patches
 
 
+def random_patches(found, *index):
+    """Patches of some Volumes at random places. -> images [B, C, *S], labels [B, *S] or None"""
+    fetched = found.fetch(torch.tensor(index), torch.rand(len(index), 3))
+    return loading.standardized(fetched, "cpu")
+
+
 def test_patches_are_cut_from_image_and_label_alike(volumes):
     info = h5.read_info(volumes)
     names = [e.name for e in info.entries("train")]
@@ -52,7 +58,7 @@ def test_patches_are_cut_from_image_and_label_alike(volumes):
     torch.manual_seed(0)
     corners = set()
     for _ in range(40):
-        x, y = found.batch(torch.tensor([1, 0, 1]))
+        x, y = random_patches(found, 1, 0, 1)
         assert x.shape == (3, 1, *SIZE) and y.shape == (3, *SIZE) and y.dtype == torch.int64
         for i, patch, label in zip((1, 0, 1), x[:, 0], y):
             whole = (found.image[i][0] - found.mean[i]) / found.std[i]
@@ -70,14 +76,8 @@ def test_patches_are_cut_from_image_and_label_alike(volumes):
     assert all(
         {c[axis] for c in corners} >= {0, last} for axis, last in enumerate((4, 24, 4))
     )  # every place can come
-    torch.manual_seed(3)
-    a, b = (found.batch(torch.tensor([0]))[0] for _ in range(2))
-    torch.manual_seed(3)
-    assert not torch.equal(a, b) and torch.equal(found.batch(torch.tensor([0]))[0], a)
-    assert (
-        loading.load_volumes(info, "train", SIZE, names, labels=False).batch(torch.tensor([0]))[1]
-        is None
-    )
+    bare = loading.load_volumes(info, "train", SIZE, names, labels=False)
+    assert random_patches(bare, 0)[1] is None
 
 
 def test_patches_and_resizing_average_images_and_keep_classes(volumes):
@@ -121,11 +121,9 @@ def test_intensities_that_are_ready_stay_as_they_are(tmp_path):
         channels=1,
         standardize=False,
     )
-    for found in (
-        loading.load_volumes(info, "train", SIZE),
-        loading.load_samples(info, "train", SIZE),
-    ):
-        assert torch.equal(found.batch(torch.tensor([0]))[0][0, 0], torch.from_numpy(image))
+    x, _ = random_patches(loading.load_volumes(info, "train", SIZE), 0)
+    tile, _ = loading.load_samples(info, "train", SIZE).batch(torch.tensor([0]))
+    assert torch.equal(x, tile) and torch.equal(tile[0, 0], torch.from_numpy(image))
 
 
 def test_rotation_is_rigid_on_a_grid_that_is_no_square():

@@ -13,7 +13,7 @@ import train_ssl
 from data import augment, loading
 from models import checkpoints
 from models.losses import one_hot
-from models.quality import Seen, on_grid, quality_target, true_dice, with_background
+from models.quality import Seen, interpolated, quality_target, true_dice, with_background
 
 
 class Oracle(torch.nn.Module):
@@ -63,7 +63,7 @@ class Blind(torch.nn.Module):
         logits = self.g.logits(seen) / self.g.temperature  # [members, views, B, K, *S]
         withheld = logits[:, 0]  # the first view does not show the mask
         p = withheld.softmax(2).mean(0)
-        return on_grid(p, seen.mask.shape[2:])
+        return interpolated(p, seen.mask.shape[2:])
 
 
 class Ensemble(torch.nn.Module):

@@ -109,8 +109,9 @@ def zoomed(v, size):
     return ndimage.zoom(v, [size / n for n in v.shape], order=0)
 
 
-def plain_step(net, teacher, optimizer, image, label, labeled, step):
-    """Mean teacher on a batch whose first `labeled` images have labels."""
+def plain_step(net, teacher, optimizer, image, label, step):
+    """Mean teacher on a batch whose first images have labels."""
+    labeled = len(label)
     noise = torch.clamp(torch.randn_like(image[labeled:]) * 0.1, -0.2, 0.2)
     logits = net(image)
     p = torch.softmax(logits, 1)
@@ -190,27 +191,10 @@ AT_ONCE = "--lam-warmup 0 --lam-ramp 0 --qar-warmup 0 --qar-ramp 0".split()
 
 def prepare(args):
     """The data, options and feed that all parts share. -> Bench"""
-    half = str(args.batch // 2)
-    run = train_ssl.parse_args(
-        [
-            args.data,
-            "--out",
-            args.out,
-            "--labeled",
-            args.labeled,
-            "--method",
-            "mean_teacher",
-            "--size",
-            str(args.size),
-            "--batch",
-            half,
-            "--batch-unlabeled",
-            half,
-            *AT_ONCE,
-            "--steps",
-            "1000000",
-        ]
-    )
+    half = args.batch // 2
+    options = f"--method mean_teacher --size {args.size} --batch {half} --batch-unlabeled {half}"
+    words = [args.data, "--out", args.out, "--labeled", args.labeled, *options.split()]
+    run = train_ssl.parse_args([*words, *AT_ONCE, "--steps", "1000000"])
     info = h5.read_info(args.data)
     on = compute(args.device, args.amp)
     if info.dims != 2:
@@ -260,7 +244,7 @@ def plain_step_of(b):
     def step():
         x = image.to(b.on.device)
         y = label.to(b.on.device)
-        return plain_step(net, teacher, optimizer, x, y, half, 1000)
+        return plain_step(net, teacher, optimizer, x, y, 1000)
 
     return step
 
@@ -350,31 +334,9 @@ def processes(b):
     of a core each, and one process."""
     out = os.path.join(b.args.out, "processes")
     command = [
-        "train_ssl.py",
-        b.args.data,
-        "--out",
-        out,
-        "--labeled",
-        b.args.labeled,
-        "--method",
-        "mean_teacher",
-        "--size",
-        str(b.args.size // 2),
-        "--batch",
-        "12",
-        "--batch-unlabeled",
-        "12",
-        "--lam-warmup",
-        "0",
-        "--lam-ramp",
-        "0",
-        "--steps",
-        "12",
-        "--eval-every",
-        "4",
-        "--device",
-        "cpu",
-        "--overwrite",
+        *("train_ssl.py", b.args.data, "--out", out, "--labeled", b.args.labeled),
+        *f"--method mean_teacher --size {b.args.size // 2} --batch 12 --batch-unlabeled 12".split(),
+        *"--lam-warmup 0 --lam-ramp 0 --steps 12 --eval-every 4 --device cpu --overwrite".split(),
     ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     base = "one process, one core"
@@ -468,31 +430,9 @@ def large(args):
         h5.write(path, cases, name="large", classes=["background", "square"], dims=2, channels=1)
     start = time.perf_counter()
     command = [
-        "train_ssl.py",
-        path,
-        "--out",
-        os.path.join(args.out, "large"),
-        "--labeled",
-        "0.5",
-        "--method",
-        "mean_teacher",
-        "--size",
-        "96",
-        "--batch",
-        "8",
-        "--batch-unlabeled",
-        "8",
-        "--steps",
-        "200",
-        "--eval-every",
-        "100",
-        "--cache",
-        "off",
-        "--overwrite",
-        "--lam-warmup",
-        "0",
-        "--device",
-        args.device,
+        *("train_ssl.py", path, "--out", os.path.join(args.out, "large"), "--device", args.device),
+        *"--labeled 0.5 --method mean_teacher --size 96 --batch 8 --batch-unlabeled 8".split(),
+        *"--steps 200 --eval-every 100 --cache off --overwrite --lam-warmup 0".split(),
     ]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True

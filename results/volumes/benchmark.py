@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from medpy.metric import binary
 
-from data import h5, tables
+from data import h5, metrics, tables
 from data.options import Parser, cli, number
-from models import checkpoints
+from models import checkpoints, inference
 from models.device import compute
 
 
@@ -59,10 +59,10 @@ def row(what, seconds, base, result):
     return {"what": what, "seconds": seconds, "ratio": base / seconds, "result": result}
 
 
-def inference(args, on, cases, size, stride):
+def predicting(args, on, cases, size, stride):
     """Lines of the table for the label of a volume, and the label by the plain loop."""
     ((_, (volume, mean, std), truth),) = cases
-    x = ((volume - mean) / std).astype(np.float32)
+    x = ((volume[0] - mean) / std).astype(np.float32)  # of one channel
     plain = checkpoints.load_run(args.checkpoint, "student", compute("cpu", "off"))[0]
     plain = plain.to(memory_format=torch.contiguous_format)
     base, loop = timed(lambda: plain_loop(plain, x, size, stride))
@@ -86,7 +86,7 @@ def inference(args, on, cases, size, stride):
     return rows, loop
 
 
-def metrics(name, mask, true, spacing):
+def scoring(name, mask, true, spacing):
     """Lines of the table for medpy's metrics of a mask and ours."""
     theirs = (binary.dc, binary.jc, binary.hd95, binary.asd)
     text = lambda values: " ".join(f"{v:.6f}" for v in values)
@@ -119,12 +119,12 @@ def main():
     grid = " x ".join(map(str, entry.grid))
     print(f"{entry.name}, {grid}; {on}, {torch.get_num_threads()} threads")
 
-    rows, loop = inference(args, on, cases, size, stride)
+    rows, loop = predicting(args, on, cases, size, stride)
     ((_, _, truth),) = cases
     true = truth > 0
     moved = np.roll(true, (3, 3, 3), (0, 1, 2))
-    rows += metrics("the loop's output", loop > 0, true, entry.spacing)
-    rows += metrics("the truth moved by 3 voxels", moved, true, entry.spacing)
+    rows += scoring("the loop's output", loop > 0, true, entry.spacing)
+    rows += scoring("the truth moved by 3 voxels", moved, true, entry.spacing)
     print(tables.markdown(rows))
 
 
