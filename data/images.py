@@ -23,9 +23,9 @@ taken as such, and all pictures must have as many; data/pixels.py says which TIF
 beside a further channel, such as RGB and depth, are not supported: make each color a folder.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
-otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
-otherwise; a note tells where names of different splits look like those of one patient. A list that
-contradicts the folders of splits is refused.
+otherwise by patient with --seed, where pictures without a mask all train. A picture is a patient
+unless --patient or the preset says otherwise; a note tells where names of different splits look
+like those of one patient. A list that contradicts the folders of splits is refused.
 
 Masks of two classes are 0 and 1, or black and white with edges that may be gray. With more than two
 --classes, mask pixels are class numbers. --labels lists the values of other masks: 0,128,255 become
@@ -313,7 +313,8 @@ def split_cases(rows, lists, args):
     rows = splits.assign_splits(splits.name_patients(rows, args), lists, args)
     splits.note_patients(rows, drawn)
     if len(rows) < found:
-        print(f"{found - len(rows)} of {found} pictures are in no list and left out")
+        why = "in no list" if lists else "of patients of val or test, have no mask,"
+        print(f"{found - len(rows)} of {found} pictures are {why} and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
     return rows

@@ -238,10 +238,7 @@ def split_cases(rows, lists, args):
         out += [r for r in held if r.name not in named]
         why = "they are in no list"
     else:
-        out = splits.assign_splits([r for r in rows if r.mask and not r.split], None, args)
-        others = {r.patient for r in out if r.split != "train"}
-        out += [r._replace(split="train") for r in bare if r.patient not in others]
-        out += held
+        out = splits.assign_splits(rows, None, args)
         why = "they have no label, and their patients are in val or test"
     splits.note_patients(out, drawn=not lists)
     if len(out) < len(rows):

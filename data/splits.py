@@ -119,25 +119,30 @@ def find_lists(args):
 def assign_splits(rows, lists, args):
     """Gives every row its split: from list files, from its folder, or by patient with a seed.
 
-    -> rows in their final order
+    Labeled rows of no folder go by patient, unless there is a folder val. Unlabeled ones train, or
+    are left out if their patient is in val or test. -> rows in their final order
     """
     if lists:
         return assign_lists(rows, lists, args.src)
-    if any(r.split for r in rows):
+    of_folders = [r for r in rows if r.split]
+    if any(r.split == "val" for r in rows) or len(of_folders) == len(rows):
         return [r._replace(split=r.split or "train") for r in rows]
     print(f"no list of splits: by patient, with seed {args.seed}")
-    patients = sorted({r.patient for r in rows})
+    labeled = [r for r in rows if r.mask and not r.split]
+    patients = sorted({r.patient for r in labeled})
     order = np.random.default_rng(args.seed).permutation(len(patients))
     drawn = [patients[i] for i in order]
     n_val, n_test = (
         max(round(share * len(drawn)), int(share > 0 and len(drawn) > 2))
         for share in (args.val, args.test)
     )
-    splits = ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)
+    split_of = dict(zip(drawn, ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)))
     # train order is random too: --labeled takes the first patients
     rank = {patient: i for i, patient in enumerate(drawn)}
-    rows = sorted(rows, key=lambda r: rank[r.patient])
-    return [r._replace(split=splits[rank[r.patient]]) for r in rows]
+    labeled.sort(key=lambda r: rank[r.patient])
+    bare = [r for r in rows if not (r.mask or r.split)]
+    found = [r._replace(split=split_of.get(r.patient, "train")) for r in labeled + bare]
+    return [r for r in found if r.mask or r.split == "train"] + of_folders
 
 
 def assign_lists(rows, lists, src):

@@ -326,6 +326,26 @@ def test_folder_preset_with_splits_and_unlabeled(tmp_path):
     }
 
 
+def test_val_is_drawn_from_pictures_with_masks(tmp_path, capsys):
+    """Few masks among many pictures, or unlabeled ones in a folder of their own, are usual."""
+    src, out = make_pictures(tmp_path / "src", 8), tmp_path / "f.h5"
+    shutil.rmtree(make_pictures(src / "unlabeled", 2, seed=1) / "masks")
+    for path in sorted(src.glob("*/p?.png")):  # p0 and p4 are of patient 0, and so on
+        i = int(path.stem[1:])
+        path.rename(path.with_stem(f"{i % 4}_{i}"))
+        if path.parent.name == "masks" and i > 3:
+            path.with_stem(f"{i % 4}_{i}").unlink()
+
+    def labeled(*more):
+        images.main([str(src), "--out", str(out), "--val", "0.5", *more])
+        return {s: [e.labeled for e in es] for s, es in h5.read_info(out).splits.items()}
+
+    found = {"train": [True] * 2 + [False] * 4, "val": [True] * 2, "unlabeled": [False] * 2}
+    assert labeled() == found and "left out" not in capsys.readouterr().out
+    assert labeled("--patient", "([^_]+)") == found | {"train": [True] * 2 + [False] * 2}
+    assert "2 of 10 pictures are of patients of val or test, have no" in capsys.readouterr().out
+
+
 def test_several_classes_from_gray_values(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 3)
     for i, p in enumerate((src / "masks").iterdir()):
