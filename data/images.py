@@ -50,7 +50,7 @@ from data.pixels import (
     read_picture,
     say,
 )
-from data.splits import Row, by_name, note_unread, plain_name
+from data.splits import Row, below, by_name, note_unread, plain_name
 
 
 def pictures(folder):
@@ -86,7 +86,7 @@ def find_ph2(src):
     """A lesion is a patient: PH2 does not say whose it is."""
 
     def of_folders(ending):
-        found = [p for p in sorted(src.rglob(f"*{ending}/*")) if is_picture(p)]
+        found = [p for p in below(src, f"*{ending}/*") if is_picture(p)]
         return by_name((plain_name(p.parent.name).removesuffix(ending), p) for p in found)
 
     return rows_of(of_folders("_Dermoscopic_Image"), of_folders("_lesion"))
@@ -122,7 +122,7 @@ def find_isic(src):
     """An image is a patient."""
 
     def of_folders(pattern, ending=""):
-        found = [pair for folder in sorted(src.rglob(pattern)) for pair in pictures(folder).items()]
+        found = [pair for folder in below(src, pattern) for pair in pictures(folder).items()]
         return by_name((name.removesuffix(ending), path) for name, path in found)
 
     return rows_of(of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation"))

@@ -1,5 +1,6 @@
 """Which cases of a source are of one patient, and which split each of them belongs to."""
 
+import glob
 import os
 import re
 import unicodedata
@@ -68,6 +69,11 @@ def by_name(pairs):
             )
         found[name] = seen[name.lower()] = path
     return found
+
+
+def below(folder, pattern):
+    """Paths at any depth of a folder, sorted. Path.rglob() passes over folders that are links."""
+    return sorted(folder / p for p in glob.iglob(f"**/{pattern}", root_dir=folder, recursive=True))
 
 
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini

@@ -40,7 +40,7 @@ from data import h5, labels, loading
 from data.files import InputError, read_lists
 from data.options import Parser, cli, decimals, number
 from data.pixels import to_float32
-from data.splits import Row, add_patient, name_patients, note_patients, plain_name
+from data.splits import Row, add_patient, below, name_patients, note_patients, plain_name
 
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
@@ -249,7 +249,7 @@ def volume_rows(src, val, layout):
         print(f"no val.{ending}: the last {val} of train.{ending} validate (--val)")
     files = defaultdict(list)
     if layout == "LA":
-        for path in sorted(src.rglob(f"{VOLUME}.h5")):
+        for path in below(src, f"{VOLUME}.h5"):
             files[plain_name(path.parent.name)].append(path)
     else:
         files |= {name: [path] for name, path in files_in(src / "data").items()}

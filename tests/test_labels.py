@@ -379,6 +379,13 @@ def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
     )
 
 
+def test_volumes_of_la_may_lie_behind_a_link(tmp_path):
+    src = la(tmp_path / "la")
+    (src / "set").rename(tmp_path / "disk")
+    (src / "set").symlink_to(tmp_path / "disk")
+    assert len(from_lists(src).entries("train")) == 3
+
+
 def test_lists_and_sequences_of_pictures(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 4)
     (src / "train.txt").write_bytes("p3\r\np1 \r\n".encode("utf-16"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import images, loading, new_images, pixels
+from data import h5, images, loading, new_images, pixels
 from data.files import InputError
 
 SIZE = (40, 56)
@@ -494,6 +494,22 @@ def test_two_copies_of_a_picture_are_refused(tmp_path, refused):
                 cv2.imwrite(str(path), (image, mask)[i])
             argv = [src, "--preset", preset, "--out", tmp_path / "f.h5"]
             refused(images.main, argv, str(src / "b"), f"{src / 'a'}", "is there too", "remove")
+
+
+def test_folders_that_are_links_are_read(tmp_path):
+    """Data sets often lie on another disk, or some of their cases do."""
+    for name in ("IMD1", "IMD2"):
+        for part in ("Dermoscopic_Image", "lesion"):
+            folder = tmp_path / "disk" / name / f"{name}_{part}"
+            folder.mkdir(parents=True)
+            save(folder / "a.bmp", DISC * 255)
+    (tmp_path / "src" / "IMD2").mkdir(parents=True)
+    (tmp_path / "src" / "IMD1").symlink_to(tmp_path / "disk" / "IMD1")
+    for folder in (tmp_path / "disk" / "IMD2").iterdir():
+        folder.rename(tmp_path / "src" / "IMD2" / folder.name)
+    argv = [str(tmp_path / "src"), "--preset", "ph2", "--out", str(tmp_path / "f.h5"), "--val", "0"]
+    images.main(argv)
+    assert {e.name for e in h5.read_info(tmp_path / "f.h5").entries("train")} == {"IMD1", "IMD2"}
 
 
 def test_sizes_that_are_too_small_are_refused_before_anything_is_read(tmp_path, refused):
