@@ -39,7 +39,7 @@ from pathlib import Path
 
 from data import h5, labels, loading, splits
 from data.files import InputError, read_table
-from data.options import Parser, cli, number
+from data.options import Parser, cli, file, number
 from data.pixels import (
     PICTURES,
     TURNED,
@@ -263,7 +263,7 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.images")
     p.add_argument("src", type=Path, help="folder of the pictures")
     p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     p.add_argument("--size", type=number(0), default=0,
                    help=f"resize to a square of this side, at least {h5.SMALLEST}; 0 keeps the "
                         "pictures' own sizes")

@@ -46,7 +46,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
-from data.options import Parser, cli, decimals, ordered_numbers
+from data.options import Parser, cli, decimals, file, ordered_numbers
 from data.pixels import to_float32
 from data.splits import Row, by_name, note_unread, plain_name
 
@@ -800,7 +800,7 @@ def parse_args(argv=None):
     # else argparse takes the value of --clip -175,250 for an option
     p._negative_number_matcher = re.compile(r"-[\d.]+,")
     p.add_argument("src", type=Path, help="folder that holds imagesTr and labelsTr")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     p.add_argument("--spacing", type=decimals(3, low=0), metavar="D,H,W",
                    help="resample to this spacing in mm; default: each case keeps its own")
     p.add_argument("--axes",

@@ -38,7 +38,7 @@ import numpy as np
 
 from data import h5, labels, loading
 from data.files import InputError, read_lists
-from data.options import Parser, cli, decimals, number
+from data.options import Parser, cli, decimals, file, number
 from data.pixels import to_float32
 from data.splits import Row, add_patient, below, name_patients, note_patients, plain_name
 
@@ -313,7 +313,7 @@ def of_layout(cases, src, layout):
 def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.ssl4mis")
     p.add_argument("src", type=Path, help="folder that holds the .list files")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     labels.add_options(p)
     p.add_argument("--dims", type=int, choices=(2, 3),
                    help="segmented as slices or volumes (default: ACDC 2, LA and BraTS 3)")

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, make_pictures
 from scipy import ndimage
 
-from data import h5, images, loading, phantom, ssl4mis, supervision
+from data import h5, images, loading, nifti, phantom, ssl4mis, supervision
 from data.files import InputError
 
 REAL = ROOT.parent / "shared" / "data"
@@ -286,6 +286,14 @@ def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
     refused(images.main, [tmp_path / "nothing", "--out", tmp_path / "c.h5"], "no such folder")
     refused(images.main, [tmp_path, "--preset", "ph2", "--out", tmp_path / "c.h5"], "no picture")
     assert not (tmp_path / "c.h5").exists()
+
+
+@pytest.mark.parametrize("main", [images.main, nifti.main, ssl4mis.main, phantom.main])
+def test_a_folder_as_out_is_refused_before_anything_is_read(main, tmp_path, refused):
+    """Else the file would fail to take its place when all is converted."""
+    for out in (tmp_path, f"{tmp_path}/new/", ""):
+        argv = [*([] if main is phantom.main else [tmp_path / "src"]), "--out", out]
+        refused(main, argv, f"--out: {out}: a folder, not a file; name a file in it")
 
 
 def test_masks_are_never_silently_misread(tmp_path, refused):
