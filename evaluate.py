@@ -698,6 +698,11 @@ def predict(args):
     size = state["args"]["size"]
 
     # fails before images are read
+    if os.path.realpath(args.out) == os.path.realpath(args.data):
+        raise InputError(
+            f"--out {args.out}: is the folder of the images, whose masks may be there, too, and "
+            "where pictures of this run would be read by the next; choose another"
+        )
     known = data_of(path, state)
     checkpoints.check_trained_size(path, known, size)
     window = inference.window_of(size, args, args.batch)

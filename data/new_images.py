@@ -143,7 +143,7 @@ def convert(source, out, data):
             prepared=said,
         )
     except InputError as error:  # in words that fit images which nobody had to convert
-        text = re.sub("( and|;) convert the data again", "", str(error))
+        text = re.sub("(,? and|;) convert the data again", "", str(error))
         raise InputError(text.replace(str(out), str(source))) from None
     if kind == "pictures":
         pixels.say(notes)
