@@ -317,6 +317,7 @@ def split_cases(rows, lists, args):
         print(f"{found - len(rows)} of {found} pictures are {why} and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
+    splits.note_masks({r.name: r.image for r in rows if not r.mask})
     return rows
 
 

@@ -93,6 +93,18 @@ def note_unread(folders, is_read, kinds):
         )
 
 
+OF_MASKS = re.compile(r"(?i).+[_-](seg|segmentation|mask|label|labels|gt)")  # names
+
+
+def note_masks(paths):
+    """A note where images without a mask, {name: path}, have names of masks."""
+    if masks := [name for name in paths if OF_MASKS.fullmatch(name)]:
+        print(
+            f"note: {len(masks)} of {len(paths)} files have names of masks, such as "
+            f"{paths[masks[0]]}; they are taken for images, so move them elsewhere if they are none"
+        )
+
+
 # ------------------------------------------------------------------------------------ splits
 
 
