@@ -61,7 +61,9 @@ def pictures(folder):
     if not Path(folder).is_dir():
         return {}
     found = [p for p in Path(folder).iterdir() if is_picture(p)]
-    found.sort(key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    found.sort(
+        key=lambda p: (not p.stem.isdecimal(), int(p.stem) if p.stem.isdecimal() else 0, p.stem)
+    )
     return by_name((plain_name(p.stem), p) for p in found)
 
 

@@ -675,9 +675,9 @@ def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys)
 
 
 def test_hidden_files_and_names_that_differ_in_capitals(tmp_path, refused):
-    for name in (".hidden.png", "._a.png", "a.png"):
+    for name in (".hidden.png", "._a.png", "a.png", "10.png", "9.png", "\u00b2.png"):  # a small 2
         cv2.imwrite(str(tmp_path / name), np.zeros((9, 9, 3), np.uint8))
-    assert list(images.pictures(tmp_path)) == ["a"]
+    assert list(images.pictures(tmp_path)) == ["9", "10", "a", "\u00b2"]
     cv2.imwrite(str(tmp_path / "A.png"), np.zeros((9, 9, 3), np.uint8))
     refused(lambda argv: images.pictures(tmp_path), [], "a.png", "A.png", "is there too")
 
