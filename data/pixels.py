@@ -502,7 +502,7 @@ def read_palette(file, K, notes):
             f"{file.path}: indices {shares(indices)} of a colored palette, but two "
             "classes are 0 and 1; name all with --classes, or save it as 0 and 255"
         )
-    used = indices.max() + 1
+    used = int(indices.max()) + 1
     if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
         note(notes, PALETTE, file.path)
     return indices

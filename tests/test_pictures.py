@@ -291,6 +291,14 @@ def test_masks_of_several_classes(tmp_path):
         assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
 
 
+def test_a_void_of_255_in_a_palette_is_an_index_as_others(tmp_path):
+    """As PASCAL VOC has it."""
+    colors, notes = [BLACK, RED, *[WHITE] * 254], {}
+    path = save(tmp_path / "m.png", np.where(RING > 0, 255, DISC), palette=colors)
+    found = pixels.read_mask(path, ["background", "a", "void"], notes, values=(0, 1, 255))
+    assert (found == np.where(RING > 0, 2, DISC)).all() and list(notes) == [pixels.PALETTE]
+
+
 def test_our_own_masks_need_no_note(tmp_path):
     for label, classes in ((LABEL, FOUR), (DISC, TWO)):
         pixels.write_mask(tmp_path / "m.png", label)
