@@ -1,5 +1,7 @@
 """Picture files: what is stored of images and masks of every kind, what is refused, and notes."""
 
+import zlib
+
 import cv2
 import h5py
 import numpy as np
@@ -162,7 +164,15 @@ def stack_of_imagej(path):
     path.write_bytes(path.read_bytes() + 2 * DEEP.tobytes())
 
 
+def gigapixel(path):
+    """The head of a picture of a whole slide of tissue."""
+    content = save(path, GRAY).read_bytes()
+    head = b"IHDR" + (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + content[24:29]
+    path.write_bytes(content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:])
+
+
 FOREIGN = {
+    "gigapixel.png": (gigapixel, {}, "60000 x 50000 pixels, and no more than 1,073,741,824"),
     "stack.tif": (stack_of_imagej, {}, "has 3 pages"),
     "pages.tif": (
         Image.fromarray(GRAY),
