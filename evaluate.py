@@ -696,6 +696,11 @@ def predict(args):
     size = state["args"]["size"]
 
     # what can be refused is refused before images are read
+    if os.path.realpath(args.out) == os.path.realpath(args.data):
+        raise InputError(
+            f"--out {args.out}: is the folder of the images; choose another, since its masks/ may "
+            "hold the truth, and the next run would take this run's pictures for images"
+        )
     known = data_of(path, state)
     checkpoints.check_trained_size(path, known, size)
     window = inference.window_of(size, args, args.batch)

@@ -154,8 +154,8 @@ class Info:
         if not self.splits.get(split):
             raise InputError(
                 f"{self.path}: split '{split}' is empty (it has: "
-                f"{', '.join(self.splits) or 'nothing'}); convert the data again with lists or "
-                "shares that fill it"
+                f"{', '.join(self.splits) or 'nothing'}); convert the data again with lists, "
+                "folders or shares that fill it"
             )
         return self.splits[split]
 

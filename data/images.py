@@ -23,9 +23,9 @@ taken as such, and all pictures must have as many; data/pixels.py says which TIF
 beside a further channel, such as RGB and depth, are not supported: make each color a folder.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
-otherwise by patient with --seed. A picture is a patient unless --patient or the preset says
-otherwise; a note tells where names of different splits look like those of one patient. A list that
-contradicts the folders of splits is refused.
+otherwise by patient with --seed, where pictures without a mask all train. A picture is a patient
+unless --patient or the preset says otherwise; a note tells where names of different splits look
+like those of one patient. A list that contradicts the folders of splits is refused.
 
 Masks of two classes are 0 and 1, or black and white with edges that may be gray. With more than two
 --classes, mask pixels are class numbers. --labels lists the values of other masks: 0,128,255 become
@@ -39,7 +39,7 @@ from pathlib import Path
 
 from data import h5, labels, loading, splits
 from data.files import InputError, read_table
-from data.options import Parser, cli, number
+from data.options import Parser, cli, file, number
 from data.pixels import (
     PICTURES,
     TURNED,
@@ -50,7 +50,7 @@ from data.pixels import (
     read_picture,
     say,
 )
-from data.splits import Row, by_name, note_unread, plain_name
+from data.splits import Row, below, by_name, note_unread, plain_name
 
 
 def pictures(folder):
@@ -61,7 +61,9 @@ def pictures(folder):
     if not Path(folder).is_dir():
         return {}
     found = [p for p in Path(folder).iterdir() if is_picture(p)]
-    found.sort(key=lambda p: (not p.stem.isdigit(), int(p.stem) if p.stem.isdigit() else 0, p.stem))
+    found.sort(
+        key=lambda p: (not p.stem.isdecimal(), int(p.stem) if p.stem.isdecimal() else 0, p.stem)
+    )
     return by_name((plain_name(p.stem), p) for p in found)
 
 
@@ -86,7 +88,7 @@ def find_ph2(src):
     """A lesion is a patient: PH2 does not say whose it is."""
 
     def of_folders(ending):
-        found = [p for p in sorted(src.rglob(f"*{ending}/*")) if is_picture(p)]
+        found = [p for p in below(src, f"*{ending}/*") if is_picture(p)]
         return by_name((plain_name(p.parent.name).removesuffix(ending), p) for p in found)
 
     return rows_of(of_folders("_Dermoscopic_Image"), of_folders("_lesion"))
@@ -122,7 +124,7 @@ def find_isic(src):
     """An image is a patient."""
 
     def of_folders(pattern, ending=""):
-        found = [pair for folder in sorted(src.rglob(pattern)) for pair in pictures(folder).items()]
+        found = [pair for folder in below(src, pattern) for pair in pictures(folder).items()]
         return by_name((name.removesuffix(ending), path) for name, path in found)
 
     return rows_of(of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation"))
@@ -263,7 +265,7 @@ def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.images")
     p.add_argument("src", type=Path, help="folder of the pictures")
     p.add_argument("--preset", choices=PRESETS, default="folder", help="layout of the folder")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     p.add_argument("--size", type=number(0), default=0,
                    help=f"resize to a square of this side, at least {h5.SMALLEST}; 0 keeps the "
                         "pictures' own sizes")
@@ -313,9 +315,11 @@ def split_cases(rows, lists, args):
     rows = splits.assign_splits(splits.name_patients(rows, args), lists, args)
     splits.note_patients(rows, drawn)
     if len(rows) < found:
-        print(f"{found - len(rows)} of {found} pictures are in no list and left out")
+        why = "in no list" if lists else "of patients of val or test, have no mask,"
+        print(f"{found - len(rows)} of {found} pictures are {why} and left out")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
+    splits.note_masks({r.name: r.image for r in rows if not r.mask})
     return rows
 
 

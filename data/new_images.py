@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
 from data.files import InputError, kind_of
-from data.splits import Row, plain_name
+from data.splits import Row, note_masks, plain_name
 
 KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
 
@@ -39,7 +39,6 @@ def are_new(source):
 
 
 FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images may be
-OF_MASKS = re.compile(r"(?i).+[_-](seg|segmentation|mask|label|labels|gt)")  # names
 
 
 def find(path, channels=()):
@@ -57,11 +56,7 @@ def find(path, channels=()):
         paths = {plain_name(name): path}
     else:
         kind, paths = find_in(path)
-    if masks := [name for name in paths if OF_MASKS.fullmatch(name)]:
-        print(
-            f"note: {len(masks)} of {len(paths)} files have names of masks, such as "
-            f"{paths[masks[0]]}; they are taken for images, so move them elsewhere if they are none"
-        )
+    note_masks(paths)
     return kind, paths
 
 
@@ -143,7 +138,7 @@ def convert(source, out, data):
             prepared=said,
         )
     except InputError as error:  # in words that fit images which nobody had to convert
-        text = re.sub("( and|;) convert the data again", "", str(error))
+        text = re.sub("(,? and|;) convert the data again", "", str(error))
         raise InputError(text.replace(str(out), str(source))) from None
     if kind == "pictures":
         pixels.say(notes)

@@ -46,7 +46,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
-from data.options import Parser, cli, decimals, ordered_numbers
+from data.options import Parser, cli, decimals, file, ordered_numbers
 from data.pixels import to_float32
 from data.splits import Row, by_name, note_unread, plain_name
 
@@ -238,11 +238,9 @@ def split_cases(rows, lists, args):
         out += [r for r in held if r.name not in named]
         why = "they are in no list"
     else:
-        out = splits.assign_splits([r for r in rows if r.mask and not r.split], None, args)
-        others = {r.patient for r in out if r.split != "train"}
-        out += [r._replace(split="train") for r in bare if r.patient not in others]
-        out += held
+        out = splits.assign_splits(rows, None, args)
         why = "they have no label, and their patients are in val or test"
+    splits.note_masks({r.name: r.image for r in out if not r.mask})
     splits.note_patients(out, drawn=not lists)
     if len(out) < len(rows):
         print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: {why}")
@@ -803,7 +801,7 @@ def parse_args(argv=None):
     # else argparse takes the value of --clip -175,250 for an option
     p._negative_number_matcher = re.compile(r"-[\d.]+,")
     p.add_argument("src", type=Path, help="folder that holds imagesTr and labelsTr")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     p.add_argument("--spacing", type=decimals(3, low=0), metavar="D,H,W",
                    help="resample to this spacing in mm; default: each case keeps its own")
     p.add_argument("--axes",

@@ -126,12 +126,17 @@ def folder(text):
     return text
 
 
-def picture(text):
+def file(text):
     """argparse type: a file in a folder that can be written to, or made."""
     folder(os.path.dirname(text) or ".")
-    if not text or os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a picture in it")
-    if not text.lower().endswith(".png"):
+    if not os.path.basename(text) or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a file in it")
+    return text
+
+
+def picture(text):
+    """argparse type: a PNG file in a folder that can be written to, or made."""
+    if not file(text).lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text}: pictures are PNG files; name it .png")
     return text
 

@@ -25,7 +25,7 @@ import numpy as np
 from scipy import ndimage
 
 from data import h5
-from data.options import SEED, Parser, cli, number
+from data.options import SEED, Parser, cli, file, number
 
 CLASSES = ["background", "right ventricle", "myocardium", "left ventricle"]
 RARE = "scar"  # the class that --rare adds
@@ -260,7 +260,7 @@ def cases(args):
 
 def main(argv=None):
     p = Parser(__doc__, prog="python -m data.phantom")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     p.add_argument("--train", type=number(1), default=60, help="train patients")
     p.add_argument("--val", type=number(1), default=10, help="validation patients")
     p.add_argument("--test", type=number(0), default=10, help="test patients")

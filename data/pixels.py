@@ -42,7 +42,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}  # names of formats in Pillow
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes; "+" is BigTIFF
 ORIENTATION, TURNED_AS = 0x112, range(2, 9)  # tag of EXIF and TIFF; 1 is upright
-Image.MAX_IMAGE_PIXELS = 2**30  # OpenCV's own limit
+MOST_PIXELS = 2**30  # OpenCV's own limit
+Image.MAX_IMAGE_PIXELS = None  # examine() looks at their number
 
 # Gray levels of a mask of two classes
 BLACK = 32  # a level up to this counts as black, and one as near to the brightest as white
@@ -115,6 +116,12 @@ def examine(path, channels=False):
         except UnidentifiedImageError:
             if not tags:
                 raise
+        width, height = opened.size if opened else (tags[256], tags[257])
+        if width * height > MOST_PIXELS:
+            raise InputError(
+                f"{path}: {width} x {height} pixels, and no more than {MOST_PIXELS:,} can be read; "
+                "make it smaller, or cut it into tiles"
+            )
         if not tags and opened.format != "MPO":  # MPO is a camera's photograph with its previews
             pages = getattr(opened, "n_frames", 1)
         if pages > 1:
@@ -502,7 +509,7 @@ def read_palette(file, K, notes):
             f"{file.path}: indices {shares(indices)} of a colored palette, but two "
             "classes are 0 and 1; name all with --classes, or save it as 0 and 255"
         )
-    used = indices.max() + 1
+    used = int(indices.max()) + 1
     if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
         note(notes, PALETTE, file.path)
     return indices

@@ -1,5 +1,6 @@
 """Which cases of a source are of one patient, and which split each of them belongs to."""
 
+import glob
 import os
 import re
 import unicodedata
@@ -70,6 +71,11 @@ def by_name(pairs):
     return found
 
 
+def below(folder, pattern):
+    """Paths at any depth of a folder, sorted. Path.rglob() passes over folders that are links."""
+    return sorted(folder / p for p in glob.iglob(f"**/{pattern}", root_dir=folder, recursive=True))
+
+
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
 
 
@@ -84,6 +90,18 @@ def note_unread(folders, is_read, kinds):
         print(
             f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
             f"{unread[0]}; read are {kinds}"
+        )
+
+
+OF_MASKS = re.compile(r"(?i).+[_-](seg|segmentation|mask|label|labels|gt)")  # names
+
+
+def note_masks(paths):
+    """A note where images without a mask, {name: path}, have names of masks."""
+    if masks := [name for name in paths if OF_MASKS.fullmatch(name)]:
+        print(
+            f"note: {len(masks)} of {len(paths)} files have names of masks, such as "
+            f"{paths[masks[0]]}; they are taken for images, so move them elsewhere if they are none"
         )
 
 
@@ -119,25 +137,30 @@ def find_lists(args):
 def assign_splits(rows, lists, args):
     """Gives every row its split: from list files, from its folder, or by patient with a seed.
 
-    -> rows in their final order
+    Labeled rows of no folder go by patient, unless there is a folder val. Unlabeled ones train, or
+    are left out if their patient is in val or test. -> rows in their final order
     """
     if lists:
         return assign_lists(rows, lists, args.src)
-    if any(r.split for r in rows):
+    of_folders = [r for r in rows if r.split]
+    if any(r.split == "val" for r in rows) or len(of_folders) == len(rows):
         return [r._replace(split=r.split or "train") for r in rows]
     print(f"no list of splits: by patient, with seed {args.seed}")
-    patients = sorted({r.patient for r in rows})
+    labeled = [r for r in rows if r.mask and not r.split]
+    patients = sorted({r.patient for r in labeled})
     order = np.random.default_rng(args.seed).permutation(len(patients))
     drawn = [patients[i] for i in order]
     n_val, n_test = (
         max(round(share * len(drawn)), int(share > 0 and len(drawn) > 2))
         for share in (args.val, args.test)
     )
-    splits = ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)
+    split_of = dict(zip(drawn, ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)))
     # train order is random too: --labeled takes the first patients
     rank = {patient: i for i, patient in enumerate(drawn)}
-    rows = sorted(rows, key=lambda r: rank[r.patient])
-    return [r._replace(split=splits[rank[r.patient]]) for r in rows]
+    labeled.sort(key=lambda r: rank[r.patient])
+    bare = [r for r in rows if not (r.mask or r.split)]
+    found = [r._replace(split=split_of.get(r.patient, "train")) for r in labeled + bare]
+    return [r for r in found if r.mask or r.split == "train"] + of_folders
 
 
 def assign_lists(rows, lists, src):

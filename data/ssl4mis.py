@@ -38,9 +38,9 @@ import numpy as np
 
 from data import h5, labels, loading
 from data.files import InputError, read_lists
-from data.options import Parser, cli, decimals, number
+from data.options import Parser, cli, decimals, file, number
 from data.pixels import to_float32
-from data.splits import Row, add_patient, name_patients, note_patients, plain_name
+from data.splits import Row, add_patient, below, name_patients, note_patients, plain_name
 
 LAYOUTS = {
     "ACDC": ["background", "right ventricle", "myocardium", "left ventricle"],
@@ -249,7 +249,7 @@ def volume_rows(src, val, layout):
         print(f"no val.{ending}: the last {val} of train.{ending} validate (--val)")
     files = defaultdict(list)
     if layout == "LA":
-        for path in sorted(src.rglob(f"{VOLUME}.h5")):
+        for path in below(src, f"{VOLUME}.h5"):
             files[plain_name(path.parent.name)].append(path)
     else:
         files |= {name: [path] for name, path in files_in(src / "data").items()}
@@ -313,7 +313,7 @@ def of_layout(cases, src, layout):
 def parse_args(argv=None):
     p = Parser(__doc__, prog="python -m data.ssl4mis")
     p.add_argument("src", type=Path, help="folder that holds the .list files")
-    p.add_argument("--out", required=True, help="dataset file to write")
+    p.add_argument("--out", type=file, required=True, help="dataset file to write")
     labels.add_options(p)
     p.add_argument("--dims", type=int, choices=(2, 3),
                    help="segmented as slices or volumes (default: ACDC 2, LA and BraTS 3)")

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, make_pictures
 from scipy import ndimage
 
-from data import h5, images, loading, phantom, ssl4mis, supervision
+from data import h5, images, loading, nifti, phantom, ssl4mis, supervision
 from data.files import InputError
 
 REAL = ROOT.parent / "shared" / "data"
@@ -288,6 +288,14 @@ def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
     assert not (tmp_path / "c.h5").exists()
 
 
+@pytest.mark.parametrize("main", [images.main, nifti.main, ssl4mis.main, phantom.main])
+def test_a_folder_as_out_is_refused_before_anything_is_read(main, tmp_path, refused):
+    """Else the file would fail to take its place when all is converted."""
+    for out in (tmp_path, f"{tmp_path}/new/", ""):
+        argv = [*([] if main is phantom.main else [tmp_path / "src"]), "--out", out]
+        refused(main, argv, f"--out: {out}: a folder, not a file; name a file in it")
+
+
 def test_masks_are_never_silently_misread(tmp_path, refused):
     def convert(mask, name="p1.png", *more):
         src = make_pictures(tmp_path / str(len(list(tmp_path.iterdir()))), 4)
@@ -324,6 +332,26 @@ def test_folder_preset_with_splits_and_unlabeled(tmp_path):
         "val": [True] * 2,
         "unlabeled": [False] * 2,
     }
+
+
+def test_val_is_drawn_from_pictures_with_masks(tmp_path, capsys):
+    """Few masks among many pictures, or unlabeled ones in a folder of their own, are usual."""
+    src, out = make_pictures(tmp_path / "src", 8), tmp_path / "f.h5"
+    shutil.rmtree(make_pictures(src / "unlabeled", 2, seed=1) / "masks")
+    for path in sorted(src.glob("*/p?.png")):  # p0 and p4 are of patient 0, and so on
+        i = int(path.stem[1:])
+        path.rename(path.with_stem(f"{i % 4}_{i}"))
+        if path.parent.name == "masks" and i > 3:
+            path.with_stem(f"{i % 4}_{i}").unlink()
+
+    def labeled(*more):
+        images.main([str(src), "--out", str(out), "--val", "0.5", *more])
+        return {s: [e.labeled for e in es] for s, es in h5.read_info(out).splits.items()}
+
+    found = {"train": [True] * 2 + [False] * 4, "val": [True] * 2, "unlabeled": [False] * 2}
+    assert labeled() == found and "left out" not in capsys.readouterr().out
+    assert labeled("--patient", "([^_]+)") == found | {"train": [True] * 2 + [False] * 2}
+    assert "2 of 10 pictures are of patients of val or test, have no" in capsys.readouterr().out
 
 
 def test_several_classes_from_gray_values(tmp_path, refused):

@@ -379,6 +379,13 @@ def test_names_in_lists_of_acdc_and_la(tmp_path, capsys, refused):
     )
 
 
+def test_volumes_of_la_may_lie_behind_a_link(tmp_path):
+    src = la(tmp_path / "la")
+    (src / "set").rename(tmp_path / "disk")
+    (src / "set").symlink_to(tmp_path / "disk")
+    assert len(from_lists(src).entries("train")) == 3
+
+
 def test_lists_and_sequences_of_pictures(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 4)
     (src / "train.txt").write_bytes("p3\r\np1 \r\n".encode("utf-16"))
@@ -460,6 +467,20 @@ def test_pictures_of_a_patient_stay_together(tmp_path, capsys):
     )
     images.main(argv)
     assert "count as two patients" not in capsys.readouterr().out
+
+
+def test_masks_among_the_images_are_noted(tmp_path, capsys):
+    """They would be unlabeled images, on which a network is trained."""
+    src, out = make_pictures(tmp_path / "src", 3), ["--out", str(tmp_path / "f.h5")]
+    for i in range(3):
+        (src / "masks" / f"p{i}.png").rename(src / "images" / f"p{i}_mask.png")
+    images.main([str(src), *out])
+    words = "note: {} files have names of masks, such as {}; they are taken for images"
+    assert words.format("3 of 6", src / "images" / "p0_mask.png") in capsys.readouterr().out
+    src = make(tmp_path / "nifti", ["a", "b", "c"])
+    (src / "labelsTr" / "c.nii.gz").rename(src / "imagesTr" / "a_seg.nii.gz")
+    nifti.main([str(src), *out])
+    assert words.format("1 of 2", src / "imagesTr" / "a_seg.nii.gz") in capsys.readouterr().out
 
 
 KINDS = [f"{kind} ({i})" for kind in ("benign", "malignant", "normal") for i in range(20)]

@@ -1,12 +1,14 @@
 """Picture files: what is stored of images and masks of every kind, what is refused, and notes."""
 
+import zlib
+
 import cv2
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import images, loading, new_images, pixels
+from data import h5, images, loading, new_images, pixels
 from data.files import InputError
 
 SIZE = (40, 56)
@@ -162,7 +164,15 @@ def stack_of_imagej(path):
     path.write_bytes(path.read_bytes() + 2 * DEEP.tobytes())
 
 
+def gigapixel(path):
+    """The head of a picture of a whole slide of tissue."""
+    content = save(path, GRAY).read_bytes()
+    head = b"IHDR" + (60_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + content[24:29]
+    path.write_bytes(content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:])
+
+
 FOREIGN = {
+    "gigapixel.png": (gigapixel, {}, "60000 x 50000 pixels, and no more than 1,073,741,824"),
     "stack.tif": (stack_of_imagej, {}, "has 3 pages"),
     "pages.tif": (
         Image.fromarray(GRAY),
@@ -289,6 +299,14 @@ def test_masks_of_several_classes(tmp_path):
         found = pixels.read_mask(save(tmp_path / name, mask, **options), FOUR, notes)
         assert found.dtype == np.uint8 and (found == LABEL).all(), name
         assert list(notes) == [pixels.PALETTE] * (name == "palette.png")
+
+
+def test_a_void_of_255_in_a_palette_is_an_index_as_others(tmp_path):
+    """As PASCAL VOC has it."""
+    colors, notes = [BLACK, RED, *[WHITE] * 254], {}
+    path = save(tmp_path / "m.png", np.where(RING > 0, 255, DISC), palette=colors)
+    found = pixels.read_mask(path, ["background", "a", "void"], notes, values=(0, 1, 255))
+    assert (found == np.where(RING > 0, 2, DISC)).all() and list(notes) == [pixels.PALETTE]
 
 
 def test_our_own_masks_need_no_note(tmp_path):
@@ -494,6 +512,22 @@ def test_two_copies_of_a_picture_are_refused(tmp_path, refused):
                 cv2.imwrite(str(path), (image, mask)[i])
             argv = [src, "--preset", preset, "--out", tmp_path / "f.h5"]
             refused(images.main, argv, str(src / "b"), f"{src / 'a'}", "is there too", "remove")
+
+
+def test_folders_that_are_links_are_read(tmp_path):
+    """Data sets often lie on another disk, or some of their cases do."""
+    for name in ("IMD1", "IMD2"):
+        for part in ("Dermoscopic_Image", "lesion"):
+            folder = tmp_path / "disk" / name / f"{name}_{part}"
+            folder.mkdir(parents=True)
+            save(folder / "a.bmp", DISC * 255)
+    (tmp_path / "src" / "IMD2").mkdir(parents=True)
+    (tmp_path / "src" / "IMD1").symlink_to(tmp_path / "disk" / "IMD1")
+    for folder in (tmp_path / "disk" / "IMD2").iterdir():
+        folder.rename(tmp_path / "src" / "IMD2" / folder.name)
+    argv = [str(tmp_path / "src"), "--preset", "ph2", "--out", str(tmp_path / "f.h5"), "--val", "0"]
+    images.main(argv)
+    assert {e.name for e in h5.read_info(tmp_path / "f.h5").entries("train")} == {"IMD1", "IMD2"}
 
 
 def test_sizes_that_are_too_small_are_refused_before_anything_is_read(tmp_path, refused):

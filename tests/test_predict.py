@@ -526,6 +526,8 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
     )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
+    same = [folder, run, "--predict", "--overwrite", "--out", f"{folder}/images/.."]
+    refused(evaluate.main, same, "--out", "is the folder of the images")
     for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
         refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
@@ -539,7 +541,7 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     refused(evaluate.main, [folder, run, *out], "p5.png", "not a readable picture")
     cv2.imwrite(str(folder / "p5.png"), np.zeros((3, 60, 3), np.uint8))
     refused(
-        evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60"
+        evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60", "pad it\n"
     )  # not the temporary file, nor what nobody did
     assert {p.name for p in (tmp_path / "o").glob("*")} | {
         p.name for p in (tmp_path / "o").glob(".*")
@@ -673,9 +675,9 @@ def test_pictures_that_are_stored_turned(rgb, bright, tmp_path, refused, capsys)
 
 
 def test_hidden_files_and_names_that_differ_in_capitals(tmp_path, refused):
-    for name in (".hidden.png", "._a.png", "a.png"):
+    for name in (".hidden.png", "._a.png", "a.png", "10.png", "9.png", "\u00b2.png"):  # a small 2
         cv2.imwrite(str(tmp_path / name), np.zeros((9, 9, 3), np.uint8))
-    assert list(images.pictures(tmp_path)) == ["a"]
+    assert list(images.pictures(tmp_path)) == ["9", "10", "a", "\u00b2"]
     cv2.imwrite(str(tmp_path / "A.png"), np.zeros((9, 9, 3), np.uint8))
     refused(lambda argv: images.pictures(tmp_path), [], "a.png", "A.png", "is there too")
 
