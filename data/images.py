@@ -23,9 +23,10 @@ taken as such, and all pictures must have as many; data/pixels.py says which TIF
 beside a further channel, such as RGB and depth, are not supported: make each color a folder.
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
-otherwise by patient with --seed, where pictures without a mask all train. A picture is a patient
-unless --patient or the preset says otherwise; a note tells where names of different splits look
-like those of one patient. A list that contradicts the folders of splits is refused.
+otherwise the folders train, val, test and unlabeled; without val, by patient with --seed, where
+pictures without a mask all train. A picture is a patient unless --patient or the preset says
+otherwise; a note tells where names of different splits look like those of one patient. A list that
+contradicts the folders of splits is refused.
 
 Masks of two classes are 0 and 1, or black and white with edges that may be gray. With more than two
 --classes, mask pixels are class numbers. --labels lists the values of other masks: 0,128,255 become

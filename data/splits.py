@@ -137,16 +137,18 @@ def find_lists(args):
 def assign_splits(rows, lists, args):
     """Gives every row its split: from list files, from its folder, or by patient with a seed.
 
-    Labeled rows of no folder go by patient, unless there is a folder val. Unlabeled ones train, or
-    are left out if their patient is in val or test. -> rows in their final order
+    Without a folder val, labeled rows of the folder train, and of no folder, go by patient.
+    Unlabeled ones train, or are left out if their patient is in val or test.
+    -> rows in their final order
     """
     if lists:
         return assign_lists(rows, lists, args.src)
-    of_folders = [r for r in rows if r.split]
-    if any(r.split == "val" for r in rows) or len(of_folders) == len(rows):
+    kept = [r for r in rows if r.split not in (None, "train")]
+    if any(r.split == "val" for r in kept) or len(kept) == len(rows):
         return [r._replace(split=r.split or "train") for r in rows]
     print(f"no list of splits: by patient, with seed {args.seed}")
-    labeled = [r for r in rows if r.mask and not r.split]
+    drawable = [r for r in rows if r.split in (None, "train")]
+    labeled = [r for r in drawable if r.mask]
     patients = sorted({r.patient for r in labeled})
     order = np.random.default_rng(args.seed).permutation(len(patients))
     drawn = [patients[i] for i in order]
@@ -158,9 +160,9 @@ def assign_splits(rows, lists, args):
     # train order is random too: --labeled takes the first patients
     rank = {patient: i for i, patient in enumerate(drawn)}
     labeled.sort(key=lambda r: rank[r.patient])
-    bare = [r for r in rows if not (r.mask or r.split)]
+    bare = [r for r in drawable if not r.mask]
     found = [r._replace(split=split_of.get(r.patient, "train")) for r in labeled + bare]
-    return [r for r in found if r.mask or r.split == "train"] + of_folders
+    return [r for r in found if r.mask or r.split == "train"] + kept
 
 
 def assign_lists(rows, lists, src):

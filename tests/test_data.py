@@ -354,6 +354,15 @@ def test_val_is_drawn_from_pictures_with_masks(tmp_path, capsys):
     assert "2 of 10 pictures are of patients of val or test, have no" in capsys.readouterr().out
 
 
+def test_without_a_folder_val_it_is_drawn_from_train(tmp_path):
+    """Names may be the same in both folders."""
+    for split in ("train", "test"):
+        make_pictures(tmp_path / "src" / split, 4)
+    images.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
+    splits = h5.read_info(tmp_path / "f.h5").splits
+    assert {s: len(entries) for s, entries in splits.items()} == {"train": 3, "val": 1, "test": 4}
+
+
 def test_several_classes_from_gray_values(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 3)
     for i, p in enumerate((src / "masks").iterdir()):
