@@ -31,7 +31,6 @@ def scripts(gray, volumes, gray_quality):
     "name, number, less",
     [
         ("corrupt.py --workers 2", signal.SIGKILL, "--masks 15 --harvest-epochs 1,2"),
-        ("train_qp.py", signal.SIGKILL, "--per-image 8"),
         ("train_ssl.py --cache off --workers 2", signal.SIGTERM, "--steps 16 --eval-every 4"),
     ],
 )
