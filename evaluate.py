@@ -21,8 +21,8 @@ A class that no label of the split holds counts in no mean, and its column says 
 case lacks a class, its Dice is 1 if the output lacks the class, too, else 0. Runs that differ only
 in their seed (and in g, if each seed has its own) form one row: mean and standard deviation. Cases
 are read, predicted and scored one after the other, each on the grid that the dataset stores, or,
-with --grid source, on the grid of its source, as masks are delivered. Volumes are scored as
-volumes, also those that were segmented slice by slice. The estimates of quality are compared on the
+with --grid source, on the grid of its source, as masks are delivered. A volume is scored as a
+whole, also where it was segmented slice by slice. The estimates of quality are compared on the
 network's grid, for slices or for patches that cover the volumes.
 
 Legend: N samples (slices or patches), B batch, K classes, D depth, H height, W width, *S the
