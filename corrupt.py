@@ -63,7 +63,7 @@ from models.device import (
     restore_scaler,
     samples_in,
 )
-from models.losses import dice_loss, one_hot
+from models.losses import dice_loss, label_map, one_hot
 
 # ------------------------------------------------------------------------------------------- sizes
 # The paper gives sizes for a side of 224 pixels. Here they are relative to the grid or the object.
@@ -868,7 +868,7 @@ def weak_outputs(weights, samples, tasks, info, args):
         with on.autocast():
             p = net(channels_last(x)).float().softmax(1)  # [B, K, *S]
         in_bytes = (p[:, 1:] * 255).round().to(torch.uint8).cpu().numpy()
-        masks = p.argmax(1).to(torch.uint8).cpu().numpy()
+        masks = label_map(p).to(torch.uint8).cpu().numpy()
         yield from map(Output, rows, index, in_bytes, masks)
 
 

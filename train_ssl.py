@@ -70,6 +70,7 @@ from models.device import (
 from models.ema import decay_at, move_average
 from models.losses import (
     harden,
+    label_map,
     mse_loss,
     one_hot,
     pixel_contrast,
@@ -285,7 +286,7 @@ def contrastive(nets, teacher, batch, args, t):
         contrast = pixel_contrast(
             anchors,
             keys[middle],
-            small.argmax(1),
+            label_map(small),
             near > 0,
             negatives=args.negatives,
             temperature=args.temperature,
@@ -547,7 +548,7 @@ def keep_largest(p):
 
     Elsewhere, class and background swap their probabilities.
     """
-    label = p.argmax(1)
+    label = label_map(p)
     labels = label.cpu().numpy()
     largest = [metrics.largest_component(one, p.shape[1]) == one for one in labels]
     kept = torch.from_numpy(np.stack(largest)).to(p.device)  # [B, *S] bool
@@ -611,7 +612,7 @@ def qw_weights(g, label, args):
         w = to_samples(w[:, 0], label.p[:, 0])  # [U, 1, ...]
         return w.expand(U, *S).contiguous()
     if args.weight_level == "class":
-        return w.gather(1, label.p.argmax(1).flatten(1)).reshape(U, *S)
+        return w.gather(1, label_map(label.p).flatten(1)).reshape(U, *S)
     return w
 
 
@@ -759,7 +760,7 @@ def foreground_share(labels, device, weight=1.0):
 
     labels: [B, K, *S] each, one-hot or probabilities, whose largest counts; weight: of each sample.
     """
-    taken = [(label.argmax(1) > 0).float() * weight for label in labels]  # [B, *S]
+    taken = [(label[:, 1:].amax(1) > label[:, 0]).float() * weight for label in labels]  # [B, *S]
     shares = [one.mean() / (label.shape[1] - 1) for one, label in zip(taken, labels)]
     return torch.stack(shares).mean() if shares else torch.zeros((), device=device)
 
@@ -1115,7 +1116,7 @@ def look(run, val):
     batch = samples_in(32, val.shown.image.shape[2:])
     with torch.no_grad():
         outputs = list(inference.judged_outputs(fused(run.nets[0]), val.shown, run.on, batch))
-    mask = torch.cat([p.argmax(1).cpu() for _, _, p in outputs])  # [N, *S]
+    mask = torch.cat([label_map(p).cpu() for _, _, p in outputs])  # [N, *S]
     pictures = [("val: image, truth, output", overlays(val.cases.info, val.shown, mask))]
     if run.g is None:
         return dict(pictures=pictures)

@@ -525,7 +525,7 @@ def resize_label(label, size):
     for k in classes:
         x = torch.from_numpy(label == k)[None, None].float()
         shares.append(F.interpolate(x, shape, mode="area")[0, 0])
-    return classes[torch.stack(shares).argmax(0).numpy()]
+    return classes[torch.stack(shares).max(0).indices.numpy()]
 
 
 def as_slice(image, size):

@@ -23,7 +23,7 @@ from data.metrics import dice
 from data.options import grid
 from models import distributed, quality
 from models.device import channels_last, fused, samples_in
-from models.losses import one_hot
+from models.losses import label_map, one_hot
 
 # ------------------------------------------------------------------------------------------- cases
 
@@ -250,7 +250,7 @@ def labels_of_volumes(net, cases, on, window):
         x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)
         mean, std = (torch.tensor(v, device=on.device).reshape(-1, 1, 1, 1) for v in (mean, std))
         slabs = sliding_window(net, (x - mean) / std, this, on)
-        label = torch.cat([slab.argmax(0).to(torch.uint8).cpu() for slab in slabs])
+        label = torch.cat([label_map(slab, 0).to(torch.uint8).cpu() for slab in slabs])
         yield Answer(case, loading.cut_back(label.numpy(), case.entry.grid))
 
 
@@ -268,7 +268,7 @@ def labels_of_slices(net, cases, on, batch):
         for p, (case, part) in zip(found, parts):
             size = case.entry.grid[-2:]
             back = F.interpolate(p, size=size, mode="bilinear", align_corners=False)
-            label.append(back.argmax(1).to(torch.uint8).cpu().numpy())
+            label.append(label_map(back).to(torch.uint8).cpu().numpy())
             if part.stop == len(case.image):
                 yield Answer(case, np.concatenate(label))
                 label = []

@@ -20,9 +20,17 @@ def one_hot(label, classes):
     return F.one_hot(label.long(), classes).movedim(-1, 1).float()
 
 
+def label_map(p, dim=1):
+    """The most probable class of each pixel, the first of equal ones. [B, K, *S] -> [B, *S]
+
+    On a CPU, max() is up to ten times as fast as argmax().
+    """
+    return p.max(dim).indices
+
+
 def harden(p):
     """The one-hot label of the most probable class. [B, K, *S] -> [B, K, *S]"""
-    return one_hot(p.argmax(1), p.shape[1])
+    return one_hot(label_map(p), p.shape[1])
 
 
 def pixel_entropy(p, least):

@@ -10,7 +10,15 @@ import torch
 
 import models
 from models.device import Compute, channels_last, restore_scaler
-from models.losses import mse_loss, one_hot, pixel_contrast, seg_loss, soft_dice
+from models.losses import (
+    harden,
+    label_map,
+    mse_loss,
+    one_hot,
+    pixel_contrast,
+    seg_loss,
+    soft_dice,
+)
 from models.quality import (
     SMOOTH_SHARE,
     Seen,
@@ -396,3 +404,12 @@ def test_a_scaler_starts_anew_where_the_run_had_none():
     assert scaler.state_dict() == before
     restore_scaler(scaler, dict(scaler=before | {"scale": 8.0}))
     assert scaler.get_scale() == 8.0
+
+
+def test_of_equal_classes_a_label_map_has_the_first():
+    p = torch.randint(3, (2, 4, 5, 6)).float()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = label_map(p.to(memory_format=layout))
+        assert (found.numpy() == p.numpy().argmax(1)).all()
+    assert (label_map(p[0], 0).numpy() == p[0].numpy().argmax(0)).all()
+    assert (harden(p).numpy().argmax(1) == p.numpy().argmax(1)).all()
