@@ -1036,7 +1036,10 @@ class Val:
 def check_val(info):
     """Which classes the labels of val hold, [K-1] bool. InputError if a case has no label."""
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
-        raise InputError(f"{info.path}: /val/{missing[0]} has no label, so it cannot validate")
+        raise InputError(
+            f"{info.path}: /val/{missing[0]} has no label, so it cannot validate; "
+            f"label the {len(missing)} such cases, or take them out of val"
+        )
     held = supervision.held_classes(info, "val")  # every process looks at all cases
     if absent := list(itertools.compress(info.classes[1:], ~held)):
         print(f"note: {without(absent, 'val')}: left out of the Dice that selects best.pt")
