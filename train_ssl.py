@@ -1038,7 +1038,7 @@ def check_val(info):
     if missing := [e.name for e in info.entries("val") if not e.labeled]:
         raise InputError(
             f"{info.path}: /val/{missing[0]} has no label, so it cannot validate; "
-            f"label the {len(missing)} such cases, or take them out of val"
+            f"label such cases ({len(missing)} in all), or take them out of val"
         )
     held = supervision.held_classes(info, "val")  # every process looks at all cases
     if absent := list(itertools.compress(info.classes[1:], ~held)):
