@@ -1557,7 +1557,12 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def print_ignored(args, first):
-    """Notes on what has no effect: --weight, mixing of one image, --keep of steps up to `first`."""
+    """Notes on what has no effect, such as --keep of steps up to `first`."""
+    if uses_unlabeled(args) and not needs_unlabeled(args, args.steps):
+        print(
+            f"note: unlabeled images take no part in {args.steps} steps, so this is supervised "
+            "training; see --lam, --lam-warmup and --qar-warmup"
+        )
     if args.weight != "none" and args.method == "supervised":
         print(
             f"note: --weight {args.weight} weighs nothing: supervised training has no "

@@ -1081,6 +1081,21 @@ def test_a_weight_of_no_pseudo_label_is_noted(weight, capsys):
         assert (f"--weight {weight} weighs nothing" in capsys.readouterr().out) == noted
 
 
+@pytest.mark.parametrize(
+    "more, noted",
+    [
+        ("--method mean_teacher --lam-warmup 1", True),
+        ("--method mean_teacher --lam 0", True),
+        ("--method mean_teacher --lam-warmup 0.8", False),
+        ("--qp g --qar 0.1 --qar-warmup 0.95", True),
+        ("--lam-warmup 1", False),
+    ],
+)
+def test_unlabeled_images_that_never_come_in_are_noted(more, noted, capsys):
+    train_ssl.print_ignored(options(*more.split(), "--steps", "9"), 0)
+    assert ("unlabeled images take no part in 9 steps" in capsys.readouterr().out) == noted
+
+
 def test_a_step_that_never_comes_is_noted(tmp_path, capsys):
     args = options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
     for step in (3, 50):  # 50 is of a run that was replaced
