@@ -696,11 +696,7 @@ def predict(args):
     size = state["args"]["size"]
 
     # what can be refused is refused before images are read
-    if os.path.realpath(args.out) == os.path.realpath(args.data):
-        raise InputError(
-            f"--out {args.out}: is the folder of the images; choose another, since its masks/ may "
-            "hold the truth, and the next run would take this run's pictures for images"
-        )
+    check_out(args)
     known = data_of(path, state)
     checkpoints.check_trained_size(path, known, size)
     window = inference.window_of(size, args, args.batch)
@@ -772,13 +768,25 @@ def data_of(path, state):
     )
 
 
+def check_out(args):
+    """InputError if masks of new images would go where the images are."""
+    from data import new_images  # brings SimpleITK, which takes a second and only --predict needs
+
+    folders = new_images.may_hold(args.data) if new_images.are_new(args.data) else []
+    if os.path.realpath(args.out) in map(os.path.realpath, folders):
+        raise InputError(
+            f"--out {args.out}: is a folder of the images; choose another, since its masks/ may "
+            "hold the truth, and the next run would take this run's pictures for images"
+        )
+
+
 @contextlib.contextmanager
 def dataset(args, data):
     """The Info of a dataset file, or of new images. data: of the checkpoint that is to see them
 
     New images lie in a temporary dataset file until the block ends.
     """
-    from data import new_images  # brings SimpleITK, which takes a second and only this needs
+    from data import new_images  # see check_out()
 
     if not new_images.are_new(args.data):
         yield h5.read_info(args.data)

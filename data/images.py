@@ -24,7 +24,7 @@ beside a further channel, such as RGB and depth, are not supported: make each co
 
 Splits: SRC/train.txt, val.txt, test.txt (or --lists DIR), a name a line and no name twice;
 otherwise the folders train, val, test and unlabeled; without val, by patient with --seed, where
-pictures without a mask all train. A picture is a patient unless --patient or the preset says
+pictures without a mask train. A picture is a patient unless --patient or the preset says
 otherwise; a note tells where names of different splits look like those of one patient. A list that
 contradicts the folders of splits is refused.
 
@@ -312,12 +312,13 @@ def split_cases(rows, lists, args):
 
     Says what is left out, what has no mask, and whose names look like those of one patient.
     """
-    found, drawn = len(rows), not lists and not any(r.split for r in rows)
+    found, drawn = len(rows), splits.draws(rows, lists)
     rows = splits.assign_splits(splits.name_patients(rows, args), lists, args)
     splits.note_patients(rows, drawn)
     if len(rows) < found:
-        why = "in no list" if lists else "of patients of val or test, have no mask,"
-        print(f"{found - len(rows)} of {found} pictures are {why} and left out")
+        why = "have no mask, and their patients are in val or test"
+        why = "are in no list" if lists else why
+        print(f"{found - len(rows)} of {found} pictures are left out: they {why}")
     if bare := sum(r.mask is None and r.split != "unlabeled" for r in rows):
         print(f"{bare} of {len(rows)} pictures have no mask and stay unlabeled")
     splits.note_masks({r.name: r.image for r in rows if not r.mask})

@@ -41,6 +41,12 @@ def are_new(source):
 FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images may be
 
 
+def may_hold(source):
+    """The folders in which the images of a folder, or one image, may be."""
+    path = Path(source)
+    return [path / name for name in FOLDERS] if path.is_dir() else [path.parent]
+
+
 def find(path, channels=()):
     """The images directly in a folder or in a usual subfolder, or one file.
 

@@ -241,7 +241,7 @@ def split_cases(rows, lists, args):
         out = splits.assign_splits(rows, None, args)
         why = "they have no label, and their patients are in val or test"
     splits.note_masks({r.name: r.image for r in out if not r.mask})
-    splits.note_patients(out, drawn=not lists)
+    splits.note_patients(out, splits.draws(rows, lists))
     if len(out) < len(rows):
         print(f"{len(rows) - len(out)} of {len(rows)} cases are left out: {why}")
     return out

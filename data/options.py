@@ -129,6 +129,8 @@ def folder(text):
 def file(text):
     """argparse type: a file in a folder that can be written to, or made."""
     folder(os.path.dirname(text) or ".")
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file")
     if not os.path.basename(text) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a file in it")
     return text

@@ -134,6 +134,15 @@ def find_lists(args):
     return lists
 
 
+DRAWN = (None, "train")  # folders whose patients may be drawn for val and test
+
+
+def draws(rows, lists):
+    """Whether assign_splits() draws patients: no list and no folder says who validates."""
+    folders = {r.split for r in rows}
+    return not lists and "val" not in folders and not folders.isdisjoint(DRAWN)
+
+
 def assign_splits(rows, lists, args):
     """Gives every row its split: from list files, from its folder, or by patient with a seed.
 
@@ -143,12 +152,11 @@ def assign_splits(rows, lists, args):
     """
     if lists:
         return assign_lists(rows, lists, args.src)
-    kept = [r for r in rows if r.split not in (None, "train")]
-    if any(r.split == "val" for r in kept) or len(kept) == len(rows):
+    if not draws(rows, lists):
         return [r._replace(split=r.split or "train") for r in rows]
     print(f"no list of splits: by patient, with seed {args.seed}")
-    drawable = [r for r in rows if r.split in (None, "train")]
-    labeled = [r for r in drawable if r.mask]
+    kept = [r for r in rows if r.split not in DRAWN]
+    labeled = [r for r in rows if r.split in DRAWN and r.mask]
     patients = sorted({r.patient for r in labeled})
     order = np.random.default_rng(args.seed).permutation(len(patients))
     drawn = [patients[i] for i in order]
@@ -160,9 +168,10 @@ def assign_splits(rows, lists, args):
     # train order is random too: --labeled takes the first patients
     rank = {patient: i for i, patient in enumerate(drawn)}
     labeled.sort(key=lambda r: rank[r.patient])
-    bare = [r for r in drawable if not r.mask]
+    bare = [r for r in rows if r.split in DRAWN and not r.mask]
     found = [r._replace(split=split_of.get(r.patient, "train")) for r in labeled + bare]
-    return [r for r in found if r.mask or r.split == "train"] + kept
+    tested = {r.patient for r in kept if r.split == "test"}
+    return [r for r in found if r.mask or r.split == "train" and r.patient not in tested] + kept
 
 
 def assign_lists(rows, lists, src):

@@ -3,6 +3,7 @@
 import collections
 import csv
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -14,6 +15,7 @@ from scipy import ndimage
 
 from data import h5, images, loading, nifti, phantom, ssl4mis, supervision
 from data.files import InputError
+from data.splits import Row, assign_splits
 
 REAL = ROOT.parent / "shared" / "data"
 
@@ -291,9 +293,10 @@ def test_pictures_thresholded_split_by_patient_and_checked(tmp_path, refused):
 @pytest.mark.parametrize("main", [images.main, nifti.main, ssl4mis.main, phantom.main])
 def test_a_folder_as_out_is_refused_before_anything_is_read(main, tmp_path, refused):
     """Else the file would fail to take its place when all is converted."""
-    for out in (tmp_path, f"{tmp_path}/new/", ""):
-        argv = [*([] if main is phantom.main else [tmp_path / "src"]), "--out", out]
-        refused(main, argv, f"--out: {out}: a folder, not a file; name a file in it")
+    source = [] if main is phantom.main else [tmp_path / "src"]
+    for out in (tmp_path, f"{tmp_path}/new/"):
+        refused(main, [*source, "--out", out], f"{out}: a folder, not a file; name a file in it")
+    refused(main, [*source, "--out", ""], "--out: is empty; name a file")
 
 
 def test_masks_are_never_silently_misread(tmp_path, refused):
@@ -351,7 +354,8 @@ def test_val_is_drawn_from_pictures_with_masks(tmp_path, capsys):
     found = {"train": [True] * 2 + [False] * 4, "val": [True] * 2, "unlabeled": [False] * 2}
     assert labeled() == found and "left out" not in capsys.readouterr().out
     assert labeled("--patient", "([^_]+)") == found | {"train": [True] * 2 + [False] * 2}
-    assert "2 of 10 pictures are of patients of val or test, have no" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 10 pictures are left out: they have no mask, and their patients are in" in said
 
 
 def test_without_a_folder_val_it_is_drawn_from_train(tmp_path):
@@ -361,6 +365,13 @@ def test_without_a_folder_val_it_is_drawn_from_train(tmp_path):
     images.main([str(tmp_path / "src"), "--out", str(tmp_path / "f.h5")])
     splits = h5.read_info(tmp_path / "f.h5").splits
     assert {s: len(entries) for s, entries in splits.items()} == {"train": 3, "val": 1, "test": 4}
+
+
+def test_a_picture_without_a_mask_does_not_train_where_its_patient_is_tested():
+    row = lambda name, mask, split: Row(name, "i.png", mask, name[0], split)
+    rows = [row("a1", "m.png", "train"), row("b1", None, "train"), row("b2", "m.png", "test")]
+    found = assign_splits(rows, None, SimpleNamespace(val=0, test=0, seed=0))
+    assert [(r.name, r.split) for r in found] == [("a1", "train"), ("b2", "test")]
 
 
 def test_several_classes_from_gray_values(tmp_path, refused):

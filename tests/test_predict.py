@@ -526,8 +526,14 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
     )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
-    same = [folder, run, "--predict", "--overwrite", "--out", f"{folder}/images/.."]
-    refused(evaluate.main, same, "--out", "is the folder of the images")
+    one = next(path for path in folder.iterdir() if path.is_file())
+    for source, same in (
+        (folder, f"{folder}/images/.."),
+        (folder, folder / "images"),
+        (one, folder),
+    ):
+        argv = [source, run, "--predict", "--overwrite", "--out", same]
+        refused(evaluate.main, argv, f"--out {same}", "is a folder of the images")
     for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
         refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
