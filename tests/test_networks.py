@@ -582,7 +582,10 @@ RUN = [
 
 
 def test_a_run_from_published_weights(rgb, rgb_quality, tmp_path, capsys):
-    """Stage 3 with guidance, interrupted and resumed without the file, and stage 4."""
+    """Stage 3 with guidance, interrupted and resumed without the file, and stage 4.
+
+    --lr 0, so that the weights stay those of the file.
+    """
     torch.save({"model": swin_t()}, tmp_path / "w.pth")
     argv = [
         *[rgb, *RUN, "--out", str(tmp_path / "run"), "--qp", rgb_quality[1]],
