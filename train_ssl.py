@@ -1296,7 +1296,7 @@ def parse_args(argv=None):
                         "voxel of a class that its case holds, the class drawn first; other "
                         "patches lie anywhere (default: 1/3, as in nnU-Net)")
     p.add_argument("--strength", type=number(0, 2, float), default=0.5,
-                   help="intensity augmentation of labeled images; 0: none; 1: that of strong views")
+                   help="intensity augmentation of labeled images; 1: as in strong views; 0: none")
     p.add_argument("--geometry", type=number(0, 3, float), default=1.0,
                    help="geometric augmentation of all views: 1 rotates by up to 20 degrees, "
                         "scales by up to 15%% and shifts by up to 8%% of the side; 2 doubles "
