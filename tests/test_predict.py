@@ -488,6 +488,16 @@ def test_a_checkpoint_that_does_not_know_takes_images_as_they_are(gray, tmp_path
     )
 
 
+def test_masks_do_not_go_among_the_images(rgb, pictures, tmp_path, refused):
+    """The next run would take its pictures for images."""
+    folder, _ = pictures
+    run = make_run(tmp_path / "run", h5.read_info(rgb))
+    among = ((folder, f"{folder}/a/.."), (folder, folder / "images"), (folder / "p3.jpg", folder))
+    for source, out in among:
+        argv = [source, run, "--predict", "--overwrite", "--out", out]
+        refused(evaluate.main, argv, f"--out {out}", "is a folder of the images")
+
+
 def test_refusals(rgb, volumes, pictures, tmp_path, refused):
     folder, _ = pictures
     run, in3d = (
@@ -526,14 +536,6 @@ def test_refusals(rgb, volumes, pictures, tmp_path, refused):
         evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
     )  # new images are of no split
     refused(evaluate.main, ["", run, *out], "no such file")
-    one = next(path for path in folder.iterdir() if path.is_file())
-    for source, same in (
-        (folder, f"{folder}/images/.."),
-        (folder, folder / "images"),
-        (one, folder),
-    ):
-        argv = [source, run, "--predict", "--overwrite", "--out", same]
-        refused(evaluate.main, argv, f"--out {same}", "is a folder of the images")
     for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
         refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
