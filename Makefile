@@ -12,7 +12,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 SEED ?= 0
 FOLDER ?= runs
-unexport PYTHONDONTWRITEBYTECODE  # modules are compiled where they are first imported
+unexport PYTHONDONTWRITEBYTECODE  # modules are compiled when first imported
 SUFFIX = $(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: demo demo3d story test clean

@@ -23,7 +23,7 @@ def decay_at(count, decay):
 
 @torch.no_grad()
 def move_average(average, net, decay):
-    """update_average() with d given: a number, or a tensor of one element, which stays there."""
+    """update_average() with d given: a number, or a tensor of one, which stays on its device."""
     if torch.is_tensor(decay):
         shares = [1 - decay] * len(averaged(net))
         torch._foreach_lerp_(averaged(average), averaged(net), shares)
