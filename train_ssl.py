@@ -410,9 +410,9 @@ NO_GRAPH = {  # why --graph cannot hold a step that reads back from the device; 
 PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
 DEFAULTS = {  # where the method's publication, or a measurement (results/baselines), says otherwise
     "mean_teacher": dict(lam=0.3),
-    "ua_mt": dict(lam=3.0),
-    "ict": dict(lam=3.0),
-    "cps": dict(lam=1.0),
+    "ua_mt": dict(lam=0.3),
+    "ict": dict(lam=0.3),
+    "cps": dict(lam=0.1),
     "fixmatch": dict(lam=1.0, conf_threshold=0.0),
     "unimatch": dict(lam=1.0, conf_threshold=0.0),
     "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),

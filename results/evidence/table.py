@@ -119,11 +119,14 @@ def add(tier):
         data, name = folder.split(os.sep)[-2:]
         method, row, seed = name.rsplit("-", 2)
         scores, its_cases = read(folder)
-        if cases.setdefault(data, its_cases) != its_cases:
+        if sorted(cases.setdefault(data, its_cases)) != sorted(its_cases):
             raise InputError(
                 f"{folder}: has other test cases than the runs in {SCORES.format(tier)}"
             )
+        order = [its_cases.index(case) for case in cases[data]]  # files may order them otherwise
         for checkpoint, one in scores.items():
+            patients = [one.patients[i] for i in order]
+            one = Scores(patients, one.dice[order], one.hd95[order])
             found[Key(data, method, row, int(seed), checkpoint)] = one
     with replacing(SCORES.format(tier)) as temporary, open(temporary, "wb") as file:
         packed = gzip.GzipFile("", "wb", 9, file, mtime=0)  # the same scores give the same bytes
