@@ -350,6 +350,10 @@ def test_what_is_kept_grows(made):
     runs = table.Table("small", "best.pt").runs["ph2", "ict", "none"]
     assert {seed: one.dice.mean().round(4) for seed, one in runs.items()} == {0: 0.7, 1: 0.6}
     assert runs[0].patients == ["pa", "pb", "pc"] and runs[0].hd95.tolist() == [7, 7, 7]
+    made("ph2", "ict-none-2", 0.8, cases="cab")  # the same cases in another order
+    table.add("small")
+    turned = table.Table("small", "best.pt").runs["ph2", "ict", "none"][2]
+    assert turned.patients == ["pa", "pb", "pc"]
     made("ph2", "ict-qw-0", 0.5, cases="abd")
     with pytest.raises(InputError, match="other test cases"):
         table.add("small")
