@@ -288,7 +288,10 @@ def test_intervals_by_hand():
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """made(data, name, dice): a finished run whose cases have this Dice at best, .1 less last."""
+    """made(data, name, dice): a finished run with this mean Dice at best, .1 less last.
+
+    Case a has .01 less than b, and c .01 more; their HD95 is 7, 8, 9.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "SCORES", str(tmp_path / "scores_{}.csv.gz"))
 
@@ -298,8 +301,10 @@ def made(tmp_path, monkeypatch):
         lines = ["checkpoint,case,patient,dice,hd95"]
         for checkpoint, less in (("best.pt", 0), ("last.pt", 0.1)):
             for case in cases:
-                lines.append(f"x/{checkpoint},{case},p{case},{dice - less + 0.05},7")
-                lines.append(f"x/{checkpoint},{case},p{case},{dice - less - 0.05},7")
+                rank = ord(case) - ord("b")
+                for of_class in (0.05, -0.05):
+                    value = dice - less + 0.01 * rank + of_class
+                    lines.append(f"x/{checkpoint},{case},p{case},{value},{8 + rank}")
         (folder / "cases.csv").write_text("\n".join(lines))
 
     return make
@@ -349,11 +354,12 @@ def test_what_is_kept_grows(made):
         assert f.read() == before
     runs = table.Table("small", "best.pt").runs["ph2", "ict", "none"]
     assert {seed: one.dice.mean().round(4) for seed, one in runs.items()} == {0: 0.7, 1: 0.6}
-    assert runs[0].patients == ["pa", "pb", "pc"] and runs[0].hd95.tolist() == [7, 7, 7]
+    assert runs[0].patients == ["pa", "pb", "pc"] and runs[0].hd95.tolist() == [7, 8, 9]
     made("ph2", "ict-none-2", 0.8, cases="cab")  # the same cases in another order
     table.add("small")
     turned = table.Table("small", "best.pt").runs["ph2", "ict", "none"][2]
-    assert turned.patients == ["pa", "pb", "pc"]
+    assert turned.patients == ["pa", "pb", "pc"] and turned.hd95.tolist() == [7, 8, 9]
+    assert turned.dice.tolist() == [0.79, 0.8, 0.81]
     made("ph2", "ict-qw-0", 0.5, cases="abd")
     with pytest.raises(InputError, match="other test cases"):
         table.add("small")

@@ -126,8 +126,8 @@ def add(tier):
         order = [its_cases.index(case) for case in cases[data]]  # files may order them otherwise
         for checkpoint, one in scores.items():
             patients = [one.patients[i] for i in order]
-            one = Scores(patients, one.dice[order], one.hd95[order])
-            found[Key(data, method, row, int(seed), checkpoint)] = one
+            ordered = Scores(patients, one.dice[order], one.hd95[order])
+            found[Key(data, method, row, int(seed), checkpoint)] = ordered
     with replacing(SCORES.format(tier)) as temporary, open(temporary, "wb") as file:
         packed = gzip.GzipFile("", "wb", 9, file, mtime=0)  # the same scores give the same bytes
         with io.TextIOWrapper(packed, "utf-8", newline="") as unpacked:
