@@ -625,15 +625,18 @@ def estimates_of(g, by, seen, mine, on):
     """
     x = seen.image  # [B, C, *S]
     with on.autocast():
-        says = {"g": g(seen)}
+        by_g = g(seen)
+    own = quality.expected_dice(mine)
     turned = augment.strong(augment.mirror(x, by.flip), 0.5, by.color)
     again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
     other = inference.class_probabilities(by.other, x, on)
-    says |= {
+    says = {
+        "g": by_g,
+        "mean of g and f's own expected Dice": (by_g + own) / 2,  # they err apart
         "mean confidence": quality.confidence(mine),
         "mean certainty (entropy)": quality.certainty(mine),
         "region confidence": quality.region_confidence(mine),
-        "f's own expected Dice": quality.expected_dice(mine),
+        "f's own expected Dice": own,
         "agreement with an augmented pass": quality.overlap(mine, again),
         "agreement of student and teacher": quality.overlap(mine, other),
     }

@@ -79,6 +79,18 @@ def test_a_g_behind_is_said(tmp_path, capsys):
     )
 
 
+def test_two_opinions_are_none_of_those_without_g(tmp_path, capsys):
+    """The mean of g and f's own estimate needs g, so it is not what g is compared with."""
+    r = {"g": 0.7, "mean of g and f's own expected Dice": 0.8, "f's own expected Dice": 0.65}
+    assert said(table(tmp_path, RUNS, r), capsys)[3] == (
+        "g tells good masks from bad ones: r = 0.70, with f's own opinion 0.80; the best without "
+        "g: r = 0.65 (f's own expected Dice)."
+    )
+    conclusion.main([str(tmp_path)] * 2)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("| 0.70 ± 0.00 | 0.80 ± 0.00 | 0.65 ± 0.00 |")
+
+
 def test_a_missing_run_is_named(tmp_path, capsys):
     runs = {key: dice for key, dice in RUNS.items() if key[1] != "all" and "QW" not in key[0]}
     first, unlabeled, missing = said(table(tmp_path, runs), capsys)

@@ -12,6 +12,7 @@ archive's foreign patients are among those that NEW/worst_first.csv ranks lowest
 import csv
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from data.metrics import paired
 from data.options import Parser, cli
 from data.tables import markdown
 
+BOTH = "mean of g and f's own expected Dice"  # of evaluate.estimates_of()
 FEW, PLAIN, GUIDED, FULL = "supervised", "a method", "the method guided", "all labels"
 
 
@@ -101,25 +103,35 @@ def conclusion(scores, estimates):
     return lines
 
 
+class Correlations(NamedTuple):
+    """Pearson r of estimates of quality with the truth."""
+
+    g: float
+    both: float | None  # of the mean of g and f's own estimate, which older tables have not
+    best: float  # without g
+    name: str  # of the best one
+
+
 def correlations(estimates):
-    """-> r of g, r of the best estimate without g and its name; or None. estimates: of read()"""
+    """-> Correlations, or None. estimates: of read()"""
     r = {row["estimate"]: row["Pearson"] for row in estimates if row["run"] == "mean of all"}
     r = {name: value for name, value in r.items() if value is not None}
-    if "g" not in r or len(r) < 2:
+    mine = r.pop("g", None)
+    both = r.pop(BOTH, None)
+    if mine is None or not r:
         return None
-    mine = r.pop("g")
     best = max(r, key=r.get)
-    return mine, r[best], best
+    return Correlations(mine, both, r[best], best)
 
 
 def judgment(estimates):
     """Whether g tells good masks from bad ones, as lines of text. estimates: of read()"""
-    found = correlations(estimates)
-    if found is None:
+    r = correlations(estimates)
+    if r is None:
         return []
-    mine, best, name = found
-    words = "tells good masks from bad ones" if mine >= best else "trails a simpler estimate"
-    return [f"g {words}: r = {mine:.2f}; the best without g: r = {best:.2f} ({name})."]
+    words = "tells good masks from bad ones" if r.g >= r.best else "trails a simpler estimate"
+    both = "" if r.both is None else f", with f's own opinion {r.both:.2f}"
+    return [f"g {words}: r = {r.g:.2f}{both}; the best without g: r = {r.best:.2f} ({r.name})."]
 
 
 def found_first(folder):
@@ -143,7 +155,10 @@ def row_of(folder):
             row[name] = [float(np.mean(list(dice[part].values())))]
     found = correlations(estimates)
     if found:
-        row |= {"r of g": [found[0]], "best r without g": [found[1]]}
+        row["r of g"] = [found.g]
+        if found.both is not None:
+            row["with f's own opinion"] = [found.both]
+        row["best r without g"] = [found.best]
     return row
 
 
