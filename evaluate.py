@@ -15,7 +15,8 @@ Writes OUT/cases.csv (a row per run, case and class or region), OUT/summary.json
        estimates.png (all) and triage.png (who finds the bad cases).
        With --predict OUT/masks/*, one for each case, on the grid of its source: .nii.gz for a
        volume, for an image .png with a palette, whose pixels are class numbers. With --qp also
-       OUT/worst_first.csv, the Dice that g predicts, and worst_first.png, the sixteen worst.
+       OUT/worst_first.csv, the Dice that g predicts, in the order of what g and f say together,
+       and worst_first.png, the sixteen worst.
 
 A class that no label of the split holds counts in no mean, and its column says "-". Where a single
 case lacks a class, its Dice is 1 if the output lacks the class, too, else 0. Runs that differ only
@@ -626,17 +627,16 @@ def estimates_of(g, by, seen, mine, on):
     x = seen.image  # [B, C, *S]
     with on.autocast():
         by_g = g(seen)
-    own = quality.expected_dice(mine)
     turned = augment.strong(augment.mirror(x, by.flip), 0.5, by.color)
     again = augment.mirror(inference.class_probabilities(by.net, turned, on), by.flip)
     other = inference.class_probabilities(by.other, x, on)
     says = {
         "g": by_g,
-        "mean of g and f's own expected Dice": (by_g + own) / 2,  # they err apart
+        "g and f together": quality.together(by_g, seen.mask, mine),
         "mean confidence": quality.confidence(mine),
         "mean certainty (entropy)": quality.certainty(mine),
         "region confidence": quality.region_confidence(mine),
-        "f's own expected Dice": own,
+        "f's own expected Dice": quality.expected_dice(mine),
         "agreement with an augmented pass": quality.overlap(mine, again),
         "agreement of student and teacher": quality.overlap(mine, other),
     }
@@ -732,12 +732,12 @@ def predict(args):
                 label = largest_component(label, len(info.classes))
             file = write_mask(masks, label, entry)
             if g:
-                dice = predicted_quality(g, answer._replace(label=label), size, on)
+                says = predicted_quality(g, net, answer._replace(label=label), size, on)
                 z = figures.middle(label, len(label))
-                rows.append(Predicted(dice, entry, file, z, pack(label[z])))
+                rows.append(Predicted(*says, entry, file, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {masks}")
         if g:
-            rows.sort(key=lambda row: row.dice.mean())
+            rows.sort(key=lambda row: row.together)
             write_worst_first(args, info, split, rows)
         else:
             print("next: look at them; with --qp QP.pt, a list says which first")
@@ -746,7 +746,8 @@ def predict(args):
 class Predicted(NamedTuple):
     """A mask that was written, and what g says of it."""
 
-    dice: np.ndarray  # [K-1]
+    dice: np.ndarray  # [K-1] by g
+    together: float  # of g and f, mean over classes: the lowest is shown first
     entry: h5.Entry
     file: str  # name of the mask's
     z: int  # slice to show
@@ -817,23 +818,28 @@ def remove_former(out):
 
 
 @torch.no_grad()
-def predicted_quality(g, answer, size, on):
-    """What g says of a case's mask, over all its slices or patches. -> [K-1] Dice
+def predicted_quality(g, net, answer, size, on):
+    """What g, and g and f together, say of a case's mask. -> [K-1] Dice, the mean of together()
 
-    Each counts as much as the area of the mask in it. answer: inference.Answer, its label of any
-    grid in the plane; size: of the network's grid.
+    Both are means over all slices or patches. Each of them counts as much as the area of the mask
+    in it. net: f; answer: inference.Answer, its label of any grid in the plane; size: of the
+    network's grid.
     """
     samples = inference.samples_of(answer.case, size)
     label = on_samples(answer.label, samples, size)  # [N, *S]
-    says, areas = [], []
+    parts = []
     for rows in torch.arange(len(samples)).split(samples_in(64, label.shape[1:])):
         x, _ = samples.batch(rows, on.device)
         seen = quality.Seen.of_label(x, label[rows].to(on.device), g.config["classes"])
+        p = inference.class_probabilities(net, x, on)
         with on.autocast():
-            says.append(g(seen).float().cpu().numpy())
-        areas.append(seen.mask.flatten(2).sum(2).cpu().numpy())
-    (dice,) = area_mean(np.concatenate(says), np.concatenate(areas), samples.case)  # of one case
-    return dice
+            by_g = g(seen).float()
+        both = quality.together(by_g, seen.mask, p)
+        area = seen.mask.flatten(2).sum(2)
+        parts.append([v.cpu().numpy() for v in (by_g, both, area)])
+    by_g, both, area = map(np.concatenate, zip(*parts))
+    (dice,), (both,) = (area_mean(v, area, samples.case) for v in (by_g, both))  # of one case
+    return dice, float(both.mean())
 
 
 def on_samples(label, samples, size):
@@ -880,6 +886,7 @@ def write_worst_first(args, info, split, rows):
                 "case": row.entry.name,
                 "predicted Dice": round(float(row.dice.mean()), 4),
                 **by_class,
+                "g and f together": round(row.together, 4),
                 "mask": f"masks/{row.file}",
                 "source": row.entry.source,
             }
@@ -891,7 +898,7 @@ def write_worst_first(args, info, split, rows):
         written += ", worst_first.png"
         path = os.path.join(args.out, "worst_first.png")
         figures.cases(path, [panels], info.classes, columns=4, side=2.5)
-    print(f"wrote {written}; the first of them, by the Dice that g predicts:")
+    print(f"wrote {written}; the first of them, and the Dice that g predicts:")
     for row in rows[:5]:
         print(f"  {row.dice.mean():.3f}  {row.entry.name}")
     print("next: look at these, from the top, and correct what is wrong")

@@ -221,6 +221,7 @@ def of_classes(outputs, held):
 
 
 UNSCALED = {  # estimates, but not of a Dice
+    "g and f together",
     "mean confidence",
     "mean certainty (entropy)",
     "region confidence",

@@ -272,3 +272,15 @@ def expected_dice(p, other=None):
 def overlap(p, other):
     """Smoothed Dice of the outputs of two networks."""
     return quality_target(foreground(p), foreground(other))
+
+
+def together(by_g, mask, p):
+    """What g and f say together: the mean of both expected Dice, times f's certainty. -> [B, K-1]
+
+    by_g [B, K-1]: g's answer; mask [B, K-1, *S]: what it was asked about, the output of p.
+
+    g and f often err apart. Expected Dice overlooks the doubt about a whole image, since an unsure
+    edge and an unsure organ may cost the same; certainty is low there. This ranks, it is no Dice.
+    """
+    own = quality_target(mask, p[:, 1:])
+    return (by_g + own) / 2 * certainty(p)

@@ -79,12 +79,11 @@ def test_a_g_behind_is_said(tmp_path, capsys):
     )
 
 
-def test_two_opinions_are_none_of_those_without_g(tmp_path, capsys):
-    """The mean of g and f's own estimate needs g, so it is not what g is compared with."""
-    r = {"g": 0.7, "mean of g and f's own expected Dice": 0.8, "f's own expected Dice": 0.65}
+def test_g_and_f_together_are_no_estimate_without_g(tmp_path, capsys):
+    r = {"g": 0.7, "g and f together": 0.8, "f's own expected Dice": 0.65}
     assert said(table(tmp_path, RUNS, r), capsys)[3] == (
-        "g tells good masks from bad ones: r = 0.70, with f's own opinion 0.80; the best without "
-        "g: r = 0.65 (f's own expected Dice)."
+        "g tells good masks from bad ones: r = 0.70, together with f 0.80; the best without g: "
+        "r = 0.65 (f's own expected Dice)."
     )
     conclusion.main([str(tmp_path)] * 2)
     last = capsys.readouterr().out.splitlines()[-1]
@@ -110,8 +109,8 @@ def test_how_many_foreign_patients_come_first(tmp_path, capsys):
     tables.write_csv(str(tmp_path / "worst_first.csv"), rows)
     conclusion.main([str(table(tmp_path, RUNS)), "--new", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "New images: 3 of 5 patients are foreign, and 2 of these are among the 3 "
-        "that g ranks lowest."
+        "New images: 3 of 5 patients are foreign; 2 of these are among the first 3 of the list, "
+        "worst first."
     )
 
 

@@ -418,7 +418,7 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
     tables = (out / "quality.md").read_text()
     for estimate in (
         "g",
-        "mean of g and f's own expected Dice",
+        "g and f together",
         "mean confidence",
         "mean certainty (entropy)",
         "region confidence",
@@ -509,7 +509,7 @@ def test_each_estimate_asks_whom_it_names():
     assert says["f's own expected Dice"] == pytest.approx([1, 1], abs=1e-4) and says[
         "agreement of student and teacher"
     ] == pytest.approx([0, 0], abs=1e-3)
-    both = says["mean of g and f's own expected Dice"]
+    both = says["g and f together"]  # f is certain
     assert both == pytest.approx([(0.25 + 1) / 2] * 2, abs=1e-4)
     assert says["agreement with an augmented pass"] == pytest.approx(
         [0, 0], abs=1e-3

@@ -26,7 +26,7 @@ from data.files import InputError
 from models import checkpoints, inference
 from models.checkpoints import save_checkpoint
 from models.device import compute
-from models.quality import Seen
+from models.quality import Seen, together
 
 ON = compute("cpu", "off")
 
@@ -144,8 +144,8 @@ def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
         and rows[0]["case"] == "p18"
         and {r["case"] for r in rows} == set(masks)
     )
-    values = [float(r["predicted Dice"]) for r in rows]
-    assert values == sorted(values)
+    order = [float(r["g and f together"]) for r in rows]
+    assert order == sorted(order)
     for r in rows:  # g sees the mask on the network's grid
         seen = loading.resize_label(np.array(Image.open(out / r["mask"])), 32)
         assert (
@@ -381,7 +381,10 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
     name = info.entries("val")[0].name
     samples = loading.load_samples(info, "val", size, [name])
     outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, ON, 8)
-    expected = metrics.at_level(outputs, "volume", samples.case, "g")[0]
+    by_g, both = (
+        metrics.at_level(outputs, "volume", samples.case, name)[0]
+        for name in ("g", "g and f together")
+    )
     if info.dims == 3:  # a mask that agrees with itself where patches overlap
         label = (
             np.random.default_rng(0).integers(0, 4, info.entries("val")[0].grid).astype(np.uint8)
@@ -396,8 +399,11 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
         with torch.no_grad():
             image, _ = samples.batch(torch.arange(len(samples)))
             says = g(Seen(image, mask))
+            p = inference.class_probabilities(net, image, ON)
         area = mask.flatten(2).sum(2)
-        expected = ((says * area).sum(0) / area.sum(0)).numpy()
+        by_g, both = (
+            ((v * area).sum(0) / area.sum(0)).numpy() for v in (says, together(says, mask, p))
+        )
     else:
         with torch.no_grad():
             label = (
@@ -414,7 +420,9 @@ def test_a_case_is_judged_like_the_volumes_of_the_triage(kind, size, request):
             )
     case = inference.ReadCase(info.entries("val")[0], samples, None)
     answer = inference.Answer(case, label)
-    assert evaluate.predicted_quality(g, answer, size, ON) == pytest.approx(expected, abs=1e-4)
+    found = evaluate.predicted_quality(g, net, answer, size, ON)
+    assert found[0] == pytest.approx(by_g, abs=1e-4)
+    assert found[1] == pytest.approx(both.mean(), abs=1e-4)
 
 
 def test_masks_of_several_classes_come_back(tmp_path):
@@ -806,6 +814,6 @@ def test_the_dice_of_a_volume_is_named_beside_its_slice(kind, says, request):
     info = h5.read_info(request.getfixturevalue(kind))
     entry = info.entries("val")[0]
     drawing = evaluate.pack(np.zeros(entry.grid[-2:], np.uint8))
-    row = evaluate.Predicted(np.array([0.2, 0.4]), entry, "a.png", 0, drawing)
+    row = evaluate.Predicted(np.array([0.2, 0.4]), 0.3, entry, "a.png", 0, drawing)
     (panel,) = evaluate.worst_panels(info, "val", [row])
     assert panel.title.endswith(f"\npredicted {says} 0.30")

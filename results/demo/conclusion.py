@@ -6,7 +6,7 @@
 Reads TABLE/cases.csv (made without --regions), and TABLE/quality.json where evaluate.py was given
 --qp. Four runs have a part: supervised training with few labels and with all, a method without
 guidance, and the same method with guidance. What is missing is named. --new adds how many of the
-archive's foreign patients are among those that NEW/worst_first.csv ranks lowest.
+archive's foreign patients are among the first of NEW/worst_first.csv.
 """
 
 import csv
@@ -21,7 +21,7 @@ from data.metrics import paired
 from data.options import Parser, cli
 from data.tables import markdown
 
-BOTH = "mean of g and f's own expected Dice"  # of evaluate.estimates_of()
+BOTH = "g and f together"  # of evaluate.estimates_of()
 FEW, PLAIN, GUIDED, FULL = "supervised", "a method", "the method guided", "all labels"
 
 
@@ -107,7 +107,7 @@ class Correlations(NamedTuple):
     """Pearson r of estimates of quality with the truth."""
 
     g: float
-    both: float | None  # of the mean of g and f's own estimate, which older tables have not
+    both: float | None  # of g and f together, which older tables have not
     best: float  # without g
     name: str  # of the best one
 
@@ -130,7 +130,7 @@ def judgment(estimates):
     if r is None:
         return []
     words = "tells good masks from bad ones" if r.g >= r.best else "trails a simpler estimate"
-    both = "" if r.both is None else f", with f's own opinion {r.both:.2f}"
+    both = "" if r.both is None else f", together with f {r.both:.2f}"
     return [f"g {words}: r = {r.g:.2f}{both}; the best without g: r = {r.best:.2f} ({r.name})."]
 
 
@@ -141,7 +141,7 @@ def found_first(folder):
     count = sum(foreign)
     first = sum(foreign[:count])
     text = f"New images: {count} of {len(foreign)} patients are foreign"
-    return f"{text}, and {first} of these are among the {count} that g ranks lowest."
+    return f"{text}; {first} of these are among the first {count} of the list, worst first."
 
 
 def row_of(folder):
@@ -157,7 +157,7 @@ def row_of(folder):
     if found:
         row["r of g"] = [found.g]
         if found.both is not None:
-            row["with f's own opinion"] = [found.both]
+            row["together with f"] = [found.both]
         row["best r without g"] = [found.best]
     return row
 
