@@ -59,6 +59,7 @@ from data.labels import regions_of, without
 from data.metrics import (
     BAD,
     LEVELS,
+    TOGETHER,
     TRIAGE,
     Outputs,
     area_mean,
@@ -632,7 +633,7 @@ def estimates_of(g, by, seen, mine, on):
     other = inference.class_probabilities(by.other, x, on)
     says = {
         "g": by_g,
-        "g and f together": quality.together(by_g, seen.mask, mine),
+        TOGETHER: quality.together(by_g, seen.mask, mine),
         "mean confidence": quality.confidence(mine),
         "mean certainty (entropy)": quality.certainty(mine),
         "region confidence": quality.region_confidence(mine),
@@ -886,7 +887,7 @@ def write_worst_first(args, info, split, rows):
                 "case": row.entry.name,
                 "predicted Dice": round(float(row.dice.mean()), 4),
                 **by_class,
-                "g and f together": round(row.together, 4),
+                TOGETHER: round(row.together, 4),
                 "mask": f"masks/{row.file}",
                 "source": row.entry.source,
             }

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from data.files import InputError, absent, replacing
-from data.metrics import SHOWN, agreement, monotone
+from data.metrics import SHOWN, TOGETHER, agreement, monotone
 from data.options import Parser, cli, picture
 
 # the palette of Okabe and Ito: distinguishable for color-blind readers
@@ -347,7 +347,7 @@ def triage(path, panels):
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for i, (name, found) in enumerate(curves.items()):
             look = dict(lw=1.2, zorder=2, **style(i))
-            if i == 0:
+            if name in ("g", TOGETHER):
                 look |= dict(lw=2.6, zorder=3)
             if name == "at best":
                 look = dict(lw=1, ls=":", color="black")

@@ -220,8 +220,9 @@ def of_classes(outputs, held):
     return Outputs(*(part[:, held] for part in parts), estimates)
 
 
+TOGETHER = "g and f together"  # the name of models.quality.together()
 UNSCALED = {  # estimates, but not of a Dice
-    "g and f together",
+    TOGETHER,
     "mean confidence",
     "mean certainty (entropy)",
     "region confidence",

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data.files import InputError
-from data.metrics import paired
+from data.metrics import TOGETHER, paired
 from data.options import Parser, cli
 from data.tables import markdown
 
-BOTH = "g and f together"  # of evaluate.estimates_of()
 FEW, PLAIN, GUIDED, FULL = "supervised", "a method", "the method guided", "all labels"
 
 
@@ -117,7 +116,7 @@ def correlations(estimates):
     r = {row["estimate"]: row["Pearson"] for row in estimates if row["run"] == "mean of all"}
     r = {name: value for name, value in r.items() if value is not None}
     mine = r.pop("g", None)
-    both = r.pop(BOTH, None)
+    both = r.pop(TOGETHER, None)
     if mine is None or not r:
         return None
     best = max(r, key=r.get)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The experiments behind README.md and ../triage/README.md, one data set and number of labels at a
+# The experiments behind README.md, one data set and number of labels at a
 # time, from the project's top folder:
 #     bash results/quality/run.sh PART ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
-# PART: masks, f, g, scalar, table, triage, parts, ingredients, in this order. PY names the Python.
+# PART: masks, f, g, scalar, table, parts, ingredients, in this order. PY names the Python.
 # The converters make runs/ph2.h5, cvc.h5 and acdc.h5 (the project's README, "Your own data").
 set -eu
 PY=${PY:-.venv/bin/python}
@@ -49,11 +49,6 @@ case $part in
   scalar) [ $data != acdc ] || per_image=60
           make_g scalar --head scalar --width 32 --batch 32 ;;
   table)  for name in dense scalar; do [ ! -f "$out/$name/qp.pt" ] || table $name; done ;;
-  triage) for split in val held_out; do  # late f alone, as people use them
-            $PY evaluate.py "runs/$data.h5" "$out"/f_[012]/step$steps.pt \
-              --qp "$out/dense/qp.pt" --second "$out/f_3/best.pt" --split $split \
-              --out "$out/triage_$split" --pictures 0
-          done ;;
   parts)  $PY -m results.quality.parts "runs/$data.h5" "$out"/f_[012]/step*.pt \
             --qp "$out/${4:-dense}/qp.pt" ;;
   ingredients)  # each alone, on one member
