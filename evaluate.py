@@ -692,7 +692,7 @@ def cost_line(costs):
 def predict(args):
     """--predict: a mask of every case of a split, labeled or not, or of every new image.
 
-    With --qp also the Dice that g predicts of each mask, worst first.
+    With --qp also a list of them, worst first.
     """
     (path,) = args.checkpoints
     on = compute(args.device, args.amp)
@@ -733,22 +733,23 @@ def predict(args):
                 label = largest_component(label, len(info.classes))
             file = write_mask(masks, label, entry)
             if g:
-                says = predicted_quality(g, net, answer._replace(label=label), size, on)
+                answer = answer._replace(label=label)
+                dice, score = predicted_quality(g, net, answer, size, on)
                 z = figures.middle(label, len(label))
-                rows.append(Predicted(*says, entry, file, z, pack(label[z])))
+                rows.append(Predicted(dice, score, entry, file, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {masks}")
         if g:
-            rows.sort(key=lambda row: row.together)
+            rows.sort(key=lambda row: row.score)
             write_worst_first(args, info, split, rows)
         else:
             print("next: look at them; with --qp QP.pt, a list says which first")
 
 
 class Predicted(NamedTuple):
-    """A mask that was written, and what g says of it."""
+    """A mask that was written, and what g and f say of it."""
 
-    dice: np.ndarray  # [K-1] by g
-    together: float  # of g and f, mean over classes: the lowest is shown first
+    dice: np.ndarray  # [K-1] that g predicts
+    score: float  # what g and f say together, mean over classes: the lowest is shown first
     entry: h5.Entry
     file: str  # name of the mask's
     z: int  # slice to show
@@ -820,11 +821,11 @@ def remove_former(out):
 
 @torch.no_grad()
 def predicted_quality(g, net, answer, size, on):
-    """What g, and g and f together, say of a case's mask. -> [K-1] Dice, the mean of together()
+    """What g, and g and f together, say of a case's mask. -> Dice [K-1], mean score over classes
 
     Both are means over all slices or patches. Each of them counts as much as the area of the mask
-    in it. net: f; answer: inference.Answer, its label of any grid in the plane; size: of the
-    network's grid.
+    in it. net: f, asked once more; answer: inference.Answer, its label of any grid in the plane;
+    size: of the network's grid.
     """
     samples = inference.samples_of(answer.case, size)
     label = on_samples(answer.label, samples, size)  # [N, *S]
@@ -835,12 +836,12 @@ def predicted_quality(g, net, answer, size, on):
         p = inference.class_probabilities(net, x, on)
         with on.autocast():
             by_g = g(seen).float()
-        both = quality.together(by_g, seen.mask, p)
+        score = quality.together(by_g, seen.mask, p)
         area = seen.mask.flatten(2).sum(2)
-        parts.append([v.cpu().numpy() for v in (by_g, both, area)])
-    by_g, both, area = map(np.concatenate, zip(*parts))
-    (dice,), (both,) = (area_mean(v, area, samples.case) for v in (by_g, both))  # of one case
-    return dice, float(both.mean())
+        parts.append([v.cpu().numpy() for v in (by_g, score, area)])
+    by_g, scores, area = map(np.concatenate, zip(*parts))
+    (dice,), (score,) = (area_mean(v, area, samples.case) for v in (by_g, scores))  # of one case
+    return dice, float(score.mean())
 
 
 def on_samples(label, samples, size):
@@ -885,9 +886,9 @@ def write_worst_first(args, info, split, rows):
             {
                 "rank": rank,
                 "case": row.entry.name,
+                TOGETHER: round(row.score, 4),
                 "predicted Dice": round(float(row.dice.mean()), 4),
                 **by_class,
-                TOGETHER: round(row.together, 4),
                 "mask": f"masks/{row.file}",
                 "source": row.entry.source,
             }
@@ -899,9 +900,9 @@ def write_worst_first(args, info, split, rows):
         written += ", worst_first.png"
         path = os.path.join(args.out, "worst_first.png")
         figures.cases(path, [panels], info.classes, columns=4, side=2.5)
-    print(f"wrote {written}; the first of them, and the Dice that g predicts:")
+    print(f"wrote {written}; the first of them, by what g and f say together:")
     for row in rows[:5]:
-        print(f"  {row.dice.mean():.3f}  {row.entry.name}")
+        print(f"  {row.score:.3f}  {row.entry.name} (predicted Dice {row.dice.mean():.3f})")
     print("next: look at these, from the top, and correct what is wrong")
 
 
@@ -1262,8 +1263,8 @@ def parse_args(argv=None):
     p.section("quality of the outputs")
     p.add_argument("--qp", metavar="QP.pt",
                    help="quality predictor: compare its and simpler estimates with each output's "
-                        "true quality; with --predict: list the masks by the Dice that it "
-                        "predicts, worst first")
+                        "true quality; with --predict: list the masks, worst first, by what "
+                        "g and the network say together")
     p.add_argument("--second", metavar="RUN.pt",
                    help="with --qp: an independent run, whose opinion on the outputs is one more "
                         "estimate")

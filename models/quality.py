@@ -274,13 +274,17 @@ def overlap(p, other):
     return quality_target(foreground(p), foreground(other))
 
 
+# --------------------------------------------------------------------------------- g and f together
+
+
 def together(by_g, mask, p):
     """What g and f say together: the mean of both expected Dice, times f's certainty. -> [B, K-1]
 
-    by_g [B, K-1]: g's answer; mask [B, K-1, *S]: what it was asked about, the output of p.
+    by_g [B, K-1]: what g says of the mask; mask [B, K-1, *S]: hard; p [B, K, *S]: f's
+    probabilities, from which the mask came.
 
-    g and f often err apart. Expected Dice overlooks the doubt about a whole image, since an unsure
-    edge and an unsure organ may cost the same; certainty is low there. This ranks, it is no Dice.
+    g and f often err apart. Both may overlook that an image is strange as a whole, since expected
+    Dice looks at one region; f's certainty looks at all pixels. This ranks masks. It is no Dice.
     """
     own = quality_target(mask, p[:, 1:])
     return (by_g + own) / 2 * certainty(p)

@@ -1,7 +1,7 @@
 """Collects who finds the bad masks, on several data sets, into one table and one figure.
 
     python -m results.triage.figure --out results/triage/triage.png \\
-        "PH2, val=runs/q/ph2_14/triage_val" "CVC, val=runs/q/cvc_0.2/triage_val" ...
+        "PH2, test=runs/triage/ph2_test/table_dense" "PH2, held out=..." ...
 
 Reads FOLDER/quality.json of evaluate.py --qp. Prints, for each estimate, the share of the bad cases
 among the 20% of the lowest estimates, and the area under the curve.

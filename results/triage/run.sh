@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of README.md and of ../quality/README.md, "Healthy networks", from the project's folder:
+# The runs and estimates behind README.md, one data set at a time, from the project's top folder:
 #     bash results/triage/run.sh ph2 14 1e-3      also: acdc 7 3e-3, cvc 4 1e-3
 # f are the baselines of ../evidence (protocol.md says how runs/ph2.h5, ... are made), g is its, too.
 set -eu
