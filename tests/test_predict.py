@@ -108,6 +108,23 @@ def read_list(folder):
         return list(csv.DictReader(f))
 
 
+def test_the_list_is_in_the_order_of_g_and_f_together(rgb, pictures, bright, tmp_path, monkeypatch):
+    """The larger the mask, the better it is by g, and the worse by both together."""
+
+    def judged(g, net, answer, *_):
+        area = answer.label.mean()
+        return np.array([area]), 1 - area
+
+    monkeypatch.setattr(evaluate, "predicted_quality", judged)
+    run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
+    argv = [str(pictures[0]), run, "--predict", "--qp", "qp.pt", "--pictures", "0"]
+    evaluate.main([*argv, "--out", str(out)])
+    rows = read_list(out)
+    by_g, both = ([float(r[name]) for r in rows] for name in ("predicted Dice", metrics.TOGETHER))
+    assert rows[0]["case"] == "p18"
+    assert both == sorted(both) and by_g == sorted(by_g, reverse=True)
+
+
 def test_a_folder_of_pictures(rgb, pictures, bright, tmp_path, capsys):
     """A mask on the grid of each picture, whose pixels are class numbers in a palette of colors.
 
