@@ -184,13 +184,12 @@ def test_estimates_of_quality_by_hand():
     assert torch.allclose(confidence(p), torch.full((1, 2), (0.9 + 0.7 + 0.6 + 0.5) / 4))
     assert torch.allclose(region_confidence(p), torch.tensor([[0.7, 0.6]]))
     s = 4e-4
-    assert torch.allclose(
-        expected_dice(p), torch.tensor([[(1.4 + s) / (1 + 1.2 + s), (1.2 + s) / (1 + 0.9 + s)]])
-    )
-    entropy = -(p * p.clamp_min(1e-9).log()).sum(1).mean().item()
     own = torch.tensor([[(1.4 + s) / (1 + 1.2 + s), (1.2 + s) / (1 + 0.9 + s)]])
-    by_both = (torch.tensor([[0.2, 0.6]]) + own) / 2 * (1 - entropy / np.log(3))
-    assert torch.allclose(together(torch.tensor([[0.2, 0.6]]), foreground(p), p), by_both)
+    assert torch.allclose(expected_dice(p), own)
+    entropy = -(p * p.clamp_min(1e-9).log()).sum(1).mean().item()
+    by_g = torch.tensor([[0.2, 0.6]])
+    by_both = (by_g + own) / 2 * (1 - entropy / np.log(3))
+    assert torch.allclose(together(by_g, foreground(p), p), by_both)
     sure, flat = one_hot(torch.zeros(1, 1, 4), 3), torch.full((1, 3, 1, 4), 1 / 3)
     assert torch.allclose(certainty(sure), torch.ones(1, 2)) and torch.allclose(
         certainty(flat), torch.zeros(1, 2), atol=1e-6

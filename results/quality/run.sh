@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The experiments behind README.md, one data set and number of labels at a
-# time, from the project's top folder:
+# The experiments behind README.md, one data set and number of labels at a time, from the project's
+# top folder:
 #     bash results/quality/run.sh PART ph2 14     also: ph2 120, cvc 0.2, cvc 0.1, acdc 7, acdc 3
 # PART: masks, f, g, scalar, table, parts, ingredients, in this order. PY names the Python.
 # The converters make runs/ph2.h5, cvc.h5 and acdc.h5 (the project's README, "Your own data").
