@@ -16,7 +16,8 @@ One step:  L = L_sup + lambda(t) sum(w l) / sum(w) + lambda_qar(t) QAR
     QW         w = q^2 [q >= .5], q = g(u, pseudo-label of u): one q for all pixels of an image,
                for those of a pseudo-class, or for each pixel by itself
     --correct  g sees u and its pseudo-label and predicts the truth; the prediction replaces the
-               pseudo-label. q is then the Dice that g expects of the new pseudo-label
+               pseudo-label, or half of it, while that has the better Dice on val. q is then the
+               Dice that the new pseudo-label expects of itself
     QAR        1 - g(u, softmax f(u)); its gradient flows through g into f
 
 Legend: B batch, U unlabeled batch, K classes, C channels; *S the grid that f sees: S, S of slices,
@@ -95,20 +96,21 @@ class Batch:
     s1: torch.Tensor  # [U, C, *S] strong view of u: other intensity, the same geometry
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
+    trust: torch.Tensor | float = 1.0  # with g: the share of its belief in a pseudo-label
     fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 if aimed, see Feed.aim()
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
 
         With --correct, g sees u and its pseudo-label and predicts the truth; the prediction
-        replaces the pseudo-label.
+        replaces the pseudo-label, or is mixed with it.
         """
         label = PseudoLabel(self.u, p)
         if self.g is None:
             return label
         with torch.no_grad():
-            belief = self.g.belief(label.seen)  # [U, K, *S]
-        return PseudoLabel(self.u, belief, belief)
+            mixed = torch.lerp(p, self.g.belief(label.seen), self.trust)  # [U, K, *S]
+        return PseudoLabel(self.u, mixed, mixed)
 
 
 @dataclass(eq=False)
@@ -679,6 +681,7 @@ class Run:
     scaler: torch.amp.GradScaler
     on: Compute
     graph: Graph | None = None  # of --graph
+    trust: float = 1.0  # with --correct: the share of g's belief in a pseudo-label
 
 
 def ramp(t, warmup, length):
@@ -727,12 +730,13 @@ class Now(NamedTuple):
     t: float  # progress of training, in [0, 1]
     lams: tuple  # of lambdas()
     decay: float  # of the teacher's average
+    trust: float = 1.0  # in g's correction
 
 
-def now_at(args, step):
+def now_at(args, step, trust=1.0):
     """Now at a step."""
     t = (step - 1) / args.steps
-    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema))
+    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema), trust)
 
 
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]  # of a step, logged
@@ -742,8 +746,8 @@ def total_loss(nets, teacher, g, batch, args, now):
     """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]"""
     lam, lam_qar = now.lams
     method = METHODS[args.method] if acts(lam) else WARM_UP.get(args.method, supervised)
-    if args.correct:
-        batch = replace(batch, g=g)
+    if args.correct and acts(now.trust):
+        batch = replace(batch, g=g, trust=now.trust)
     sup, terms = method(nets, teacher, batch, args, now.t)
     unsup, weights = unlabeled_loss(g, terms, args, sup.device)
     qar = torch.zeros((), device=sup.device)
@@ -767,7 +771,7 @@ def foreground_share(labels, device, weight=1.0):
 
 def train_step(run, batch, args, step):
     """One optimizer step on a batch. -> its PARTS [parts], still on the device"""
-    return make_step(run, batch, args, now_at(args, step))
+    return make_step(run, batch, args, now_at(args, step, run.trust))
 
 
 def make_step(run, batch, args, now):
@@ -812,7 +816,7 @@ def whole_step(run, fetched, info, args, step):
     set_seed(args, step)
     set_rate(run.optimizer, args, step)
     if run.graph:
-        return run.graph(fetched, now_at(args, step))
+        return run.graph(fetched, now_at(args, step, run.trust))
     return train_step(run, views(fetched, info, args, run.on.device), args, step)
 
 
@@ -1077,6 +1081,13 @@ class Progress:
         self.since = time.perf_counter()
 
 
+def val_dice(net, run, val):
+    """Dice of a network on val, over all processes: inference.mean_dice()."""
+    K = len(val.cases.info.classes)
+    table = inference.dice_table(net, val.cases, run.on, K, val.window)
+    return inference.mean_dice(distributed.gather(table), val.held)
+
+
 def validate(run, val, progress, args):
     """Scores f on val and brings `progress` up to date. -> a row of the log
 
@@ -1087,9 +1098,7 @@ def validate(run, val, progress, args):
     milliseconds = progress.elapsed() / len(progress.parts) * 1000
     progress.parts = []
 
-    classes = val.cases.info.classes
-    table = inference.dice_table(run.nets[0], val.cases, run.on, len(classes), val.window)
-    dice, per_class = inference.mean_dice(distributed.gather(table), val.held)
+    dice, per_class = val_dice(run.nets[0], run, val)
     note = alarm(averages, dice, progress.peak, args)
     progress.peak = max(dice, progress.peak)
     if progress.best["step"] <= onset(args) < step:  # the supervised part does not count
@@ -1097,17 +1106,49 @@ def validate(run, val, progress, args):
     if dice > progress.best["dice"]:
         progress.best = dict(dice=dice, step=step)
 
+    classes = val.cases.info.classes[1:]
+    trust = run.trust
+    if args.correct and args.trust is None and step > onset(args):
+        run.trust = best_trust(run, val, dice)
     looks = look(run, val) if val.shown else {}
     return dict(
         note=note,
         **averages,
         lam=lambdas(args, (step - 1) / args.steps)[0],
         lr=float(run.optimizer.param_groups[0]["lr"]),
+        **(dict(trust=trust) if args.correct else {}),
         val_dice=dice,
-        **{f"val_{c}": d for c, d in zip(classes[1:], per_class) if d is not None},
+        **{f"val_{c}": d for c, d in zip(classes, per_class) if d is not None},
         ms=milliseconds,
         **looks,
     )
+
+
+class Corrected(torch.nn.Module):
+    """A segmentation network whose output g corrects. [B, C, *S] -> logits [B, K, *S]"""
+
+    def __init__(self, net, g, trust):
+        super().__init__()
+        self.net = net
+        self.g = g
+        self.trust = trust
+
+    def forward(self, image):
+        p = probabilities(self.net, image)
+        belief = self.g.belief(Seen.of_probabilities(image, p))
+        return torch.lerp(p, belief, self.trust).log()
+
+
+def best_trust(run, val, dice):
+    """The share of g's belief with which outputs of f have the best Dice on val.
+
+    dice: without g. Of shares that are equally good, the smallest.
+    """
+    f = fused(run.nets[0])
+    found = {0.0: dice}
+    for trust in TRUSTS:
+        found[trust] = val_dice(Corrected(f, run.g, trust), run, val)[0]
+    return max(found, key=found.get)
 
 
 def look(run, val):
@@ -1147,6 +1188,7 @@ def overlays(info, samples, mask):
     return np.concatenate(rows)
 
 
+TRUSTS = (0.5, 1.0)  # what best_trust() tries
 F_LEARNED_NOTHING = 0.01  # val Dice up to which f has learned nothing
 REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
@@ -1258,6 +1300,9 @@ def parse_args(argv=None):
     p.add_argument("--correct", action="store_true",
                    help="g (dense head) sees each pseudo-label and predicts the truth, which "
                         "replaces the pseudo-label, also for --conf-threshold and --weight")
+    p.add_argument("--trust", type=SHARE,
+                   help="--correct: the share of g's prediction in a pseudo-label; 1: it replaces "
+                        "it (default: 0, 1/2 or 1, as is best on val at each validation)")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0,
                    help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
@@ -1359,6 +1404,8 @@ def fill_in(args):
         raise InputError(
             "--correct: supervised training has no pseudo-label; choose another --method"
         )
+    if args.trust is not None and not args.correct:
+        raise InputError("--trust: is of --correct; give both")
     asking = {
         "--weight quality": args.weight == "quality",
         "--qar": args.qar,
@@ -1466,7 +1513,8 @@ def build_run(network, g, args, on, fresh):
         optimizer = torch.optim.SGD(
             parameters, args.lr, momentum=0.9, weight_decay=decay, fused=True
         )
-    return Run(nets, teacher, g, optimizer, on.scaler(), on)
+    trust = 1.0 if args.trust is None else args.trust
+    return Run(nets, teacher, g, optimizer, on.scaler(), on, trust=trust)
 
 
 def save_run(path, run, progress, facts, finished=False):
@@ -1493,6 +1541,7 @@ def save_run(path, run, progress, facts, finished=False):
         peak=progress.peak,
         parts=parts.cpu(),
         seconds=progress.elapsed(),
+        trust=run.trust,
         finished=finished,
     )
 
@@ -1504,6 +1553,8 @@ def restore(run, state):
         net.load_state_dict(its)
     run.optimizer.load_state_dict(state["optimizer"])
     restore_scaler(run.scaler, state)
+    if state["args"].get("trust") is None:
+        run.trust = state.get("trust", 1.0)
     return Progress(
         state["step"],
         state["best"],
@@ -1520,11 +1571,11 @@ def open_log(args, info, first, fresh):
     of_g = ["g_true", "g_predicted", "g_mae"]
     return Log(
         args.out,
-        ["step", *PARTS, "lam", "lr", "val_dice", *classes, *of_g, "ms", "note"],
+        ["step", *PARTS, "lam", "lr", "trust", "val_dice", *classes, *of_g, "ms", "note"],
         first,
         writes=distributed.rank() == 0,
         fresh=fresh,
-        shown=["step", *PARTS[:-2], "lam", "val_dice"],
+        shown=["step", *PARTS[:-2], "lam", *(["trust"] if args.correct else []), "val_dice"],
     )
 
 

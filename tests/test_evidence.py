@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import sys
@@ -180,17 +181,21 @@ def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
 
 @pytest.mark.usefixtures("unrendered")
 def test_g_is_trained_and_scored_as_a_network(tiny, monkeypatch, capsys):
-    """Where qp.pt is missing. An ensemble stands beside it."""
+    """Where qp.pt is missing. Beside it: an ensemble, and a supervised run that g corrects."""
     os.remove("runs/evidence/tiny/tiny/g/qp.pt")
     stages = "--masks 8 --harvest-epochs 1 --harvest-steps 2", "--epochs 1 --width 4 --members 1"
     monkeypatch.setitem(run.DATA, "tiny", run.DATA["tiny"]._replace(masks=stages[0], g=stages[1]))
     monkeypatch.setattr(run, "SEEDS", [0])
+    job = run.Job("tiny", "supervised", "none", 0)
+    run.run("tiny", job)
     monkeypatch.setattr(sys, "argv", ["run", "g", "tiny", "--tier", "tiny"])
     run.main()
     last = capsys.readouterr().out.splitlines()
     found = [line.split(": ") for line in last if line.startswith("tiny, ")]
-    assert [name for name, _ in found] == ["tiny, g", "tiny, ensemble"]
-    assert all(0 <= float(dice) <= 100 for _, dice in found)
+    paths = [f"{run.place('tiny', job)}/{name}.pt" for name in ("step3", "best")]
+    assert [name for name, _ in found] == [f"tiny, {who}" for who in ("g", "ensemble", *paths)]
+    dice = re.findall(r"\d+\.\d", " ".join(text for _, text in found))
+    assert len(dice) == 2 + 2 * 3 and all(0 <= float(value) <= 100 for value in dice)
     assert os.path.isfile("runs/evidence/tiny/tiny/g/qp.pt")
 
 

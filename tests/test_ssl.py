@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -44,7 +45,8 @@ def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
 
 def halfway(args):
     """Now at the middle of training."""
-    return train_ssl.now_at(args, args.steps // 2 + 1)
+    trust = 1.0 if args.trust is None else args.trust
+    return train_ssl.now_at(args, args.steps // 2 + 1, trust)
 
 
 def setting(kind, seed=1, count=3, students=1):
@@ -235,6 +237,57 @@ def test_a_g_that_agrees_changes_no_hard_label(method):
     other, _ = loss_of("4-class gray", believing(torch.rand(3, 4, 32, 32).softmax(1)), args)
     assert agreed.item() == pytest.approx(plain.item(), abs=2e-6)
     assert other.item() != pytest.approx(plain.item(), abs=1e-3)
+
+
+def test_trust_is_the_share_of_what_g_believes():
+    _, _, batch = cached_setting("4-class gray")
+    p, own = (torch.rand(3, 4, 32, 32).softmax(1) for _ in range(2))
+    for trust in (0.25, torch.tensor(0.25)):
+        label = replace(batch, g=believing(own), trust=trust).pseudo_label(p)
+        assert torch.allclose(label.p, 0.75 * p + 0.25 * own)
+        assert torch.equal(label.belief, label.p)
+
+
+@pytest.mark.parametrize("method", UNLABELED)
+def test_without_trust_g_corrects_nothing(method):
+    """It is not even asked what it believes; for QW it is asked about the label as it is."""
+    plain, _ = loss_of("4-class gray", None, options(method=method))
+    g = believing(torch.rand(3, 4, 32, 32).softmax(1))
+    args = options("--correct", "--qp", "qp.pt", "--trust", "0", method=method)
+    assert loss_of("4-class gray", g, args)[0] == plain and not g.asked
+    judge = constant(0.7, 4)
+    args = options("--correct", "--trust", "0", method=method, weight="quality")
+    assert loss_of("4-class gray", judge, args)[0].item() == pytest.approx(plain.item(), abs=2e-6)
+    assert judge.asked
+
+
+def test_a_corrected_network_says_what_g_makes_of_its_output():
+    nets, _, batch = cached_setting("4-class gray")
+    own = torch.rand(3, 4, 32, 32).softmax(1)
+    g = believing(own)
+    net = nets[0].eval()
+    p = train_ssl.probabilities(net, batch.u)
+    found = train_ssl.Corrected(net, g, 0.5)(batch.u).softmax(1)
+    assert torch.allclose(found, (p + own) / 2, atol=1e-6)
+    assert torch.equal(g.asked[0].mask, one_hot(p.argmax(1), 4)[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "alone, half, whole, trust",
+    [
+        (0.6, 0.7, 0.8, 1.0),
+        (0.6, 0.8, 0.7, 0.5),
+        (0.8, 0.7, 0.6, 0.0),
+        (0.8, 0.8, 0.8, 0.0),
+        (0.7, 0.8, 0.8, 0.5),
+    ],
+)
+def test_g_is_trusted_as_far_as_val_gains(alone, half, whole, trust, monkeypatch):
+    dice = {0.5: half, 1.0: whole}
+    monkeypatch.setattr(train_ssl, "val_dice", lambda net, run, val: (dice[net.trust], []))
+    nets, teacher, _ = cached_setting("4-class gray")
+    run = train_ssl.Run(nets, teacher, agreeing(), None, None, None)
+    assert train_ssl.best_trust(run, None, alone) == trust
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -1006,12 +1059,59 @@ def test_a_run_knows_whose_labels_it_has_seen(gray, gray_quality, tmp_path):
     assert len(alone) == 2 and len(guided) == 4 and set(alone) < set(guided)
 
 
+def test_trust_is_logged_and_asked_for_after_lambda_sets_in(
+    gray, gray_quality, tmp_path, monkeypatch
+):
+    """Each row has the trust of its steps. --trust stays; at 1 it is --correct up to the first."""
+    answers = iter([0.5, 0.0])
+    monkeypatch.setattr(train_ssl, "best_trust", lambda *_: next(answers))
+    more = ("--method", "fixmatch", "--qp", gray_quality[1], "--eval-every", 1, "--lam-ramp", 0)
+    more = (*more, "--steps", 4, "--lam-warmup", 0.5)  # of steps 3 and 4
+    state = train(gray, tmp_path / "val", *more, "--correct")
+    log = list(csv.DictReader(open(tmp_path / "val" / "log.csv")))
+    assert [row["trust"] for row in log] == ["1", "1", "1", "0.5"]
+    assert state["trust"] == 0 and next(answers, "none") == "none"
+    fixed = {t: train(gray, tmp_path / t, *more, "--correct", "--trust", t) for t in ("0", "1")}
+    plain = train(gray, tmp_path / "plain", *more)
+    assert "trust" in log[0] and fixed["1"]["trust"] == 1
+    assert same(plain, fixed["0"]) and not same(plain, fixed["1"])
+    assert not same(state, fixed["1"]) and not same(state, plain)
+
+
+@pytest.mark.parametrize("kind", ["gray", "volumes"])
+def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
+    """Of f as it is in last.pt, asked whole case by whole case."""
+    data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
+    more = ("--method", "mean_teacher", "--correct", "--qp", qp, "--lam-warmup", 0, "--steps", 2)
+    trust = train(data, tmp_path, *more)["trust"]
+    on, info = compute("cpu", "off"), h5.read_info(data)
+    f, meta = checkpoints.load_run(str(tmp_path / "last.pt"), "student", on)
+    args = train_ssl.parse_args(arguments(data, "out"))
+    network = train_ssl.set_defaults(args, info)
+    window = inference.window_of(args.size, args)
+    cases = inference.Cases(info, "val", args.size)
+    dice = {}
+    for share in (0.0, 0.5, 1.0):
+        net = train_ssl.Corrected(f, guide(data, qp), share)
+        table = inference.dice_table(net, cases, on, network["classes"], window)
+        dice[share] = inference.mean_dice(table, train_ssl.check_val(info))[0]
+    assert dice[trust] == pytest.approx(max(dice.values()), abs=1e-3), dice
+
+
 @pytest.mark.parametrize(
-    "optimizer, method",
-    [("adamw", "mean_teacher"), ("sgd", "cps"), ("adamw", "ict")],
+    "optimizer, method, hooks",
+    [
+        ("adamw", "mean_teacher", ()),
+        ("sgd", "cps", ()),
+        ("adamw", "ict", ()),
+        ("adamw", "fixmatch", ("--correct",)),
+    ],
 )
-def test_resumed_equals_uninterrupted(optimizer, method, gray, gray_quality, tmp_path, monkeypatch):
-    guided = ("--method", method, "--weight", "quality", *ANY, "--qp", gray_quality[1])
+def test_resumed_equals_uninterrupted(
+    optimizer, method, hooks, gray, gray_quality, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_ssl, "best_trust", lambda *_: 0.5)
+    guided = ("--method", method, "--weight", "quality", *ANY, "--qp", gray_quality[1], *hooks)
     more = (*guided, "--optimizer", optimizer, "--steps", 4)
     whole = train(gray, tmp_path / "whole", *more)
     step, calls = train_ssl.train_step, []
@@ -1329,6 +1429,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, tmp_path, refused):
         train_ssl.main, [gray, *out, "--method", "ict", "--correct"], "--correct needs the qp.pt"
     )
     refused(train_ssl.main, [rgb, *out, "--correct", "--qp", rgb_quality[1]], "no pseudo-label")
+    refused(train_ssl.main, [rgb, *out, "--method", "ict", "--trust", "1"], "--trust: is of")
     refused(
         train_ssl.main,
         [rgb, *out, "--method", "ict", "--correct", "--qp", rgb_scalar],

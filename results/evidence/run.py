@@ -7,7 +7,8 @@
 
 The first makes the last train patients the test split (protocol.md says of which files). The second
 works on the whole list; when the time is over, a run that is under way is kept, and goes on the
-next time. The last prints Dice on test of g, and of its stand-ins, as segmentation networks.
+next time. The last prints Dice on test of g, and of its stand-ins, as segmentation networks, and of
+supervised runs with g's correction.
 
 Reads  runs/ph2.h5, cvc.h5, acdc.h5; the tier `full` also la.h5.
 Writes runs/evidence/TIER/DATA/METHOD-ROW-SEED/: a run of train_ssl.py and its scores on test;
@@ -18,6 +19,7 @@ runs of a seed are the same supervised training. It is done once, and each run g
 its weights are those of the whole command, to the last bit.
 """
 
+import glob
 import itertools
 import multiprocessing
 import os
@@ -89,16 +91,18 @@ ROWS = {  # options of train_ssl.py
     "confidence": "--weight confidence --weight-threshold 0.5",
     "qar": "--qar 0.01",
     "qw_qar": f"{QW} image --qar 0.01",
-    "correct": "--correct",
-    "correct_qw": f"--correct {QW} image",
-    "distill_qw": f"--correct {QW} image",
+    "correct": "--correct --trust 1",
+    "correct_qw": f"--correct --trust 1 {QW} image",
+    "trust_qw": f"--correct {QW} image",  # the correction as far as it is good on val
+    "distill_qw": f"--correct --trust 1 {QW} image",
+    "distill_trust_qw": f"--correct {QW} image",
     "qw_by_ensemble": f"{QW} image",
-    "blind": "--correct",
+    "blind": "--correct --trust 1",
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
 }
 CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
-BY_ENSEMBLE = ("distill_qw", "qw_by_ensemble")
+BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble")
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
     ("mean_teacher", "none qw correct_qw distill_qw"),
@@ -297,8 +301,15 @@ def ensemble(tier, data):
     return nets
 
 
+def supervised(tier, data):
+    """The checkpoints of supervised runs, where lambda would set in and at their best on val."""
+    runs = [place(tier, Job(plain(data), "supervised", "none", seed)) for seed in SEEDS]
+    names = ["step[0-9]*.pt", "best.pt"]
+    return [path for name in names for run in runs for path in sorted(glob.glob(f"{run}/{name}"))]
+
+
 def as_networks(argv):
-    """Prints Dice on test of g and of the ensemble: what they know without f."""
+    """Prints Dice on test of g and of the ensemble, and of supervised f's that g corrects."""
     p = Parser(__doc__, prog=f"{PROG} g")
     p.add_argument("data", nargs="+", choices=[name for name in DATA if not DATA[name].volumes])
     p.add_argument("--tier", choices=TIERS, default="small")
@@ -314,9 +325,17 @@ def as_networks(argv):
         cases = inference.Cases(info, "test", size, names, keep=False)
         g, _ = checkpoints.load_quality(f"{quality_of(args.tier, data)}/qp.pt", info, on, size)
         held = supervision.held_classes(info, "test")
+
+        def score(net):
+            return 100 * inference.mean_dice(inference.dice_table(net, cases, on, K), held)[0]
+
         for name, one in (("g", Blind(g)), ("ensemble", Ensemble(ensemble(args.tier, data)))):
-            dice = inference.dice_table(Segments(one, K), cases, on, K)
-            print(f"{data}, {name}: {100 * inference.mean_dice(dice, held)[0]:.1f}")
+            print(f"{data}, {name}: {score(Segments(one, K)):.1f}", flush=True)
+        for path in supervised(args.tier, data):
+            f = fused(checkpoints.load_run(path, "student", on)[0])
+            half, whole = (score(train_ssl.Corrected(f, g, trust)) for trust in (0.5, 1.0))
+            made = f"{half:.1f} mixed with g's correction, {whole:.1f} corrected"
+            print(f"{data}, {path}: {score(f):.1f}, {made}", flush=True)
 
 
 # ------------------------------------------------------------------------------ the command line
