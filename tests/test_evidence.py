@@ -89,7 +89,7 @@ def test_a_run_that_another_process_is_at_is_passed_over(tiny, monkeypatch, caps
     monkeypatch.setattr(run, "finished", done.__contains__)
     monkeypatch.setattr(sys, "argv", "run --data tiny --methods ict --seeds 2 --tier tiny".split())
     run.main()
-    assert asked == ["none", "qw", "correct_qw", "qw"]
+    assert asked == ["none", "qw", "correct_qw", "trust_qw", "qw"]
     assert capsys.readouterr().out == "passed over: runs/x: another process is writing to it\n"
 
 
@@ -376,6 +376,6 @@ def test_the_command_lists_what_is_left(tiny, monkeypatch, capsys):
     os.makedirs("runs/evidence/small/tiny/ict-qw-2/test")
     open("runs/evidence/small/tiny/ict-qw-2/test/summary.json", "w").close()
     run.main()
-    left = [f"runs/evidence/small/tiny/ict-{row}-2" for row in ("none", "correct_qw")]
+    left = [f"runs/evidence/small/tiny/ict-{row}-2" for row in ("none", "correct_qw", "trust_qw")]
     *found, last = capsys.readouterr().out.splitlines()
-    assert found == left and last.startswith("2 runs are left")
+    assert found == left and last.startswith("3 runs are left")

@@ -110,12 +110,14 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("bcp", "qw correct_qw distill_qw"),
     ("supervised", "all"),
     ("fixmatch", "none qw correct_qw distill_qw"),
+    ("mean_teacher bcp fixmatch", "trust_qw"),
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
     ("cps unimatch pseudo_label", "none"),
-    ("cps unimatch pseudo_label", "qw correct_qw"),
+    ("cps unimatch pseudo_label", "qw correct_qw trust_qw"),
     ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
-    ("ua_mt ict contrastive", "none qw correct_qw"),
+    ("mean_teacher bcp fixmatch", "distill_trust_qw"),
+    ("ua_mt ict contrastive", "none qw correct_qw trust_qw"),
 ]
 
 

@@ -226,7 +226,7 @@ def gains(table):
             lines.append({"method": method, "row": row} | cells)
         cells = {data: text(table.gain(data, [method], *QUALITY)) for data in table.sets}
         lines.append({"method": method, "row": " over ".join(QUALITY)} | cells)
-    for rows in (["qw"], ["correct_qw"], ["distill_qw"], QUALITY):
+    for rows in (["qw"], ["correct_qw"], ["trust_qw"], ["distill_qw"], QUALITY):
         cells = {}
         for data in table.sets:
             methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
@@ -248,8 +248,9 @@ SHOWN = {  # rows, and what the figure calls them
     "qw": "QW of the image (the paper's)",
     "qw_by_ensemble": "QW by the ensemble",
     "correct": "correction",
-    "correct_qw": "correction with QW",
-    "distill_qw": "the same by the ensemble: distillation",
+    "correct_qw": "correction with QW, g alone",
+    "trust_qw": "the same, trusted as far as val gains",
+    "distill_qw": "the same by the ensemble, alone: distillation",
     "blind": "correction, mask unseen",
     "shuffled": "QW, shuffled g",
     "oracle": "QW by true Dice",
@@ -284,7 +285,7 @@ def draw(path, table):
                     gain.mean,
                     y,
                     xerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
-                    fmt="os^Dv<>pP"[k],
+                    fmt="os^Dv<>pPX*"[k],
                     markersize=4,
                     color=figures.color(k),
                     capsize=2,
