@@ -146,6 +146,12 @@ def work(folder, data, vqm):
     train_ssl.train_step = step
     train_ssl.main(options(data, f"{folder}/parts", "--resume"))
     train_ssl.main(options(data, f"{folder}/parts"))  # finished: says so on both, and ends
+    dice, found = train_ssl.val_dice, []
+    train_ssl.val_dice = lambda *more: found.append(dice(*more)[0]) or dice(*more)
+    qp = str(Path(vqm).with_name("qp.pt"))
+    train_ssl.main(options(data, f"{folder}/correct", "--correct", "--qp", qp))
+    torch.save(found, f"{folder}/dice_{rank}.pt")
+    train_ssl.val_dice = dice
     step, runs = train_qp.train_step, []
     train_qp.train_step = lambda run, *more: runs.append(run) or step(run, *more)
     train_qp.main(
@@ -246,13 +252,21 @@ def test_resumed_by_two_equals_uninterrupted(two):
     ]
 
 
+def test_two_processes_trust_g_alike(two):
+    """Each looks at its own val cases; both know the Dice of f, and of both shares, of all."""
+    first, second = (torch.load(two / f"dice_{rank}.pt") for rank in (0, 1))
+    assert first == second and len(first) == 2 * 3
+    state = torch.load(two / "correct" / "last.pt", weights_only=True)
+    assert state["trust"] == (0.0, 0.5, 1.0)[first[3:].index(max(first[3:]))]
+
+
 def test_one_process_writes_and_speaks(two):
     said = (two / "out.txt").read_text()
     assert (
-        said.count("\n       2  ") == 2
-        and said.count("2 processes") == 4
+        said.count("\n       2  ") == 3
+        and said.count("2 processes") == 5
         and said.count("is finished") == 1
-    )  # whole, parts, parts again, g
+    )  # whole, parts, parts again, correct, g
     assert len(list((two / "whole").glob("events.*"))) == 1 and (two / "qp" / "qp.md").is_file()
     for rank in (0, 1):
         assert (
