@@ -1099,20 +1099,18 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "optimizer, method, hooks",
+    "words",
     [
-        ("adamw", "mean_teacher", ()),
-        ("sgd", "cps", ()),
-        ("adamw", "ict", ()),
-        ("adamw", "fixmatch", ("--correct",)),
+        "--method mean_teacher",
+        "--method cps --optimizer sgd",
+        "--method ict",
+        "--method fixmatch --correct",
     ],
 )
-def test_resumed_equals_uninterrupted(
-    optimizer, method, hooks, gray, gray_quality, tmp_path, monkeypatch
-):
+def test_resumed_equals_uninterrupted(words, gray, gray_quality, tmp_path, monkeypatch):
     monkeypatch.setattr(train_ssl, "best_trust", lambda *_: 0.5)
-    guided = ("--method", method, "--weight", "quality", *ANY, "--qp", gray_quality[1], *hooks)
-    more = (*guided, "--optimizer", optimizer, "--steps", 4)
+    guided = ("--weight", "quality", *ANY, "--qp", gray_quality[1])
+    more = (*words.split(), *guided, "--steps", 4)
     whole = train(gray, tmp_path / "whole", *more)
     step, calls = train_ssl.train_step, []
 
