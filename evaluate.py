@@ -71,7 +71,7 @@ from data.metrics import (
     score_case,
     triage,
 )
-from data.options import Parser, cli, folder, number
+from data.options import SHARE, Parser, cli, folder, number
 from data.tables import markdown, write_csv, write_text
 from models import checkpoints, inference, quality
 from models.checkpoints import load_checkpoint
@@ -647,6 +647,12 @@ def estimates_of(g, by, seen, mine, on):
     return says
 
 
+def corrected_by(g, net, args):
+    """The network whose outputs g corrects by --trust. InputError if g has a scalar head."""
+    checkpoints.check_dense(g, args.qp, "--trust")
+    return quality.Corrected(net, g, args.trust)
+
+
 def gigaflops(net, given):
     """Multiplications and additions of one pass, in billions. given: images, or Seen for g"""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -707,6 +713,8 @@ def predict(args):
     g = None
     if args.qp:
         g, _ = checkpoints.load_quality(args.qp, known, on, size, {path: state["args"]})
+    if args.trust:
+        net = corrected_by(g, net, args)
     masks = os.path.join(args.out, "masks")
     lock = claim(args.out)  # noqa: F841 (until this ends)
     if os.path.isdir(masks) and os.listdir(masks) and not args.overwrite:
@@ -996,6 +1004,8 @@ def scores_title(args, runs, windows):
         title += "; val chose these checkpoints (best.pt)"
     if any(windows):
         title += f"; {' or '.join(dict.fromkeys(map(str, windows)))}"
+    if args.trust:
+        title += f"; outputs corrected by g (--trust {args.trust:g})"
     resampled = sum(entry.source_grid is not None for entry in runs.entries)
     if resampled and args.grid == "source":
         title += "; scored on the sources' own grids"
@@ -1216,8 +1226,10 @@ def best_run(args, runs):
 def next_command(args, runs):
     """What to do with the best run, as a command."""
     best = args.checkpoints[best_run(args, runs)]
-    quality_predictor = ["--qp", args.qp] if args.qp else []
-    command = ["python", "evaluate.py", "NEW", best, "--predict", *quality_predictor]
+    of_g = ["--qp", args.qp] if args.qp else []
+    if args.trust:
+        of_g += ["--trust", f"{args.trust:g}"]
+    command = ["python", "evaluate.py", "NEW", best, "--predict", *of_g]
     return shlex.join([*command, "--out", "runs/new"]) + "    (NEW: images without labels)"
 
 
@@ -1265,6 +1277,10 @@ def parse_args(argv=None):
                    help="quality predictor: compare its and simpler estimates with each output's "
                         "true quality; with --predict: list the masks, worst first, by what "
                         "g and the network say together")
+    p.add_argument("--trust", type=SHARE, default=0.0,
+                   help="with --qp: g corrects the outputs before they are scored or written: the "
+                        "share of its prediction of the truth in an output; find the best one on "
+                        "val (0: the network alone, 1: g alone)")
     p.add_argument("--second", metavar="RUN.pt",
                    help="with --qp: an independent run, whose opinion on the outputs is one more "
                         "estimate")
@@ -1287,6 +1303,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
+    if args.trust and not args.qp:
+        raise InputError(f"--trust {args.trust:g}: whose? it needs the g of --qp")
     compares = len(args.checkpoints) > 1 or args.second or args.baseline
     if args.predict and (compares or args.regions is not None):
         raise InputError(
@@ -1339,6 +1357,8 @@ def main(argv=None):
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):
             net, _ = checkpoints.load_run(path, args.weights, on)
+            if args.trust:
+                net = corrected_by(judge.g, net, args)
             size = chosen[i]["args"]["size"]
             if cases is None or size != cases.size:
                 cases = inference.Cases(info, split, size, runs.names, keep)

@@ -80,7 +80,7 @@ from models.losses import (
     to_samples,
     weighted_mean,
 )
-from models.quality import Seen, quality_target
+from models.quality import Corrected, Seen, corrected, quality_target
 from models.resnet import RESNETS
 
 # --------------------------------------------------------------------- what a method sees and gives
@@ -105,11 +105,10 @@ class Batch:
         With --correct, g sees u and its pseudo-label and predicts the truth; the prediction
         replaces the pseudo-label, or is mixed with it.
         """
-        label = PseudoLabel(self.u, p)
         if self.g is None:
-            return label
+            return PseudoLabel(self.u, p)
         with torch.no_grad():
-            mixed = torch.lerp(p, self.g.belief(label.seen), self.trust)  # [U, K, *S]
+            mixed = corrected(self.g, self.u, p, self.trust)  # [U, K, *S]
         return PseudoLabel(self.u, mixed, mixed)
 
 
@@ -119,7 +118,7 @@ class PseudoLabel:
 
     image: torch.Tensor  # [U, C, *S] weak views
     p: torch.Tensor  # [U, K, *S] probabilities, without gradient
-    belief: torch.Tensor | None = None  # [U, K, *S] with --correct: what g predicted
+    belief: torch.Tensor | None = None  # [U, K, *S] with --correct: what g, and f, believe
 
     @functools.cached_property
     def hard(self):
@@ -1124,21 +1123,6 @@ def validate(run, val, progress, args):
     )
 
 
-class Corrected(torch.nn.Module):
-    """A segmentation network whose output g corrects. [B, C, *S] -> logits [B, K, *S]"""
-
-    def __init__(self, net, g, trust):
-        super().__init__()
-        self.net = net
-        self.g = g
-        self.trust = trust
-
-    def forward(self, image):
-        p = probabilities(self.net, image)
-        belief = self.g.belief(Seen.of_probabilities(image, p))
-        return torch.lerp(p, belief, self.trust).log()
-
-
 def best_trust(run, val, dice):
     """The share of g's belief with which outputs of f have the best Dice on val.
 
@@ -1479,12 +1463,8 @@ def load_g(args, info, on):
     runs = {args.out: vars(args)}
     g, taught = checkpoints.load_quality(args.qp, info, on, args.size, runs)
     of_pixels = args.weight == "quality" and args.weight_level == "pixel"
-    if (args.correct or of_pixels) and not hasattr(g, "belief"):
-        asks = "--correct" if args.correct else "--weight-level pixel"
-        raise InputError(
-            f"{args.qp}: has a scalar head, which knows nothing of pixels; {asks} needs "
-            "train_qp.py --head dense"
-        )
+    if args.correct or of_pixels:
+        checkpoints.check_dense(g, args.qp, "--correct" if args.correct else "--weight-level pixel")
     return g, taught
 
 

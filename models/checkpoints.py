@@ -323,6 +323,15 @@ def load_quality(path, info, on, size=None, runs=None):
     return g.requires_grad_(False), state["labeled"]
 
 
+def check_dense(g, path, asks):
+    """InputError if g, of a file, has a scalar head. asks: the option that asks about pixels."""
+    if not hasattr(g, "belief"):
+        raise InputError(
+            f"{path}: has a scalar head, which knows nothing of pixels; {asks} needs "
+            "train_qp.py --head dense"
+        )
+
+
 def check_kind(path, data, info, remedy):
     """InputError where `data`, of a checkpoint, differs from info in what a network depends on."""
     theirs = data | {"channel_names": h5.names_of(data)}

@@ -230,6 +230,32 @@ class DenseQualityPredictor(nn.Module):
         return 1 - right.sum(1)
 
 
+# -------------------------------------------------------------------------------------- correction
+
+
+def corrected(g, image, p, trust):
+    """Probabilities p of f for images, of which g's belief replaces the share `trust`.
+
+    image [B, C, *S], p [B, K, *S] -> [B, K, *S]
+    """
+    belief = g.belief(Seen.of_probabilities(image, p))
+    return torch.lerp(p, belief, trust)
+
+
+class Corrected(nn.Module):
+    """A segmentation network f whose output g corrects. [B, C, *S] -> logits [B, K, *S]"""
+
+    def __init__(self, f, g, trust):
+        super().__init__()
+        self.f = f
+        self.g = g
+        self.trust = trust
+
+    def forward(self, image):
+        p = self.f(image).float().softmax(1)
+        return corrected(self.g, image, p, self.trust).log()
+
+
 # ------------------------------------------------------------------------------- what g has to beat
 # Estimates of the Dice of a network's output, the argmax of its probabilities p [B, K, *S], from p
 # itself. -> [B, K-1]; higher means better.

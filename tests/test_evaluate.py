@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FakeG, make_pictures, python
 from medpy.metric import binary
+from PIL import Image
 from scipy import stats
 
 import evaluate
@@ -23,6 +24,7 @@ from data import figures, h5, images, loading, metrics, nifti, phantom, supervis
 from models import checkpoints, inference
 from models.checkpoints import save_checkpoint
 from models.device import compute
+from models.quality import Seen
 
 
 def blobs(rng, shape):
@@ -462,6 +464,53 @@ def test_table_files_and_pictures(kind, request, tmp_path, capsys):
         cv2.imread(str(p)).std() > 5
         for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"]
     )
+
+
+def mixed_labels(data, path, qp, trust):
+    """What f and g say of each val case together, by hand. -> {case: [H, W]}"""
+    on, info = compute("cpu", "off"), h5.read_info(data)
+    f, _ = checkpoints.load_run(path, "student", on)
+    g, _ = checkpoints.load_quality(qp, info, on)
+    labels = {}
+    for case in inference.Cases(info, "val", 32):
+        x, _ = case.image.batch(slice(0, 1), on.device)
+        with torch.no_grad():
+            p = f(x).softmax(1)
+            mask = torch.nn.functional.one_hot(p.argmax(1), p.shape[1]).movedim(-1, 1)[:, 1:]
+            p = (1 - trust) * p + trust * g.belief(Seen(x, mask.float()))
+        p = torch.nn.functional.interpolate(p, case.entry.grid[-2:], mode="bilinear")
+        labels[case.entry.name] = p.argmax(1)[0].numpy()
+    return labels
+
+
+def test_outputs_that_g_corrects_are_scored_and_written(rgb, rgb_quality, tmp_path, capsys):
+    info, qp = h5.read_info(rgb), rgb_quality[1]
+    path = make_run(tmp_path / "run", info)
+    truth = {case.entry.name: case.truth[0] for case in inference.Cases(info, "val", 32)}
+    words = [rgb, path, "--qp", qp, "--split", "val", "--amp", "off"]
+    labels = {}
+    for trust in (0, 0.5, 1):
+        out = tmp_path / str(trust)
+        evaluate.main([*words, "--out", str(out), "--trust", str(trust), "--pictures", "0"])
+        found = {c["case"]: float(c["dice"]) for c in csv.DictReader(open(out / "cases.csv"))}
+        labels[trust] = mixed_labels(rgb, path, qp, trust)
+        for case, label in labels[trust].items():
+            assert found[case] == pytest.approx(metrics.dice(label == 1, truth[case] == 1))
+        said = f"outputs corrected by g (--trust {trust})"
+        assert (said in (out / "summary.md").read_text()) == (trust > 0)
+        evaluate.main([*words, "--out", str(out), "--trust", str(trust), "--predict"])
+        for case, label in labels[trust].items():
+            assert (np.array(Image.open(out / "masks" / f"{case}.png")) == label).all()
+    assert "--trust 1 --out runs/new" in capsys.readouterr().out
+    assert any((labels[0][case] != labels[1][case]).any() for case in truth)
+
+
+def test_who_corrects_is_asked(rgb, rgb_scalar, tmp_path, refused):
+    path = make_run(tmp_path / "run", h5.read_info(rgb))
+    words = [rgb, path, "--out", str(tmp_path / "out"), "--trust", "0.5"]
+    refused(evaluate.main, words, "--trust 0.5: whose?")
+    for more in ([], ["--predict"]):
+        refused(evaluate.main, [*words, "--qp", rgb_scalar, *more], "--trust needs", "--head dense")
 
 
 class Says(torch.nn.Module):

@@ -23,7 +23,7 @@ from models import checkpoints, inference
 from models.device import Compute, compute
 from models.ema import averaged, update_average
 from models.losses import mse_loss, one_hot, seg_loss, weighted_mean
-from models.quality import with_background
+from models.quality import Corrected, with_background
 
 UNLABELED = [m for m in train_ssl.METHODS if m != "supervised"]
 KINDS = {
@@ -267,7 +267,7 @@ def test_a_corrected_network_says_what_g_makes_of_its_output():
     g = believing(own)
     net = nets[0].eval()
     p = train_ssl.probabilities(net, batch.u)
-    found = train_ssl.Corrected(net, g, 0.5)(batch.u).softmax(1)
+    found = Corrected(net, g, 0.5)(batch.u).softmax(1)
     assert torch.allclose(found, (p + own) / 2, atol=1e-6)
     assert torch.equal(g.asked[0].mask, one_hot(p.argmax(1), 4)[:, 1:])
 
@@ -1092,7 +1092,7 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
     cases = inference.Cases(info, "val", args.size)
     dice = {}
     for share in (0.0, 0.5, 1.0):
-        net = train_ssl.Corrected(f, guide(data, qp), share)
+        net = Corrected(f, guide(data, qp), share)
         table = inference.dice_table(net, cases, on, network["classes"], window)
         dice[share] = inference.mean_dice(table, train_ssl.check_val(info))[0]
     assert dice[trust] == pytest.approx(max(dice.values()), abs=1e-3), dice

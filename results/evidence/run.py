@@ -41,6 +41,7 @@ from data.files import InputError, checksum, claim, replacing
 from data.options import Parser, cli, number
 from models import checkpoints, inference
 from models.device import compute, fused
+from models.quality import Corrected
 from results.evidence.controls import Blind, Ensemble, Oracle, Segments, Shuffled, stand_in
 
 PROG = "python -m results.evidence.run"
@@ -335,7 +336,7 @@ def as_networks(argv):
             print(f"{data}, {name}: {score(Segments(one, K)):.1f}", flush=True)
         for path in supervised(args.tier, data):
             f = fused(checkpoints.load_run(path, "student", on)[0])
-            half, whole = (score(train_ssl.Corrected(f, g, trust)) for trust in (0.5, 1.0))
+            half, whole = (score(Corrected(f, g, trust)) for trust in (0.5, 1.0))
             made = f"{half:.1f} mixed with g's correction, {whole:.1f} corrected"
             print(f"{data}, {path}: {score(f):.1f}, {made}", flush=True)
 
