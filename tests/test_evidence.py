@@ -179,6 +179,32 @@ def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
     assert kept == [getattr(module, name) for module, name in controls.PATCHED]
 
 
+@pytest.mark.parametrize("row", ["at_test", "at_test_ensemble"])
+@pytest.mark.parametrize("dice, trust", [((0.3, 0.5, 0.4), "0.5"), ((0.5, 0.5, 0.4), "0.0")])
+def test_outputs_of_a_run_are_corrected_as_far_as_val_gains(row, dice, trust, tiny, monkeypatch):
+    """The run `none` is trained, unless it is there; its outputs are scored, not trained again."""
+    asked, seen = [], []
+    values = dict(zip(run.TRUSTS, dice))
+
+    def found(split, net):
+        seen.append(type(net.g))
+        assert split.cases.split == "val"
+        return values[net.trust]
+
+    monkeypatch.setattr(run.Split, "dice", found)
+    monkeypatch.setattr(run.evaluate, "main", asked.append)
+    monkeypatch.setattr(run, "SEEDS", [0])  # an ensemble of one
+    job = run.Job("tiny", "mean_teacher", row, 0)
+    run.run("tiny", job)
+    plain, out = run.place("tiny", job._replace(row="none")), run.place("tiny", job)
+    words = asked[-1]
+    assert words[1:5] == [f"{plain}/best.pt", f"{plain}/last.pt", "--split", "test"]
+    assert words[words.index("--trust") + 1] == trust and f"{out}/test" in words
+    assert os.path.isfile(f"{plain}/best.pt") and not os.path.isfile(f"{out}/best.pt")
+    judge = controls.Ensemble if row == "at_test_ensemble" else DenseQualityPredictor
+    assert seen == [judge] * 3
+
+
 @pytest.mark.usefixtures("unrendered")
 def test_g_is_trained_and_scored_as_a_network(tiny, monkeypatch, capsys):
     """Where qp.pt is missing. Beside it: an ensemble, and a supervised run that g corrects."""

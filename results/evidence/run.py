@@ -101,9 +101,13 @@ ROWS = {  # options of train_ssl.py
     "blind": "--correct --trust 1",
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
+    "at_test": "",  # the run `none`, whose outputs g corrects
+    "at_test_ensemble": "",  # the same by the ensemble
 }
 CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
-BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble")
+BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble", "at_test_ensemble")
+AT_TEST = ("at_test", "at_test_ensemble")
+TRUSTS = (0.0, *train_ssl.TRUSTS)
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
     ("mean_teacher", "none qw correct_qw distill_qw"),
@@ -112,9 +116,11 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("supervised", "all"),
     ("fixmatch", "none qw correct_qw distill_qw"),
     ("mean_teacher bcp fixmatch", "trust_qw"),
+    ("supervised mean_teacher bcp fixmatch", "at_test at_test_ensemble"),
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
     ("cps unimatch pseudo_label", "none"),
     ("cps unimatch pseudo_label", "qw correct_qw trust_qw"),
+    ("cps unimatch pseudo_label", "at_test at_test_ensemble"),
     ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("mean_teacher bcp fixmatch", "distill_trust_qw"),
@@ -150,10 +156,10 @@ def jobs(tier):
 
 
 def fits(data, method, row):
-    """Supervised training sees no archive; the oracle knows slices alone."""
+    """Supervised training sees no archive; some controls know slices alone."""
     if method == "supervised":
         return not DATA[data].archive
-    return row != "oracle" or not DATA[data].volumes
+    return row not in ("oracle", *AT_TEST) or not DATA[data].volumes
 
 
 # ------------------------------------------------------------------------------ one run
@@ -227,10 +233,31 @@ def run(tier, job):
     lock = claim(out)
     print(f"\n{out}", flush=True)
     with stand_in(control_of(tier, job)):
-        train(tier, job, out)
-    scored = [f"{out}/best.pt", f"{out}/last.pt", "--split", "test"]
-    evaluate.main([file_of(job.data), *scored, "--out", f"{out}/test", "--pictures", "0"])
+        if job.row in AT_TEST:
+            correct(tier, job, out)
+        else:
+            train(tier, job, out)
+            score(job.data, out, out)
     lock.release(force=True)
+
+
+def score(data, folder, out, *more):
+    """evaluate.py on a run's best.pt and last.pt, on test, into OUT/test."""
+    words = [file_of(data), f"{folder}/best.pt", f"{folder}/last.pt", "--split", "test", *more]
+    evaluate.main([*words, "--out", f"{out}/test", "--pictures", "0"])
+
+
+def correct(tier, job, out):
+    """Scores a run `none`, whose outputs g corrects as far as best.pt gains on val."""
+    origin = job._replace(row="none")
+    run(tier, origin)
+    folder = place(tier, origin)
+    qp = f"{quality_of(tier, job.data)}/qp.pt"
+    split = Split(tier, job.data, "val")
+    f = split.network(f"{folder}/best.pt")
+    dice = {trust: split.dice(Corrected(f, split.g, trust)) for trust in TRUSTS}
+    trust = max(dice, key=dice.get)
+    score(job.data, folder, out, "--qp", qp, "--trust", str(trust))
 
 
 def train(tier, job, out):
@@ -268,7 +295,7 @@ def from_start(path, args):
 
 def control_of(tier, job):
     """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
-    if "--qp" not in options(tier, job, "-"):
+    if job.row not in AT_TEST and "--qp" not in options(tier, job, "-"):
         return None
     train_quality(tier, job.data)
     if job.row in BY_ENSEMBLE:
@@ -297,11 +324,33 @@ def ensemble(tier, data):
         if not finished(out):
             words = options(tier, Job(plain(data), "supervised", "none", seed), out)
             train_ssl.main([*words, "--width", "16", "--resume"])
-            scored = [f"{out}/best.pt", f"{out}/last.pt", "--split", "test"]
-            evaluate.main([file_of(data), *scored, "--out", f"{out}/test", "--pictures", "0"])
+            score(data, out, out)
         on = compute("auto", "off", False)
         nets.append(fused(checkpoints.load_run(f"{out}/best.pt", "student", on)[0]))
     return nets
+
+
+class Split:
+    """A split of slices, g of its data, and the Dice that networks have on it."""
+
+    def __init__(self, tier, data, split):
+        info = h5.read_info(file_of(data))
+        size = int(size_of(tier, data))
+        self.on = compute("auto", "off", False)
+        self.classes = len(info.classes)
+        self.held = supervision.held_classes(info, split)
+        self.cases = inference.Cases(info, split, size)
+        qp = f"{quality_of(tier, data)}/qp.pt"
+        self.g, _ = checkpoints.load_quality(qp, info, self.on, size)
+
+    def network(self, path):
+        """f of a checkpoint."""
+        return fused(checkpoints.load_run(path, "student", self.on)[0])
+
+    def dice(self, net):
+        """Dice in %, mean over cases, then classes."""
+        table = inference.dice_table(net, self.cases, self.on, self.classes)
+        return 100 * inference.mean_dice(table, self.held)[0]
 
 
 def supervised(tier, data):
@@ -318,27 +367,17 @@ def as_networks(argv):
     p.add_argument("--tier", choices=TIERS, default="small")
     args = p.parse_args(argv)
     check_sets(args)
-    on = compute("auto", "off", False)
     for data in args.data:
         train_quality(args.tier, data)
-        info = h5.read_info(file_of(data))
-        names = [e.name for e in info.entries("test")]
-        K = len(info.classes)
-        size = int(size_of(args.tier, data))
-        cases = inference.Cases(info, "test", size, names, keep=False)
-        g, _ = checkpoints.load_quality(f"{quality_of(args.tier, data)}/qp.pt", info, on, size)
-        held = supervision.held_classes(info, "test")
-
-        def score(net):
-            return 100 * inference.mean_dice(inference.dice_table(net, cases, on, K), held)[0]
-
+        test = Split(args.tier, data, "test")
+        g = test.g
         for name, one in (("g", Blind(g)), ("ensemble", Ensemble(ensemble(args.tier, data)))):
-            print(f"{data}, {name}: {score(Segments(one, K)):.1f}", flush=True)
+            print(f"{data}, {name}: {test.dice(Segments(one, test.classes)):.1f}", flush=True)
         for path in supervised(args.tier, data):
-            f = fused(checkpoints.load_run(path, "student", on)[0])
-            half, whole = (score(Corrected(f, g, trust)) for trust in (0.5, 1.0))
+            f = test.network(path)
+            half, whole = (test.dice(Corrected(f, g, trust)) for trust in (0.5, 1.0))
             made = f"{half:.1f} mixed with g's correction, {whole:.1f} corrected"
-            print(f"{data}, {path}: {score(f):.1f}, {made}", flush=True)
+            print(f"{data}, {path}: {test.dice(f):.1f}, {made}", flush=True)
 
 
 # ------------------------------------------------------------------------------ the command line

@@ -226,7 +226,7 @@ def gains(table):
             lines.append({"method": method, "row": row} | cells)
         cells = {data: text(table.gain(data, [method], *QUALITY)) for data in table.sets}
         lines.append({"method": method, "row": " over ".join(QUALITY)} | cells)
-    for rows in (["qw"], ["correct_qw"], ["trust_qw"], ["distill_qw"], QUALITY):
+    for rows in (["qw"], ["correct_qw"], ["trust_qw"], ["distill_qw"], QUALITY, *AT_TEST):
         cells = {}
         for data in table.sets:
             methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
@@ -235,6 +235,7 @@ def gains(table):
     return markdown([line for line in lines if any([*line.values()][2:])])
 
 
+AT_TEST = [["at_test"], ["at_test_ensemble"]]
 QUALITY = ["correct_qw", "distill_qw"]  # their difference: what quality adds to a second network
 
 
@@ -255,6 +256,8 @@ SHOWN = {  # rows, and what the figure calls them
     "shuffled": "QW, shuffled g",
     "oracle": "QW by true Dice",
     "qar": "QAR",
+    "at_test": "no guidance; outputs corrected",
+    "at_test_ensemble": "no guidance; outputs corrected by the ensemble",
 }
 
 
@@ -285,7 +288,7 @@ def draw(path, table):
                     gain.mean,
                     y,
                     xerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
-                    fmt="os^Dv<>pPX*"[k],
+                    fmt="os^Dv<>pPX*hH"[k],
                     markersize=4,
                     color=figures.color(k),
                     capsize=2,
