@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import FakeG, make_pictures, python
+from conftest import FakeG, make_pictures, python, shared
 from medpy.metric import binary
 from PIL import Image
 from scipy import stats
@@ -370,100 +370,140 @@ def make_run(folder, info, **args):
     return str(folder / "best.pt")
 
 
-@pytest.mark.parametrize("kind", ["gray", "rgb"])
-def test_table_files_and_pictures(kind, request, tmp_path, capsys):
+@pytest.fixture(params=["gray", "rgb"])
+def table(request, tmp_path_factory, capsys):
+    """What evaluate.py writes, with g, of two seeds of supervised and one of mean_teacher."""
+    kind = request.param
     data, (_, qp) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")
-    info, out = h5.read_info(data), tmp_path / "out"
-    runs = [make_run(tmp_path / f"a{s}", info, seed=s) for s in (0, 1)] + [
-        make_run(tmp_path / "b", info, seed=2, method="mean_teacher")
-    ]
-    evaluate.main(
-        [data, *runs, "--out", str(out), "--qp", qp, "--pictures", "2", "--baseline", "supervised"]
+    info = h5.read_info(data)
+
+    def make(folder):
+        runs = [make_run(folder / f"a{s}", info, seed=s) for s in (0, 1)]
+        runs.append(make_run(folder / "b", info, seed=2, method="mean_teacher"))
+        options = ["--qp", qp, "--pictures", "2", "--baseline", "supervised"]
+        evaluate.main([data, *runs, "--out", str(folder / "out"), *options])
+        (folder / "said.txt").write_text(capsys.readouterr().out)
+
+    folder = shared(tmp_path_factory, f"table_{kind}", make)
+    out = folder / "out"
+    return types.SimpleNamespace(
+        out=out,
+        said=(folder / "said.txt").read_text(),
+        text=(out / "summary.md").read_text(),
+        rows=json.loads((out / "summary.json").read_text())["rows"],
+        cases=list(csv.DictReader(open(out / "cases.csv"))),
+        quality=list(csv.DictReader(open(out / "quality.csv"))),
+        tables=(out / "quality.md").read_text(),
+        is_gray=kind == "gray",
+        entries=info.entries("val"),
+        foreground=len(info.classes) - 1,
     )
-    rows = json.loads((out / "summary.json").read_text())["rows"]
-    assert [(r["run"], len(r["Dice %"])) for r in rows] == [("supervised", 2), ("mean_teacher", 1)]
-    cases = list(csv.DictReader(open(out / "cases.csv")))
-    n, K = len(info.entries("val")), len(info.classes)
-    assert len(cases) == 3 * n * (K - 1) and {c["unit"] for c in cases} == {
-        "mm" if kind == "gray" else "px"
-    }
-    means = [
-        100
-        * np.mean([float(c["dice"]) for c in cases if c["run"] == "supervised" and c["seed"] == s])
-        for s in "01"
-    ]
-    assert rows[0]["Dice %"] == pytest.approx(means)
-    text = (out / "summary.md").read_text()
-    assert (
-        f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in text
-        and "Δ Dice: points above supervised of the same labeled" in text
+
+
+def those(rows, **columns):
+    """The rows of a .csv file that have these values in these columns."""
+    return [row for row in rows if columns.items() <= row.items()]
+
+
+def mean_dice(cases, **columns):
+    """Mean Dice, in %, of those rows of cases.csv."""
+    return 100 * np.mean([float(row["dice"]) for row in those(cases, **columns)])
+
+
+def test_a_row_holds_the_seeds_of_a_method(table):
+    seeds = [(row["run"], len(row["Dice %"])) for row in table.rows]
+    assert seeds == [("supervised", 2), ("mean_teacher", 1)]
+
+
+def test_the_table_is_on_the_screen_and_in_a_file(table):
+    assert "| supervised |" in table.said
+    assert "| supervised |" in table.text
+
+
+def test_each_run_case_and_class_is_a_row_of_cases_csv(table):
+    assert len(table.cases) == 3 * len(table.entries) * table.foreground
+    assert {row["unit"] for row in table.cases} == {"mm" if table.is_gray else "px"}
+
+
+def test_dice_of_the_table_is_the_mean_of_each_seed(table):
+    means = [mean_dice(table.cases, run="supervised", seed=s) for s in "01"]
+    assert table.rows[0]["Dice %"] == pytest.approx(means)
+    assert f"| {np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} |" in table.text
+
+
+def test_the_baseline_is_compared_with_nothing(table):
+    assert [table.rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3
+    assert "| - | - | - |" in table.text
+    assert "Δ Dice: points above supervised of the same labeled" in table.text
+
+
+def test_the_difference_from_the_baseline_is_of_each_case(table):
+    """Each case is a patient here."""
+    assert len({e.patient for e in table.entries}) == len(table.entries)
+    mine, theirs = (
+        [mean_dice(table.cases, run=run, case=e.name) for e in table.entries]
+        for run in ("mean_teacher", "supervised")
     )
-    mean = lambda run, case: np.mean(
-        [float(c["dice"]) for c in cases if (c["run"], c["case"]) == (run, case)]
-    )
-    assert len({e.patient for e in info.entries("val")}) == n  # so that cases are patients here
-    difference = [
-        100 * (mean("mean_teacher", e.name) - mean("supervised", e.name))
-        for e in info.entries("val")
-    ]
-    assert [rows[0][k] for k in ("Δ Dice", "95% interval", "p")] == [None] * 3 and rows[1][
-        "Δ Dice"
-    ] == pytest.approx(np.mean(difference))
-    assert rows[1]["95% interval"] == pytest.approx([min(difference), max(difference)]) and rows[1][
-        "p"
-    ] == pytest.approx(stats.wilcoxon(difference).pvalue)
-    mean_of, low, high = np.mean(difference), min(difference), max(difference)
-    assert f"| {mean_of:.3f} | {low:.3f} to {high:.3f} | {rows[1]['p']:.3f} |" in text
-    assert "| - | - | - |" in text
-    quality = list(csv.DictReader(open(out / "quality.csv")))
-    assert len(quality) == 3 * n * (4 if kind == "gray" else 1) * (K - 1)
-    tables = (out / "quality.md").read_text()
-    for estimate in (
-        "g",
-        "g and f together",
-        "mean confidence",
-        "mean certainty (entropy)",
-        "region confidence",
-        "f's own expected Dice",
-        "agreement with an augmented pass",
-        "agreement of student and teacher",
-    ):
-        assert f"| mean of all | {estimate} |" in tables and estimate in quality[0]
-    assert ("Of each volume and class" in tables) == (kind == "gray") and "GFLOPs" in tables
-    rows_of_g = [
-        r
-        for r in quality
-        if r["run"] == "supervised" and r["seed"] == "0" and r["present"] == "True"
-    ]
-    error = np.mean([abs(float(r["g"]) - float(r["true"])) for r in rows_of_g])
-    second = np.mean(
-        [
-            abs(float(r["g"]) - float(r["true"]))
-            for r in quality
-            if r["run"] == "supervised" and r["seed"] == "1" and r["present"] == "True"
-        ]
-    )
-    pooled = [r for r in quality if r["present"] == "True"]
-    r_of_all = stats.pearsonr(*([float(r[k]) for r in pooled] for k in ("g", "true")))[0]
-    row = next(
-        r
-        for r in json.loads((out / "quality.json").read_text())["levels"]["present"]
-        if (r["run"], r["estimate"]) == ("pooled", "g")
-    )
-    assert row["n"] == len(pooled) and row["Pearson"] == pytest.approx(r_of_all, abs=1e-4)
-    assert (
-        f"| supervised, labeled all | g | {len(rows_of_g)} |" in tables
-        and f"| {(error + second) / 2:.3f} |" in tables
-    )
-    assert (
-        "| supervised |" in capsys.readouterr().out
-        and "| supervised |" in (out / "summary.md").read_text()
-    )
-    pictures = list((out / "cases").iterdir())
-    assert len(pictures) == 2 and all(
-        cv2.imread(str(p)).std() > 5
-        for p in [*pictures, out / "compare.png", out / "quality.png", out / "estimates.png"]
-    )
+    difference = np.subtract(mine, theirs)
+    mean, low, high = difference.mean(), difference.min(), difference.max()
+    row = table.rows[1]
+    assert row["Δ Dice"] == pytest.approx(mean)
+    assert row["95% interval"] == pytest.approx([low, high])
+    assert row["p"] == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert f"| {mean:.3f} | {low:.3f} to {high:.3f} | {row['p']:.3f} |" in table.text
+
+
+def test_quality_csv_has_a_row_for_each_sample_and_class(table):
+    """A case is a volume of four slices, or a picture."""
+    samples = len(table.entries) * (4 if table.is_gray else 1)
+    assert len(table.quality) == 3 * samples * table.foreground
+
+
+ESTIMATES = (
+    "g",
+    "g and f together",
+    "mean confidence",
+    "mean certainty (entropy)",
+    "region confidence",
+    "f's own expected Dice",
+    "agreement with an augmented pass",
+    "agreement of student and teacher",
+)
+
+
+def test_every_estimate_is_in_both_files_of_quality(table):
+    for estimate in ESTIMATES:
+        assert f"| mean of all | {estimate} |" in table.tables
+        assert estimate in table.quality[0]
+
+
+def test_quality_md_has_a_table_of_volumes_where_there_are_any_and_the_cost(table):
+    assert ("Of each volume and class" in table.tables) == table.is_gray
+    assert "GFLOPs" in table.tables
+
+
+def test_correlation_of_g_is_of_the_pooled_runs(table):
+    pooled = those(table.quality, present="True")
+    g, true = ([float(row[k]) for row in pooled] for k in ("g", "true"))
+    levels = json.loads((table.out / "quality.json").read_text())["levels"]
+    row = those(levels["present"], run="pooled", estimate="g")[0]
+    assert row["n"] == len(pooled)
+    assert row["Pearson"] == pytest.approx(stats.pearsonr(g, true)[0], abs=1e-4)
+
+
+def test_error_of_g_is_the_mean_of_both_seeds(table):
+    seeds = [those(table.quality, run="supervised", seed=s, present="True") for s in "01"]
+    errors = [np.mean([abs(float(r["g"]) - float(r["true"])) for r in rows]) for rows in seeds]
+    assert f"| supervised, labeled all | g | {len(seeds[0])} |" in table.tables
+    assert f"| {sum(errors) / 2:.3f} |" in table.tables
+
+
+def test_pictures_of_a_table_are_not_blank(table):
+    pictures = list((table.out / "cases").iterdir())
+    assert len(pictures) == 2
+    plots = [table.out / f"{name}.png" for name in ("compare", "quality", "estimates")]
+    for path in pictures + plots:
+        assert cv2.imread(str(path)).std() > 5, path
 
 
 def mixed_labels(data, path, qp, trust):
@@ -579,87 +619,106 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(figures, name, lambda *_: None)
 
 
-def test_estimates_on_held_out_cases(gray, gray_quality, tmp_path, capsys, refused, undrawn):
-    """Train cases whose labels nobody has used, calibrated on val, with a second network."""
-    info, out = h5.read_info(gray), tmp_path / "out"
-    names = [e.name for e in info.entries("train")]
-    run, other = (
-        make_run(tmp_path / n, info, labeled=k, seed=s)
-        for n, k, s in (("a", "2", 0), ("b", "5", 1))
-    )
-    common = [gray, run, "--split", "held_out", "--pictures", "0", "--regions", "whole=1,2,3"]
-    cases = lambda: list(dict.fromkeys(r["case"] for r in csv.DictReader(open(out / "cases.csv"))))
-    evaluate.main([*common, "--out", str(out)])
-    assert cases() == names[2:]
-    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1]])  # g has learned from 4
-    assert cases() == names[4:]
-    evaluate.main([*common, "--out", str(out), "--qp", gray_quality[1], "--second", other])
-    assert cases() == names[5:]
-    found = list(csv.DictReader(open(out / "quality.csv")))
-    assert {r["case"] for r in found} == set(
-        names[5:]
-    ) and "expected Dice under a second network" in found[0]
-    assert {r["class"] for r in found} == set(info.classes[1:])  # regions are no part of this
-    table = json.loads((out / "quality.json").read_text())
-    assert "fitted on val" in table["title"] and "other patients" not in table["title"]
-    g = next(r for r in table["levels"]["present"] if r["estimate"] == "g")
-    on = compute()  # the calibrated error once more, by its parts
-    net, val = checkpoints.load_run(run, "student", on)[0], loading.load_slices(info, "val", 32)
-    on_val = evaluate.compare_estimates(
-        checkpoints.load_quality(gray_quality[1], info, on)[0],
-        evaluate.Opinions(net, net),
-        val,
-        on,
-        32,
-    )
+HELD_OUT = ["--split", "held_out", "--pictures", "0", "--regions", "whole=1,2,3"]
+
+
+@pytest.fixture
+def held_out(gray, gray_quality, tmp_path_factory, undrawn):
+    """A run of 2 labeled cases, which g, of 4, and a second network, of 5, have judged.
+
+    The cases are those of train whose labels nobody has used. -> the folder
+    """
+
+    def make(folder):
+        info = h5.read_info(gray)
+        run = make_run(folder / "run", info, labeled="2")
+        second = make_run(folder / "second", info, labeled="5", seed=1)
+        argv = [gray, run, *HELD_OUT, "--qp", gray_quality[1], "--second", second]
+        evaluate.main([*argv, "--out", str(folder)])
+
+    return shared(tmp_path_factory, "held_out", make)
+
+
+def cases_of(folder):
+    """Names of the cases in cases.csv, in order."""
+    return list(dict.fromkeys(row["case"] for row in csv.DictReader(open(folder / "cases.csv"))))
+
+
+def test_held_out_cases_are_those_from_which_nobody_has_learned(
+    gray, gray_quality, held_out, tmp_path
+):
+    names = [e.name for e in h5.read_info(gray).entries("train")]
+    argv = [gray, str(held_out / "run" / "best.pt"), *HELD_OUT, "--out", str(tmp_path)]
+    evaluate.main(argv)
+    assert cases_of(tmp_path) == names[2:]
+    evaluate.main([*argv, "--qp", gray_quality[1]])
+    assert cases_of(tmp_path) == names[4:]
+    assert cases_of(held_out) == names[5:]
+
+
+def test_quality_of_held_out_cases_is_of_classes_and_not_of_regions(gray, held_out):
+    info = h5.read_info(gray)
+    found = list(csv.DictReader(open(held_out / "quality.csv")))
+    assert {row["case"] for row in found} == {e.name for e in info.entries("train")[5:]}
+    assert {row["class"] for row in found} == set(info.classes[1:])
+    assert "expected Dice under a second network" in found[0]
+
+
+def test_the_calibrated_error_is_of_a_map_that_is_fitted_on_val(gray, gray_quality, held_out):
+    """The error once more, by its parts."""
+    info, on = h5.read_info(gray), compute()
+    net, _ = checkpoints.load_run(str(held_out / "run" / "best.pt"), "student", on)
+    g, _ = checkpoints.load_quality(gray_quality[1], info, on)
+    val = loading.load_slices(info, "val", 32)
+    on_val = evaluate.compare_estimates(g, evaluate.Opinions(net, net), val, on, 32)
     map_ = metrics.monotone(
         metrics.at_level(on_val, "present", val.case, "g")[0],
         metrics.at_level(on_val, "present", val.case)[0],
     )
-    errors = [abs(map_(float(r["g"])) - float(r["true"])) for r in found if r["present"] == "True"]
-    assert g["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)
+    present = those(csv.DictReader(open(held_out / "quality.csv")), present="True")
+    errors = [abs(map_(float(row["g"])) - float(row["true"])) for row in present]
 
-    everything = make_run(tmp_path / "c", info)
-    refused(
-        evaluate.main,
-        [gray, everything, "--out", tmp_path / "o", "--split", "held_out"],
-        "no train case",
-        "--split val",
-    )
-    refused(evaluate.main, [gray, run, "--out", tmp_path / "o", "--second", other], "--qp")
-    refused(
-        evaluate.main,
-        [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", run],
-        "among the runs",
-    )
-    larger = make_run(tmp_path / "e", info, size=48)
-    refused(
-        evaluate.main,
-        [gray, run, larger, "--out", tmp_path / "o", "--qp", gray_quality[1]],
-        "--size",
-        "48",
-        "32",
-    )
-    refused(
-        evaluate.main,
-        [gray, run, "--out", tmp_path / "o", "--qp", gray_quality[1], "--second", larger],
-        "--size",
-        "48",
-        "32",
-    )
-    state = evaluate.load_checkpoint(run, "ssl")
-    save_checkpoint(
-        str(tmp_path / "d.pt"),
-        "ssl",
-        **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")}
-        | dict(data=state["data"] | dict(checksum="another")),
-    )
-    refused(
-        evaluate.main,
-        [gray, tmp_path / "d.pt", "--out", tmp_path / "o", "--split", "held_out"],
-        "d.pt",
-        "another file",
-    )
+    table = json.loads((held_out / "quality.json").read_text())
+    assert "fitted on val" in table["title"]
+    assert "other patients" not in table["title"]
+    row = those(table["levels"]["present"], estimate="g")[0]
+    assert row["MAE calibrated"] == pytest.approx(np.mean(errors), abs=1e-4)
+
+
+TRAINED = {
+    "RUN": dict(labeled="2"),
+    "SECOND": dict(labeled="5", seed=1),
+    "LARGER": dict(size=48),
+    "ALL": dict(labeled="all"),
+}
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("ALL --split held_out", ["no train case", "--split val"]),
+        ("RUN --second SECOND", ["--qp"]),
+        ("RUN --qp G --second RUN", ["among the runs"]),
+        ("RUN LARGER --qp G", ["--size", "48", "32"]),
+        ("RUN --qp G --second LARGER", ["--size", "48", "32"]),
+    ],
+)
+def test_runs_that_cannot_be_judged_are_refused(argv, words, gray, gray_quality, tmp_path, refused):
+    """One that saw all cases, one of another size; a second network without g or of the run."""
+    names, info = argv.split(), h5.read_info(gray)
+    files = {n: make_run(tmp_path / n, info, **TRAINED[n]) for n in names if n in TRAINED}
+    files["G"] = gray_quality[1]
+    argv = [gray, *(files.get(n, n) for n in names), "--out", tmp_path / "o"]
+    refused(evaluate.main, argv, *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_held_out_cases_of_a_run_on_another_file_are_unknown(gray, tmp_path, refused):
+    state = torch.load(make_run(tmp_path, h5.read_info(gray), labeled="2"), weights_only=True)
+    state["data"]["checksum"] = "another"
+    torch.save(state, tmp_path / "d.pt")
+    argv = [gray, tmp_path / "d.pt", "--split", "held_out", "--out", tmp_path / "o"]
+    refused(evaluate.main, argv, "d.pt", "another file")
     assert not (tmp_path / "o").exists()
 
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import python
+from conftest import python, shared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_ssl import train
 
@@ -251,78 +251,81 @@ def test_numbers_below_the_estimates_do_not_touch(drawn):
 # ---------------------------------------------------------------------------------- while it trains
 
 
-def test_tensorboard_and_the_table_on_the_screen(gray, gray_quality, tmp_path, capfd):
-    """Losses, lambda, mean weight, effective share, quality of val, sample images.
+@pytest.fixture
+def watched(gray, gray_quality, tmp_path_factory, capfd):
+    """A run that g guides from its first step, and what it says. -> the folder"""
 
-    Lines have at most 80 characters. Nothing is on standard error, which is no terminal here.
-    """
-    train(
-        gray,
-        tmp_path,
-        "--method",
-        "mean_teacher",
-        "--weight",
-        "quality",
-        "--qp",
-        gray_quality[1],
-        "--lam-warmup",
-        0,
-        "--lam-ramp",
-        0,
-        "--weight-threshold",
-        0,
-    )
-    said = capfd.readouterr()
-    assert said.err == ""
-    lines = [line for line in said.out.split("\n") if not line.startswith("warning: ")]
-    table = lines[next(i for i, line in enumerate(lines) if line.strip().startswith("step")) :][:3]
-    assert all(len(line) <= 80 for line in table) and len({len(line) for line in table}) == 1
-    assert table[0].split() == [
-        "step",
-        "loss",
-        "sup",
-        "unsup",
-        "qar",
-        "weight",
-        "ess",
-        "lam",
-        "val_dice",
-    ]
-    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert [line.split()[0] for line in table[1:]] == [r["step"] for r in rows][:2]
-    assert [float(v) for v in table[1].split()] == pytest.approx(
-        [float(rows[0][c]) for c in table[0].split()], rel=0.01, abs=1e-4
-    )
-    events = EventAccumulator(str(tmp_path))
+    def make(folder):
+        always = "--lam-warmup 0 --lam-ramp 0 --weight-threshold 0".split()
+        hooks = ["--method", "mean_teacher", "--weight", "quality", "--qp", gray_quality[1]]
+        train(gray, folder, *hooks, *always)
+        said = capfd.readouterr()
+        (folder / "out.txt").write_text(said.out)
+        (folder / "err.txt").write_text(said.err)
+
+    return shared(tmp_path_factory, "watched", make)
+
+
+def read_log(folder):
+    return list(csv.DictReader(open(folder / "log.csv")))
+
+
+def table_of(folder):
+    """The first three lines of the table on the screen, its head and two steps."""
+    lines = (folder / "out.txt").read_text().split("\n")
+    lines = [line for line in lines if not line.startswith("warning: ")]
+    head = next(i for i, line in enumerate(lines) if line.strip().startswith("step"))
+    return lines[head : head + 3]
+
+
+def events_of(folder):
+    events = EventAccumulator(str(folder))
     events.Reload()
-    assert {
-        "loss",
-        "sup",
-        "unsup",
-        "qar",
-        "weight",
-        "ess",
-        "share",
-        "share_y",
-        "lam",
-        "lr",
-        "val_dice",
-        "g_true",
-        "g_predicted",
-        "g_mae",
-    } <= set(events.Tags()["scalars"])
-    assert len(events.Tags()["images"]) == 2
+    return events
+
+
+def test_nothing_is_on_standard_error_where_it_is_no_terminal(watched):
+    assert (watched / "err.txt").read_text() == ""
+
+
+def test_the_table_on_the_screen_has_columns_and_at_most_80_characters(watched):
+    table = table_of(watched)
+    assert all(len(line) <= 80 for line in table)
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split() == "step loss sup unsup qar weight ess lam val_dice".split()
+
+
+def test_the_table_on_the_screen_equals_the_log(watched):
+    head, *lines = table_of(watched)
+    rows = read_log(watched)
+    assert [line.split()[0] for line in lines] == [row["step"] for row in rows][:2]
+    expected = [float(rows[0][column]) for column in head.split()]
+    assert [float(v) for v in lines[0].split()] == pytest.approx(expected, rel=0.01, abs=1e-4)
+
+
+def test_tensorboard_shows_losses_weights_and_the_quality_of_val(watched):
+    """Also lambda, the effective share and what g says of val."""
+    losses, weights = "loss sup unsup qar lam lr", "weight ess share share_y"
+    of_val = "val_dice g_true g_predicted g_mae"
+    names = f"{losses} {weights} {of_val}".split()
+    assert set(names) <= set(events_of(watched).Tags()["scalars"])
+
+
+def test_tensorboard_equals_the_log(watched):
+    events, rows = events_of(watched), read_log(watched)
     for name in ("ess", "g_predicted"):
-        assert [e.value for e in events.Scalars(name)] == pytest.approx(
-            [float(r[name]) for r in rows], rel=1e-4
-        )
-    picture = cv2.imdecode(
-        np.frombuffer(
-            events.Images("val: image, truth, output")[-1].encoded_image_string, np.uint8
-        ),
-        cv2.IMREAD_COLOR,
-    )
-    assert picture.shape == (2 * 192, 3 * 192, 3) and picture.std() > 5  # two val cases
+        found = [event.value for event in events.Scalars(name)]
+        assert found == pytest.approx([float(row[name]) for row in rows], rel=1e-4)
+
+
+def test_tensorboard_shows_sample_images(watched):
+    """Image, truth and output of two cases of val."""
+    events = events_of(watched)
+    assert len(events.Tags()["images"]) == 2
+    last = events.Images("val: image, truth, output")[-1].encoded_image_string
+    picture = cv2.imdecode(np.frombuffer(last, np.uint8), cv2.IMREAD_COLOR)
+    assert picture.shape == (2 * 192, 3 * 192, 3)
+    assert picture.std() > 5
 
 
 def test_weights_are_averaged_over_steps_that_have_some():

@@ -260,9 +260,15 @@ def test_a_row_that_was_cut_short_is_written_anew(gray, tmp_path, stopped):
     ]
 
 
+@pytest.fixture
+def guided(gray, gray_quality):
+    """Arguments of a run with QAR."""
+    return [gray, *SSL, "--qp", gray_quality[1], "--qar", "0.01"]
+
+
 @pytest.mark.parametrize("wrong, words", [("sup", "lower --lr"), ("qar", "g's answers")])
 def test_a_loss_that_is_not_finite_names_step_and_terms(
-    wrong, words, gray, gray_quality, tmp_path, monkeypatch, refused
+    wrong, words, guided, tmp_path, monkeypatch, refused
 ):
     step = train_ssl.train_step
 
@@ -275,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_step_and_terms(
     monkeypatch.setattr(train_ssl, "train_step", broken)
     refused(
         train_ssl.main,
-        [gray, *SSL, "--qp", gray_quality[1], "--qar", "0.01", "--out", tmp_path],
+        [*guided, "--out", tmp_path],
         "step 7: the loss is not finite",
         f"{wrong} nan",
         words,

@@ -780,101 +780,82 @@ def test_a_checkpoint_of_a_size_that_its_network_does_not_take(rgb, tmp_path, re
     )
 
 
-def test_any_network_of_segmentation_models_pytorch(rgb, tmp_path, monkeypatch, refused):
-    """With a stand-in for the package, which the tests do not install.
+class TinyEncoder(nn.Module):
+    output_stride = 32
 
-    A model has encoder, decoder (of a list) and segmentation_head.
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Conv2d(channels, 4, 3, padding=1)
+        self.register_buffer("index", torch.arange(3), persistent=False)  # as timm's networks have
+
+    def forward(self, x):
+        return [x, self.body(x) + self.index.sum().item()]
+
+
+class TinyDecoder(nn.Module):
+    def forward(self, features):
+        return features[-1].relu()
+
+
+class Tiny(nn.Module):
+    """A model has encoder, decoder (of a list) and segmentation_head."""
+
+    requires_divisible_input_shape = True
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.encoder = TinyEncoder(channels)
+        self.decoder = TinyDecoder()
+        self.segmentation_head = nn.Conv2d(4, classes, 1)
+
+
+@pytest.fixture
+def smp(monkeypatch):
+    """A stand-in for segmentation_models_pytorch, which the tests do not install.
+
+    -> the encoders and weights that it is asked for, a list
     """
-
-    class Model(nn.Module):
-        requires_divisible_input_shape = True
-
-        def __init__(self, channels, classes):
-            super().__init__()
-            self.encoder, self.decoder, self.segmentation_head = (
-                nn.Module(),
-                nn.Module(),
-                nn.Conv2d(4, classes, 1),
-            )
-            self.encoder.body, self.encoder.output_stride = nn.Conv2d(channels, 4, 3, padding=1), 32
-            self.encoder.register_buffer(
-                "index", torch.arange(3), persistent=False
-            )  # as timm's networks have
-            self.encoder.forward = types.MethodType(
-                lambda self, x: [x, self.body(x) + self.index.sum().item()], self.encoder
-            )
-            self.decoder.forward = types.MethodType(
-                lambda self, features: features[-1].relu(), self.decoder
-            )
+    asked = []
 
     def create_model(arch, encoder_name, encoder_weights, in_channels, classes):
         if arch != "Tiny":
             raise KeyError(f"no architecture {arch}")
         asked.append((encoder_name, encoder_weights))
-        return Model(in_channels, classes)
+        return Tiny(in_channels, classes)
 
-    asked = []
-    monkeypatch.setitem(
-        sys.modules, "segmentation_models_pytorch", types.SimpleNamespace(create_model=create_model)
-    )
-    argv = [rgb, *RUN, "--encoder", "resnet18", "--out", str(tmp_path / "run"), "--model"]
-    train_ssl.main([*argv, "smp:Tiny", "--method", "unimatch", "--encoder-weights", "imagenet"])
-    assert asked[:3] == [
-        ("resnet18", None),
-        ("resnet18", None),
-        ("resnet18", "imagenet"),
-    ]  # tried, built, and with weights
+    package = types.SimpleNamespace(create_model=create_model)
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", package)
+    return asked
+
+
+def test_a_network_of_segmentation_models_pytorch_learns_and_is_scored(rgb, smp, tmp_path):
+    argv = "--model smp:Tiny --encoder resnet18 --encoder-weights imagenet --method unimatch"
+    train_ssl.main([rgb, *RUN, *argv.split(), "--out", str(tmp_path / "run")])
+    tried, built, with_weights = smp[:3]
+    assert tried == built == ("resnet18", None)
+    assert with_weights == ("resnet18", "imagenet")
     best, table = str(tmp_path / "run" / "best.pt"), str(tmp_path / "table")
     evaluate.main([rgb, best, "--out", table, "--pictures", "0"])
-    refused(
-        train_ssl.main,
-        [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Nothing"],
-        "no architecture Nothing",
-    )
-    refused(
-        train_ssl.main,
-        [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny", "--size", "72"],
-        "multiples of 32",
-    )
-    refused(
-        train_ssl.main,
-        [
-            *argv[:-3],
-            "--out",
-            tmp_path / "o",
-            "--model",
-            "smp:Tiny",
-            "--size",
-            "32",
-            "--batch",
-            "1",
-        ],
-        "single pixel",
-    )
-    monkeypatch.setattr(
-        Model, "decoder", property(lambda self: lambda features: features[9]), raising=False
-    )
-    refused(
-        train_ssl.main,
-        [*argv[:-3], "--out", tmp_path / "o", "--model", "smp:Tiny"],
-        "list index out of range",
-    )
-    refused(
-        train_ssl.main,
-        [
-            rgb,
-            *RUN,
-            "--out",
-            tmp_path / "o",
-            "--model",
-            "smp:Tiny",
-            "--encoder",
-            "tu-hf-hub:somebody/net",
-        ],
-        "is no encoder of it",
-    )
-    refused(
-        train_ssl.main,
-        [rgb, *RUN, "--out", tmp_path / "o", "--model", "smp:Tiny", "--width", "16"],
-        "--width is an option of",
-    )
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("smp:Nothing --encoder resnet18", "no architecture Nothing"),
+        ("smp:Tiny --encoder resnet18 --size 72", "multiples of 32"),
+        ("smp:Tiny --encoder resnet18 --size 32 --batch 1", "single pixel"),
+        ("smp:Tiny --encoder tu-hf-hub:somebody/net", "is no encoder of it"),
+        ("smp:Tiny --width 16", "--width is an option of"),
+    ],
+)
+def test_refusals_of_segmentation_models_pytorch(argv, words, rgb, smp, tmp_path, refused):
+    out = ["--out", tmp_path / "o"]
+    refused(train_ssl.main, [rgb, *RUN, *out, "--model", *argv.split()], words)
+
+
+def test_a_network_of_segmentation_models_pytorch_that_does_not_work(
+    rgb, smp, tmp_path, monkeypatch, refused
+):
+    monkeypatch.setattr(TinyDecoder, "forward", lambda self, features: features[9])
+    argv = [rgb, *RUN, "--out", tmp_path / "o", "--model", "smp:Tiny", "--encoder", "resnet18"]
+    refused(train_ssl.main, argv, "list index out of range")

@@ -24,7 +24,6 @@ import evaluate
 from data import figures, h5, images, loading, metrics, new_images, nifti, pixels
 from data.files import InputError
 from models import checkpoints, inference
-from models.checkpoints import save_checkpoint
 from models.device import compute
 from models.quality import Seen, together
 
@@ -523,92 +522,131 @@ def test_masks_do_not_go_among_the_images(rgb, pictures, tmp_path, refused):
         refused(evaluate.main, argv, f"--out {out}", "is a folder of the images")
 
 
-def test_refusals(rgb, volumes, pictures, tmp_path, refused):
-    folder, _ = pictures
-    run, in3d = (
-        make_run(tmp_path / "run", h5.read_info(rgb)),
-        make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32)),
-    )
-    out, scans = (
-        ["--predict", "--out", tmp_path / "o"],
-        make(tmp_path / "scans", ["a"]) / "imagesTr",
-    )
-    refused(evaluate.main, [scans, run, *out], "NIfTI", "pictures")
-    refused(evaluate.main, [folder, in3d, *out], "pictures", "volumes")
-    images.main(
-        [
-            str(make_pictures(tmp_path / "g", 4)),
-            "--out",
-            str(tmp_path / "g.h5"),
-            "--gray",
-            "--val",
-            "0.3",
-        ]
-    )
-    refused(
-        evaluate.main,
-        [scans, make_run(tmp_path / "gray", h5.read_info(str(tmp_path / "g.h5"))), *out],
-        "NIfTI",
-        "learned from pictures",
-    )  # gray, too
+@pytest.fixture
+def rgb_run(rgb, tmp_path):
+    """A checkpoint of a network for pictures in color."""
+    return make_run(tmp_path / "run", h5.read_info(rgb))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """A folder of NIfTI volumes: a.nii.gz alone."""
+    return make(tmp_path / "scans", ["a"]) / "imagesTr"
+
+
+def assert_nothing_left(out):
+    """Neither masks nor what was read before."""
+    assert {path.name for path in (*out.glob("*"), *out.glob(".*"))} <= {".lock"}
+
+
+@pytest.fixture
+def not_predicted(tmp_path, refused):
+    """not_predicted(new, run, *words): new images are refused, and nothing is left behind."""
+
+    def check(new, run, *words):
+        refused(evaluate.main, [new, run, "--predict", "--out", tmp_path / "o"], *words)
+        assert_nothing_left(tmp_path / "o")
+
+    return check
+
+
+def test_scans_are_refused_by_a_network_for_pictures(rgb_run, scans, not_predicted):
+    not_predicted(scans, rgb_run, "NIfTI", "pictures")
+
+
+def test_scans_are_refused_by_a_network_for_gray_pictures(scans, tmp_path, not_predicted):
+    """Although it has one channel, as they have."""
+    source, path = make_pictures(tmp_path / "g", 4), str(tmp_path / "g.h5")
+    images.main([str(source), "--out", path, "--gray", "--val", "0.3"])
+    run = make_run(tmp_path / "gray", h5.read_info(path))
+    not_predicted(scans, run, "NIfTI", "learned from pictures")
+
+
+def test_pictures_are_refused_by_a_network_for_volumes(volumes, pictures, tmp_path, not_predicted):
+    run = make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
+    not_predicted(pictures[0], run, "holds pictures", "learned from NIfTI volumes")
+
+
+def test_images_that_are_not_there(rgb_run, tmp_path, not_predicted):
     (tmp_path / "empty").mkdir()
-    refused(evaluate.main, [tmp_path / "empty", run, *out], "empty", "no picture")
-    refused(evaluate.main, [tmp_path / "nowhere", run, *out], "no such file")
-    refused(
-        evaluate.main, [folder, run, "--out", tmp_path / "o"], "a folder"
-    )  # scoring needs a dataset
-    refused(
-        evaluate.main, [folder, run, *out, "--split", "val"], "--split", str(folder)
-    )  # new images are of no split
-    refused(evaluate.main, ["", run, *out], "no such file")
-    for name in ("a.dcm", "a.gif", "a.mha", "a.nrrd"):
-        (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
-        refused(evaluate.main, [tmp_path / name, run, *out], name, "save it as .bmp, ", ".nii.gz")
+    not_predicted(tmp_path / "empty", rgb_run, "empty", "no picture")
+    not_predicted(tmp_path / "nowhere", rgb_run, "no such file")
+    not_predicted("", rgb_run, "no such file")
+
+
+def test_new_images_have_no_scores_and_no_split(rgb_run, pictures, tmp_path, refused):
+    folder, _ = pictures
+    argv = [folder, rgb_run, "--out", tmp_path / "o"]
+    refused(evaluate.main, argv, "a folder")
+    refused(evaluate.main, [*argv, "--predict", "--split", "val"], "--split", str(folder))
+    assert_nothing_left(tmp_path / "o")
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.gif", "a.mha", "a.nrrd"])
+def test_a_format_that_is_not_read_names_those_that_are(name, rgb_run, tmp_path, not_predicted):
+    (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
+    not_predicted(tmp_path / name, rgb_run, name, "save it as .bmp, ", ".nii.gz")
+
+
+def test_pictures_and_scans_in_one_folder(rgb_run, pictures, scans, not_predicted):
+    folder, _ = pictures
     shutil.copy(scans / "a.nii.gz", folder)
-    refused(evaluate.main, [folder, run, *out], "both")
-    (folder / "a.nii.gz").unlink()
+    not_predicted(folder, rgb_run, "both")
+
+
+def test_two_pictures_of_one_name(rgb_run, pictures, not_predicted):
+    folder, _ = pictures
     (folder / "p4.bmp").write_bytes((folder / "p4.png").read_bytes())
-    refused(evaluate.main, [folder, run, *out], "p4", "is there too")
-    (folder / "p4.bmp").unlink()
+    not_predicted(folder, rgb_run, "p4", "is there too")
+
+
+def test_a_picture_that_was_cut_short(rgb_run, pictures, not_predicted):
+    folder, _ = pictures
     (folder / "p5.png").write_bytes((folder / "p5.png").read_bytes()[:60])
-    refused(evaluate.main, [folder, run, *out], "p5.png", "not a readable picture")
+    not_predicted(folder, rgb_run, "p5.png", "not a readable picture")
+
+
+def test_a_picture_too_small_for_a_network(rgb_run, pictures, not_predicted):
+    """The message names neither the temporary file nor what nobody did."""
+    folder, _ = pictures
     cv2.imwrite(str(folder / "p5.png"), np.zeros((3, 60, 3), np.uint8))
-    refused(
-        evaluate.main, [folder, run, *out], f"{folder}: case 'p5': a grid of 3 x 60", "pad it\n"
-    )  # not the temporary file, nor what nobody did
-    assert {p.name for p in (tmp_path / "o").glob("*")} | {
-        p.name for p in (tmp_path / "o").glob(".*")
-    } <= {".lock"}  # nor what was read before
-    for wrong in (
-        {"from": "nifti", "spacing": [1, 2]},
-        {"from": "nifti", "spacing": "1,2,3"},
-        {"from": "nifti", "eval": 1},
-        {"from": "nifti", "spacing": [0, 1, 1]},
-        {"from": "nifti", "spacing": [1e-6] * 3},
-        {"from": "nifti", "spacing": [float("inf")] * 3},
-        {"from": "nifti", "window": [1, 1]},
-        {"from": "nifti", "window": [float("nan"), 1]},
-        {"from": "nifti", "channel": True},
-        {"from": "nifti", "nnunet": 1},
-        {"from": ["nifti"]},
-        [1],
-        "nifti",
-        {"from": "nifti", "axes": "SAS"},
-        {"from": "nifti", "axes": 3},
-    ):
-        state = torch.load(in3d, weights_only=True)
+    not_predicted(folder, rgb_run, f"{folder}: case 'p5': a grid of 3 x 60", "pad it\n")
+
+
+NONSENSE = (
+    {"from": "nifti", "spacing": [1, 2]},
+    {"from": "nifti", "spacing": "1,2,3"},
+    {"from": "nifti", "eval": 1},
+    {"from": "nifti", "spacing": [0, 1, 1]},
+    {"from": "nifti", "spacing": [1e-6] * 3},
+    {"from": "nifti", "spacing": [float("inf")] * 3},
+    {"from": "nifti", "window": [1, 1]},
+    {"from": "nifti", "window": [float("nan"), 1]},
+    {"from": "nifti", "channel": True},
+    {"from": "nifti", "nnunet": 1},
+    {"from": ["nifti"]},
+    [1],
+    "nifti",
+    {"from": "nifti", "axes": "SAS"},
+    {"from": "nifti", "axes": 3},
+)
+
+
+def test_a_checkpoint_that_says_nonsense_of_its_data(volumes, scans, tmp_path, not_predicted):
+    run = make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
+    state = torch.load(run, weights_only=True)
+    for wrong in NONSENSE:
         state["data"]["prepared"] = wrong
-        save_checkpoint(
-            tmp_path / "w.pt",
-            "ssl",
-            **{k: v for k, v in state.items() if k not in ("format", "training", "stage", "torch")},
-        )
-        refused(evaluate.main, [scans, tmp_path / "w.pt", *out], "cannot be understood")
+        torch.save(state, run)
+        not_predicted(scans, run, "cannot be understood")
+
+
+@pytest.mark.parametrize("wrong", ["[1]", "{"])
+def test_a_dataset_that_says_nonsense_of_itself(wrong, rgb, rgb_run, tmp_path, not_predicted):
     shutil.copy(rgb, tmp_path / "f.h5")
-    for wrong in ("[1]", "{"):
-        with h5py.File(tmp_path / "f.h5", "a") as f:
-            f.attrs["prepared"] = wrong
-        refused(evaluate.main, [tmp_path / "f.h5", run, *out], "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        f.attrs["prepared"] = wrong
+    not_predicted(tmp_path / "f.h5", rgb_run, "f.h5")
 
 
 @pytest.mark.usefixtures("unrendered")
