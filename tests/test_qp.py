@@ -396,17 +396,17 @@ def test_compiled_g_trains_alike(head, rgb, rgb_quality, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("unrendered")
 def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
-    """With the dense head, unless --size says otherwise."""
+    """With the dense head, unless --size says otherwise; but at 64 pixels at least."""
     corrupt.main(
         [
             rgb,
             "--out",
             str(tmp_path),
-            *"--labeled 4 --size 72 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
+            *"--labeled 4 --size 144 --masks 2 --val-masks 1 --harvest-epochs 1".split(),
             *"--harvest-steps 1 --harvest-batch 4".split(),
         ]
     )
-    for head, side in (("dense", 36), ("scalar", 72)):
+    for head, side in (("dense", 72), ("scalar", 144)):
         train_qp.main(
             [
                 rgb,
@@ -421,10 +421,8 @@ def test_g_sees_slices_at_half_of_the_masks_side(rgb, tmp_path):
         )
         assert torch.load(tmp_path / head / "qp.pt", weights_only=True)["model"]["size"] == side
     found = load(str(tmp_path / "vqm.h5"), "val", h5.read_info(rgb), None, shrink=4)
-    assert found.mask.shape[1:] == (32, 32) and found.own == (
-        72,
-        72,
-    )  # but no smaller than networks can take
+    assert found.mask.shape[1:] == (64, 64)
+    assert found.own == (144, 144)
 
 
 def vqm_of_truths(info, size, path):

@@ -88,12 +88,15 @@ ROWS = {  # options of train_ssl.py
     "none": "",
     "all": "",  # supervised training with the labels of all train cases
     "qw": f"{QW} image",  # the paper's
+    "qw_half": f"{QW} image",  # by a g at half of f's side
     "qw_pixel": f"{QW} pixel",
     "confidence": "--weight confidence --weight-threshold 0.5",
     "qar": "--qar 0.01",
+    "qar_half": "--qar 0.01",
     "qw_qar": f"{QW} image --qar 0.01",
     "correct": "--correct --trust 1",
     "correct_qw": f"--correct --trust 1 {QW} image",
+    "correct_qw_half": f"--correct --trust 1 {QW} image",
     "trust_qw": f"--correct {QW} image",  # the correction as far as it is good on val
     "distill_qw": f"--correct --trust 1 {QW} image",
     "distill_trust_qw": f"--correct {QW} image",
@@ -179,9 +182,10 @@ def plain(data):
     return next(name for name in DATA if DATA[name] == DATA[data]._replace(archive=""))
 
 
-def quality_of(tier, data):
-    """The folder of g, and of its masks. An archive does not change them."""
-    return f"runs/evidence/{tier}/{plain(data)}/g"
+def quality_of(tier, data, row=""):
+    """The folder of g of a row. An archive does not change it."""
+    name = "g_half" if row.endswith("_half") else "g"
+    return f"runs/evidence/{tier}/{plain(data)}/{name}"
 
 
 def settings(tier, data):
@@ -206,7 +210,7 @@ def options(tier, job, out):
     if data.archive and job.method != "supervised":
         words += ["--unlabeled", f"runs/{data.archive}.h5"]
     if {"quality", "--qar", "--correct"} & set(guide):
-        words += ["--qp", f"{quality_of(tier, job.data)}/qp.pt"]
+        words += ["--qp", f"{quality_of(tier, job.data, job.row)}/qp.pt"]
     return [*words, "--method", job.method]
 
 
@@ -297,23 +301,25 @@ def control_of(tier, job):
     """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
     if job.row not in AT_TEST and "--qp" not in options(tier, job, "-"):
         return None
-    train_quality(tier, job.data)
+    train_quality(tier, job.data, job.row)
     if job.row in BY_ENSEMBLE:
         return Ensemble(ensemble(tier, job.data))
     return Oracle() if job.row == "oracle" else CONTROLS.get(job.row)
 
 
-def train_quality(tier, data):
-    """Stages 1 and 2 for a data set."""
-    out = quality_of(tier, data)
+def train_quality(tier, data, row=""):
+    """Stages 1 and 2 for a data set. g sees what f sees, or for rows with `_half` half of it."""
+    out = quality_of(tier, data, row)
     if os.path.isfile(f"{out}/qp.pt"):
         return
     mine = DATA[data]
     size = size_of(tier, data)
+    folder = f"{quality_of(tier, data)}/vqm"
     masks = f"--labeled {mine.labeled} --size {size} --val-masks 5 {mine.masks} --resume"
-    corrupt.main([file_of(data), "--out", f"{out}/vqm", *masks.split()])
-    source = [file_of(data), "--vqm", f"{out}/vqm/vqm.h5", "--out", out]
-    train_qp.main([*source, *mine.g.split(), "--resume"])
+    corrupt.main([file_of(data), "--out", folder, *masks.split()])
+    source = [file_of(data), "--vqm", f"{folder}/vqm.h5", "--out", out]
+    own = [] if row.endswith("_half") or mine.volumes else ["--size", size]
+    train_qp.main([*source, *mine.g.split(), *own, "--resume"])
 
 
 def ensemble(tier, data):
