@@ -224,9 +224,10 @@ def gains(table):
             else:
                 cells = {data: text(table.gain(data, [method], row)) for data in table.sets}
             lines.append({"method": method, "row": row} | cells)
-        cells = {data: text(table.gain(data, [method], *QUALITY)) for data in table.sets}
-        lines.append({"method": method, "row": " over ".join(QUALITY)} | cells)
-    for rows in (["qw"], ["correct_qw"], ["trust_qw"], ["distill_qw"], QUALITY, *AT_TEST):
+        for pair in PAIRS:
+            cells = {data: text(table.gain(data, [method], *pair)) for data in table.sets}
+            lines.append({"method": method, "row": " over ".join(pair)} | cells)
+    for rows in MEANS:
         cells = {}
         for data in table.sets:
             methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
@@ -235,8 +236,13 @@ def gains(table):
     return markdown([line for line in lines if any([*line.values()][2:])])
 
 
-AT_TEST = [["at_test"], ["at_test_ensemble"]]
-QUALITY = ["correct_qw", "distill_qw"]  # their difference: what quality adds to a second network
+PAIRS = [  # their difference: what quality adds to a second network
+    ["at_test", "at_test_ensemble"],
+    ["correct_qw", "distill_qw"],
+    ["correct_qw_half", "distill_qw"],
+]
+ALONE = "qw qw_half correct_qw correct_qw_half trust_qw distill_qw at_test at_test_ensemble"
+MEANS = [*([row] for row in ALONE.split()), *PAIRS]  # over methods
 
 
 def text(gain):
@@ -246,18 +252,12 @@ def text(gain):
 # ------------------------------------------------------------------------------ figure
 
 SHOWN = {  # rows, and what the figure calls them
-    "qw": "QW of the image (the paper's)",
-    "qw_by_ensemble": "QW by the ensemble",
-    "correct": "correction",
-    "correct_qw": "correction with QW, g alone",
-    "trust_qw": "the same, trusted as far as val gains",
-    "distill_qw": "the same by the ensemble, alone: distillation",
-    "blind": "correction, mask unseen",
-    "shuffled": "QW, shuffled g",
-    "oracle": "QW by true Dice",
-    "qar": "QAR",
-    "at_test": "no guidance; outputs corrected",
-    "at_test_ensemble": "no guidance; outputs corrected by the ensemble",
+    "at_test": "no guidance; g corrects the outputs",
+    "at_test_ensemble": "no guidance; an ensemble corrects the outputs",
+    "trust_qw": "guided: correction as far as val gains, with QW",
+    "correct_qw_half": "guided: correction with QW, g at half of f's side",
+    "distill_qw": "guided by the ensemble: distillation",
+    "qw_half": "QW of the image (the paper's), g at half of f's side",
 }
 
 
@@ -288,7 +288,7 @@ def draw(path, table):
                     gain.mean,
                     y,
                     xerr=[[gain.mean - gain.low], [gain.high - gain.mean]],
-                    fmt="os^Dv<>pPX*hH"[k],
+                    fmt="os^Dv<"[k],
                     markersize=4,
                     color=figures.color(k),
                     capsize=2,
@@ -300,7 +300,7 @@ def draw(path, table):
     axes[0, 0].set_yticks([i + 0.5 for i in range(len(methods))], methods)
     shown = [row for row in rows if row in handles]
     names = [SHOWN[row] for row in shown]
-    figure.legend([handles[row] for row in shown], names, loc="lower center", ncols=3)
+    figure.legend([handles[row] for row in shown], names, loc="lower center", ncols=2)
     figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figures.save_figure(figure, path)
 
