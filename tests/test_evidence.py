@@ -203,6 +203,8 @@ def test_outputs_of_a_run_are_corrected_as_far_as_val_gains(row, dice, trust, ti
     assert os.path.isfile(f"{plain}/best.pt") and not os.path.isfile(f"{out}/best.pt")
     judge = controls.Ensemble if row == "at_test_ensemble" else DenseQualityPredictor
     assert seen == [judge] * 3
+    run.run("tiny", job._replace(row="plain"))
+    assert asked[-1][:5] == words[:5] and "--trust" not in asked[-1]
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -104,12 +104,13 @@ ROWS = {  # options of train_ssl.py
     "blind": "--correct --trust 1",
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
-    "at_test": "",  # the run `none`, whose outputs g corrects
+    "plain": "",  # the run `none`, scored on the machine of the next two
+    "at_test": "",  # the same run, whose outputs g corrects
     "at_test_ensemble": "",  # the same by the ensemble
 }
 CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
 BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble", "at_test_ensemble")
-AT_TEST = ("at_test", "at_test_ensemble")
+AT_TEST = ("plain", "at_test", "at_test_ensemble")
 TRUSTS = (0.0, *train_ssl.TRUSTS)
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
@@ -119,11 +120,11 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("supervised", "all"),
     ("fixmatch", "none qw correct_qw distill_qw"),
     ("mean_teacher bcp fixmatch", "trust_qw"),
-    ("supervised mean_teacher bcp fixmatch", "at_test at_test_ensemble"),
+    ("supervised mean_teacher bcp fixmatch", "plain at_test at_test_ensemble"),
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
     ("cps unimatch pseudo_label", "none"),
     ("cps unimatch pseudo_label", "qw correct_qw trust_qw"),
-    ("cps unimatch pseudo_label", "at_test at_test_ensemble"),
+    ("cps unimatch pseudo_label", "plain at_test at_test_ensemble"),
     ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("mean_teacher bcp fixmatch", "distill_trust_qw"),
@@ -252,10 +253,12 @@ def score(data, folder, out, *more):
 
 
 def correct(tier, job, out):
-    """Scores a run `none`, whose outputs g corrects as far as best.pt gains on val."""
+    """Scores a run `none`, whose outputs g corrects as far as best.pt gains on val; or nobody."""
     origin = job._replace(row="none")
     run(tier, origin)
     folder = place(tier, origin)
+    if job.row == "plain":
+        return score(job.data, folder, out)
     qp = f"{quality_of(tier, job.data)}/qp.pt"
     split = Split(tier, job.data, "val")
     f = split.network(f"{folder}/best.pt")

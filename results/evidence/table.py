@@ -164,11 +164,12 @@ class Table:
             text += f" ± {statistics.stdev(found):.1f}"
         return text if len(found) == len(SEEDS) else f"{text} ({len(found)})"
 
-    def gain(self, data, methods, row, other="none"):
+    def gain(self, data, methods, row, other=None):
         """The Gain of a row over another, in the mean over methods and the seeds that all have.
 
-        None if there is no such seed.
+        other: a row; None: what the row started from. -> None if there is no such seed
         """
+        other = other or BASE.get(row, "none")
         pairs = [[self.runs.get((data, m, r), {}) for r in (row, other)] for m in methods]
         seeds = sorted(set.intersection(*(set(a) & set(b) for a, b in pairs))) if pairs else []
         if not seeds:
@@ -212,14 +213,14 @@ def baselines(table):
 
 
 def gains(table):
-    """Dice of `none` and `all`, what each other row gains on `none`, and means over methods.
+    """Dice of DICE, what each other row gains on `none` or its BASE, and means over methods.
 
-    -> Markdown
+    A mean is of the methods that have the most seeds. -> Markdown
     """
     lines = []
     for method in table.methods("none"):
         for row in ROWS:
-            if row in ("none", "all"):
+            if row in DICE:
                 cells = {data: table.dice(data, method, row) for data in table.sets}
             else:
                 cells = {data: text(table.gain(data, [method], row)) for data in table.sets}
@@ -230,12 +231,16 @@ def gains(table):
     for rows in MEANS:
         cells = {}
         for data in table.sets:
-            methods = [m for m in table.methods(rows[0]) if table.gain(data, [m], *rows)]
+            found = {m: table.gain(data, [m], *rows) for m in table.methods(rows[0])}
+            most = max((gain.seeds for gain in found.values() if gain), default=0)
+            methods = [m for m, gain in found.items() if gain and gain.seeds == most]
             cells[data] = text(table.gain(data, methods, *rows)) if len(methods) > 1 else ""
         lines.append({"method": "**mean**", "row": " over ".join(rows)} | cells)
     return markdown([line for line in lines if any([*line.values()][2:])])
 
 
+DICE = ("none", "all", "plain")
+BASE = {"at_test": "plain", "at_test_ensemble": "plain"}  # the others: none
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
     ["correct_qw", "distill_qw"],
