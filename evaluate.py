@@ -359,6 +359,14 @@ def run_name(args):
     return name
 
 
+def trust_of(args):
+    """--trust of a run, or where val chose it "val". Older runs had g alone."""
+    if not args.get("correct"):
+        return None
+    trust = args.get("trust", 1.0)
+    return "val" if trust is None else trust
+
+
 def group_runs(states, paths):
     """Runs that differ only in their seed -> [Group]; names are made unique by what differs.
 
@@ -374,6 +382,7 @@ def group_runs(states, paths):
         config = {k: v for k, v in state["args"].items() if k not in FREE}
         config |= {"flip": config.get("flip"), "unlabeled": unlabeled[i]}  # see flip_of()
         config |= {"foreground": config.get("foreground", 0.0)}  # which older runs do not know
+        config |= {"trust": trust_of(config)}
         config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
         config |= {"run": run_name(config), "qp": None}
         for known, members in alike:
@@ -595,6 +604,8 @@ def judge_run(args, judge, runs, path, net, on):
     """
     weights = "student" if args.weights == "teacher" else "teacher"
     other, state = checkpoints.load_run(path, weights, on)
+    if args.trust:
+        other = corrected_by(judge.g, other, args)
     flip = checkpoints.flip_of(path, runs.info, state["args"])
     by = Opinions(net, other, judge.second, flip, runs.info.color)
     for judged in (judge.ours, judge.reference):
@@ -702,7 +713,7 @@ def predict(args):
     """
     (path,) = args.checkpoints
     on = compute(args.device, args.amp)
-    net, state = checkpoints.load_run(path, args.weights, on)
+    f, state = checkpoints.load_run(path, args.weights, on)
     size = state["args"]["size"]
 
     # what can be refused is refused before images are read
@@ -713,8 +724,7 @@ def predict(args):
     g = None
     if args.qp:
         g, _ = checkpoints.load_quality(args.qp, known, on, size, {path: state["args"]})
-    if args.trust:
-        net = corrected_by(g, net, args)
+    net = corrected_by(g, f, args) if args.trust else f
     masks = os.path.join(args.out, "masks")
     lock = claim(args.out)  # noqa: F841 (until this ends)
     if os.path.isdir(masks) and os.listdir(masks) and not args.overwrite:
@@ -742,7 +752,7 @@ def predict(args):
             file = write_mask(masks, label, entry)
             if g:
                 answer = answer._replace(label=label)
-                dice, score = predicted_quality(g, net, answer, size, on)
+                dice, score = predicted_quality(g, f, answer, size, on)
                 z = figures.middle(label, len(label))
                 rows.append(Predicted(dice, score, entry, file, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {masks}")
@@ -994,6 +1004,11 @@ COLUMNS = (  # below the table
 )
 
 
+def corrected_words(args):
+    """What a title says of --trust."""
+    return f"; outputs corrected by g (--trust {args.trust:g})" if args.trust else ""
+
+
 def scores_title(args, runs, windows):
     """What stands above the table. windows: of write_scores()"""
     title = (
@@ -1004,8 +1019,7 @@ def scores_title(args, runs, windows):
         title += "; val chose these checkpoints (best.pt)"
     if any(windows):
         title += f"; {' or '.join(dict.fromkeys(map(str, windows)))}"
-    if args.trust:
-        title += f"; outputs corrected by g (--trust {args.trust:g})"
+    title += corrected_words(args)
     resampled = sum(entry.source_grid is not None for entry in runs.entries)
     if resampled and args.grid == "source":
         title += "; scored on the sources' own grids"
@@ -1097,7 +1111,7 @@ def quality_title(args, runs, ours, reference):
     fitted = "val" if reference else "the other patients"
     title = (
         f"Estimated against true quality, {runs.info.name}, {args.split}, {cases} cases: mean over "
-        "seeds. MAE calibrated: after a monotone map to Dice, fitted on "
+        f"seeds{corrected_words(args)}. MAE calibrated: after a monotone map to Dice, fitted on "
         f"{fitted}; makes estimates of all scales comparable.\n"
     )
     if args.split == "val":
@@ -1304,7 +1318,9 @@ def parse_args(argv=None):
     if args.second and not args.qp:
         raise InputError("--second is compared with g: it needs --qp")
     if args.trust and not args.qp:
-        raise InputError(f"--trust {args.trust:g}: whose? it needs the g of --qp")
+        raise InputError(f"--trust {args.trust:g}: needs the g of --qp")
+    if args.trust and args.window == "whole":
+        raise InputError("--trust: g knows patches alone, so leave out --window whole")
     compares = len(args.checkpoints) > 1 or args.second or args.baseline
     if args.predict and (compares or args.regions is not None):
         raise InputError(
@@ -1356,9 +1372,8 @@ def main(argv=None):
     windows, costs = [], []  # [runs]
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):
-            net, _ = checkpoints.load_run(path, args.weights, on)
-            if args.trust:
-                net = corrected_by(judge.g, net, args)
+            f, _ = checkpoints.load_run(path, args.weights, on)
+            net = corrected_by(judge.g, f, args) if args.trust else f
             size = chosen[i]["args"]["size"]
             if cases is None or size != cases.size:
                 cases = inference.Cases(info, split, size, runs.names, keep)
@@ -1373,7 +1388,7 @@ def main(argv=None):
             runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:
                 judge_run(args, judge, runs, path, net, on)
-                costs.append(cost_of(net, judge.g, info, size, on))
+                costs.append(cost_of(f, judge.g, info, size, on))
 
     # tables and pictures
     write_scores(args, runs, windows)

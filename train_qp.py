@@ -542,7 +542,8 @@ def parse_args(argv=None):
     p.add_argument("--size", type=grid,
                    help="side of the images that g sees, or D,H,W that patches are resized to "
                         "(default: the masks' own; of slices, with --head dense, half of it, "
-                        "but at least 64: an estimate is no worse, --correct may be)")
+                        "but at least 64: enough to estimate Dice; for --correct, f's own side "
+                        "may be better)")
     p.section("network")
     p.add_argument("--head", choices=HEADS, default="dense",
                    help="dense: image, mask -> truth -> expected Dice; scalar: the paper's "

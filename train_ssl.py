@@ -16,8 +16,9 @@ One step:  L = L_sup + lambda(t) sum(w l) / sum(w) + lambda_qar(t) QAR
     QW         w = q^2 [q >= .5], q = g(u, pseudo-label of u): one q for all pixels of an image,
                for those of a pseudo-class, or for each pixel by itself
     --correct  g sees u and its pseudo-label and predicts the truth; the prediction replaces the
-               pseudo-label, or half of it, while that has the better Dice on val. q is then the
-               Dice that the new pseudo-label expects of itself
+               pseudo-label, or is averaged with it, whichever is best on val; if neither helps
+               there, it stays. q is then the Dice that the new probabilities expect of their own
+               argmax
     QAR        1 - g(u, softmax f(u)); its gradient flows through g into f
 
 Legend: B batch, U unlabeled batch, K classes, C channels; *S the grid that f sees: S, S of slices,
@@ -102,8 +103,8 @@ class Batch:
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
 
-        With --correct, g sees u and its pseudo-label and predicts the truth; the prediction
-        replaces the pseudo-label, or is mixed with it.
+        With --correct, g sees u and its pseudo-label and predicts the truth; the prediction takes
+        the share `trust` of the pseudo-label.
         """
         if self.g is None:
             return PseudoLabel(self.u, p)
@@ -1083,7 +1084,10 @@ class Progress:
 def val_dice(net, run, val):
     """Dice of a network on val, over all processes: inference.mean_dice()."""
     K = len(val.cases.info.classes)
-    table = inference.dice_table(net, val.cases, run.on, K, val.window)
+    window = val.window
+    if window and isinstance(net, Corrected):
+        window = replace(window, whole=False)  # g knows patches alone
+    table = inference.dice_table(net, val.cases, run.on, K, window)
     return inference.mean_dice(distributed.gather(table), val.held)
 
 
@@ -1106,8 +1110,9 @@ def validate(run, val, progress, args):
         progress.best = dict(dice=dice, step=step)
 
     classes = val.cases.info.classes[1:]
+    corrects = args.correct and step > onset(args)
     trust = run.trust
-    if args.correct and args.trust is None and step > onset(args):
+    if corrects and args.trust is None:
         run.trust = best_trust(run, val, dice)
     looks = look(run, val) if val.shown else {}
     return dict(
@@ -1115,7 +1120,7 @@ def validate(run, val, progress, args):
         **averages,
         lam=lambdas(args, (step - 1) / args.steps)[0],
         lr=float(run.optimizer.param_groups[0]["lr"]),
-        **(dict(trust=trust) if args.correct else {}),
+        **(dict(trust=trust) if corrects else {}),
         val_dice=dice,
         **{f"val_{c}": d for c, d in zip(classes, per_class) if d is not None},
         ms=milliseconds,
@@ -1124,13 +1129,13 @@ def validate(run, val, progress, args):
 
 
 def best_trust(run, val, dice):
-    """The share of g's belief with which outputs of f have the best Dice on val.
+    """The share of g's belief with which outputs of the first student have the best Dice on val.
 
     dice: without g. Of shares that are equally good, the smallest.
     """
     f = fused(run.nets[0])
     found = {0.0: dice}
-    for trust in TRUSTS:
+    for trust in TRUSTS[1:]:
         found[trust] = val_dice(Corrected(f, run.g, trust), run, val)[0]
     return max(found, key=found.get)
 
@@ -1172,7 +1177,7 @@ def overlays(info, samples, mask):
     return np.concatenate(rows)
 
 
-TRUSTS = (0.5, 1.0)  # what best_trust() tries
+TRUSTS = (0.0, 0.5, 1.0)  # what best_trust() tries
 F_LEARNED_NOTHING = 0.01  # val Dice up to which f has learned nothing
 REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
@@ -1283,10 +1288,12 @@ def parse_args(argv=None):
                    help="w = 0 where q is below (default: quality .5, confidence .9)")
     p.add_argument("--correct", action="store_true",
                    help="g (dense head) sees each pseudo-label and predicts the truth, which "
-                        "replaces the pseudo-label, also for --conf-threshold and --weight")
+                        "replaces the pseudo-label as far as --trust says, also for "
+                        "--conf-threshold and --weight")
     p.add_argument("--trust", type=SHARE,
                    help="--correct: the share of g's prediction in a pseudo-label; 1: it replaces "
-                        "it (default: 0, 1/2 or 1, as is best on val at each validation)")
+                        "it (default: 1 up to the first validation with unlabeled images, then 0, "
+                        "1/2 or 1, as was best on val)")
     p.add_argument("--qar", type=number(0, 1e6, float), default=0.0,
                    help="lambda_qar after its ramp; the paper's value is 0.01")
     p.add_argument("--qar-share", type=number(1e-6, 1, float), default=1 / 3,
@@ -1389,7 +1396,7 @@ def fill_in(args):
             "--correct: supervised training has no pseudo-label; choose another --method"
         )
     if args.trust is not None and not args.correct:
-        raise InputError("--trust: is of --correct; give both")
+        raise InputError("--trust needs --correct")
     asking = {
         "--weight quality": args.weight == "quality",
         "--qar": args.qar,

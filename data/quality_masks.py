@@ -238,14 +238,14 @@ def resized_image(image, size):
     return torch.from_numpy(np.stack([loading.resize_image(one, size) for one in image]))
 
 
-LEAST = 64  # side below which g loses by seeing less than f (results/evidence)
+LEAST_SIDE = 64  # side below which g loses by seeing less than f (results/evidence)
 
 
 def load(path, split, info, size, probabilities=False, shrink=1):
     """Reads a split on a grid, with its probabilities or without. -> Masks
 
     size: the grid, the side of slices or (D, H, W) of patches. None: its own; of slices divided by
-    `shrink`, but at least LEAST.
+    `shrink`, but at least LEAST_SIDE.
     InputError if the file belongs to other data than info's, or is damaged.
     """
     where = f"{path}: /{split}"
@@ -257,7 +257,7 @@ def load(path, split, info, size, probabilities=False, shrink=1):
         own = tuple(map(int, held["mask"].shape[1:]))
         patch = own if info.dims == 3 else None
         if not size:
-            size = patch or max(own[0] // shrink, min(own[0], LEAST))
+            size = patch or max(own[0] // shrink, min(own[0], LEAST_SIDE))
         cases = held["case"].asstr()[:].tolist()
         at = map(tuple, held["at"][:].tolist())
         places = list(zip(cases, at))  # [N] of (case, (z,)) or (case, (z, y, x))

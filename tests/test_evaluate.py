@@ -548,7 +548,9 @@ def test_outputs_that_g_corrects_are_scored_and_written(rgb, rgb_quality, tmp_pa
 def test_who_corrects_is_asked(rgb, rgb_scalar, tmp_path, refused):
     path = make_run(tmp_path / "run", h5.read_info(rgb))
     words = [rgb, path, "--out", str(tmp_path / "out"), "--trust", "0.5"]
-    refused(evaluate.main, words, "--trust 0.5: whose?")
+    refused(evaluate.main, words, "--trust 0.5: needs the g")
+    whole = [*words, "--qp", rgb_scalar, "--window", "whole"]
+    refused(evaluate.main, whole, "leave out --window whole")
     for more in ([], ["--predict"]):
         refused(evaluate.main, [*words, "--qp", rgb_scalar, *more], "--trust needs", "--head dense")
 
@@ -1281,6 +1283,13 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     assert [
         name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
     ] == ["supervised", "supervised + correction"]
+    states[1]["args"]["correct"] = True  # by g alone; now val chooses
+    del states[1]["args"]["trust"]
+    assert [name for name, _ in rows_of(states[1:3])] == [
+        "supervised + correction (trust=1.0)",
+        "supervised + correction (trust=val)",
+    ]
+    del states[1]["args"]["correct"]
     states[2]["args"]["correct"] = False
     states[2]["args"]["younger"] = 0.5  # an option of tomorrow, which the other run does not know
     assert rows_of(states[1:3]) == [("supervised", [0, 1])]

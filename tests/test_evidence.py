@@ -184,7 +184,7 @@ def test_controls_differ_and_leave_no_trace(tiny, monkeypatch):
 def test_outputs_of_a_run_are_corrected_as_far_as_val_gains(row, dice, trust, tiny, monkeypatch):
     """The run `none` is trained, unless it is there; its outputs are scored, not trained again."""
     asked, seen = [], []
-    values = dict(zip(run.TRUSTS, dice))
+    values = dict(zip(run.train_ssl.TRUSTS, dice))
 
     def found(split, net):
         seen.append(type(net.g))

@@ -1069,7 +1069,7 @@ def test_trust_is_logged_and_asked_for_after_lambda_sets_in(
     more = (*more, "--steps", 4, "--lam-warmup", 0.5)  # of steps 3 and 4
     state = train(gray, tmp_path / "val", *more, "--correct")
     log = list(csv.DictReader(open(tmp_path / "val" / "log.csv")))
-    assert [row["trust"] for row in log] == ["1", "1", "1", "0.5"]
+    assert [row["trust"] for row in log] == ["", "", "1", "0.5"]
     assert state["trust"] == 0 and next(answers, "none") == "none"
     fixed = {t: train(gray, tmp_path / t, *more, "--correct", "--trust", t) for t in ("0", "1")}
     plain = train(gray, tmp_path / "plain", *more)
@@ -1092,7 +1092,9 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
     cases = inference.Cases(info, "val", args.size)
     dice = {}
     for share in (0.0, 0.5, 1.0):
-        net = Corrected(f, guide(data, qp), share)
+        net = Corrected(f, guide(data, qp), share) if share else f
+        if share and window:
+            window = replace(window, whole=False)  # g knows patches alone
         table = inference.dice_table(net, cases, on, network["classes"], window)
         dice[share] = inference.mean_dice(table, train_ssl.check_val(info))[0]
     assert dice[trust] == pytest.approx(max(dice.values()), abs=1e-3), dice
@@ -1427,7 +1429,7 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, tmp_path, refused):
         train_ssl.main, [gray, *out, "--method", "ict", "--correct"], "--correct needs the qp.pt"
     )
     refused(train_ssl.main, [rgb, *out, "--correct", "--qp", rgb_quality[1]], "no pseudo-label")
-    refused(train_ssl.main, [rgb, *out, "--method", "ict", "--trust", "1"], "--trust: is of")
+    refused(train_ssl.main, [rgb, *out, "--method", "ict", "--trust", "1"], "--trust needs")
     refused(
         train_ssl.main,
         [rgb, *out, "--method", "ict", "--correct", "--qp", rgb_scalar],

@@ -12,7 +12,8 @@ supervised runs with g's correction.
 
 Reads  runs/ph2.h5, cvc.h5, acdc.h5; the tier `full` also la.h5.
 Writes runs/evidence/TIER/DATA/METHOD-ROW-SEED/: a run of train_ssl.py and its scores on test;
-       runs/evidence/TIER/DATA/g/, the quality predictor, and large-none-SEED/, the ensemble.
+       runs/evidence/TIER/DATA/g/, the quality predictor (g_half/: at half of f's side), and
+       large-none-SEED/, the ensemble.
 
 A run that is finished, or that another process is at, is passed over. Until lambda sets in, all
 runs of a seed are the same supervised training. It is done once, and each run goes on from there:
@@ -111,7 +112,6 @@ ROWS = {  # options of train_ssl.py
 CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
 BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble", "at_test_ensemble")
 AT_TEST = ("plain", "at_test", "at_test_ensemble")
-TRUSTS = (0.0, *train_ssl.TRUSTS)
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
     ("mean_teacher", "none qw correct_qw distill_qw"),
@@ -128,6 +128,7 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("mean_teacher bcp fixmatch", "distill_trust_qw"),
+    ("mean_teacher bcp fixmatch cps pseudo_label", "qw_half correct_qw_half"),
     ("ua_mt ict contrastive", "none qw correct_qw trust_qw"),
 ]
 
@@ -161,9 +162,9 @@ def jobs(tier):
 
 def fits(data, method, row):
     """Supervised training sees no archive; some controls know slices alone."""
-    if method == "supervised":
-        return not DATA[data].archive
-    return row not in ("oracle", *AT_TEST) or not DATA[data].volumes
+    if row in ("oracle", *AT_TEST) and DATA[data].volumes:
+        return False
+    return method != "supervised" or not DATA[data].archive
 
 
 # ------------------------------------------------------------------------------ one run
@@ -253,7 +254,10 @@ def score(data, folder, out, *more):
 
 
 def correct(tier, job, out):
-    """Scores a run `none`, whose outputs g corrects as far as best.pt gains on val; or nobody."""
+    """Scores a run `none`: as it is (`plain`), or with outputs that g corrects.
+
+    g takes the share of the output with which best.pt has the best Dice on val.
+    """
     origin = job._replace(row="none")
     run(tier, origin)
     folder = place(tier, origin)
@@ -262,7 +266,7 @@ def correct(tier, job, out):
     qp = f"{quality_of(tier, job.data)}/qp.pt"
     split = Split(tier, job.data, "val")
     f = split.network(f"{folder}/best.pt")
-    dice = {trust: split.dice(Corrected(f, split.g, trust)) for trust in TRUSTS}
+    dice = {trust: split.dice(Corrected(f, split.g, trust)) for trust in train_ssl.TRUSTS}
     trust = max(dice, key=dice.get)
     score(job.data, folder, out, "--qp", qp, "--trust", str(trust))
 
@@ -302,7 +306,8 @@ def from_start(path, args):
 
 def control_of(tier, job):
     """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
-    if job.row not in AT_TEST and "--qp" not in options(tier, job, "-"):
+    corrected = job.row in AT_TEST and job.row != "plain"
+    if not corrected and "--qp" not in options(tier, job, "-"):
         return None
     train_quality(tier, job.data, job.row)
     if job.row in BY_ENSEMBLE:
@@ -321,8 +326,10 @@ def train_quality(tier, data, row=""):
     masks = f"--labeled {mine.labeled} --size {size} --val-masks 5 {mine.masks} --resume"
     corrupt.main([file_of(data), "--out", folder, *masks.split()])
     source = [file_of(data), "--vqm", f"{folder}/vqm.h5", "--out", out]
-    own = [] if row.endswith("_half") or mine.volumes else ["--size", size]
-    train_qp.main([*source, *mine.g.split(), *own, "--resume"])
+    if not mine.volumes:  # whose options of g have a size
+        half = row.endswith("_half")
+        source += ["--size", str(int(size) // 2) if half else size]
+    train_qp.main([*source, *mine.g.split(), "--resume"])
 
 
 def ensemble(tier, data):
