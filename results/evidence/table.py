@@ -306,7 +306,7 @@ def draw(path, table):
     shown = [row for row in rows if row in handles]
     names = [SHOWN[row] for row in shown]
     figure.legend([handles[row] for row in shown], names, loc="lower center", ncols=2)
-    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
+    figure.tight_layout(rect=(0, 0.8 / size[1], 1, 1))
     figures.save_figure(figure, path)
 
 
