@@ -16,7 +16,7 @@ Writes OUT/cases.csv (a row per run, case and class or region), OUT/summary.json
        With --predict OUT/masks/*, one for each case, on the grid of its source: .nii.gz for a
        volume, for an image .png with a palette, whose pixels are class numbers. With --qp also
        OUT/worst_first.csv, the Dice that g predicts, in the order of what g and f say together,
-       and worst_first.png, the sixteen worst.
+       and worst_first.png, the sixteen worst. With --trust, g corrects all outputs first.
 
 A class that no label of the split holds counts in no mean, and its column says "-". Where a single
 case lacks a class, its Dice is 1 if the output lacks the class, too, else 0. Runs that differ only
