@@ -540,8 +540,8 @@ def assert_nothing_left(out):
 
 
 @pytest.fixture
-def not_predicted(tmp_path, refused):
-    """not_predicted(new, run, *words): new images are refused, and nothing is left behind."""
+def refused_to_predict(tmp_path, refused):
+    """refused_to_predict(new, run, *words): new images are refused, and nothing is left behind."""
 
     def check(new, run, *words):
         refused(evaluate.main, [new, run, "--predict", "--out", tmp_path / "o"], *words)
@@ -550,28 +550,30 @@ def not_predicted(tmp_path, refused):
     return check
 
 
-def test_scans_are_refused_by_a_network_for_pictures(rgb_run, scans, not_predicted):
-    not_predicted(scans, rgb_run, "NIfTI", "pictures")
+def test_scans_are_refused_by_a_network_for_pictures(rgb_run, scans, refused_to_predict):
+    refused_to_predict(scans, rgb_run, "NIfTI", "pictures")
 
 
-def test_scans_are_refused_by_a_network_for_gray_pictures(scans, tmp_path, not_predicted):
+def test_scans_are_refused_by_a_network_for_gray_pictures(scans, tmp_path, refused_to_predict):
     """Although it has one channel, as they have."""
     source, path = make_pictures(tmp_path / "g", 4), str(tmp_path / "g.h5")
     images.main([str(source), "--out", path, "--gray", "--val", "0.3"])
     run = make_run(tmp_path / "gray", h5.read_info(path))
-    not_predicted(scans, run, "NIfTI", "learned from pictures")
+    refused_to_predict(scans, run, "NIfTI", "learned from pictures")
 
 
-def test_pictures_are_refused_by_a_network_for_volumes(volumes, pictures, tmp_path, not_predicted):
+def test_pictures_are_refused_by_a_network_for_volumes(
+    volumes, pictures, tmp_path, refused_to_predict
+):
     run = make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
-    not_predicted(pictures[0], run, "holds pictures", "learned from NIfTI volumes")
+    refused_to_predict(pictures[0], run, "holds pictures", "learned from NIfTI volumes")
 
 
-def test_images_that_are_not_there(rgb_run, tmp_path, not_predicted):
+def test_images_that_are_not_there(rgb_run, tmp_path, refused_to_predict):
     (tmp_path / "empty").mkdir()
-    not_predicted(tmp_path / "empty", rgb_run, "empty", "no picture")
-    not_predicted(tmp_path / "nowhere", rgb_run, "no such file")
-    not_predicted("", rgb_run, "no such file")
+    refused_to_predict(tmp_path / "empty", rgb_run, "empty", "no picture")
+    refused_to_predict(tmp_path / "nowhere", rgb_run, "no such file")
+    refused_to_predict("", rgb_run, "no such file")
 
 
 def test_new_images_have_no_scores_and_no_split(rgb_run, pictures, tmp_path, refused):
@@ -583,34 +585,36 @@ def test_new_images_have_no_scores_and_no_split(rgb_run, pictures, tmp_path, ref
 
 
 @pytest.mark.parametrize("name", ["a.dcm", "a.gif", "a.mha", "a.nrrd"])
-def test_a_format_that_is_not_read_names_those_that_are(name, rgb_run, tmp_path, not_predicted):
+def test_a_format_that_is_not_read_names_those_that_are(
+    name, rgb_run, tmp_path, refused_to_predict
+):
     (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
-    not_predicted(tmp_path / name, rgb_run, name, "save it as .bmp, ", ".nii.gz")
+    refused_to_predict(tmp_path / name, rgb_run, name, "save it as .bmp, ", ".nii.gz")
 
 
-def test_pictures_and_scans_in_one_folder(rgb_run, pictures, scans, not_predicted):
+def test_pictures_and_scans_in_one_folder(rgb_run, pictures, scans, refused_to_predict):
     folder, _ = pictures
     shutil.copy(scans / "a.nii.gz", folder)
-    not_predicted(folder, rgb_run, "both")
+    refused_to_predict(folder, rgb_run, "both")
 
 
-def test_two_pictures_of_one_name(rgb_run, pictures, not_predicted):
+def test_two_pictures_of_one_name(rgb_run, pictures, refused_to_predict):
     folder, _ = pictures
     (folder / "p4.bmp").write_bytes((folder / "p4.png").read_bytes())
-    not_predicted(folder, rgb_run, "p4", "is there too")
+    refused_to_predict(folder, rgb_run, "p4", "is there too")
 
 
-def test_a_picture_that_was_cut_short(rgb_run, pictures, not_predicted):
+def test_a_picture_that_was_cut_short(rgb_run, pictures, refused_to_predict):
     folder, _ = pictures
     (folder / "p5.png").write_bytes((folder / "p5.png").read_bytes()[:60])
-    not_predicted(folder, rgb_run, "p5.png", "not a readable picture")
+    refused_to_predict(folder, rgb_run, "p5.png", "not a readable picture")
 
 
-def test_a_picture_too_small_for_a_network(rgb_run, pictures, not_predicted):
+def test_a_picture_too_small_for_a_network(rgb_run, pictures, refused_to_predict):
     """The message names neither the temporary file nor what nobody did."""
     folder, _ = pictures
     cv2.imwrite(str(folder / "p5.png"), np.zeros((3, 60, 3), np.uint8))
-    not_predicted(folder, rgb_run, f"{folder}: case 'p5': a grid of 3 x 60", "pad it\n")
+    refused_to_predict(folder, rgb_run, f"{folder}: case 'p5': a grid of 3 x 60", "pad it\n")
 
 
 NONSENSE = (
@@ -632,21 +636,21 @@ NONSENSE = (
 )
 
 
-def test_a_checkpoint_that_says_nonsense_of_its_data(volumes, scans, tmp_path, not_predicted):
+def test_a_checkpoint_that_says_nonsense_of_its_data(volumes, scans, tmp_path, refused_to_predict):
     run = make_run(tmp_path / "run3d", h5.read_info(volumes), size=(16, 16, 32))
     state = torch.load(run, weights_only=True)
     for wrong in NONSENSE:
         state["data"]["prepared"] = wrong
         torch.save(state, run)
-        not_predicted(scans, run, "cannot be understood")
+        refused_to_predict(scans, run, "cannot be understood")
 
 
 @pytest.mark.parametrize("wrong", ["[1]", "{"])
-def test_a_dataset_that_says_nonsense_of_itself(wrong, rgb, rgb_run, tmp_path, not_predicted):
+def test_a_dataset_that_says_nonsense_of_itself(wrong, rgb, rgb_run, tmp_path, refused_to_predict):
     shutil.copy(rgb, tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "a") as f:
         f.attrs["prepared"] = wrong
-    not_predicted(tmp_path / "f.h5", rgb_run, "f.h5")
+    refused_to_predict(tmp_path / "f.h5", rgb_run, "f.h5")
 
 
 @pytest.mark.usefixtures("unrendered")
