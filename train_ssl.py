@@ -1704,6 +1704,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     run = build_run(network, g, args, on, fresh=not state)
     progress = restore(run, state) if state else Progress()
+    if state and args.correct and "trust" not in state:
+        print(f"note: {args.out}: so far g alone corrected; from here on val chooses --trust")
     known = sorted({*labeled.case, *taught})  # whose labels f has seen, through g also
     facts = dict(args=vars(args), data=info.describe(), inputs=inputs, labeled=known)
 

@@ -1100,6 +1100,18 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
     assert dice[trust] == pytest.approx(max(dice.values()), abs=1e-3), dice
 
 
+def test_a_run_of_before_val_chose_the_trust_says_that_it_does_now(
+    gray, gray_quality, tmp_path, capsys
+):
+    more = ("--method", "ict", "--correct", "--qp", gray_quality[1], "--steps", 2)
+    state = train(gray, tmp_path, *more)
+    assert "so far g alone" not in capsys.readouterr().out
+    del state["trust"]
+    torch.save(state | dict(finished=False), tmp_path / "last.pt")
+    train(gray, tmp_path, *more, "--resume")
+    assert "so far g alone corrected" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words",
     [
