@@ -730,7 +730,7 @@ class Now(NamedTuple):
     t: float  # progress of training, in [0, 1]
     lams: tuple  # of lambdas()
     decay: float  # of the teacher's average
-    trust: float = 1.0  # in g's correction
+    trust: float  # in g's correction
 
 
 def now_at(args, step, trust=1.0):
@@ -1131,7 +1131,7 @@ def validate(run, val, progress, args):
 def best_trust(run, val, dice):
     """The share of g's belief with which outputs of the first student have the best Dice on val.
 
-    dice: without g. Of shares that are equally good, the smallest.
+    dice: of these outputs without g. If several shares are equally good, the smallest is taken.
     """
     f = fused(run.nets[0])
     found = {0.0: dice}

@@ -240,7 +240,7 @@ def run(tier, job):
     print(f"\n{out}", flush=True)
     with stand_in(control_of(tier, job)):
         if job.row in AT_TEST:
-            correct(tier, job, out)
+            score_corrected(tier, job, out)
         else:
             train(tier, job, out)
             score(job.data, out, out)
@@ -253,7 +253,7 @@ def score(data, folder, out, *more):
     evaluate.main([*words, "--out", f"{out}/test", "--pictures", "0"])
 
 
-def correct(tier, job, out):
+def score_corrected(tier, job, out):
     """Scores a run `none`: as it is (`plain`), or with outputs that g corrects.
 
     g takes the share of the output with which best.pt has the best Dice on val.
