@@ -1,6 +1,6 @@
 """Cases of several channels: what converters make of them, and evaluate.py --predict of new ones.
 
-What is refused of them is in bad_inputs.py.
+What is refused of them is in bad_sources.py.
 """
 
 import json
@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from bad_inputs import write_tiff
+from bad_sources import write_tiff
 from test_evaluate import make_run
 from test_nifti import ball, convert, joined, load, make, save
 from test_predict import Bright
