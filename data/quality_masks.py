@@ -194,7 +194,7 @@ def check_places(where, places, info, source, patch):
     source: that split of the data; patch: see Masks.
     """
     known = {e.name: e for e in info.entries(source) if e.labeled}
-    for case, at in set(places):
+    for case, at in dict.fromkeys(places):
         if case not in known:
             raise InputError(
                 f"{where}/case: {case!a} is no labeled case of /{source} of {info.path}; {REMEDY}"

@@ -153,11 +153,18 @@ def bad_pictures():
         yield Input("data.images", name, source(pictures(change), "--val 0.5"), [word])
 
 
+def missing(work):
+    return ["none", "--out", work / "out.h5"]
+
+
+def a_file(work):
+    (work / "text.txt").write_text("no folder")
+    return [work / "text.txt", "--out", work / "out.h5"]
+
+
 def no_folder():
     """Paths where no folder lies."""
-    missing = lambda work: ["none", "--out", work / "out.h5"]
-    a_file = lambda work: [work / "data.h5", "--out", work / "out.h5"]
-    for name, make, word in (("missing", missing, "none"), ("a file", a_file, "data.h5")):
+    for name, make, word in (("missing", missing, "none"), ("a file", a_file, "text.txt")):
         for stage in ("data.images", "data.nifti", "data.ssl4mis"):
             yield Input(stage, name, make, [word])
 

@@ -350,28 +350,34 @@ def test_tables_by_hand(made, capsys, monkeypatch):
     """
     for seed in range(3):
         made("ph2", f"bcp-none-{seed}", 0.6 + 0.1 * seed)
-        made("ph2", f"bcp-qw-{seed}", 0.63 + 0.1 * seed)
+        made("ph2", f"bcp-correct-{seed}", 0.63 + 0.1 * seed)
+        made("ph2", f"bcp-distill_qw-{seed}", 0.63 + 0.1 * seed)
         made("ph2", f"bcp-published-{seed}", 0.7)
         made("ph2", f"fixmatch-none-{seed}", 0.5)
-        made("ph2", f"fixmatch-qw-{seed}", 0.51)
+        made("ph2", f"fixmatch-distill_qw-{seed}", 0.51)
     made("ph2", "ict-none-0", 0.5)
-    made("ph2", "ict-qw-0", 0.59)
     made("ph2", "ict-plain-0", 0.52)
     made("ph2", "ict-at_test-0", 0.55)
     made("ph2", "ict-correct_qw-0", 0.6)
     made("ph2", "ict-distill_qw-0", 0.58)
     made("cvc", "bcp-none-0", 0.3)
-    table.main(["--add", "--out", "f.png"])
+    table.main(["--add", "--rows", "--out", "f.png"])
     best, last = capsys.readouterr().out.split("at the last step")
     assert "| bcp | none | 70.0 ± 10.0 |  | 30.0 (1) |  |" in best
     assert "| bcp | none | 60.0 ± 10.0 |  | 20.0 (1) |  |" in last
-    assert "| bcp | qw | +3.0 [+3.0, +3.0] |  |  |  |" in best
-    assert "| ict | qw | +9.0 [+9.0, +9.0] (1) |  |  |  |" in best
+    assert "| bcp | correct | +3.0 [+3.0, +3.0] |  |  |  |" in best
     assert "| ict | plain | 52.0 (1) |  |  |  |" in best
     assert "| ict | at_test | +3.0 [+3.0, +3.0] (1) |  |  |  |" in best
     assert "| ict | correct_qw over distill_qw | +2.0 [+2.0, +2.0] (1) |  |  |  |" in best
-    assert "| **mean** | qw | +2.0 [+2.0, +2.0] |  |  |  |" in best
+    assert "| **mean** | distill_qw | +2.0 [+2.0, +2.0] |  |  |  |" in best
     assert "la_4" not in best and "published" not in best and os.path.getsize("f.png") > 10_000
+
+    table.main([])
+    best = capsys.readouterr().out.split("at the last step")[0]
+    assert "| bcp | 70.0 ± 10.0 |  |  | +3.0 [+3.0, +3.0] |  |  |" in best
+    assert "| ict | 50.0 (1) |  |  | +8.0 [+8.0, +8.0] (1) | +3.0 [+3.0, +3.0] (1) |  |" in best
+    assert "| **mean** |  |  |  | +2.0 [+2.0, +2.0] |  |  |" in best
+    assert "**cvc**" not in best  # nothing beside the baseline
     shutil.rmtree("runs")
     table.main(["--baselines"])
     out = capsys.readouterr().out

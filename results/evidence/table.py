@@ -2,13 +2,14 @@
 
     python -m results.evidence.table --out results/evidence/evidence.png
     python -m results.evidence.table --add      # first adds the finished runs of run.py
+    python -m results.evidence.table --rows     # all rows: tables.md
     python -m results.evidence.table --baselines
 
 scores_TIER.csv.gz has Dice and HD95 of each test case (mean over classes) for each run, so that a
 table needs no runs. The row `published` is the authors' training step in the place of ours.
 
-A gain is the difference of Dice to another row of the same method, mostly `none`, in points, paired
-over seeds and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of
+A gain is the difference of Dice to another row of the same method, mostly without g, in points,
+paired over seeds and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of
 video: sequences) are drawn with replacement, the same for both rows. Of three seeds that is a rough
 interval, too narrow where seeds differ more than patients do; of one seed it is over patients
 alone.
@@ -212,11 +213,35 @@ def baselines(table):
     return markdown(lines)
 
 
-def gains(table):
-    """Dice of DICE, what each other row gains on `none` or its BASE, and means over methods.
+def overview(table):
+    """What the rows of OVERVIEW gain, a part for each data set, a line for each method. -> Markdown
 
-    A mean is of the methods that have the most seeds. -> Markdown
+    The last line has means of the methods that have the most seeds.
     """
+    parts = []
+    for data in table.sets:
+        lines = []
+        for method in table.methods("none"):
+            cells = {name: text(table.gain(data, [method], row)) for row, name in OVERVIEW.items()}
+            lines.append({"method": method, "unguided": table.dice(data, method, "none")} | cells)
+        means = {name: text(mean_gain(table, data, row)) for row, name in OVERVIEW.items()}
+        lines.append({"method": "**mean**", "unguided": ""} | means)
+        found = [line for line in lines if any([*line.values()][2:])]
+        if found:
+            parts.append(f"**{data}**\n\n{markdown(found)}")
+    return "\n\n".join(parts)
+
+
+def mean_gain(table, data, row, other=None):
+    """The Gain of a row in the mean over the methods that have the most seeds, if they are many."""
+    found = {m: table.gain(data, [m], row, other) for m in table.methods(row)}
+    most = max((gain.seeds for gain in found.values() if gain), default=0)
+    methods = [m for m, gain in found.items() if gain and gain.seeds == most]
+    return table.gain(data, methods, row, other) if len(methods) > 1 else None
+
+
+def gains(table):
+    """Dice of DICE, what each other row gains on its base, and means over methods. -> Markdown"""
     lines = []
     for method in table.methods("none"):
         for row in ROWS:
@@ -229,18 +254,20 @@ def gains(table):
             cells = {data: text(table.gain(data, [method], *pair)) for data in table.sets}
             lines.append({"method": method, "row": " over ".join(pair)} | cells)
     for rows in MEANS:
-        cells = {}
-        for data in table.sets:
-            found = {m: table.gain(data, [m], *rows) for m in table.methods(rows[0])}
-            most = max((gain.seeds for gain in found.values() if gain), default=0)
-            methods = [m for m, gain in found.items() if gain and gain.seeds == most]
-            cells[data] = text(table.gain(data, methods, *rows)) if len(methods) > 1 else ""
+        cells = {data: text(mean_gain(table, data, *rows)) for data in table.sets}
         lines.append({"method": "**mean**", "row": " over ".join(rows)} | cells)
     return markdown([line for line in lines if any([*line.values()][2:])])
 
 
+OVERVIEW = {  # rows, and what the overview calls them
+    "qw": "QW",
+    "trust_qw": "correction, QW",
+    "distill_qw": "distillation",
+    "at_test": "g corrects outputs",
+    "at_test_ensemble": "an ensemble does",
+}
 DICE = ("none", "all", "plain")
-BASE = {"at_test": "plain", "at_test_ensemble": "plain"}  # the others: none
+BASE = dict.fromkeys(["qw", "trust_qw", "at_test", "at_test_ensemble"], "plain")  # others: none
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
     ["correct_qw", "distill_qw"],
@@ -314,15 +341,16 @@ def main(argv=None):
     p = Parser(__doc__, prog="python -m results.evidence.table")
     p.add_argument("--add", action="store_true", help="first add the finished runs to the scores")
     p.add_argument("--tier", choices=TIERS, default="small", help="of which runs")
-    p.add_argument("--baselines", action="store_true", help="ours beside published code instead")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--rows", action="store_true", help="all rows, not those of the overview")
+    which.add_argument("--baselines", action="store_true", help="ours beside published code")
     p.add_argument("--out", type=picture, help="the figure")
     args = p.parse_args(argv)
     if args.add:
         add(args.tier)
+    made = baselines if args.baselines else gains if args.rows else overview
     for checkpoint, when in CHECKPOINTS.items():
-        table = Table(args.tier, checkpoint)
-        text = baselines(table) if args.baselines else gains(table)
-        print(f"Test Dice, %, {when}\n\n{text}\n")
+        print(f"Test Dice, %, {when}\n\n{made(Table(args.tier, checkpoint))}\n")
     if args.out:
         draw(args.out, Table(args.tier, "best.pt"))
 
