@@ -9,10 +9,10 @@ scores_TIER.csv.gz has Dice and HD95 of each test case (mean over classes) for e
 table needs no runs. The row `published` is the authors' training step in the place of ours.
 
 A gain is the difference of Dice to another row of the same method, mostly without g, in points,
-paired over seeds and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and patients (of
-video: sequences) are drawn with replacement, the same for both rows. Of three seeds that is a rough
-interval, too narrow where seeds differ more than patients do; of one seed it is over patients
-alone.
+paired over seeds and cases. Its 95% interval comes from 10,000 bootstrap samples: seeds and
+patients (of video: sequences) are drawn with replacement, the same for both rows. Of three seeds
+that is a rough interval, too narrow where seeds differ more than patients do; of one seed it is
+over patients alone.
 """
 
 import collections
