@@ -53,7 +53,7 @@ from models.device import (
     restore_scaler,
 )
 from models.ema import update_average
-from models.losses import one_hot, seg_loss
+from models.losses import one_hot, seg_loss, weighted_mean
 from models.quality import Seen, quality_target, resample, true_dice, with_background
 
 # ----------------------------------------------------------------------------------------- batches
@@ -125,7 +125,8 @@ def dense_loss(g, views, args):
     """Each member segments the truth, from a view of its own that shows the mask or withholds it.
 
     (cross-entropy + soft Dice) / 2 of the answer, plus Smooth L1 between the expected Dice that is
-    read off the answer and the smoothed Dice of the mask.
+    read off the answer and the smoothed Dice of the mask, of the classes that the truth holds: with
+    the others, members segment worse (results/quality).
     """
     total = 0.0
     for member, (seen, truth) in zip(g.members, views):
@@ -133,9 +134,11 @@ def dense_loss(g, views, args):
         logits = member(channels_last(g.show(seen, withheld)))  # [B, K, *S]
         answer = logits.float().softmax(1)[:, 1:]  # [B, K-1, *S]
         expected = quality_target(seen.mask, answer)  # [B, K-1]
-        wrong = F.smooth_l1_loss(expected, quality_target(seen.mask, truth), beta=0.1)
-        loss = seg_loss(logits, with_background(truth)) + args.quality_loss * wrong
-        total = total + loss
+        dice = quality_target(seen.mask, truth)
+        wrong = F.smooth_l1_loss(expected, dice, beta=0.1, reduction="none")
+        held = truth.flatten(2).amax(2)  # [B, K-1]
+        loss = seg_loss(logits, with_background(truth))
+        total = total + loss + args.quality_loss * weighted_mean(wrong, held)
     return total
 
 

@@ -214,7 +214,7 @@ def test_heads(rgb, rgb_quality, rgb_scalar):
 def test_losses_of_the_heads_fall_when_they_are_right():
     """A perfect prediction of the truth has the least dense loss.
 
-    The quality loss adds what the Dice that is read off is wrong by.
+    The quality loss adds what the Dice that is read off is wrong by, of classes that are there.
     """
 
     class Knows(torch.nn.Module):
@@ -224,9 +224,10 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 
         show = DenseQualityPredictor.show
 
-    truth = torch.zeros(2, 1, 16, 16)
-    truth[..., 4:12, 4:12] = 1
+    truth = torch.zeros(2, 2, 16, 16)
+    truth[:, 0, 4:12, 4:12] = 1
     mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
+    mask[:, 1, :4] = 1  # a class that is not there
     options = lambda weight: options_of(
         ["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)]
     )
@@ -234,9 +235,9 @@ def test_losses_of_the_heads_fall_when_they_are_right():
         Knows(truth, certainty), [(Seen(x, mask), truth)], options(weight)
     ).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
-    p = torch.full((2, 1, 16, 16), 0.5)
+    p = torch.full((2, 1, 16, 16), 1 / 3)
     wrong = torch.nn.functional.smooth_l1_loss(
-        quality_target(mask, p), quality_target(mask, truth), beta=0.1
+        quality_target(mask[:, :1], p), quality_target(mask[:, :1], truth[:, :1]), beta=0.1
     ).item()
     assert loss(0, 1) - loss(0, 0) == pytest.approx(wrong, rel=1e-4) and wrong > 0.05
 

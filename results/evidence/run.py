@@ -65,7 +65,8 @@ class Data(NamedTuple):
 
 PH2 = Data("ph2", 14, "1e-3", "--masks 200 --folds 3", "--batch 24 --per-image 200 --epochs 4")
 CVC = Data("cvc", 4, "1e-3", "--masks 60 --folds 2", "--batch 24 --per-image 40 --epochs 4")
-ACDC = Data("acdc", 7, "3e-3", "--masks 60 --folds 3", "--batch 16 --per-image 30 --epochs 3")
+ACDC_G = "--batch 16 --per-image 30 --epochs 4 --lr 3e-3"
+ACDC = Data("acdc", 7, "3e-3", "--masks 60 --folds 3", ACDC_G)
 LA_G = "--size 40,56,56 --batch 8 --per-image 60 --epochs 6 --members 1"
 LA = Data("la", 4, "1e-3", "--masks 60 --folds 2", LA_G, full=True, volumes=True)
 DATA = {
