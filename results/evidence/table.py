@@ -260,21 +260,23 @@ def gains(table):
 
 
 OVERVIEW = {  # rows, and what the overview calls them
-    "qw": "QW",
+    "qw_half": "QW",
     "trust_qw": "correction, QW",
     "distill_qw": "distillation",
     "at_test": "g corrects outputs",
     "at_test_ensemble": "an ensemble does",
 }
 DICE = ("none", "all", "plain")
-BASE = dict.fromkeys(["qw", "trust_qw", "at_test", "at_test_ensemble"], "plain")  # others: none
+AS_PLAIN = "qw trust_qw distill_trust_qw at_test at_test_ensemble".split()
+BASE = dict.fromkeys(AS_PLAIN, "plain")  # of the same machine; the others: none
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
+    ["trust_qw", "distill_trust_qw"],
+    ["trust_qw", "distill_qw"],
     ["correct_qw", "distill_qw"],
     ["correct_qw_half", "distill_qw"],
 ]
-ALONE = "qw qw_half correct_qw correct_qw_half trust_qw distill_qw at_test at_test_ensemble"
-MEANS = [*([row] for row in ALONE.split()), *PAIRS]  # over methods
+MEANS = [*([row] for row in ROWS if row not in DICE), *PAIRS]  # over methods
 
 
 def text(gain):
@@ -287,7 +289,6 @@ SHOWN = {  # rows, and what the figure calls them
     "at_test": "no guidance; g corrects the outputs",
     "at_test_ensemble": "no guidance; an ensemble corrects the outputs",
     "trust_qw": "guided: correction as far as val gains, with QW",
-    "correct_qw_half": "guided: correction with QW, g at half of f's side",
     "distill_qw": "guided by the ensemble: distillation",
     "qw_half": "QW of the image (the paper's), g at half of f's side",
 }
