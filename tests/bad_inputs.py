@@ -3,7 +3,7 @@
     python tests/bad_inputs.py
         prints a table of the stages, and every input with what is said of it (Markdown)
     python tests/bad_inputs.py FOLDER FILE.json
-        writes what the tests read: each kind of input once, not at every place that reads it
+        writes what the tests read, a part of the inputs: to run all takes minutes
 
 What is asked of the answers is in test_bad_input.py. The scripts are imported once, and each input
 is given to a forked child, so that one costs a fraction of a second, and a crash or a hang ends
@@ -69,8 +69,8 @@ EXPLODED = "exploded"  # what a bomb writes
 # ---------------------------------------------------------------------------- one input, in a child
 
 
-def in_child(main, argv, log, limit=SECONDS):
-    """Runs main(argv) as a script does.
+def in_child(stage, argv, log, limit=SECONDS):
+    """Runs a stage, by its name in MAINS, as a script does.
 
     -> exit code (negative: the signal that ended it), stderr, seconds, peak bytes of memory (with
     all that is imported)
@@ -84,8 +84,8 @@ def in_child(main, argv, log, limit=SECONDS):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             for fd, end in ((1, "out"), (2, "err")):
                 os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-            sys.argv = [main, *argv]
-            cli(lambda: MAINS[main](argv))
+            sys.argv = [stage, *argv]
+            cli(lambda: MAINS[stage](argv))
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -1001,14 +1001,14 @@ class Places:
     """Where the good inputs lie, and how many bad ones are made of them."""
 
     folder: Path
-    everything: bool  # each input at all places that read it, not at one of them in turn
+    everything: bool  # each input at all places that read it, not a part of that
 
     def __post_init__(self):
         self.flat, self.deep = self.folder / "2d", self.folder / "3d"
 
-    def taken(self, inputs, place, places):
-        """Those of one place, where each input goes to one of some places; or everything."""
-        return [x for i, x in enumerate(inputs) if self.everything or i % places == place]
+    def taken(self, inputs, first, of):
+        """One in `of` of the inputs, from the `first` on; or everything."""
+        return [x for i, x in enumerate(inputs) if self.everything or i % of == first]
 
     def broken(self, stage):
         """What a stage is given. No flipped bits to train_qp.py: unread, they cost seconds."""

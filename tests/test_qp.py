@@ -226,8 +226,9 @@ def test_losses_of_the_heads_fall_when_they_are_right():
 
     truth = torch.zeros(2, 2, 16, 16)
     truth[:, 0, 4:12, 4:12] = 1
+    truth[1, 1, 12:] = 1  # the first image lacks this class
     mask, x = truth.roll(3, -1), torch.zeros(2, 1, 16, 16)
-    mask[:, 1, :4] = 1  # a class that is not there
+    mask[0, 1, :4] = 1
     options = lambda weight: options_of(
         ["d", "--vqm", "v", "--out", "o", "--quality-loss", str(weight)]
     )
@@ -236,9 +237,9 @@ def test_losses_of_the_heads_fall_when_they_are_right():
     ).item()
     assert loss(20, 1) == pytest.approx(0, abs=1e-4) and loss(0, 1) > loss(0.5, 1) > loss(20, 1)
     p = torch.full((2, 1, 16, 16), 1 / 3)
-    wrong = torch.nn.functional.smooth_l1_loss(
-        quality_target(mask[:, :1], p), quality_target(mask[:, :1], truth[:, :1]), beta=0.1
-    ).item()
+    every = [quality_target(mask, one).flatten() for one in (p.expand(2, 2, 16, 16), truth)]
+    held = torch.tensor([True, False, True, True])
+    wrong = torch.nn.functional.smooth_l1_loss(*(q[held] for q in every), beta=0.1).item()
     assert loss(0, 1) - loss(0, 0) == pytest.approx(wrong, rel=1e-4) and wrong > 0.05
 
 

@@ -90,7 +90,7 @@ ROWS = {  # options of train_ssl.py
     "none": "",
     "all": "",  # supervised training with the labels of all train cases
     "qw": f"{QW} image",  # the paper's
-    "qw_half": f"{QW} image",  # by a g at half of f's side
+    "qw_half": f"{QW} image",  # by a g at half of f's side; in the tables it is of 1f55d4d
     "qw_pixel": f"{QW} pixel",
     "confidence": "--weight confidence --weight-threshold 0.5",
     "qar": "--qar 0.01",
@@ -106,7 +106,7 @@ ROWS = {  # options of train_ssl.py
     "blind": "--correct --trust 1",
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
-    "plain": "",  # the run `none`, scored on the machine of the next two
+    "plain": "",  # the run `none`, scored on the machine of rows that are compared with it
     "at_test": "",  # the same run, whose outputs g corrects
     "at_test_ensemble": "",  # the same by the ensemble
 }
@@ -180,7 +180,7 @@ def file_of(data):
     return f"runs/{DATA[data].file}.h5"
 
 
-def plain(data):
+def without_archive(data):
     """The data set without the archive. It may be this one."""
     return next(name for name in DATA if DATA[name] == DATA[data]._replace(archive=""))
 
@@ -188,7 +188,7 @@ def plain(data):
 def quality_of(tier, data, row=""):
     """The folder of g of a row. An archive does not change it."""
     name = "g_half" if row.endswith("_half") else "g"
-    return f"runs/evidence/{tier}/{plain(data)}/{name}"
+    return f"runs/evidence/{tier}/{without_archive(data)}/{name}"
 
 
 def settings(tier, data):
@@ -222,7 +222,7 @@ def start_of(job):
     own = job.method in (*train_ssl.STUDENTS, *train_ssl.WARM_UP)
     if job.row == "all":
         return job
-    return Job(plain(job.data), job.method if own else "supervised", "none", job.seed)
+    return Job(without_archive(job.data), job.method if own else "supervised", "none", job.seed)
 
 
 def finished(folder):
@@ -339,7 +339,7 @@ def ensemble(tier, data):
     for seed in SEEDS:
         out = f"{os.path.dirname(quality_of(tier, data))}/large-none-{seed}"
         if not finished(out):
-            words = options(tier, Job(plain(data), "supervised", "none", seed), out)
+            words = options(tier, Job(without_archive(data), "supervised", "none", seed), out)
             train_ssl.main([*words, "--width", "16", "--resume"])
             score(data, out, out)
         on = compute("auto", "off", False)
@@ -372,7 +372,7 @@ class Split:
 
 def supervised(tier, data):
     """The checkpoints of supervised runs, where lambda would set in and at their best on val."""
-    runs = [place(tier, Job(plain(data), "supervised", "none", seed)) for seed in SEEDS]
+    runs = [place(tier, Job(without_archive(data), "supervised", "none", seed)) for seed in SEEDS]
     names = ["step[0-9]*.pt", "best.pt"]
     return [path for name in names for run in runs for path in sorted(glob.glob(f"{run}/{name}"))]
 

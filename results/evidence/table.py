@@ -1,4 +1,4 @@
-"""The tables and the figure of README.md and ../baselines/README.md, from scores_TIER.csv.gz.
+"""The tables of README.md, tables.md and ../baselines/README.md, from scores_TIER.csv.gz.
 
     python -m results.evidence.table --out results/evidence/evidence.png
     python -m results.evidence.table --add      # first adds the finished runs of run.py
@@ -168,16 +168,21 @@ class Table:
     def gain(self, data, methods, row, other=None):
         """The Gain of a row over another, in the mean over methods and the seeds that all have.
 
-        other: a row; None: what the row started from. -> None if there is no such seed
+        other: a row; None: the method without g, see base(). -> None if there is no such seed
         """
-        other = other or BASE.get(row, "none")
-        pairs = [[self.runs.get((data, m, r), {}) for r in (row, other)] for m in methods]
+        rows = {m: (row, other or self.base(data, m, row)) for m in methods}
+        pairs = [[self.runs.get((data, m, r), {}) for r in rows[m]] for m in methods]
         seeds = sorted(set.intersection(*(set(a) & set(b) for a, b in pairs))) if pairs else []
         if not seeds:
             return None
         gains = [[100 * (a[seed].dice - b[seed].dice) for seed in seeds] for a, b in pairs]
         mean = np.mean(gains, 0)  # [seeds, cases]
         return Gain(mean.mean(), *interval(mean, pairs[0][0][seeds[0]].patients), len(seeds))
+
+    def base(self, data, method, row=""):
+        """What a row is a gain on: `plain`, of the same machine, if it is kept, or `none`."""
+        apart = row in ELSEWHERE or (data, method, "plain") not in self.runs
+        return "none" if apart else "plain"
 
 
 def interval(difference, groups, count=10_000):
@@ -223,7 +228,8 @@ def overview(table):
         lines = []
         for method in table.methods("none"):
             cells = {name: text(table.gain(data, [method], row)) for row, name in OVERVIEW.items()}
-            lines.append({"method": method, "unguided": table.dice(data, method, "none")} | cells)
+            unguided = table.dice(data, method, table.base(data, method))
+            lines.append({"method": method, "unguided": unguided} | cells)
         means = {name: text(mean_gain(table, data, row)) for row, name in OVERVIEW.items()}
         lines.append({"method": "**mean**", "unguided": ""} | means)
         found = [line for line in lines if any([*line.values()][2:])]
@@ -233,7 +239,7 @@ def overview(table):
 
 
 def mean_gain(table, data, row, other=None):
-    """The Gain of a row in the mean over the methods that have the most seeds, if they are many."""
+    """The Gain of a row in the mean over the methods that have the most seeds; None for one."""
     found = {m: table.gain(data, [m], row, other) for m in table.methods(row)}
     most = max((gain.seeds for gain in found.values() if gain), default=0)
     methods = [m for m, gain in found.items() if gain and gain.seeds == most]
@@ -260,15 +266,14 @@ def gains(table):
 
 
 OVERVIEW = {  # rows, and what the overview calls them
-    "qw_half": "QW",
+    "qw_half": "QW, g½",
     "trust_qw": "correction, QW",
     "distill_qw": "distillation",
     "at_test": "g corrects outputs",
-    "at_test_ensemble": "an ensemble does",
+    "at_test_ensemble": "ensemble corrects outputs",
 }
 DICE = ("none", "all", "plain")
-AS_PLAIN = "qw trust_qw distill_trust_qw at_test at_test_ensemble".split()
-BASE = dict.fromkeys(AS_PLAIN, "plain")  # of the same machine; the others: none
+ELSEWHERE = ("qw_half", "correct_qw_half", "qar_half", "distill_qw", "oracle")  # beside `none`
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
     ["trust_qw", "distill_trust_qw"],
@@ -349,9 +354,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.add:
         add(args.tier)
-    made = baselines if args.baselines else gains if args.rows else overview
+    write = baselines if args.baselines else gains if args.rows else overview
     for checkpoint, when in CHECKPOINTS.items():
-        print(f"Test Dice, %, {when}\n\n{made(Table(args.tier, checkpoint))}\n")
+        print(f"Test Dice, %, {when}\n\n{write(Table(args.tier, checkpoint))}\n")
     if args.out:
         draw(args.out, Table(args.tier, "best.pt"))
 
