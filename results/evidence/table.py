@@ -180,7 +180,7 @@ class Table:
         return Gain(mean.mean(), *interval(mean, pairs[0][0][seeds[0]].patients), len(seeds))
 
     def base(self, data, method, row=""):
-        """What a row is a gain on: `plain`, of the same machine, if it is kept, or `none`."""
+        """What a row is a gain on: `plain`, if it is kept and of the same machine, or `none`."""
         apart = row in ELSEWHERE or (data, method, "plain") not in self.runs
         return "none" if apart else "plain"
 
@@ -273,7 +273,8 @@ OVERVIEW = {  # rows, and what the overview calls them
     "at_test_ensemble": "ensemble corrects outputs",
 }
 DICE = ("none", "all", "plain")
-ELSEWHERE = ("qw_half", "correct_qw_half", "qar_half", "distill_qw", "oracle")  # beside `none`
+# made on the machine of `none`
+ELSEWHERE = ("qw_half", "correct_qw_half", "qar_half", "distill_qw", "oracle")
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
     ["trust_qw", "distill_trust_qw"],
