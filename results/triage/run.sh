@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The runs and estimates behind README.md (but for the ensemble's and those of the former g), one data set at a time, from the project's top folder:
+# The runs and estimates behind README.md, but for those of the ensemble and of the former g. One
+# data set at a time, from the project's top folder:
 #     bash results/triage/run.sh ph2 14 1e-3      also: acdc 7 3e-3, cvc 4 1e-3
 # f and g are those of ../evidence (protocol.md says how runs/ph2.h5, ... are made).
 set -eu
