@@ -265,12 +265,12 @@ def gains(table):
     return markdown([line for line in lines if any([*line.values()][2:])])
 
 
-OVERVIEW = {  # rows, and what the overview calls them
-    "qw_half": "QW, g½",
-    "trust_qw": "correction, QW",
-    "distill_qw": "distillation",
-    "at_test": "g corrects outputs",
-    "at_test_ensemble": "ensemble corrects outputs",
+OVERVIEW = {  # rows, and what the overview and the figure call them
+    "qw_half": "QW by g½",
+    "trust_qw": "guided by g",
+    "distill_qw": "guided by ensemble",
+    "at_test": "corrected by g",
+    "at_test_ensemble": "corrected by ensemble",
 }
 DICE = ("none", "all", "plain")
 # made on the machine of `none`
@@ -291,14 +291,6 @@ def text(gain):
 
 # ------------------------------------------------------------------------------ figure
 
-SHOWN = {  # rows, and what the figure calls them
-    "at_test": "no guidance; g corrects the outputs",
-    "at_test_ensemble": "no guidance; an ensemble corrects the outputs",
-    "trust_qw": "guided: correction as far as val gains, with QW",
-    "distill_qw": "guided by the ensemble: distillation",
-    "qw_half": "QW of the image (the paper's), g at half of f's side",
-}
-
 
 def draw(path, table):
     """Draws each gain with its interval, a panel for each data set."""
@@ -306,14 +298,14 @@ def draw(path, table):
         (data, method, row): table.gain(data, [method], row)
         for data in table.sets
         for method in table.methods("none")
-        for row in SHOWN
+        for row in OVERVIEW
     }
     points = {key: gain for key, gain in points.items() if gain}
     if not points:
         raise InputError("no row beside a method's `none` is kept, so there is nothing to draw")
     sets = [data for data in table.sets if any(key[0] == data for key in points)]
     methods = [m for m in table.methods("none") if any(key[1] == m for key in points)]
-    rows = [row for row in SHOWN if any(key[2] == row for key in points)]
+    rows = [row for row in OVERVIEW if any(key[2] == row for key in points)]
     step = 1 / (len(rows) + 1.5)  # a method is 1 high
     size = (3.2 * len(sets), 1.2 + 0.16 * len(methods) / step)
     figure, axes = figures.pyplot().subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
@@ -338,7 +330,7 @@ def draw(path, table):
         axis.set(title=data, xlabel="gain in Dice, points", ylim=(len(methods), 0))
     axes[0, 0].set_yticks([i + 0.5 for i in range(len(methods))], methods)
     shown = [row for row in rows if row in handles]
-    names = [SHOWN[row] for row in shown]
+    names = [OVERVIEW[row] for row in shown]
     figure.legend([handles[row] for row in shown], names, loc="lower center", ncols=2)
     figure.tight_layout(rect=(0, 0.8 / size[1], 1, 1))
     figures.save_figure(figure, path)
