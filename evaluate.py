@@ -122,6 +122,11 @@ class Scored:
         """Names of the cases."""
         return [entry.name for entry in self.entries]
 
+    @property
+    def unit(self):
+        """Of distances: pixels for all cases where the spacing of one is unknown."""
+        return "mm" if all(entry.spacing_known for entry in self.entries) else "px"
+
 
 def scoring_pool(count, voxels):
     """A pool of processes that score cases, for a `with`; it gives None where this process scores.
@@ -182,11 +187,11 @@ def processes_live():
         ) from None
 
 
-def score_run(args, cases, found, pool, draw, regions):
+def score_run(args, cases, found, pool, draw, regions, unit):
     """Scores the outputs of a run. -> [cases][K-1+R] of Score, [cases] of pack()
 
     cases: inference.Cases; found: of inference.predict_cases(); pool: of scoring_pool().
-    regions [R]: of score_case().
+    regions [R]: of score_case(). unit: of distances, "mm" or "px".
     draw: whether a slice of each output is to be shown; else the second list is empty.
     """
     K = len(cases.info.classes)
@@ -203,6 +208,8 @@ def score_run(args, cases, found, pool, draw, regions):
             drawings.append(pack(label[figures.middle(truth, len(truth))]))
         if moved:
             label, truth, spacing = at_source(cases, entry, label)
+        if unit == "px":
+            spacing = (1.0,) * len(spacing)
         calls.add(label, truth, spacing, K, largest, regions)
     return calls.results(), drawings
 
@@ -222,8 +229,9 @@ def on_source_grids(info):
     """
 
     def moved(entry):
-        resized = len(entry.grid) == 2 and entry.source_grid
-        return replace(entry, grid=entry.source_grid) if resized else entry
+        if not entry.source_grid or len(entry.grid) > 2:
+            return entry
+        return replace(entry, grid=entry.source_grid, spacing=entry.source_spacing)
 
     splits = {split: [moved(e) for e in entries] for split, entries in info.splits.items()}
     return replace(info, splits=splits)
@@ -325,6 +333,19 @@ def check_labels(args, info, split, entries):
         for entry in entries:
             if entry.source_grid and not entry.source_labeled:
                 h5.read_source_label(info, split, entry)  # refuses
+
+
+def note_taught(args, info, entries, states):
+    """A warning where a run has learned from labels, in another file, of cases of these names."""
+    names = {entry.name for entry in entries}
+    for path, state in states.items():
+        taught = names & set(state["labeled"])
+        if taught and state["data"]["checksum"] != info.checksum:
+            print(
+                f"warning: {path} was trained on another file than {args.data} is now, with labels "
+                f"of {len(taught)} of these {len(names)} cases, by name, such as {min(taught)}; if "
+                "they are the same images, its scores are too good"
+            )
 
 
 # ------------------------------------------------------------------------------- rows of the table
@@ -457,10 +478,10 @@ def split_by_seed(config, members, seeds, paths):
     ]
 
 
-def summarize(runs, unit):
+def summarize(runs):
     """The rows of the table: name and labeled of each group, and the values of every metric.
 
-    runs: Scored; unit: of distances -> dicts; the values are a list, one for each seed.
+    runs: Scored -> dicts; the values are a list, one for each seed.
     """
     rows = []
     for group in runs.groups:
@@ -473,8 +494,8 @@ def summarize(runs, unit):
             "labeled": group.labeled,
             "Dice %": 100 * table["dice"].mean((1, 2)),
             "Jaccard %": 100 * table["jaccard"].mean((1, 2)),
-            f"HD95 {unit}": table["hd95"].mean((1, 2)),
-            f"ASD {unit}": table["asd"].mean((1, 2)),
+            f"HD95 {runs.unit}": table["hd95"].mean((1, 2)),
+            f"ASD {runs.unit}": table["asd"].mean((1, 2)),
             "one empty": table["one_empty"].sum((1, 2)).astype(int),
         }
         if len(runs.info.classes) > 2:
@@ -597,10 +618,10 @@ def load_judge(args, runs, states, on):
     return Judge(g, second, ours, reference)
 
 
-def judge_run(args, judge, runs, path, net, on):
+def judge_run(args, judge, runs, path, net, on, batch):
     """Adds a run's outputs, with all estimates of their quality, to judge.ours and judge.reference.
 
-    runs: Scored; path: of the run; net: its network, of --weights.
+    runs: Scored; path: of the run; net: its network, of --weights; batch: samples in a pass.
     """
     weights = "student" if args.weights == "teacher" else "teacher"
     other, state = checkpoints.load_run(path, weights, on)
@@ -610,7 +631,7 @@ def judge_run(args, judge, runs, path, net, on):
     by = Opinions(net, other, judge.second, flip, runs.info.color)
     for judged in (judge.ours, judge.reference):
         if judged is not None:
-            outputs = compare_estimates(judge.g, by, judged.samples, on, args.batch)
+            outputs = compare_estimates(judge.g, by, judged.samples, on, batch)
             judged.outputs.append(of_classes(outputs, runs.held))
 
 
@@ -727,11 +748,7 @@ def predict(args):
     net = corrected_by(g, f, args) if args.trust else f
     masks = os.path.join(args.out, "masks")
     lock = claim(args.out)  # noqa: F841 (until this ends)
-    if os.path.isdir(masks) and os.listdir(masks) and not args.overwrite:
-        raise InputError(
-            f"{masks}: holds masks already, perhaps corrected ones; replace them with --overwrite, "
-            "or choose another --out"
-        )
+    check_former(masks, args)
 
     with dataset(args, state["data"]) as info:
         check_runs(args, info, {path: state})
@@ -752,7 +769,7 @@ def predict(args):
             file = write_mask(masks, label, entry)
             if g:
                 answer = answer._replace(label=label)
-                dice, score = predicted_quality(g, f, answer, size, on)
+                dice, score = predicted_quality(g, net, answer, size, on)
                 z = figures.middle(label, len(label))
                 rows.append(Predicted(dice, score, entry, file, z, pack(label[z])))
         print(f"wrote {len(cases)} masks in {masks}")
@@ -828,6 +845,20 @@ def dataset(args, data):
             os.remove(temporary)
 
 
+def check_former(masks, args):
+    """InputError if a folder holds masks that may not be replaced, or more than masks."""
+    found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
+    if found and not args.overwrite:
+        raise InputError(
+            f"{masks}: holds masks already, perhaps corrected ones; replace them with --overwrite, "
+            "or choose another --out"
+        )
+    if folders := [path for path in found if os.path.isdir(path)]:
+        raise InputError(
+            f"{folders[0]}: a folder among the masks; move it, or choose another --out"
+        )
+
+
 def remove_former(out):
     """Removes the masks and the list of an earlier --predict."""
     masks = glob.glob(os.path.join(glob.escape(out), "masks", "*"))
@@ -842,8 +873,8 @@ def predicted_quality(g, net, answer, size, on):
     """What g, and g and f together, say of a case's mask. -> Dice [K-1], mean score over classes
 
     Both are means over all slices or patches. Each of them counts as much as the area of the mask
-    in it. net: f, asked once more; answer: inference.Answer, its label of any grid in the plane;
-    size: of the network's grid.
+    in it. net: f, or f that g corrects, asked once more; answer: inference.Answer, its label of any
+    grid in the plane; size: of the network's grid.
     """
     samples = inference.samples_of(answer.case, size)
     label = on_samples(answer.label, samples, size)  # [N, *S]
@@ -960,12 +991,23 @@ def unpack(packed, image):
 # ------------------------------------------------------------------------------ tables and pictures
 
 
+FORMER = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "triage")  # pictures
+
+
+def remove_scores(out):
+    """Removes what an earlier evaluation has written and this one may not: pictures, --qp."""
+    names = [*(f"{name}.png" for name in FORMER), "quality.md", "quality.json", "quality.csv"]
+    for name in names:
+        for path in glob.glob(os.path.join(glob.escape(out), name)):
+            os.remove(path)
+
+
 def write_scores(args, runs, windows):
     """The table, on the screen too, and a CSV with a row per run, case and class or region.
 
     windows: the inference.Window of each run, None for slices.
     """
-    rows = summarize(runs, "mm" if all(e.spacing_known for e in runs.entries) else "px")
+    rows = summarize(runs)
     title = scores_title(args, runs, windows)
     if args.baseline:
         patient = [entry.patient for entry in runs.entries]
@@ -1015,7 +1057,12 @@ def scores_title(args, runs, windows):
         f"{runs.info.name}, {args.split}, {len(runs.entries)} cases, mean over cases, then "
         "classes; ± over seeds"
     )
-    if args.split == "val" and "best.pt" in map(os.path.basename, args.checkpoints):
+    own = [
+        os.path.basename(path)
+        for path, state in zip(args.checkpoints, runs.states)
+        if state["data"]["checksum"] == runs.info.checksum
+    ]
+    if args.split == "val" and "best.pt" in own:
         title += "; val chose these checkpoints (best.pt)"
     if any(windows):
         title += f"; {' or '.join(dict.fromkeys(map(str, windows)))}"
@@ -1052,9 +1099,8 @@ def score_rows(args, runs):
             }
             for entry, *scores in zip(runs.entries, runs.scores[i], runs.of_regions[i]):
                 case = {"case": entry.name, "patient": entry.patient}
-                unit = "mm" if entry.spacing_known else "px"
                 for name, score in zip([*runs.classes, *runs.held_regions], sum(scores, [])):
-                    rows.append(run | case | {"class": name, "unit": unit} | asdict(score))
+                    rows.append(run | case | {"class": name, "unit": runs.unit} | asdict(score))
     return rows
 
 
@@ -1067,7 +1113,7 @@ def write_quality(args, runs, judge, costs):
     ours, reference = judge.ours, judge.reference
     sample = "slice" if info.dims == 2 else "patch"
     levels = {level: text.format(sample) for level, text in LEVELS.items()}
-    patient = {e.name: e.patient for entries in info.splits.values() for e in entries}
+    patient = {entry.name: entry.patient for entry in runs.entries}
     tables = compare_rows(runs.groups, ours.pair, reference and reference.pair, patient)
     shown, curves = triage(*ours.pair)
     title = quality_title(args, runs, ours, reference) + cost_line(costs)
@@ -1359,9 +1405,10 @@ def main(argv=None):
     # the cases
     split, entries = chosen_cases(info, args.split, states, args.qp)
     check_labels(args, info, split, entries)
-    held = supervision.held_classes(info, split, [entry.name for entry in entries])
+    note_taught(args, info, entries, states)
+    names = [entry.name for entry in entries]
+    held = supervision.held_classes(info, split, names, args.grid == "source")
     runs = Scored(info, split, entries, chosen, groups, held, regions)
-    args.batch = args.batch or samples_in(32, loading.shape_of(chosen[0]["args"]["size"]))
     judge = load_judge(args, runs, states, on) if args.qp else None
 
     # scoring
@@ -1377,20 +1424,22 @@ def main(argv=None):
             size = chosen[i]["args"]["size"]
             if cases is None or size != cases.size:
                 cases = inference.Cases(info, split, size, runs.names, keep)
-            window = inference.window_of(size, args, args.batch)
+            batch = args.batch or samples_in(32, loading.shape_of(size))
+            window = inference.window_of(size, args, batch)
             windows.append(window)
-            found = inference.predict_cases(net, cases, on, window, args.batch)
+            found = inference.predict_cases(net, cases, on, window, batch)
             found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
             unions = list(runs.held_regions.values())
-            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, unions)
+            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, unions, runs.unit)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
             runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:
-                judge_run(args, judge, runs, path, net, on)
+                judge_run(args, judge, runs, path, net, on, batch)
                 costs.append(cost_of(f, judge.g, info, size, on))
 
     # tables and pictures
+    remove_scores(args.out)
     write_scores(args, runs, windows)
     written = "summary.md, summary.json, cases.csv"
     if judge:

@@ -544,9 +544,9 @@ def parse_args(argv=None):
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
     p.add_argument("--size", type=grid,
                    help="side of the images that g sees, or D,H,W that patches are resized to "
-                        "(default: the masks' own; of slices, with --head dense, half of it, "
-                        "but at least 64: enough to estimate Dice; for --correct, f's own side "
-                        "may be better)")
+                        "(default: the masks' own; of slices larger than 64, with --head dense, "
+                        "half of it, but at least 64: enough to estimate Dice; for --correct, f's "
+                        "own side may be better)")
     p.section("network")
     p.add_argument("--head", choices=HEADS, default="dense",
                    help="dense: image, mask -> truth -> expected Dice; scalar: the paper's "

@@ -1081,12 +1081,9 @@ class Progress:
         self.since = time.perf_counter()
 
 
-def val_dice(net, run, val):
+def val_dice(net, run, val, window):
     """Dice of a network on val, over all processes: inference.mean_dice()."""
     K = len(val.cases.info.classes)
-    window = val.window
-    if window and isinstance(net, Corrected):
-        window = replace(window, whole=False)  # g knows patches alone
     table = inference.dice_table(net, val.cases, run.on, K, window)
     return inference.mean_dice(distributed.gather(table), val.held)
 
@@ -1101,7 +1098,7 @@ def validate(run, val, progress, args):
     milliseconds = progress.elapsed() / len(progress.parts) * 1000
     progress.parts = []
 
-    dice, per_class = val_dice(run.nets[0], run, val)
+    dice, per_class = val_dice(run.nets[0], run, val, val.window)
     note = alarm(averages, dice, progress.peak, args)
     progress.peak = max(dice, progress.peak)
     if progress.best["step"] <= onset(args) < step:  # the supervised part does not count
@@ -1134,9 +1131,13 @@ def best_trust(run, val, dice):
     dice: of these outputs without g. If several shares are equally good, the smallest is taken.
     """
     f = fused(run.nets[0])
+    window = val.window
+    if window and window.whole:  # g knows patches alone
+        window = replace(window, whole=False)
+        dice, _ = val_dice(f, run, val, window)
     found = {0.0: dice}
     for trust in TRUSTS[1:]:
-        found[trust] = val_dice(Corrected(f, run.g, trust), run, val)[0]
+        found[trust], _ = val_dice(Corrected(f, run.g, trust), run, val, window)
     return max(found, key=found.get)
 
 
@@ -1551,6 +1552,17 @@ def restore(run, state):
     )
 
 
+def print_changed(before, args):
+    """A note where a resumed run sees val otherwise than before. before: its options then"""
+    for name in SEES:
+        then, now = before.get(name), getattr(args, name)
+        if name in before and then != now:
+            print(
+                f"note: --{name} was {then} and is {now} from here on, so that Dice on val before "
+                "and after are not quite comparable, and both choose best.pt"
+            )
+
+
 def open_log(args, info, first, fresh):
     """The log of a run that goes on after step `first`."""
     distributed.wait()  # until all have looked at what is in OUT
@@ -1596,11 +1608,14 @@ def print_start(run, args, labeled, unlabeled, first):
 
 def print_ignored(args, first):
     """Notes on what has no effect, such as --keep of steps up to `first`."""
-    if uses_unlabeled(args) and not needs_unlabeled(args, args.steps):
+    lam, lam_qar = lambdas(args, (args.steps - 1) / args.steps)
+    if args.method != "supervised" and lam == 0:
         print(
-            f"note: unlabeled images take no part in {args.steps} steps, so this is supervised "
-            "training; see --lam, --lam-warmup and --qar-warmup"
+            f"note: pseudo-labels take no part in {args.steps} steps, as in supervised training; "
+            "see --lam and --lam-warmup"
         )
+    if args.qar > 0 and lam_qar == 0:
+        print(f"note: QAR takes no part in {args.steps} steps; see --qar-warmup")
     if args.weight != "none" and args.method == "supervised":
         print(
             f"note: --weight {args.weight} weighs nothing: supervised training has no "
@@ -1678,7 +1693,8 @@ def print_end(args, progress):
 # --------------------------------------------------------------------------------------------- main
 
 FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
-MAY_CHANGE = ("keep", "window", "stride", "blend", "cache", "workers")  # where a run resumes
+SEES = ("window", "stride", "blend")  # options that say how val is seen
+MAY_CHANGE = ("keep", "cache", "workers", *SEES)  # where a run resumes
 
 
 def main(argv=None):
@@ -1706,6 +1722,8 @@ def main(argv=None):
     progress = restore(run, state) if state else Progress()
     if state and args.correct and "trust" not in state:
         print(f"note: {args.out}: so far g alone corrected; from here on val chooses --trust")
+    if state:
+        print_changed(state["args"], args)
     known = sorted({*labeled.case, *taught})  # whose labels f has seen, through g also
     facts = dict(args=vars(args), data=info.describe(), inputs=inputs, labeled=known)
 

@@ -185,6 +185,7 @@ def write(
     InputError names the case whose shapes, types, values or patient contradict the schema.
     """
     check_text(path, "the dataset's name", name)
+    _check_replaced(path)
     usual = usual_names(channels, dims)
     names = usual if channel_names is None else list(channel_names)
     _check_layout(path, classes, dims, channels, names)
@@ -220,6 +221,16 @@ def write(
             raise InputError(f"{path}: no case was found, so nothing was written")
         _check_patients(path, patients)
     return read_info(path)
+
+
+def _check_replaced(path):
+    """InputError where a file is there that is no dataset: it may be somebody's image or notes."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return
+    with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as f:
+        if "classes" in f.attrs:
+            return
+    raise InputError(f"{path}: is there and is no dataset; remove it, or choose another --out")
 
 
 def _one_for_all(path, standardize, channel_names):
@@ -263,7 +274,7 @@ def _write_case(group, case, channel_names, dims):
     attributes = dict(
         source_checksum=source_checksum,
         patient=str(case.patient),
-        spacing=np.float64(case.spacing or (1.0,) * len(grid)),
+        spacing=np.float64((1.0,) * len(grid) if case.spacing is None else case.spacing),
         spacing_known=case.spacing is not None,
         source=case.source,
         checksum=checksum_of(case.image, case.label),
@@ -389,7 +400,8 @@ def _check_case(path, case, K, channels, dims):
 def _check_place(where, case, grid):
     """InputError unless what a Case or an Entry says of its place in space fits its grid."""
     size = case.source_grid
-    for what, values, most in (("spacing", case.spacing, math.inf), ("source_grid", size, 2**15)):
+    side = 2**15 if len(grid) == 3 else 2**30  # NIfTI's limit; none of pictures
+    for what, values, most in (("spacing", case.spacing, math.inf), ("source_grid", size, side)):
         if values is not None and not (
             len(values) == len(grid) and all(0 < v < most for v in values)
         ):
@@ -975,11 +987,10 @@ def report(info):
     print(summary(info))
     if any(e.labeled for e in info.splits.get("train", ())):
         out = f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"
-        print(
-            "next: "
-            + shlex.join(["python", "corrupt.py", info.path, "--labeled", "all", "--out", out])
-            + "    (--labeled 7: as if only the first 7 patients had labels)"
-        )
+        words = ["python", "corrupt.py", str(info.path), "--labeled", "all", "--out", out]
+        print(f"next: {shlex.join(words)}    (--labeled 7: as if only 7 patients had labels)")
+    elif not info.splits.get("train"):
+        print("note: no case is of train, so that nothing can learn from this file")
 
 
 def main(argv=None):

@@ -226,11 +226,12 @@ def read_image(paths, colors, notes=None):
     return read_picture(paths[0], colors == "gray", notes)
 
 
-def read_pair(paths, mask_path, classes, colors, notes=None, values=None):
+def read_pair(paths, mask_path, classes, colors, notes=None, values=None, known=None):
     """An image, see read_image(), and its mask, on the image's grid.
 
     -> image, uint8 or float32; label (H, W) uint8 or None.
-    notes: pixels.note(); values: those of the mask that --labels names
+    notes: pixels.note(); values: those of the mask that --labels names; known: colors of
+    palettes, see pixels.check_palette()
     """
     found, image_path = {}, paths[0]
     image = read_image(paths, colors, found)
@@ -243,7 +244,7 @@ def read_pair(paths, mask_path, classes, colors, notes=None, values=None):
         note(notes, text, image_path)
     if mask_path is None:
         return image, None
-    mask = read_mask(mask_path, classes, notes, values)
+    mask = read_mask(mask_path, classes, notes, values, known)
     if mask.shape != image.shape[:2]:
         raise InputError(
             f"{mask_path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image "
@@ -353,11 +354,11 @@ def main(argv=None):
     rows = split_cases(rows, lists, args)
     classes = name_classes(args)
     colors, names = name_channels(rows, args)
-    notes = {}
+    notes, known = {}, {}
 
     def to_case(row):
         paths = files[row.image]
-        image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels)
+        image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels, known)
         return resized(row.case(args.src, image, label), args.size)
 
     info = h5.write(

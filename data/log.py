@@ -91,8 +91,8 @@ class Log:
 
 
 def remove_run(out):
-    """Removes the checkpoints, log.csv and events of a former run, last.pt first."""
-    for name in ("last.pt", "*.pt", "log.csv", "events.*"):
+    """Removes the checkpoints, log.csv, events and report of a former run, last.pt first."""
+    for name in ("last.pt", "*.pt", "log.csv", "events.*", "qp.md", "qp.json", "qp.png"):
         for path in glob.glob(os.path.join(glob.escape(out), name)):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)

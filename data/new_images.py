@@ -42,9 +42,11 @@ FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images
 
 
 def may_hold(source):
-    """The folders in which the images of a folder, or one image, may be."""
-    path = Path(source)
-    return [path / name for name in FOLDERS] if path.is_dir() else [path.parent]
+    """The folders in which the images of a folder, or one image, and their masks may be."""
+    path = Path(source).resolve()
+    folder = path if path.is_dir() else path.parent
+    found = [folder / name for name in FOLDERS]
+    return [*found, folder.parent] if folder.name in FOLDERS else found
 
 
 def find(path, channels=()):

@@ -87,7 +87,9 @@ def find(src, chosen):
         )
     folders = [src / f"{what}{part}" for part in layout for what in ("images", "labels")]
     say_unread(folder for folder in folders if folder.is_dir())
-    nnunet = all(re.search(r"_\d{4}$", n) for n in images) and not set(images) & set(labels)
+    numbered = [n for n in images if re.search(r"_\d{4}$", n)]
+    nnunet = len(numbered) == len(images) and not set(images) & set(labels)
+    nnunet |= bool({n[:-5] for n in numbered} & (set(labels) - set(images)))
     cases = {part: by_channel(images, nnunet) for part, (images, _) in layout.items()}
     numbers = sorted({n for found in cases.values() for paths in found.values() for n in paths})
     if nnunet and chosen is not None:
@@ -229,11 +231,6 @@ def split_cases(rows, lists, args):
         )
     if lists:
         out = splits.assign_splits(rows, lists, args)
-        if lost := [r.name for r in out if r.split == "val" and not r.mask]:
-            raise InputError(
-                f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in "
-                "train.txt or unlabeled.txt"
-            )
         named = {r.name for r in out}
         out += [r for r in held if r.name not in named]
         why = "they are in no list"
@@ -504,9 +501,12 @@ def is_identity(affine):
 def scale(image, window):
     """Intensities as networks see them. CT: the window becomes [-1, 1].
 
-    MR (no window): clipped to the .5 and 99.5 percentile, then mean 0 and standard deviation 1.
+    MR (no window): clipped to the .5 and 99.5 percentile, if they differ; then mean 0 and standard
+    deviation 1.
     """
     low, high = window or np.percentile(image, (0.5, 99.5))
+    if low == high:
+        low, high = image.min(), image.max()
     image = image.clip(low, high).astype(np.float64)
     if window:
         scaled = (image - low) / (high - low) * 2 - 1

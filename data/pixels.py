@@ -13,11 +13,13 @@ Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 a
 between black and white are cut at half of the range where they lie on edges, as in masks that were
 resized or saved as JPEG. Where they form regions or lines, they are a third class (often "void"),
 and the mask is refused. Masks of more classes hold class numbers, as gray levels or as the indices
-of a colored palette.
+of a colored palette. A palette that was made for each file apart gives a class another index in
+each, so black is index 0, if it is there, and an index has the same color in all files.
 """
 
 import contextlib
 import io
+import logging
 import os
 import re
 import struct
@@ -38,6 +40,7 @@ from data.files import InputError, replacing
 from data.labels import MOST, are_whole, class_numbers
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # our own line is enough
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}  # names of formats in Pillow
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes; "+" is BigTIFF
@@ -426,7 +429,8 @@ def read_channel(path, notes):
     file = examine(path, channels=True)
     if file.turned:
         note(notes, TURNED, path)
-    image = decode_samples(file) if file.channels else decode(file, notes=notes)
+    with reading(path):
+        image = decode_samples(file) if file.channels else decode(file, notes=notes)
     if image.ndim == 3 and not file.channels:
         if (image != image[..., :1]).any():
             raise InputError(
@@ -456,10 +460,11 @@ def to_float32(image, path):
 # ------------------------------------------------------------------------------------ masks
 
 
-def read_mask(path, classes, notes=None, values=None):
+def read_mask(path, classes, notes=None, values=None, colors=None):
     """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
 
-    notes: see note(). values: those that stand for the classes, of --labels.
+    notes: see note(). values: those that stand for the classes, of --labels. colors: see
+    check_palette().
     """
     file, K = examine(path), MOST if values else len(classes)
     if file.turned:
@@ -473,7 +478,7 @@ def read_mask(path, classes, notes=None, values=None):
             "from where it was made"
         )
     if file.opened and file.opened.mode == "P":
-        mask = read_palette(file, K, notes)
+        mask = read_palette(file, K, notes, {} if colors is None else colors)
     else:
         mask = to_gray(decode(file, notes=notes), file, K, values)
     if values:
@@ -489,8 +494,11 @@ def read_mask(path, classes, notes=None, values=None):
     return mask
 
 
-def read_palette(file, K, notes):
-    """The mask of a picture with a palette: its gray levels if all are gray, else its indices."""
+def read_palette(file, K, notes, known):
+    """The mask of a picture with a palette: its gray levels if all are gray, else its indices.
+
+    known: see check_palette()
+    """
     with reading(file.path):
         indices = np.array(file.opened)
         colors = np.reshape(file.opened.getpalette("RGB"), (-1, 3)).astype(np.uint8)
@@ -512,7 +520,29 @@ def read_palette(file, K, notes):
     used = int(indices.max()) + 1
     if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
         note(notes, PALETTE, file.path)
+    check_palette(file.path, colors, np.unique(indices).tolist(), known)
     return indices
+
+
+def check_palette(path, colors, used, known):
+    """InputError where the indices of a colored palette may be no class numbers.
+
+    colors [256, 3]; used: indices; known: {index: (its color, a path)} of the masks so far, which
+    grows by those of this one.
+    """
+    black = [i for i in {0, 1, *used} if not colors[i].any()]
+    if black and 0 not in black:
+        raise InputError(
+            f"{path}: black is index {black[0]} of its palette, and index 0, the background, is "
+            "not; save class numbers as gray values"
+        )
+    for i in used:
+        color, other = known.setdefault(i, (colors[i].tolist(), path))
+        if color != colors[i].tolist():
+            raise InputError(
+                f"{path}: index {i} of its palette has the color {colors[i].tolist()}, but in "
+                f"{other} {color}, so an index is no class; save class numbers as gray values"
+            )
 
 
 def to_gray(mask, file, K, values=None):

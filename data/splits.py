@@ -131,6 +131,8 @@ def find_lists(args):
     if args.lists and not lists:
         names = ", ".join(f"{s}.txt" for s in h5.SPLITS)
         raise InputError(f"--lists {args.lists}: none of {names} is there")
+    if lists and not any(lists.values()):
+        raise InputError(f"{folder}: {next(iter(lists))}.txt names no case; fill it, or remove it")
     return lists
 
 
@@ -164,6 +166,11 @@ def assign_splits(rows, lists, args):
         max(round(share * len(drawn)), int(share > 0 and len(drawn) > 2))
         for share in (args.val, args.test)
     )
+    if 0 < len(drawn) <= n_val + n_test:
+        raise InputError(
+            f"--val {args.val:g} --test {args.test:g}: of {len(drawn)} patients {n_val} would "
+            f"validate and {n_test} test, and none would train; give smaller shares"
+        )
     split_of = dict(zip(drawn, ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)))
     # train order is random too: --labeled takes the first patients
     rank = {patient: i for i, patient in enumerate(drawn)}
@@ -190,7 +197,7 @@ def assign_lists(rows, lists, src):
                 )
             if name not in by_name:
                 raise InputError(
-                    f"{split}.txt: case '{name}' is not among the pictures of "
+                    f"{split}.txt: case '{name}' is not among those of "
                     f"{src}; write names such as '{rows[0].name}', one a line"
                 )
             row = by_name[name]
@@ -200,6 +207,11 @@ def assign_lists(rows, lists, src):
                     f"'{row.split}'; move the file, or remove the name from the list"
                 )
             found.append(row._replace(split=split))
+    if lost := [r.name for r in found if r.split == "val" and not r.mask]:
+        raise InputError(
+            f"val.txt: case '{lost[0]}' has no label ({len(lost)} such cases); list it in "
+            "train.txt or unlabeled.txt"
+        )
     return found
 
 

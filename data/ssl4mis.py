@@ -8,7 +8,7 @@
     ACDC  train_slices.list, val.list[, test.list];
           data/slices/patientNNN_frameNN_slice_N.h5 (H, W), data/patientNNN_frameNN.h5 (D, H, W)
     LA    train.list, val.list and/or test.list;
-          */ID/mri_norm2.h5 (H, W, D), stored as (D, H, W)
+          */ID/mri_norm2.h5 (W, H, D), stored as (D, H, W)
     BraTS train.txt, val.txt and/or test.txt;
           data/ID.h5 (D, H, W), as it is; of several channels (C, D, H, W) or (D, H, W, C)
 
@@ -17,7 +17,7 @@ label's shape says which axis they are, or, without a label, that no slice is na
 
 The slices of a frame become one volume again; the order of patients in the list is kept, because
 `--labeled 7` means the first 7. Where there is no val.list (LA comes without), the last --val
-volumes of train.list validate, so that nothing is chosen on test. No layout holds the voxel
+of the train list validate, so that nothing is chosen on test. No layout holds the voxel
 spacing: pass --spacing if you know it (of the stored voxels, before --shrink).
 
 A list names a file on each line, with or without its ending and its folder. The frames of
@@ -150,8 +150,22 @@ def frame_of(slice_name):
     return slice_name.split("_slice_")[0]
 
 
-def acdc_rows(src):
-    """What the lists of the ACDC layout name. -> [Row, ...], {frame of train: its slices' names}"""
+def last_ones(train, val, path):
+    """The last `val` names of train, which validate where no list says who does.
+
+    path: of the list of train. InputError if nobody would be left to train.
+    """
+    if val >= len(train):
+        raise InputError(f"--val {val}: {path} has only {len(train)}; give fewer")
+    print(f"no val{path.suffix}: the last {val} of {path.name} validate (--val)")
+    return train[-val:]
+
+
+def acdc_rows(src, val):
+    """What the lists of the ACDC layout name.
+
+    val: as for volume_rows() -> [Row, ...], {frame in train_slices.list: its slices' names}
+    """
     paths = {"train": src / "train_slices.list"} | {s: src / f"{s}.list" for s in ("val", "test")}
     lists = read_lists(paths, name_of)
     slices = {}  # dicts keep the list's order
@@ -165,8 +179,14 @@ def acdc_rows(src):
             )
         names.sort(key=number_of)
     files = files_in(src / "data")
+    frames = lists | {"train": [*slices]}
+    if not lists.get("val"):
+        patients = [*dict.fromkeys(map(patient_of, slices))]
+        late = last_ones(patients, val, paths["train"])
+        frames["val"] = [name for name in slices if patient_of(name) in late]
+        frames["train"] = [name for name in slices if patient_of(name) not in late]
     rows = []
-    for split, names in (lists | {"train": slices}).items():
+    for split, names in frames.items():
         for name in names:
             path = files.get(name, src / "data" / f"{name}.h5")
             rows.append(Row(name, path, None, patient_of(name), split))
@@ -204,7 +224,7 @@ def acdc_cases(rows, slices, src, spacing, values):
     files = files_in(src / "data" / "slices")
     note_slices(slices, files)
     for row in rows:
-        if row.split != "train":
+        if row.name not in slices:
             yield row.case(src, *read(row.image, 3, values), spacing=spacing)
             continue
         names = slices[row.name]
@@ -240,13 +260,8 @@ def volume_rows(src, val, layout):
     lists = {s: [] for s in ("train", "val", "test")}
     lists |= read_lists({s: src / f"{s}.{ending}" for s in lists}, name)
     if not lists["val"]:
-        train = lists["train"]
-        if val >= len(train):
-            raise InputError(
-                f"--val {val}: train.{ending} of {src} has only {len(train)} volumes; give fewer"
-            )
-        lists["train"], lists["val"] = train[:-val], train[-val:]
-        print(f"no val.{ending}: the last {val} of train.{ending} validate (--val)")
+        lists["val"] = last_ones(lists["train"], val, src / f"train.{ending}")
+        lists["train"] = lists["train"][:-val]
     files = defaultdict(list)
     if layout == "LA":
         for path in below(src, f"{VOLUME}.h5"):
@@ -274,7 +289,7 @@ def volume_cases(rows, args, values, layout, channels):
     for row in rows:
         image, label = read(row.image, 3, values, channels)
         if layout == "LA":
-            turned = (None if v is None else v.transpose(2, 0, 1) for v in (image, label))
+            turned = (None if v is None else v.transpose(2, 1, 0) for v in (image, label))
             image, label = (None if v is None else np.ascontiguousarray(v) for v in turned)
         grid, spacing, shrink = image.shape[:3], args.spacing, args.shrink
         size = tuple(max(1, n // shrink) for n in grid)
@@ -324,7 +339,8 @@ def parse_args(argv=None):
                    help="LA, BraTS: average blocks of about N x N x N voxels, for quick "
                         "experiments")
     p.add_argument("--val", type=number(1), default=8,
-                   help="without a val.list or val.txt: how many of train validate, the last ones")
+                   help="without a val.list or val.txt: how many of train validate, the last ones "
+                        "(patients of ACDC, else volumes)")
     args = p.parse_args(argv)
     if args.labels and not args.classes:
         raise InputError(
@@ -354,9 +370,11 @@ def main(argv=None):
     args = parse_args(argv)
     src, layout = args.src, layout_of(args)
     if layout == "ACDC":
-        rows, slices = acdc_rows(src)
+        rows, slices = acdc_rows(src, args.val)
     else:
         rows = volume_rows(src, args.val, layout)
+    if not any(row.split == "train" for row in rows):
+        raise InputError(f"{src / LISTS[layout]}: names no case; fill it")
     rows = name_patients(rows, args)
     note_patients(rows)
     classes = args.classes or LAYOUTS[layout]

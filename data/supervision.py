@@ -59,14 +59,15 @@ def check_foreground(info, names):
         )
 
 
-def held_classes(info, split, names=None):
+def held_classes(info, split, names=None, source=False):
     """Whether the labels of a split hold each class of the foreground. -> [K-1] bool
 
-    names: those of the cases that count (default: all).
+    names: those of the cases that count (default: all); source: those labels count that are on the
+    grids of sources, where cases were resampled.
     Stops reading labels once every class is found. InputError if there is no class at all.
     """
     info.entries(split)  # which refuses an empty split
-    held = _found_classes(info, split, names)
+    held = _found_classes(info, split, names, source)
     if not held.any():
         raise InputError(
             f"{info.path}: /{split}: its labels hold no class but the background, so "
@@ -75,7 +76,7 @@ def held_classes(info, split, names=None):
     return held
 
 
-def _found_classes(info, split, names=None):
+def _found_classes(info, split, names=None, source=False):
     """Which classes of the foreground the labels of a split hold, none perhaps. -> [K-1] bool"""
     held = np.zeros(len(info.classes) - 1, bool)
     names = None if names is None else set(names)
@@ -84,7 +85,10 @@ def _found_classes(info, split, names=None):
             if held.all():
                 break
             if entry.labeled and (names is None or entry.name in names):
-                label = h5.read_label(f, info, split, entry.name)
+                if source and entry.source_grid:
+                    label = h5.read_source_label(info, split, entry)
+                else:
+                    label = h5.read_label(f, info, split, entry.name)
                 for k in np.flatnonzero(~held):
                     held[k] = (label == k + 1).any()
     return held

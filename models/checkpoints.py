@@ -188,13 +188,14 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     empty = not glob.glob(os.path.join(glob.escape(folder), "*.pt"))
-    killed_early = args.resume and not os.path.isfile(last)  # such a run begins again
-    if args.overwrite or empty or killed_early:
+    killed_early = not os.path.isfile(last) and rows_of_log(folder) < 2
+    if args.overwrite or empty or args.resume and killed_early:
         return None, sums
     if not os.path.isfile(last):
+        again = "--resume or --overwrite" if killed_early else "--overwrite"
         raise InputError(
-            f"{folder}: holds a run, but no last.pt; begin again with --resume or --overwrite, or "
-            "choose another --out"
+            f"{folder}: holds a run, but no last.pt; begin again with {again}, or choose another "
+            "--out"
         )
     state = load_checkpoint(last, stage)
     if not state["finished"] and state.get("training") != TRAINING:
@@ -208,6 +209,15 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
             "--overwrite, or choose another --out"
         )
     return state, sums
+
+
+def rows_of_log(folder):
+    """How many rows log.csv has; a run that was killed before its first last.pt has one at most."""
+    path = os.path.join(folder, "log.csv")
+    if not os.path.isfile(path):
+        return 0
+    with open(path, "rb") as f:
+        return max(0, sum(1 for _ in f) - 1)
 
 
 REPLACE = "replace it with --overwrite, or choose another --out"

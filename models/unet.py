@@ -13,7 +13,7 @@ from models.layers import CONV, POOL, conv_block, upsample
 class UNet(nn.Module):
     """images [B, C, *S] -> logits [B, K, *S], for any S of at least 16 per axis."""
 
-    coarsest = 16  # one pixel of the deepest level is this many pixels wide
+    coarsest = 31  # the longest side that is one pixel in the deepest level
 
     def __init__(self, channels, classes, dims=2, width=16, dropouts=(0.05, 0.1, 0.2, 0.3, 0.5)):
         super().__init__()

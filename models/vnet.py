@@ -31,7 +31,7 @@ class VNet(nn.Module):
     Sides that are multiples of 16 lose nothing.
     """
 
-    coarsest = 16
+    coarsest = 31  # the longest side that is one pixel in the deepest level
 
     def __init__(self, channels, classes, dims=3, width=16, dropout=0.5):
         super().__init__()

@@ -296,7 +296,7 @@ def test_bad_input(gray, volumes, tmp_path, refused):
     refused(corrupt.main, [gray, *out, "--harvest-share", "2"], "--harvest-share")
     refused(
         corrupt.main,
-        [volumes, *out, "--size", "16,16,16", "--harvest-batch", "1"],
+        [volumes, *out, "--size", "31,17,31", "--harvest-batch", "1"],
         "--harvest-batch 1: a patch is a single voxel",
     )
     assert not (tmp_path / "x" / "vqm.h5").exists()

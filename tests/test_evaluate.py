@@ -1420,3 +1420,129 @@ def test_pictures_are_scored_on_their_own_grid(tmp_path, monkeypatch):
     want = metrics.score(mask, truth, (1, 1))
     assert mask.shape == (40, 56) and row["unit"] == "px"
     assert (float(row["dice"]), float(row["hd95"])) == pytest.approx((want.dice, want.hd95))
+
+
+def test_a_class_that_only_sources_labels_hold_is_scored_there(tmp_path):
+    """Resampling has lost it: on the stored grid it counts in no mean."""
+    image = np.random.default_rng(0).random((32, 32)).astype(np.float32)
+    fine = np.zeros((64, 64), np.uint8)
+    fine[10:30, 10:30], fine[41, 5:50] = 1, 2
+    coarse = fine[::2, ::2]
+    assert set(np.unique(coarse)) == {0, 1}
+    about = dict(source_grid=(64, 64), source_label=fine, spacing=(0.5, 0.5))
+    cases = (
+        h5.Case(split, f"{split}{i}", image + i, coarse, f"{split}{i}", **about)
+        for i, split in enumerate(("train", "val"))
+    )
+    names = ["background", "a", "line"]
+    info = h5.write(str(tmp_path / "f.h5"), cases, name="l", classes=names, dims=2, channels=1)
+    run = make_run(tmp_path / "run", info)
+    found = {}
+    for grid in ("stored", "source"):
+        out = tmp_path / grid
+        evaluate.main([info.path, run, "--out", str(out), "--grid", grid, "--pictures", "0"])
+        found[grid] = {row["class"]: row for row in csv.DictReader(open(out / "cases.csv"))}
+    assert [*found["stored"]] == ["a"] and [*found["source"]] == ["a", "line"]
+
+
+@pytest.mark.parametrize("grid", ["stored", "source"])
+def test_distances_of_pictures_are_in_mm_of_either_grid(grid, tmp_path, monkeypatch):
+    """An empty output is as far as the diagonal, of 32 pixels of 1 mm or of 64 of half a mm."""
+    image, label = np.float32(np.eye(32)), np.uint8(np.eye(32))
+    fine = np.kron(label, np.ones((2, 2), np.uint8))
+    source = dict(source_grid=(64, 64), source_label=fine, spacing=(1.0, 1.0))
+    cases = (
+        h5.Case(split, split, image * (i + 1), label, split, **source)
+        for i, split in enumerate(("train", "val"))
+    )
+    about = dict(name="l", classes=["background", "a"], dims=2, channels=1)
+    info = h5.write(str(tmp_path / "f.h5"), cases, **about)
+    run, load_run = make_run(tmp_path / "run", info), checkpoints.load_run
+    empty = Says(lambda x: 0 * x)
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (empty, load_run(*args)[1]))
+    argv = [info.path, run, "--grid", grid, "--out", str(tmp_path / "o"), "--pictures", "0"]
+    evaluate.main(argv)
+    (row,) = csv.DictReader(open(tmp_path / "o" / "cases.csv"))
+    assert row["unit"] == "mm" and float(row["hd95"]) == pytest.approx(32 * 2**0.5)
+
+
+def test_distances_have_one_unit(tmp_path, monkeypatch):
+    """Pixels for all cases where one of them does not know its spacing."""
+    label = np.uint8(np.eye(32))
+    spacings = ((2.0, 2.0), (2.0, 2.0), None)
+    cases = (
+        h5.Case("val" if i else "train", f"c{i}", np.float32(label) * (i + 1), label, f"c{i}", s)
+        for i, s in enumerate(spacings)
+    )
+    about = dict(name="l", classes=["background", "a"], dims=2, channels=1)
+    info = h5.write(str(tmp_path / "f.h5"), cases, **about)
+    run, load_run = make_run(tmp_path / "run", info), checkpoints.load_run
+    empty = Says(lambda x: 0 * x)
+    monkeypatch.setattr(checkpoints, "load_run", lambda *args: (empty, load_run(*args)[1]))
+    evaluate.main([info.path, run, "--out", str(tmp_path / "o"), "--pictures", "0"])
+    rows = list(csv.DictReader(open(tmp_path / "o" / "cases.csv")))
+    assert [row["unit"] for row in rows] == ["px", "px"]
+    assert [float(row["hd95"]) for row in rows] == pytest.approx([32 * 2**0.5] * 2)
+
+
+def test_cases_whose_labels_a_run_knows_from_another_file_are_warned_of(gray, tmp_path, capsys):
+    info = h5.read_info(gray)
+    path, name = make_run(tmp_path / "run", info), info.entries("val")[0].name
+    argv = [gray, path, "--pictures", "0", "--out", str(tmp_path / "o")]
+    for checksum, labeled, warned in (
+        (info.checksum, [name], False),
+        (1, [name], True),
+        (1, ["another"], False),
+    ):
+        state = torch.load(path, weights_only=True)
+        state["data"]["checksum"], state["labeled"] = checksum, labeled
+        torch.save(state, path)
+        evaluate.main(argv)
+        said = capsys.readouterr().out
+        assert (f"labels of 1 of these {len(info.entries('val'))} cases" in said) == warned
+        assert ("val chose these checkpoints" in said) == (checksum != 1)
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_nothing_of_a_former_evaluation_stays(rgb, rgb_quality, tmp_path):
+    path = make_run(tmp_path / "run", h5.read_info(rgb))
+    argv = [rgb, path, "--out", str(tmp_path / "o")]
+    evaluate.main([*argv, "--qp", rgb_quality[1], "--split", "val"])
+    (tmp_path / "o" / "notes.txt").touch()
+    assert (tmp_path / "o" / "quality.json").is_file() and [*(tmp_path / "o" / "cases").iterdir()]
+    evaluate.main([*argv, "--pictures", "0"])
+    left = {p.name for p in (tmp_path / "o").iterdir()} - {"cases"}
+    assert left == {"cases.csv", "summary.md", "summary.json", "notes.txt"}
+    assert not [*(tmp_path / "o" / "cases").iterdir()]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_patients_are_those_of_the_split(gray, gray_quality, tmp_path, monkeypatch):
+    """Cases of another split may have the same names."""
+    shutil.copy(gray, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "a") as f:
+        for mine, its in zip(list(f["val"]), list(f["test"])):
+            f.move(f"test/{its}", f"test/{mine}")
+    info, seen = h5.read_info(str(tmp_path / "f.h5")), []
+    compare = evaluate.compare_rows
+    spy = lambda *args: seen.append(args[-1]) or compare(*args)
+    monkeypatch.setattr(evaluate, "compare_rows", spy)
+    path = make_run(tmp_path / "run", h5.read_info(gray))
+    argv = [info.path, path, "--split", "val", "--pictures", "0", "--out", str(tmp_path / "o")]
+    evaluate.main([*argv, "--qp", gray_quality[1]])
+    assert seen == [{e.name: e.patient for e in info.entries("val")}]
+
+
+def test_a_pass_holds_as_much_of_each_run(gray, tmp_path, monkeypatch):
+    """--batch is by the size of a run, whichever comes first."""
+    info, seen, plain = h5.read_info(gray), [], evaluate.inference.predict_cases
+    runs = [make_run(tmp_path / str(size), info, size=size) for size in (32, 64)]
+
+    def spy(net, cases, on, window, batch):
+        seen.append((cases.size, batch))
+        return plain(net, cases, on, window, batch)
+
+    monkeypatch.setattr(evaluate.inference, "predict_cases", spy)
+    for order in (runs, runs[::-1]):
+        evaluate.main([gray, *order, "--pictures", "0", "--out", str(tmp_path / "o")])
+    assert len(seen) == 4 and len(set(seen)) == 2 and len({batch for _, batch in seen}) == 2

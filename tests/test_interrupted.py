@@ -351,3 +351,39 @@ def test_a_run_stopped_in_its_first_epoch_keeps_its_checkpoint(
     with pytest.raises(InputError, match="not finite"):
         train_qp.main([*argv, "--resume"])
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_whose_last_checkpoint_is_gone_is_not_trained_again_unasked(gray, tmp_path, refused):
+    """It may be finished. One that was killed before its first last.pt begins again."""
+    argv = [gray, *SSL[:-2], "--steps", "6", "--eval-every", "2", "--out", str(tmp_path)]
+    train_ssl.main(argv)
+    (tmp_path / "last.pt").unlink()
+    before = (tmp_path / "best.pt").read_bytes()
+    for more in ([], ["--resume"]):
+        refused(train_ssl.main, [*argv, *more], "no last.pt; begin again with --overwrite")
+    assert (tmp_path / "best.pt").read_bytes() == before
+    log = (tmp_path / "log.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "log.csv").write_text("".join(log[:2]))
+    train_ssl.main([*argv, "--resume"])
+    assert (tmp_path / "log.csv").read_text().count("\n") == len(log)
+
+
+def test_a_change_of_how_val_is_seen_is_noted(volumes, tmp_path, monkeypatch, capsys):
+    """Dice of whole passes and of windows choose best.pt together."""
+    argv = [volumes, "--size", "16,16,32", "--width", "4", "--batch", "2", "--steps", "2"]
+    argv += ["--out", str(tmp_path), "--labeled", "2", "--eval-every", "1", "--resume"]
+    save_run = train_ssl.save_run
+
+    def stops(*args, **more):
+        save_run(*args, **more)
+        if args[0].endswith("last.pt"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ssl, "save_run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_ssl.main(argv)
+    monkeypatch.setattr(train_ssl, "save_run", save_run)
+    train_ssl.main([*argv, "--window", "whole"])
+    said = capsys.readouterr().out
+    assert "note: --window was sliding and is whole from here on" in said
+    assert "--stride was" not in said and "--blend was" not in said

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -198,7 +199,7 @@ def acdc(folder, change=lambda y: y, count=K):
 
 
 def la(folder, change=lambda y: y, lines="{}\n"):
-    """Four volumes of the LA layout, (H, W, D), the last one in val."""
+    """Four volumes of the LA layout, (W, H, D), the last one in val."""
     for i, split in enumerate(("train", "train", "train", "val")):
         store(folder / "set" / f"ID{i}" / "mri_norm2.h5", change(np.resize([0, 0, 1], (16, 20, 9))))
         with open(folder / f"{split}.list", "a") as f:
@@ -223,7 +224,7 @@ def test_ssl4mis_labels_are_class_numbers(tmp_path, refused):
     info = from_lists(acdc(tmp_path / "a", almost))
     assert info.classes == ACDC and info.name == "ACDC"
     assert all((y == np.resize(np.arange(K), SHAPE)).all() for y in labels_of(info))
-    truth = np.resize([0, 0, 1], (16, 20, 9)).transpose(2, 0, 1)
+    truth = np.resize([0, 0, 1], (16, 20, 9)).transpose(2, 1, 0)
     for i, change in enumerate((almost, lambda y: y * 255, lambda y: y * 255.0)):
         info = from_lists(la(tmp_path / f"la{i}", change))
         assert info.classes == ["background", "left atrium"]
@@ -574,7 +575,7 @@ def test_patients_across_splits_are_noted_in_every_layout(tmp_path, capsys):
 def test_options_of_lists_that_cannot_be(tmp_path, refused):
     argv = [la(tmp_path / "la"), "--out", tmp_path / "g.h5"]
     refused(ssl4mis.main, [*argv, "--spacing", "0,1,1"], "--spacing: 0,1,1", "above 0")
-    refused(ssl4mis.main, [*argv, "--shrink", "4"], "--shrink 4", "2 x 4 x 5", "a smaller one")
+    refused(ssl4mis.main, [*argv, "--shrink", "4"], "--shrink 4", "2 x 5 x 4", "a smaller one")
 
 
 def test_patients_of_the_acdc_layout(tmp_path, capsys):
@@ -869,3 +870,74 @@ def test_training_selects_by_the_classes_of_val(tmp_path, capsys, monkeypatch, r
         "g.h5: /val",
         "no class",
     )
+
+
+@pytest.mark.parametrize("module", [images, nifti])
+def test_lists_that_name_nobody_are_refused(module, tmp_path, refused):
+    (tmp_path / "train.txt").touch()
+    if module is images:
+        make_pictures(tmp_path / "src", 2)
+    else:
+        make(tmp_path / "src", "ab")
+    argv = [tmp_path / "src", "--lists", tmp_path, "--out", tmp_path / "f.h5"]
+    refused(module.main, argv, "train.txt names no case")
+
+
+def test_shares_leave_somebody_to_train_on(tmp_path, refused):
+    make_pictures(tmp_path / "src", 3)
+    argv = [tmp_path / "src", "--out", tmp_path / "f.h5", "--val", "0.5", "--test", "0.4"]
+    refused(images.main, argv, "of 3 patients 2 would validate and 1 test", "smaller shares")
+
+
+def test_a_listed_case_of_val_needs_a_mask(tmp_path, refused):
+    make_pictures(tmp_path / "src", 3)
+    names = sorted(p.stem for p in (tmp_path / "src" / "images").iterdir())
+    (tmp_path / "src" / "train.txt").write_text(f"{names[0]}\n{names[1]}\n")
+    (tmp_path / "src" / "val.txt").write_text(names[2])
+    (tmp_path / "src" / "masks" / f"{names[2]}.png").unlink()
+    argv = [tmp_path / "src", "--out", tmp_path / "f.h5"]
+    refused(images.main, argv, f"val.txt: case '{names[2]}' has no label")
+
+
+def test_the_last_patients_of_acdc_validate_where_no_list_says_who(tmp_path, refused, capsys):
+    src = acdc(tmp_path / "acdc")
+    (src / "val.list").unlink()
+    info = from_lists(src, "--val", "1")
+    patients = {s: [e.patient for e in entries] for s, entries in info.splits.items()}
+    assert patients == {"train": ["patient001"], "val": ["patient002"]}
+    assert "the last 1 of train_slices.list validate" in capsys.readouterr().out
+    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "--val 8", "has only 2; give fewer")
+    (src / "train_slices.list").write_text("")
+    (src / "val.list").write_text("patient003_frame01\n")
+    argv = [src, "--out", tmp_path / "g.h5"]
+    refused(ssl4mis.main, argv, "train_slices.list: names no case")
+
+
+def test_only_a_dataset_is_replaced(tmp_path, refused):
+    src = make_pictures(tmp_path / "src", 3)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    refused(images.main, [src, "--out", notes], "is no dataset", "choose another --out")
+    assert notes.read_text() == "mine"
+    for _ in range(2):
+        images.main([str(src), "--out", str(tmp_path / "f.h5")])
+
+
+def test_a_file_without_train_says_so(tmp_path, capsys):
+    image = np.float32(np.eye(16))
+    case = h5.Case("test", "a", image, np.uint8(image), "a", spacing=np.array([1.0, 2.0]))
+    about = dict(name="t", classes=["background", "a"], dims=2, channels=1)
+    info = h5.write(tmp_path / "f.h5", [case], **about)
+    h5.report(info)
+    assert "no case is of train" in capsys.readouterr().out
+    assert info.entries("test")[0].spacing == (1, 2)
+    h5.report(h5.write(tmp_path / "g.h5", [replace(case, split="train")], **about))
+    assert "next: python corrupt.py" in capsys.readouterr().out
+
+
+def test_wide_pictures_know_their_source(tmp_path):
+    image = np.float32(np.eye(16))
+    case = h5.Case("train", "a", image, None, "a", source_grid=(40, 40_000))
+    about = dict(name="t", classes=["background", "a"], dims=2, channels=1)
+    info = h5.write(str(tmp_path / "f.h5"), [case], **about)
+    assert info.entries("train")[0].source_grid == (40, 40_000)

@@ -1196,3 +1196,18 @@ def test_headers_and_labels_of_strangers(part, change, words, tmp_path, refused)
         if new is not None:
             where[part] = new
     refused(h5.main, [path], path, *words)
+
+
+def test_an_mr_with_few_bright_voxels_is_not_blank():
+    """Both percentiles are 0; the image's own range remains."""
+    image = np.zeros((10, 20, 20), np.float32)
+    image[5, 5, 5:9] = 500
+    scaled = nifti.scale(image, None)
+    assert scaled.std() == pytest.approx(1, abs=1e-3) and (scaled > 1).sum() == 4
+    assert (nifti.scale(image * 0, None) == 0).all()
+
+
+def test_an_image_without_the_channel_that_others_have_is_named(tmp_path, refused):
+    make(make(tmp_path / "src", "ab", "_0000"), "c")
+    argv = [tmp_path / "src", "--out", tmp_path / "f.h5"]
+    refused(nifti.main, argv, "c.nii.gz: the cases have names of nnU-Net", "rename it")

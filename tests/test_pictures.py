@@ -287,7 +287,7 @@ def test_masks_of_two_classes(name, tmp_path):
 
 
 def test_masks_of_several_classes(tmp_path):
-    colors = [WHITE, RED, BLACK, (0, 9, 0)]
+    colors = [WHITE, RED, (0, 0, 9), (0, 9, 0)]
     for name, mask, options in (
         ("gray.png", LABEL, {}),
         ("float.tif", LABEL.astype(np.float64), {}),
@@ -307,6 +307,18 @@ def test_a_void_of_255_in_a_palette_is_an_index_as_others(tmp_path):
     path = save(tmp_path / "m.png", np.where(RING > 0, 255, DISC), palette=colors)
     found = pixels.read_mask(path, ["background", "a", "void"], notes, values=(0, 1, 255))
     assert (found == np.where(RING > 0, 2, DISC)).all() and list(notes) == [pixels.PALETTE]
+
+
+def test_an_index_has_one_color_in_all_files(tmp_path, refused):
+    """Palettes that were made for each file apart would permute the classes."""
+    green = (0, 255, 0)
+    for name, colors in (("a", [BLACK, RED, green]), ("b", [BLACK, green, RED])):
+        for folder in ("images", "masks"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        save(tmp_path / "images" / f"{name}.png", RGB)
+        save(tmp_path / "masks" / f"{name}.png", DISC + HEART, palette=colors)
+    argv = [tmp_path, "--out", tmp_path / "f.h5", "--classes", "background,a,b", "--val", "0"]
+    refused(images.main, argv, "index 1 of its palette has the color", "save class numbers as gray")
 
 
 def test_our_own_masks_need_no_note(tmp_path):
@@ -367,6 +379,7 @@ UNCLEAR = {
         {},
         "not black",
     ),
+    "palette_of_file.png": (1 - DISC, dict(palette=[RED, BLACK]), "black is index 1"),
     "inverse_palette.png": (DISC, dict(palette=[WHITE, BLACK]), "palette.*brighter"),
     "void_palette.png": (BORDERED, dict(palette=[BLACK, *[RED] * 255]), "indices 0 .*, 255"),
     "gray_palette.png": (LABEL, dict(palette=[[60 * k] * 3 for k in range(4)]), "of 60"),
@@ -400,6 +413,7 @@ def test_masks_that_are_unclear_are_refused(name, tmp_path):
             "values up to 255.*4 classes",
         ),
         ("m.png", DISC[..., None] * np.uint8(RED), {}, "colored"),
+        ("m.png", LABEL, dict(palette=[WHITE, RED, (0, 9, 0), BLACK]), "black is index 3"),
         ("m.png", LABEL, dict(palette=[BLACK, RED, RED, WHITE], transparency=0), "transparent"),
         ("m.png", Image.fromarray(DISC > 0), {}, "values up to 255"),
     ],

@@ -25,7 +25,7 @@ from data import figures, h5, images, loading, metrics, new_images, nifti, pixel
 from data.files import InputError
 from models import checkpoints, inference
 from models.device import compute
-from models.quality import Seen, together
+from models.quality import Corrected, Seen, together
 
 ON = compute("cpu", "off")
 
@@ -876,3 +876,43 @@ def test_the_dice_of_a_volume_is_named_beside_its_slice(kind, says, request):
     row = evaluate.Predicted(np.array([0.2, 0.4]), 0.3, entry, "a.png", 0, drawing)
     (panel,) = evaluate.worst_panels(info, "val", [row])
     assert panel.title.endswith(f"\npredicted {says} 0.30")
+
+
+def test_masks_do_not_go_where_the_truth_may_be(rgb, tmp_path, refused):
+    """MINE/images as the source means that MINE/masks may hold the truth."""
+    src = make_pictures(tmp_path / "mine", 2)
+    run = make_run(tmp_path / "run", h5.read_info(rgb))
+    for new in (src / "images", sorted((src / "images").iterdir())[0], src):
+        argv = [new, run, "--predict", "--overwrite", "--out", src]
+        refused(evaluate.main, argv, "is a folder of the images")
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_a_folder_among_the_masks_stops_it_before_anything_is_removed(
+    rgb, pictures, tmp_path, refused
+):
+    run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
+    argv = [str(pictures[0] / "p3.jpg"), run, "--predict", "--out", str(out)]
+    (out / "masks").mkdir(parents=True)
+    (out / "masks" / ".DS_Store").touch()
+    evaluate.main(argv)
+    (out / "masks" / "corrected").mkdir()
+    refused(evaluate.main, [*argv, "--overwrite"], "masks/corrected: a folder among the masks")
+    assert (out / "masks" / "p3.png").is_file()
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_the_list_of_corrected_masks_is_that_of_the_triage(rgb, rgb_quality, tmp_path):
+    """With --trust, the certainty of what g corrects counts, as where estimates are compared."""
+    info, qp = h5.read_info(rgb), rgb_quality[1]
+    run = make_run(tmp_path / "run", info)
+    argv = [rgb, run, "--qp", qp, "--trust", "1", "--amp", "off", "--split", "val"]
+    evaluate.main([*argv, "--predict", "--out", str(tmp_path / "new")])
+    on = compute("cpu", "off")
+    g, _ = checkpoints.load_quality(qp, info, on, 32)
+    net = Corrected(checkpoints.load_run(run, "student", on)[0], g, 1.0)
+    samples = loading.load_samples(info, "val", 32)
+    outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, on, 8)
+    want = dict(zip(samples.case, outputs.estimates[metrics.TOGETHER][:, 0]))
+    found = {row["case"]: float(row[metrics.TOGETHER]) for row in read_list(tmp_path / "new")}
+    assert found == {case: pytest.approx(score, abs=0.02) for case, score in want.items()}

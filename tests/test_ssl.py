@@ -284,10 +284,27 @@ def test_a_corrected_network_says_what_g_makes_of_its_output():
 )
 def test_g_is_trusted_as_far_as_val_gains(alone, half, whole, trust, monkeypatch):
     dice = {0.5: half, 1.0: whole}
-    monkeypatch.setattr(train_ssl, "val_dice", lambda net, run, val: (dice[net.trust], []))
+    monkeypatch.setattr(train_ssl, "val_dice", lambda net, run, val, window: (dice[net.trust], []))
     nets, teacher, _ = cached_setting("4-class gray")
     run = train_ssl.Run(nets, teacher, agreeing(), None, None, None)
-    assert train_ssl.best_trust(run, None, alone) == trust
+    val = train_ssl.Val(None, None, None, None)
+    assert train_ssl.best_trust(run, val, alone) == trust
+
+
+def test_f_and_its_correction_are_compared_in_the_same_windows(monkeypatch):
+    """By passes over whole volumes f has .6, by patches .7, as what g corrects there."""
+    asked = []
+
+    def val_dice(net, run, val, window):
+        asked.append(window.whole)
+        return 0.7, []
+
+    monkeypatch.setattr(train_ssl, "val_dice", val_dice)
+    nets, teacher, _ = cached_setting("4-class gray")
+    run = train_ssl.Run(nets, teacher, agreeing(), None, None, None)
+    window = inference.window_of((16, 16, 16), options("--window", "whole"))
+    assert train_ssl.best_trust(run, train_ssl.Val(None, None, window, None), 0.6) == 0
+    assert asked == [False] * 3
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -1093,7 +1110,7 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
     dice = {}
     for share in (0.0, 0.5, 1.0):
         net = Corrected(f, guide(data, qp), share) if share else f
-        if share and window:
+        if window:
             window = replace(window, whole=False)  # g knows patches alone
         table = inference.dice_table(net, cases, on, network["classes"], window)
         dice[share] = inference.mean_dice(table, train_ssl.check_val(info))[0]
@@ -1196,16 +1213,20 @@ def test_a_weight_of_no_pseudo_label_is_noted(weight, capsys):
 @pytest.mark.parametrize(
     "more, noted",
     [
-        ("--method mean_teacher --lam-warmup 1", True),
-        ("--method mean_teacher --lam 0", True),
-        ("--method mean_teacher --lam-warmup 0.8", False),
-        ("--qp g --qar 0.1 --qar-warmup 0.95", True),
-        ("--lam-warmup 1", False),
+        ("--method mean_teacher --lam-warmup 1", ["pseudo-labels take"]),
+        ("--method mean_teacher --lam 0", ["pseudo-labels take"]),
+        ("--method mean_teacher --lam-warmup 0.8", []),
+        ("--method mean_teacher --lam 0 --qp g --qar 0.1", ["pseudo-labels take"]),
+        ("--method mean_teacher --qp g --qar 0.1 --qar-warmup 1", ["QAR takes"]),
+        ("--qp g --qar 0.1 --qar-warmup 0.95", ["QAR takes"]),
+        ("--lam-warmup 1", []),
     ],
 )
-def test_unlabeled_images_that_never_come_in_are_noted(more, noted, capsys):
+def test_losses_that_never_come_in_are_noted(more, noted, capsys):
     train_ssl.print_ignored(options(*more.split(), "--steps", "9"), 0)
-    assert ("unlabeled images take no part in 9 steps" in capsys.readouterr().out) == noted
+    said = capsys.readouterr().out
+    assert said.count("no part in 9 steps") == len(noted)
+    assert all(f"{words} no part in 9 steps" in said for words in noted)
 
 
 def test_a_step_that_never_comes_is_noted(tmp_path, capsys):

@@ -937,12 +937,12 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
     a, b = (h5.read_info(tmp_path / n) for n in ("a.h5", "b.h5"))
     assert a.dims == 3 and [e.name for e in a.entries("train")] == ["ID0", "ID1", "ID2"]
     assert (a.entries("val")[0].grid, a.entries("val")[0].spacing) == (
-        (18, 24, 20),
+        (18, 20, 24),
         (1.0, 0.5, 0.25),
     )
     small = b.entries("val")[0]
-    assert (small.grid, small.spacing) == ((9, 12, 10), (2.0, 1.0, 0.5))
-    assert (small.source_grid, small.source_spacing) == ((18, 24, 20), (1.0, 0.5, 0.25))
+    assert (small.grid, small.spacing) == ((9, 10, 12), (2.0, 1.0, 0.5))
+    assert (small.source_grid, small.source_spacing) == ((18, 20, 24), (1.0, 0.5, 0.25))
     assert a.entries("val")[0].source_grid is None
     assert [i.prepared for i in (a, b)] == [{"from": "ssl4mis", "shrink": n} for n in (1, 2)]
     with (
@@ -951,13 +951,13 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
         h5py.File(src / "set" / "ID3" / "mri_norm2.h5") as source,
     ):
         whole, small = f["val/ID3/image"][:], g["val/ID3/image"][:]
-        assert (whole == source["image"][:].transpose(2, 0, 1)).all() and (
-            f["val/ID3/label"][:] == (source["label"][:] > 0).transpose(2, 0, 1)
+        assert (whole == source["image"][:].transpose(2, 1, 0)).all() and (
+            f["val/ID3/label"][:] == (source["label"][:] > 0).transpose(2, 1, 0)
         ).all()
-        assert np.allclose(small, whole.reshape(9, 2, 12, 2, 10, 2).mean((1, 3, 5)), atol=1e-6)
+        assert np.allclose(small, whole.reshape(9, 2, 10, 2, 12, 2).mean((1, 3, 5)), atol=1e-6)
         assert (
             g["val/ID3/label"][:]
-            == (f["val/ID3/label"][:].reshape(9, 2, 12, 2, 10, 2).mean((1, 3, 5)) > 0.5)
+            == (f["val/ID3/label"][:].reshape(9, 2, 10, 2, 12, 2).mean((1, 3, 5)) > 0.5)
         ).all()
     (src / "val.list").rename(src / "test.list")  # as it is published: train and test
     ssl4mis.main([str(src), "--out", str(tmp_path / "c.h5"), "--val", "1"])
@@ -965,7 +965,7 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
         s: [e.name for e in es] for s, es in h5.read_info(tmp_path / "c.h5").splits.items()
     } == {"train": ["ID0", "ID1"], "val": ["ID2"], "test": ["ID3"]}
     assert "the last 1 of train.list validate" in capsys.readouterr().out
-    refused(ssl4mis.main, [src, "--out", tmp_path / "d.h5"], "--val 8", "only 3 volumes")
+    refused(ssl4mis.main, [src, "--out", tmp_path / "d.h5"], "--val 8", "has only 3; give fewer")
     from test_data import make_ssl4mis
 
     refused(
@@ -977,11 +977,11 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
 
 @pytest.mark.parametrize("known", [[], ["--spacing", "1,1,2"]])
 def test_shrunk_volumes_are_scored_on_the_grid_of_their_source(known, tmp_path, capsys):
-    src, shape = make_la(tmp_path / "src", (32, 64, 48)), (48, 32, 64)
+    src, shape = make_la(tmp_path / "src", (64, 32, 48)), (48, 32, 64)
     cubes = np.kron(np.random.default_rng(1).random((24, 16, 32)) < 0.3, np.ones((2, 2, 2)))
     for path in src.rglob("*.h5"):
         with h5py.File(path, "a") as f:  # what --shrink 2 keeps whole
-            f["image"][:] = f["label"][:] = cubes.transpose(1, 2, 0)
+            f["image"][:] = f["label"][:] = cubes.transpose(2, 1, 0)
     paths = [str(tmp_path / name) for name in ("whole.h5", "small.h5")]
     for path, shrink in zip(paths, ("1", "2")):
         ssl4mis.main([str(src), "--out", path, "--shrink", shrink, *known])

@@ -13,7 +13,7 @@ supervised runs with g's correction.
 Reads  runs/ph2.h5, cvc.h5, acdc.h5; the tier `full` also la.h5.
 Writes runs/evidence/TIER/DATA/METHOD-ROW-SEED/: a run of train_ssl.py and its scores on test;
        runs/evidence/TIER/DATA/g/, the quality predictor (g_half/: at half of f's side), and
-       large-none-SEED/, the ensemble.
+       large-none-0 to 2/, the ensemble. Those of further seeds are g-SEED/ and the next three.
 
 A run that is finished, or that another process is at, is passed over. Until lambda sets in, all
 runs of a seed are the same supervised training. It is done once, and each run goes on from there:
@@ -185,9 +185,10 @@ def without_archive(data):
     return next(name for name in DATA if DATA[name] == DATA[data]._replace(archive=""))
 
 
-def quality_of(tier, data, row=""):
+def quality_of(tier, data, row="", seed=0):
     """The folder of g of a row. An archive does not change it."""
     name = "g_half" if row.endswith("_half") else "g"
+    name += f"-{seed}" if seed else ""
     return f"runs/evidence/{tier}/{without_archive(data)}/{name}"
 
 
@@ -264,8 +265,8 @@ def score_corrected(tier, job, out):
     folder = place(tier, origin)
     if job.row == "plain":
         return score(job.data, folder, out)
-    qp = f"{quality_of(tier, job.data)}/qp.pt"
-    split = Split(tier, job.data, "val")
+    qp = f"{quality_of(tier, job.data, seed=job.seed)}/qp.pt"
+    split = Split(tier, job.data, "val", job.seed)
     f = split.network(f"{folder}/best.pt")
     dice = {trust: split.dice(Corrected(f, split.g, trust)) for trust in train_ssl.TRUSTS}
     trust = max(dice, key=dice.get)
@@ -310,16 +311,20 @@ def control_of(tier, job):
     corrected = job.row in AT_TEST and job.row != "plain"
     if not corrected and "--qp" not in options(tier, job, "-"):
         return None
-    train_quality(tier, job.data, job.row)
+    seed = job.seed if corrected else 0
+    train_quality(tier, job.data, job.row, seed)
     if job.row in BY_ENSEMBLE:
-        return Ensemble(ensemble(tier, job.data))
+        return Ensemble(ensemble(tier, job.data, seed))
     return Oracle() if job.row == "oracle" else CONTROLS.get(job.row)
 
 
-def train_quality(tier, data, row=""):
-    """Stages 1 and 2 for a data set. g sees what f sees, or for rows with `_half` half of it."""
-    out = quality_of(tier, data, row)
-    if os.path.isfile(f"{out}/qp.pt"):
+def train_quality(tier, data, row="", seed=0):
+    """Stages 1 and 2 for a data set. g sees what f sees, or for rows with `_half` half of it.
+
+    The masks are the same for every seed of g.
+    """
+    out = quality_of(tier, data, row, seed)
+    if is_trained(f"{out}/qp.pt"):
         return
     mine = DATA[data]
     size = size_of(tier, data)
@@ -330,16 +335,24 @@ def train_quality(tier, data, row=""):
     if not mine.volumes:  # whose options of g have a size
         half = row.endswith("_half")
         source += ["--size", str(int(size) // 2) if half else size]
-    train_qp.main([*source, *mine.g.split(), "--resume"])
+    train_qp.main([*source, *mine.g.split(), "--seed", str(seed), "--resume"])
 
 
-def ensemble(tier, data):
+def is_trained(path):
+    """Whether g is there, and of its last epoch: train_qp.py writes it after each."""
+    if not os.path.isfile(path):
+        return False
+    state = checkpoints.load_checkpoint(path, "qp")
+    return state["epoch"] == state["args"]["epochs"]
+
+
+def ensemble(tier, data, seed=0):
     """Three supervised networks of width 16, as members of g have (in 3D 8); each at its best."""
     nets = []
-    for seed in SEEDS:
-        out = f"{os.path.dirname(quality_of(tier, data))}/large-none-{seed}"
+    for member in range(3 * seed, 3 * seed + 3):
+        out = f"{os.path.dirname(quality_of(tier, data))}/large-none-{member}"
         if not finished(out):
-            words = options(tier, Job(without_archive(data), "supervised", "none", seed), out)
+            words = options(tier, Job(without_archive(data), "supervised", "none", member), out)
             train_ssl.main([*words, "--width", "16", "--resume"])
             score(data, out, out)
         on = compute("auto", "off", False)
@@ -350,14 +363,14 @@ def ensemble(tier, data):
 class Split:
     """A split of slices, g of its data, and the Dice that networks have on it."""
 
-    def __init__(self, tier, data, split):
+    def __init__(self, tier, data, split, seed=0):
         info = h5.read_info(file_of(data))
         size = int(size_of(tier, data))
         self.on = compute("auto", "off", False)
         self.classes = len(info.classes)
         self.held = supervision.held_classes(info, split)
         self.cases = inference.Cases(info, split, size)
-        qp = f"{quality_of(tier, data)}/qp.pt"
+        qp = f"{quality_of(tier, data, seed=seed)}/qp.pt"
         self.g, _ = checkpoints.load_quality(qp, info, self.on, size)
 
     def network(self, path):
