@@ -502,7 +502,8 @@ def read_palette(file, K, notes, known):
     with reading(file.path):
         indices = np.array(file.opened)
         colors = np.reshape(file.opened.getpalette("RGB"), (-1, 3)).astype(np.uint8)
-        colors = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
+        count = len(colors)
+        colors = np.pad(colors, ((0, 256 - count), (0, 0)))
     numbers = indices.max() < K
     looked_at = colors if K > 2 else colors[:2] if numbers else colors[np.unique(indices)]
     if (looked_at == looked_at[:, :1]).all():  # gray
@@ -520,28 +521,29 @@ def read_palette(file, K, notes, known):
     used = int(indices.max()) + 1
     if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
         note(notes, PALETTE, file.path)
-    check_palette(file.path, colors, np.unique(indices).tolist(), known)
+    check_palette(file.path, colors[:count], np.unique(indices).tolist(), known)
     return indices
 
 
 def check_palette(path, colors, used, known):
     """InputError where the indices of a colored palette may be no class numbers.
 
-    colors [256, 3]; used: indices; known: {index: (its color, a path)} of the masks so far, which
+    colors [N, 3]; used: indices; known: {index: (its color, a path)} of the masks so far, which
     grows by those of this one.
     """
-    black = [i for i in {0, 1, *used} if not colors[i].any()]
+    colors = dict(enumerate(colors.tolist()))
+    black = [i for i in sorted({0, 1, *used}) if colors.get(i) == [0, 0, 0]]
     if black and 0 not in black:
         raise InputError(
             f"{path}: black is index {black[0]} of its palette, and index 0, the background, is "
             "not; save class numbers as gray values"
         )
     for i in used:
-        color, other = known.setdefault(i, (colors[i].tolist(), path))
-        if color != colors[i].tolist():
+        color, other = known.setdefault(i, (colors.get(i), path))
+        if color != colors.get(i):
             raise InputError(
-                f"{path}: index {i} of its palette has the color {colors[i].tolist()}, but in "
-                f"{other} {color}, so an index is no class; save class numbers as gray values"
+                f"{path}: index {i} of its palette has the color {colors.get(i)}, but in {other} "
+                f"{color}, so an index is no class; save class numbers as gray values"
             )
 
 

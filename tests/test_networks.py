@@ -754,6 +754,21 @@ def test_volumes_are_refused_where_a_network_cannot(volumes, tmp_path, refused):
     )
 
 
+@pytest.mark.parametrize("name", ["unet", "vnet"])
+@pytest.mark.parametrize("shape, fits", [((31, 17, 31), False), ((16, 17, 32), True)])
+def test_one_image_is_refused_where_batch_norm_would_see_one_pixel(name, shape, fits):
+    """Each level halves a side, rounded down: 31 pixels are one in the deepest."""
+    config = dict(name=name, channels=1, classes=2, dims=3, width=2)
+    step = lambda: models.build(**config).train()(torch.zeros(1, 1, *shape))
+    if fits:
+        models.check(config, shape, batch=1)
+        step()
+        return
+    for refuses in (lambda: models.check(config, shape, batch=1), step):
+        with pytest.raises(ValueError):
+            refuses()
+
+
 def test_a_checkpoint_of_a_size_that_its_network_does_not_take(rgb, tmp_path, refused):
     train_ssl.main(
         [

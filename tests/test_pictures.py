@@ -255,6 +255,7 @@ MASKS = {
     "palette.png": (DISC, dict(palette=[WHITE, RED]), DISC),  # the index is the class
     "bright.png": (DISC, dict(palette=[BLACK, (9, 0, 0)]), DISC),  # also a dark one
     "unused.png": (DISC * 0, dict(palette=[WHITE, (0, 0, 255)]), DISC * 0),
+    "one_color.png": (DISC * 0, dict(palette=[RED]), DISC * 0),
     "dim_palette.png": (DISC, dict(palette=[BLACK, (60, 60, 60)]), DISC),
     "palette_gray.png": (DISC, dict(palette=[BLACK, WHITE]), DISC),
     "palette_levels.png": (DISC * 255, dict(palette=np.repeat(range(256), 3)), DISC),

@@ -902,17 +902,15 @@ def test_a_folder_among_the_masks_stops_it_before_anything_is_removed(
 
 
 @pytest.mark.usefixtures("unrendered")
-def test_the_list_of_corrected_masks_is_that_of_the_triage(rgb, rgb_quality, tmp_path):
-    """With --trust, the certainty of what g corrects counts, as where estimates are compared."""
-    info, qp = h5.read_info(rgb), rgb_quality[1]
-    run = make_run(tmp_path / "run", info)
-    argv = [rgb, run, "--qp", qp, "--trust", "1", "--amp", "off", "--split", "val"]
-    evaluate.main([*argv, "--predict", "--out", str(tmp_path / "new")])
-    on = compute("cpu", "off")
-    g, _ = checkpoints.load_quality(qp, info, on, 32)
-    net = Corrected(checkpoints.load_run(run, "student", on)[0], g, 1.0)
-    samples = loading.load_samples(info, "val", 32)
-    outputs = evaluate.compare_estimates(g, evaluate.Opinions(net, net), samples, on, 8)
-    want = dict(zip(samples.case, outputs.estimates[metrics.TOGETHER][:, 0]))
-    found = {row["case"]: float(row[metrics.TOGETHER]) for row in read_list(tmp_path / "new")}
-    assert found == {case: pytest.approx(score, abs=0.02) for case, score in want.items()}
+def test_the_list_asks_the_network_that_made_the_masks(rgb, rgb_quality, tmp_path, monkeypatch):
+    """With --trust f as g corrects it, as where estimates of quality are compared."""
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "predicted_quality", lambda g, net, *_: asked.append(net) or (np.zeros(1), 0.0)
+    )
+    argv = [rgb, make_run(tmp_path / "run", h5.read_info(rgb)), "--qp", rgb_quality[1]]
+    for trust in ("0", "1"):
+        out = str(tmp_path / trust)
+        evaluate.main([*argv, "--predict", "--split", "val", "--trust", trust, "--out", out])
+    assert {type(net) is Corrected for net in asked[: len(asked) // 2]} == {False}
+    assert {type(net) is Corrected for net in asked[len(asked) // 2 :]} == {True}
