@@ -124,7 +124,7 @@ class Scored:
 
     @property
     def unit(self):
-        """Of distances: pixels for all cases where the spacing of one is unknown."""
+        """The unit of all distances: pixels if the spacing of one case is unknown, else mm."""
         return "mm" if all(entry.spacing_known for entry in self.entries) else "px"
 
 
@@ -846,7 +846,7 @@ def dataset(args, data):
 
 
 def check_former(masks, args):
-    """InputError if a folder holds masks that may not be replaced, or more than masks."""
+    """InputError if a folder holds masks and --overwrite is not given, or if it holds a folder."""
     found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
     if found and not args.overwrite:
         raise InputError(
@@ -995,11 +995,14 @@ FORMER = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "tria
 
 
 def remove_scores(out):
-    """Removes what an earlier evaluation has written and this one may not: pictures, --qp."""
+    """Removes what an earlier evaluation has written and this one may not write again."""
+    if not os.path.isfile(os.path.join(out, "summary.json")):
+        return
     names = [*(f"{name}.png" for name in FORMER), "quality.md", "quality.json", "quality.csv"]
     for name in names:
         for path in glob.glob(os.path.join(glob.escape(out), name)):
-            os.remove(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
 
 def write_scores(args, runs, windows):
@@ -1057,12 +1060,7 @@ def scores_title(args, runs, windows):
         f"{runs.info.name}, {args.split}, {len(runs.entries)} cases, mean over cases, then "
         "classes; ± over seeds"
     )
-    own = [
-        os.path.basename(path)
-        for path, state in zip(args.checkpoints, runs.states)
-        if state["data"]["checksum"] == runs.info.checksum
-    ]
-    if args.split == "val" and "best.pt" in own:
+    if args.split == "val" and "best.pt" in map(os.path.basename, args.checkpoints):
         title += "; val chose these checkpoints (best.pt)"
     if any(windows):
         title += f"; {' or '.join(dict.fromkeys(map(str, windows)))}"

@@ -1554,12 +1554,13 @@ def restore(run, state):
 
 def print_changed(before, args):
     """A note where a resumed run sees val otherwise than before. before: its options then"""
-    for name in SEES:
+    for name in VAL_OPTIONS:
         then, now = before.get(name), getattr(args, name)
         if name in before and then != now:
+            then, now = (checkpoints.given(name, value) for value in (then, now))
             print(
-                f"note: --{name} was {then} and is {now} from here on, so that Dice on val before "
-                "and after are not quite comparable, and both choose best.pt"
+                f"note: {args.out} was started {then} and goes on {now}: Dice on val before and "
+                "after differ in this, but are compared to choose best.pt"
             )
 
 
@@ -1693,8 +1694,8 @@ def print_end(args, progress):
 # --------------------------------------------------------------------------------------------- main
 
 FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
-SEES = ("window", "stride", "blend")  # options that say how val is seen
-MAY_CHANGE = ("keep", "cache", "workers", *SEES)  # where a run resumes
+VAL_OPTIONS = ("window", "stride", "blend")  # how val is seen
+MAY_CHANGE = ("keep", "cache", "workers", *VAL_OPTIONS)  # where a run resumes
 
 
 def main(argv=None):

@@ -182,7 +182,8 @@ def write(
     prepared: what was done to the images, for data/new_images.py to do it to new ones: a dict with
     "from" ("pictures", "nifti" or "ssl4mis"), of pictures in a folder for each channel "folders",
     and, of NIfTI, the entries of nifti.Preparation; None: nobody knows.
-    InputError names the case whose shapes, types, values or patient contradict the schema.
+    InputError names the case whose shapes, types, values or patient contradict the schema; it is
+    raised, too, where `path` is a file that is no dataset.
     """
     check_text(path, "the dataset's name", name)
     _check_replaced(path)
@@ -227,10 +228,13 @@ def _check_replaced(path):
     """InputError where a file is there that is no dataset: it may be somebody's image or notes."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         return
-    with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as f:
-        if "classes" in f.attrs:
-            return
-    raise InputError(f"{path}: is there and is no dataset; remove it, or choose another --out")
+    with contextlib.suppress(OSError, RuntimeError, KeyError):
+        with h5py.File(path, "r", locking=False) as f:
+            if "classes" in f.attrs:
+                return
+    raise InputError(
+        f"{path}: this file is no dataset, so it is not replaced; move it, or choose another --out"
+    )
 
 
 def _one_for_all(path, standardize, channel_names):
@@ -400,7 +404,7 @@ def _check_case(path, case, K, channels, dims):
 def _check_place(where, case, grid):
     """InputError unless what a Case or an Entry says of its place in space fits its grid."""
     size = case.source_grid
-    side = 2**15 if len(grid) == 3 else 2**30  # NIfTI's limit; none of pictures
+    side = 2**15 if len(grid) == 3 else 2**30  # NIfTI allows no more
     for what, values, most in (("spacing", case.spacing, math.inf), ("source_grid", size, side)):
         if values is not None and not (
             len(values) == len(grid) and all(0 < v < most for v in values)
@@ -990,7 +994,7 @@ def report(info):
         words = ["python", "corrupt.py", str(info.path), "--labeled", "all", "--out", out]
         print(f"next: {shlex.join(words)}    (--labeled 7: as if only 7 patients had labels)")
     elif not info.splits.get("train"):
-        print("note: no case is of train, so that nothing can learn from this file")
+        print("note: the split train is empty, so no network can be trained on this file")
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ gray, RGB or other channels, and of volumes the spacing that they are resampled 
 CT, the channels and the body axes. evaluate.py --predict writes masks for them.
 """
 
+import os
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -43,7 +44,7 @@ FOLDERS = ("", "images", "imagesTs", "imagesTr")  # of a source, in which images
 
 def may_hold(source):
     """The folders in which the images of a folder, or one image, and their masks may be."""
-    path = Path(source).resolve()
+    path = Path(os.path.abspath(source))
     folder = path if path.is_dir() else path.parent
     found = [folder / name for name in FOLDERS]
     return [*found, folder.parent] if folder.name in FOLDERS else found

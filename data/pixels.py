@@ -13,8 +13,8 @@ Masks of two classes are 0 and 1, or black and white, or a palette's indices 0 a
 between black and white are cut at half of the range where they lie on edges, as in masks that were
 resized or saved as JPEG. Where they form regions or lines, they are a third class (often "void"),
 and the mask is refused. Masks of more classes hold class numbers, as gray levels or as the indices
-of a colored palette. A palette that was made for each file apart gives a class another index in
-each, so black is index 0, if it is there, and an index has the same color in all files.
+of a colored palette. A program that makes a palette for each file may give a class another index in
+each. So black, if it is used, must be index 0, and each index must have one color in all files.
 """
 
 import contextlib
@@ -460,10 +460,10 @@ def to_float32(image, path):
 # ------------------------------------------------------------------------------------ masks
 
 
-def read_mask(path, classes, notes=None, values=None, colors=None):
+def read_mask(path, classes, notes=None, values=None, known=None):
     """A mask -> class numbers (H, W) uint8. InputError if it is not clear which ones are meant.
 
-    notes: see note(). values: those that stand for the classes, of --labels. colors: see
+    notes: see note(). values: those that stand for the classes, of --labels. known: see
     check_palette().
     """
     file, K = examine(path), MOST if values else len(classes)
@@ -478,7 +478,7 @@ def read_mask(path, classes, notes=None, values=None, colors=None):
             "from where it was made"
         )
     if file.opened and file.opened.mode == "P":
-        mask = read_palette(file, K, notes, {} if colors is None else colors)
+        mask = read_palette(file, K, notes, {} if known is None else known)
     else:
         mask = to_gray(decode(file, notes=notes), file, K, values)
     if values:
@@ -502,8 +502,7 @@ def read_palette(file, K, notes, known):
     with reading(file.path):
         indices = np.array(file.opened)
         colors = np.reshape(file.opened.getpalette("RGB"), (-1, 3)).astype(np.uint8)
-        count = len(colors)
-        colors = np.pad(colors, ((0, 256 - count), (0, 0)))
+        colors = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
     numbers = indices.max() < K
     looked_at = colors if K > 2 else colors[:2] if numbers else colors[np.unique(indices)]
     if (looked_at == looked_at[:, :1]).all():  # gray
@@ -521,29 +520,28 @@ def read_palette(file, K, notes, known):
     used = int(indices.max()) + 1
     if (colors[:used] != palette()[:used]).any():  # which is that of our own masks
         note(notes, PALETTE, file.path)
-    check_palette(file.path, colors[:count], np.unique(indices).tolist(), known)
+        check_palette(file.path, colors, np.unique(indices).tolist(), known, K)
     return indices
 
 
-def check_palette(path, colors, used, known):
+def check_palette(path, colors, used, known, K):
     """InputError where the indices of a colored palette may be no class numbers.
 
-    colors [N, 3]; used: indices; known: {index: (its color, a path)} of the masks so far, which
-    grows by those of this one.
+    colors [256, 3]; used: indices; known: {index: (its color, a path)} of the masks so far, which
+    grows by those of this one. Of K = 2 classes, the foreground may have any color.
     """
-    colors = dict(enumerate(colors.tolist()))
-    black = [i for i in sorted({0, 1, *used}) if colors.get(i) == [0, 0, 0]]
-    if black and 0 not in black:
+    black = [i for i in used if not colors[i].any()]
+    if black and colors[0].any():
         raise InputError(
             f"{path}: black is index {black[0]} of its palette, and index 0, the background, is "
             "not; save class numbers as gray values"
         )
-    for i in used:
-        color, other = known.setdefault(i, (colors.get(i), path))
-        if color != colors.get(i):
+    for i in used if K > 2 else used[:1]:
+        color, other = known.setdefault(i, (tuple(colors[i].tolist()), path))
+        if color != tuple(colors[i].tolist()):
             raise InputError(
-                f"{path}: index {i} of its palette has the color {colors.get(i)}, but in {other} "
-                f"{color}, so an index is no class; save class numbers as gray values"
+                f"{path}: index {i} of its palette has another color than in {other}, so that it "
+                "may be another class; save class numbers as gray values"
             )
 
 

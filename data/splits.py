@@ -168,8 +168,8 @@ def assign_splits(rows, lists, args):
     )
     if 0 < len(drawn) <= n_val + n_test:
         raise InputError(
-            f"--val {args.val:g} --test {args.test:g}: of {len(drawn)} patients {n_val} would "
-            f"validate and {n_test} test, and none would train; give smaller shares"
+            f"--val {args.val:g} --test {args.test:g}: of {len(drawn)} patients with labels, "
+            f"{n_val} would validate and {n_test} test, and none would train; give smaller shares"
         )
     split_of = dict(zip(drawn, ["val"] * n_val + ["test"] * n_test + ["train"] * len(drawn)))
     # train order is random too: --labeled takes the first patients
@@ -182,7 +182,9 @@ def assign_splits(rows, lists, args):
 
 
 def assign_lists(rows, lists, src):
-    """The rows that lists name, in their order. InputError where a list contradicts a folder.
+    """The rows that lists name, in their order.
+
+    InputError where a list contradicts a folder, or where a case of val has no label.
 
     A case of any folder may be listed as unlabeled: its label is not used.
     """

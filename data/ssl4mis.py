@@ -5,7 +5,7 @@
     python -m data.ssl4mis BraTS2019 --out brats.h5
     python -m data.ssl4mis PROSTATE --out prostate.h5 --classes background,prostate
 
-    ACDC  train_slices.list, val.list[, test.list];
+    ACDC  train_slices.list[, val.list][, test.list];
           data/slices/patientNNN_frameNN_slice_N.h5 (H, W), data/patientNNN_frameNN.h5 (D, H, W)
     LA    train.list, val.list and/or test.list;
           */ID/mri_norm2.h5 (W, H, D), stored as (D, H, W)
@@ -150,21 +150,26 @@ def frame_of(slice_name):
     return slice_name.split("_slice_")[0]
 
 
-def last_ones(train, val, path):
-    """The last `val` names of train, which validate where no list says who does.
+def validating(rows, val, path):
+    """Rows, of which the last `val` patients of train validate where no list says who does.
 
     path: of the list of train. InputError if nobody would be left to train.
     """
-    if val >= len(train):
-        raise InputError(f"--val {val}: {path} has only {len(train)}; give fewer")
+    patients = [*dict.fromkeys(row.patient for row in rows if row.split == "train")]
+    if not patients or any(row.split == "val" for row in rows):
+        return rows
+    if val >= len(patients):
+        kind = "patients" if path.name == LISTS["ACDC"] else "volumes"
+        raise InputError(f"--val {val}: {path} has only {len(patients)} {kind}; give fewer")
     print(f"no val{path.suffix}: the last {val} of {path.name} validate (--val)")
-    return train[-val:]
+    late = patients[-val:]
+    return [row._replace(split="val") if row.patient in late else row for row in rows]
 
 
-def acdc_rows(src, val):
+def acdc_rows(src):
     """What the lists of the ACDC layout name.
 
-    val: as for volume_rows() -> [Row, ...], {frame in train_slices.list: its slices' names}
+    -> [Row, ...], {frame in train_slices.list: its slices' names}
     """
     paths = {"train": src / "train_slices.list"} | {s: src / f"{s}.list" for s in ("val", "test")}
     lists = read_lists(paths, name_of)
@@ -179,14 +184,8 @@ def acdc_rows(src, val):
             )
         names.sort(key=number_of)
     files = files_in(src / "data")
-    frames = lists | {"train": [*slices]}
-    if not lists.get("val"):
-        patients = [*dict.fromkeys(map(patient_of, slices))]
-        late = last_ones(patients, val, paths["train"])
-        frames["val"] = [name for name in slices if patient_of(name) in late]
-        frames["train"] = [name for name in slices if patient_of(name) not in late]
     rows = []
-    for split, names in frames.items():
+    for split, names in (lists | {"train": slices}).items():
         for name in names:
             path = files.get(name, src / "data" / f"{name}.h5")
             rows.append(Row(name, path, None, patient_of(name), split))
@@ -249,19 +248,13 @@ def stack(frame, names, found, src):
     return np.stack(slices), None if bare else np.stack(truth)
 
 
-def volume_rows(src, val, layout):
-    """What the lists of the LA or BraTS layout name. -> [Row, ...]
-
-    val: how many of train validate, the last ones, where no list says who does.
-    """
+def volume_rows(src, layout):
+    """What the lists of the LA or BraTS layout name. -> [Row, ...]"""
     ending, name = "list", name_of
     if layout == "BraTS":  # the baselines read no further than a comma
         ending, name = "txt", lambda line: name_of(line.split(",")[0].strip())
     lists = {s: [] for s in ("train", "val", "test")}
     lists |= read_lists({s: src / f"{s}.{ending}" for s in lists}, name)
-    if not lists["val"]:
-        lists["val"] = last_ones(lists["train"], val, src / f"train.{ending}")
-        lists["train"] = lists["train"][:-val]
     files = defaultdict(list)
     if layout == "LA":
         for path in below(src, f"{VOLUME}.h5"):
@@ -370,12 +363,12 @@ def main(argv=None):
     args = parse_args(argv)
     src, layout = args.src, layout_of(args)
     if layout == "ACDC":
-        rows, slices = acdc_rows(src, args.val)
+        rows, slices = acdc_rows(src)
     else:
-        rows = volume_rows(src, args.val, layout)
-    if not any(row.split == "train" for row in rows):
+        rows = volume_rows(src, layout)
+    if not rows:
         raise InputError(f"{src / LISTS[layout]}: names no case; fill it")
-    rows = name_patients(rows, args)
+    rows = validating(name_patients(rows, args), args.val, src / LISTS[layout])
     note_patients(rows)
     classes = args.classes or LAYOUTS[layout]
     values = args.labels or range(len(classes))

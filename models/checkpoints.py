@@ -233,7 +233,7 @@ def _check_same_run(last, state, args, data, sums, free):
             continue
         found = state["args"].get(key)
         if found != value:
-            then, now = (_given(key, v) for v in (found, value))
+            then, now = (given(key, v) for v in (found, value))
             raise InputError(f"{last}: was started {then}, not {now}; give the same, or {REPLACE}")
     for key, value in data.items():
         found = state["data"].get(key, value)  # older runs know less of their data
@@ -249,7 +249,7 @@ def _check_same_run(last, state, args, data, sums, free):
             )
 
 
-def _given(key, value):
+def given(key, value):
     """An option of a run, in words."""
     option = f"--{key.replace('_', '-')}"
     if value is None or value is False:

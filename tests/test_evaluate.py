@@ -1500,7 +1500,6 @@ def test_cases_whose_labels_a_run_knows_from_another_file_are_warned_of(gray, tm
         evaluate.main(argv)
         said = capsys.readouterr().out
         assert (f"labels of 1 of these {len(info.entries('val'))} cases" in said) == warned
-        assert ("val chose these checkpoints" in said) == (checksum != 1)
 
 
 @pytest.mark.usefixtures("unrendered")

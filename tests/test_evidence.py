@@ -229,6 +229,26 @@ def test_g_is_trained_and_scored_as_a_network(tiny, monkeypatch, capsys):
     assert os.path.isfile("runs/evidence/tiny/tiny/g/qp.pt")
 
 
+def test_g_of_an_earlier_epoch_is_not_the_one(gray_quality, tmp_path):
+    path, state = tmp_path / "qp.pt", torch.load(gray_quality[1], weights_only=True)
+    assert run.is_trained(gray_quality[1]) and not run.is_trained(path)
+    state["epoch"] -= 1
+    torch.save(state, path)
+    assert not run.is_trained(path)
+
+
+def test_each_seed_of_a_corrected_run_has_a_g_and_an_ensemble_of_its_own(tiny, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        run, "is_trained", lambda path: trained.append(os.path.dirname(path)) or True
+    )
+    monkeypatch.setattr(run, "ensemble", lambda *args: trained.append(args[-1]) or [])
+    for row, seed in (("at_test", 2), ("at_test_ensemble", 1), ("trust_qw", 2)):
+        run.control_of("tiny", run.Job("tiny", "mean_teacher", row, seed))
+    g = "runs/evidence/tiny/tiny/g"
+    assert trained == [f"{g}-2", f"{g}-1", 1, g]
+
+
 def test_the_oracle_knows_the_truth():
     oracle = controls.Oracle()
     oracle.label, oracle.classes = torch.randint(3, (4, 16, 16)), 3

@@ -385,5 +385,5 @@ def test_a_change_of_how_val_is_seen_is_noted(volumes, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_ssl, "save_run", save_run)
     train_ssl.main([*argv, "--window", "whole"])
     said = capsys.readouterr().out
-    assert "note: --window was sliding and is whole from here on" in said
-    assert "--stride was" not in said and "--blend was" not in said
+    assert "started with --window sliding and goes on with --window whole" in said
+    assert said.count("goes on with") == 1

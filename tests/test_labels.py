@@ -886,7 +886,12 @@ def test_lists_that_name_nobody_are_refused(module, tmp_path, refused):
 def test_shares_leave_somebody_to_train_on(tmp_path, refused):
     make_pictures(tmp_path / "src", 3)
     argv = [tmp_path / "src", "--out", tmp_path / "f.h5", "--val", "0.5", "--test", "0.4"]
-    refused(images.main, argv, "of 3 patients 2 would validate and 1 test", "smaller shares")
+    refused(
+        images.main,
+        argv,
+        "of 3 patients with labels, 2 would validate and 1 test",
+        "smaller shares",
+    )
 
 
 def test_a_listed_case_of_val_needs_a_mask(tmp_path, refused):
@@ -906,18 +911,24 @@ def test_the_last_patients_of_acdc_validate_where_no_list_says_who(tmp_path, ref
     patients = {s: [e.patient for e in entries] for s, entries in info.splits.items()}
     assert patients == {"train": ["patient001"], "val": ["patient002"]}
     assert "the last 1 of train_slices.list validate" in capsys.readouterr().out
-    refused(ssl4mis.main, [src, "--out", tmp_path / "g.h5"], "--val 8", "has only 2; give fewer")
+    refused(
+        ssl4mis.main,
+        [src, "--out", tmp_path / "g.h5"],
+        "--val 8",
+        "has only 2 patients; give fewer",
+    )
     (src / "train_slices.list").write_text("")
-    (src / "val.list").write_text("patient003_frame01\n")
     argv = [src, "--out", tmp_path / "g.h5"]
     refused(ssl4mis.main, argv, "train_slices.list: names no case")
+    (src / "val.list").write_text("patient003_frame01\n")
+    assert [*from_lists(src).splits] == ["val"]
 
 
 def test_only_a_dataset_is_replaced(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 3)
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
-    refused(images.main, [src, "--out", notes], "is no dataset", "choose another --out")
+    refused(images.main, [src, "--out", notes], "this file is no dataset", "choose another --out")
     assert notes.read_text() == "mine"
     for _ in range(2):
         images.main([str(src), "--out", str(tmp_path / "f.h5")])
@@ -929,7 +940,7 @@ def test_a_file_without_train_says_so(tmp_path, capsys):
     about = dict(name="t", classes=["background", "a"], dims=2, channels=1)
     info = h5.write(tmp_path / "f.h5", [case], **about)
     h5.report(info)
-    assert "no case is of train" in capsys.readouterr().out
+    assert "the split train is empty" in capsys.readouterr().out
     assert info.entries("test")[0].spacing == (1, 2)
     h5.report(h5.write(tmp_path / "g.h5", [replace(case, split="train")], **about))
     assert "next: python corrupt.py" in capsys.readouterr().out

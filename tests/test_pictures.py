@@ -319,7 +319,7 @@ def test_an_index_has_one_color_in_all_files(tmp_path, refused):
         save(tmp_path / "images" / f"{name}.png", RGB)
         save(tmp_path / "masks" / f"{name}.png", DISC + HEART, palette=colors)
     argv = [tmp_path, "--out", tmp_path / "f.h5", "--classes", "background,a,b", "--val", "0"]
-    refused(images.main, argv, "index 1 of its palette has the color", "save class numbers as gray")
+    refused(images.main, argv, "index 1 of its palette has another color", "as gray values")
 
 
 def test_our_own_masks_need_no_note(tmp_path):

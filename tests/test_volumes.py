@@ -965,7 +965,9 @@ def test_left_atrium_layout(tmp_path, capsys, refused):
         s: [e.name for e in es] for s, es in h5.read_info(tmp_path / "c.h5").splits.items()
     } == {"train": ["ID0", "ID1"], "val": ["ID2"], "test": ["ID3"]}
     assert "the last 1 of train.list validate" in capsys.readouterr().out
-    refused(ssl4mis.main, [src, "--out", tmp_path / "d.h5"], "--val 8", "has only 3; give fewer")
+    refused(
+        ssl4mis.main, [src, "--out", tmp_path / "d.h5"], "--val 8", "has only 3 volumes; give fewer"
+    )
     from test_data import make_ssl4mis
 
     refused(

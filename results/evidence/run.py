@@ -13,7 +13,7 @@ supervised runs with g's correction.
 Reads  runs/ph2.h5, cvc.h5, acdc.h5; the tier `full` also la.h5.
 Writes runs/evidence/TIER/DATA/METHOD-ROW-SEED/: a run of train_ssl.py and its scores on test;
        runs/evidence/TIER/DATA/g/, the quality predictor (g_half/: at half of f's side), and
-       large-none-0 to 2/, the ensemble. Those of further seeds are g-SEED/ and the next three.
+       large-none-0 to 2/, the ensemble. Of seed S > 0 they are g-S/ and large-none-3S to 3S+2.
 
 A run that is finished, or that another process is at, is passed over. Until lambda sets in, all
 runs of a seed are the same supervised training. It is done once, and each run goes on from there:
