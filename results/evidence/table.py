@@ -181,7 +181,7 @@ class Table:
 
     def base(self, data, method, row=""):
         """What a row is a gain on: `plain`, if it is kept and of the same machine, or `none`."""
-        apart = row in ELSEWHERE or (data, method, "plain") not in self.runs
+        apart = row in ELSEWHERE.get(data, ()) or (data, method, "plain") not in self.runs
         return "none" if apart else "plain"
 
 
@@ -273,8 +273,10 @@ OVERVIEW = {  # rows, and what the overview and the figure call them
     "at_test_ensemble": "corrected by ensemble",
 }
 DICE = ("none", "all", "plain")
-# made on the machine of `none`
-ELSEWHERE = ("qw_half", "correct_qw_half", "qar_half", "distill_qw", "oracle")
+ELSEWHERE = {  # rows that were made on the machine of `none`
+    "ph2": ("qw_half", "correct_qw_half", "qar_half", "distill_qw"),
+    "acdc": ("qw_half", "correct_qw_half", "qar_half", "oracle"),
+}
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
     ["trust_qw", "distill_trust_qw"],
