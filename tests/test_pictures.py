@@ -322,6 +322,19 @@ def test_an_index_has_one_color_in_all_files(tmp_path, refused):
     refused(images.main, argv, "index 1 of its palette has another color", "as gray values")
 
 
+def test_palettes_that_are_clear_go_together(tmp_path):
+    """Foregrounds of two colors, of two classes; and our own masks beside those of others."""
+    known, green = {}, (0, 255, 0)
+    for colors in ([BLACK, RED], [BLACK, green]):
+        path = save(tmp_path / "m.png", DISC, palette=colors)
+        assert (pixels.read_mask(path, TWO, known=known) == DISC).all()
+    known = {}
+    path = save(tmp_path / "m.png", LABEL, palette=[BLACK, RED, WHITE, green])
+    assert (pixels.read_mask(path, FOUR, known=known) == LABEL).all()
+    pixels.write_mask(tmp_path / "ours.png", LABEL)
+    assert (pixels.read_mask(tmp_path / "ours.png", FOUR, known=known) == LABEL).all()
+
+
 def test_our_own_masks_need_no_note(tmp_path):
     for label, classes in ((LABEL, FOUR), (DISC, TWO)):
         pixels.write_mask(tmp_path / "m.png", label)

@@ -882,6 +882,11 @@ def test_masks_do_not_go_where_the_truth_may_be(rgb, tmp_path, refused):
     """MINE/images as the source means that MINE/masks may hold the truth."""
     src = make_pictures(tmp_path / "mine", 2)
     run = make_run(tmp_path / "run", h5.read_info(rgb))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "images").symlink_to(src / "images")
+    argv = [linked / "images", run, "--predict", "--overwrite", "--out", linked]
+    refused(evaluate.main, argv, "is a folder of the images")
     for new in (src / "images", sorted((src / "images").iterdir())[0], src):
         argv = [new, run, "--predict", "--overwrite", "--out", src]
         refused(evaluate.main, argv, "is a folder of the images")
