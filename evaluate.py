@@ -187,7 +187,7 @@ def processes_live():
         ) from None
 
 
-def score_run(args, cases, found, pool, draw, regions, unit):
+def score_run(args, cases, found, pool, draw, *, regions, unit):
     """Scores the outputs of a run. -> [cases][K-1+R] of Score, [cases] of pack()
 
     cases: inference.Cases; found: of inference.predict_cases(); pool: of scoring_pool().
@@ -618,7 +618,7 @@ def load_judge(args, runs, states, on):
     return Judge(g, second, ours, reference)
 
 
-def judge_run(args, judge, runs, path, net, on, batch):
+def judge_run(args, judge, runs, path, net, on, *, batch):
     """Adds a run's outputs, with all estimates of their quality, to judge.ours and judge.reference.
 
     runs: Scored; path: of the run; net: its network, of --weights; batch: samples in a pass.
@@ -1415,6 +1415,7 @@ def main(argv=None):
     keep = voxels * info.channels * 5 < KEEP
     cases = None
     windows, costs = [], []  # [runs]
+    scoring = dict(regions=[*runs.held_regions.values()], unit=runs.unit)
     with scoring_pool(args.workers, voxels) as pool:
         for i, path in enumerate(args.checkpoints):
             f, _ = checkpoints.load_run(path, args.weights, on)
@@ -1428,12 +1429,11 @@ def main(argv=None):
             found = inference.predict_cases(net, cases, on, window, batch)
             found = bar(found, len(cases), path)
             draws = args.pictures > 0 and i in first
-            unions = list(runs.held_regions.values())
-            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, unions, runs.unit)
+            scores, runs.drawings[i] = score_run(args, cases, found, pool, draws, **scoring)
             runs.scores.append([list(itertools.compress(case, held)) for case in scores])
             runs.of_regions.append([case[len(held) :] for case in scores])
             if judge:
-                judge_run(args, judge, runs, path, net, on, batch)
+                judge_run(args, judge, runs, path, net, on, batch=batch)
                 costs.append(cost_of(f, judge.g, info, size, on))
 
     # tables and pictures

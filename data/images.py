@@ -226,7 +226,7 @@ def read_image(paths, colors, notes=None):
     return read_picture(paths[0], colors == "gray", notes)
 
 
-def read_pair(paths, mask_path, classes, colors, notes=None, values=None, known=None):
+def read_pair(paths, mask_path, classes, colors, *, notes=None, values=None, known=None):
     """An image, see read_image(), and its mask, on the image's grid.
 
     -> image, uint8 or float32; label (H, W) uint8 or None.
@@ -354,11 +354,12 @@ def main(argv=None):
     rows = split_cases(rows, lists, args)
     classes = name_classes(args)
     colors, names = name_channels(rows, args)
-    notes, known = {}, {}
+    notes = {}
+    reading = dict(notes=notes, values=args.labels, known={})
 
     def to_case(row):
         paths = files[row.image]
-        image, label = read_pair(paths, row.mask, classes, colors, notes, args.labels, known)
+        image, label = read_pair(paths, row.mask, classes, colors, **reading)
         return resized(row.case(args.src, image, label), args.size)
 
     info = h5.write(
