@@ -537,8 +537,9 @@ def check_palette(path, colors, used, known, K):
             "not; save class numbers as gray values"
         )
     for i in used if K > 2 else used[:1]:
-        color, other = known.setdefault(i, (tuple(colors[i].tolist()), path))
-        if color != tuple(colors[i].tolist()):
+        mine = colors[i].tolist()
+        color, other = known.setdefault(i, (mine, path))
+        if color != mine:
             raise InputError(
                 f"{path}: index {i} of its palette has another color than in {other}, so that it "
                 "may be another class; save class numbers as gray values"

@@ -162,8 +162,8 @@ def validating(rows, val, path):
         kind = "patients" if path.name == LISTS["ACDC"] else "volumes"
         raise InputError(f"--val {val}: {path} has only {len(patients)} {kind}; give fewer")
     print(f"no val{path.suffix}: the last {val} of {path.name} validate (--val)")
-    late = patients[-val:]
-    return [row._replace(split="val") if row.patient in late else row for row in rows]
+    late = [row for row in rows if row.split == "train" and row.patient in patients[-val:]]
+    return [row._replace(split="val") if row in late else row for row in rows]
 
 
 def acdc_rows(src):

@@ -924,6 +924,16 @@ def test_the_last_patients_of_acdc_validate_where_no_list_says_who(tmp_path, ref
     assert [*from_lists(src).splits] == ["val"]
 
 
+def test_a_test_case_of_a_patient_that_validates_stays_in_test():
+    """h5.write then refuses the patient, who would be in two splits."""
+    rows = [
+        splits.Row(name, Path(name), None, patient, split)
+        for name, patient, split in (("a", "1", "train"), ("b", "2", "train"), ("c", "2", "test"))
+    ]
+    found = ssl4mis.validating(rows, 1, Path("train.list"))
+    assert [row.split for row in found] == ["train", "val", "test"]
+
+
 def test_only_a_dataset_is_replaced(tmp_path, refused):
     src = make_pictures(tmp_path / "src", 3)
     notes = tmp_path / "notes.txt"
