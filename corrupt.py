@@ -663,9 +663,11 @@ def train_weak_networks(labeled, args, state):
     weak = {}
     for fold in range(args.folds):
         index = seen_by(fold, labeled.patients, args.folds)
-        run = build_run(fold, labeled.info, args, state)
-        saved = train_weak(run, labeled.train, index, labeled.info, args)
-        weak |= {(fold, epoch): weights for epoch, weights in saved.items()}
+        if not (state and state["fold"] > fold):  # else it is trained
+            run = build_run(fold, labeled.info, args, state)
+            train_weak(run, labeled.train, index, labeled.info, args)
+        for epoch in args.harvest_epochs:
+            weak[fold, epoch] = load_checkpoint(weak_path(args, fold, epoch), "weak")["weights"]
     return weak
 
 
@@ -698,8 +700,6 @@ def build_run(fold, info, args, state=None):
     run = WeakRun(fold, net, torch.optim.Adam(net.parameters(), 1e-3), on.scaler(), on)
     if state and state["fold"] == fold:
         restore(run, state)
-    elif state and state["fold"] > fold:
-        run.epoch = args.harvest_epochs[-1]  # nothing is left to train
     return run
 
 
@@ -712,10 +712,7 @@ def restore(run, state):
 
 
 def train_weak(run, samples, index, info, args):
-    """Trains a fold's network on the samples of an index and saves it after --harvest-epochs.
-
-    -> {epoch: weights}
-    """
+    """Trains a fold's network on the samples of an index and saves it after --harvest-epochs."""
     steps = max(args.harvest_steps, -(-len(index) // args.harvest_batch))
     for epoch in tqdm(
         range(run.epoch + 1, args.harvest_epochs[-1] + 1),
@@ -731,10 +728,6 @@ def train_weak(run, samples, index, info, args):
         if epoch in args.harvest_epochs:
             save_weak(run, info, args)
         save_run(run, info, args)
-    return {
-        epoch: load_checkpoint(weak_path(args, run.fold, epoch), "weak")["weights"]
-        for epoch in args.harvest_epochs
-    }
 
 
 def weak_batches(index, steps, batch):
@@ -1022,7 +1015,7 @@ def print_quality(split, dice):
 
 
 def warn_if_nothing_learned(dice, labeled):
-    """dice [N, K-1]: of /real"""
+    """A warning if no weak network has learned anything. dice [N, K-1]: of /real"""
     best = best_of_weak(dice, labeled.val.label)
     if best is not None and best <= WEAK_LEARNED_NOTHING:
         print(
@@ -1206,11 +1199,8 @@ def print_finished(vqm):
     print(f"{vqm}: these masks are finished; --overwrite makes them again")
 
 
-def print_end(args, vqm, weak):
+def print_end(args, written, vqm):
     """What was written, and the next command."""
-    written = [vqm, f"{args.folds * len(args.harvest_epochs)} networks in {weak}"]
-    if args.preview:
-        written.append(args.preview)
     qp = os.path.join(os.path.dirname(args.out), "qp")
     command = ["python", "train_qp.py", args.data, "--vqm", vqm, "--out", qp]
     if args.flip:
@@ -1242,6 +1232,7 @@ def main(argv=None):
         print_finished(vqm)
         return
     labeled = load_labeled(info, train, val, args)
+    written = []
 
     if not finished:
         lock = lock or claim(args.out, "weak")
@@ -1250,10 +1241,12 @@ def main(argv=None):
         weak = train_weak_networks(labeled, args, state)
         write_masks(vqm, labeled, weak, args, ["python", "corrupt.py", *words])
         write_last(args, info, fold=args.folds, finished=True)
+        written += [vqm, f"{args.folds * len(args.harvest_epochs)} networks in {weak_folder}"]
 
     if args.preview:
         draw_preview(args.preview, vqm, info, labeled.train)
-    print_end(args, vqm, weak_folder)
+        written.append(args.preview)
+    print_end(args, written, vqm)
 
 
 if __name__ == "__main__":

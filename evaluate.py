@@ -351,19 +351,7 @@ def note_taught(args, info, entries, states):
 # ------------------------------------------------------------------------------- rows of the table
 
 # options in which the runs of a row may differ
-FREE = {
-    "seed",
-    "out",
-    "resume",
-    "overwrite",
-    "device",
-    "keep",
-    "window",
-    "stride",
-    "blend",
-    "cache",
-    "workers",
-}
+FREE = {"seed", "out", "resume", "overwrite", "device", *checkpoints.MAY_CHANGE}
 
 
 def run_name(args):
@@ -400,12 +388,7 @@ def group_runs(states, paths):
     qps, unlabeled = (list(file_names(option, states)) for option in ("qp", "unlabeled"))
     alike = []  # (options, runs) that differ in seed and g alone
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = {k: v for k, v in state["args"].items() if k not in FREE}
-        config |= {"flip": config.get("flip"), "unlabeled": unlabeled[i]}  # see flip_of()
-        config |= {"foreground": config.get("foreground", 0.0)}  # which older runs do not know
-        config |= {"trust": trust_of(config)}
-        config |= {"data": state["data"]["checksum"], "checkpoint": os.path.basename(path)}
-        config |= {"run": run_name(config), "qp": None}
+        config = options_of(state, path, unlabeled[i])
         for known, members in alike:
             if not differing(known, config):
                 known |= config
@@ -430,6 +413,22 @@ def group_runs(states, paths):
             name += f" ({', '.join(f'{k}={config[k]}' for k in extra)})"
         found.append(Group(name, labeled, members))
     return found
+
+
+def options_of(state, path, unlabeled):
+    """The options in which runs of one row are alike, but for g. unlabeled: of file_names()"""
+    args = state["args"]
+    own = dict(
+        flip=args.get("flip"),
+        foreground=args.get("foreground", 0.0),
+        trust=trust_of(args),
+        unlabeled=unlabeled,
+        data=state["data"]["checksum"],
+        checkpoint=os.path.basename(path),
+        run=run_name(args),
+        qp=None,
+    )
+    return {name: value for name, value in args.items() if name not in FREE} | own
 
 
 def file_names(option, states):
@@ -642,14 +641,29 @@ def compare_estimates(g, by, samples, on, batch):
     by: Opinions; samples: N with labels; batch: samples in a pass.
     """
     torch.manual_seed(0)  # of the augmented pass
-    parts = []
+    facts, estimates = [], []
     for seen, truth, mine in inference.judged_outputs(by.net, samples, on, batch):
         mask = seen.mask  # [B, K-1, *S]
-        says = estimates_of(g, by, seen, mine, on)  # {name: [B, K-1]}
-        sums = [v.flatten(2).sum(2) for v in (truth, mask * truth, mask, mask + truth)]
-        parts.append([v.cpu().numpy() for v in (sums[0] > 0, *sums[1:], *says.values())])
-    present, shared, area, total, *estimates = (np.concatenate(part) for part in zip(*parts))
-    return Outputs(present, shared, area, total, dict(zip(says, estimates)))
+        facts.append(
+            dict(
+                present=pixels(truth) > 0,
+                shared=pixels(mask * truth),
+                area=pixels(mask),
+                total=pixels(mask + truth),
+            )
+        )
+        estimates.append(estimates_of(g, by, seen, mine, on))
+    return Outputs(**joined(facts), estimates=joined(estimates))
+
+
+def pixels(v):
+    """The number of pixels of masks. [B, K-1, *S] -> [B, K-1]"""
+    return v.flatten(2).sum(2)
+
+
+def joined(parts):
+    """The parts of several batches, {name: [B, K-1]} each, as arrays. -> {name: [N, K-1]}"""
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def estimates_of(g, by, seen, mine, on):
@@ -748,7 +762,7 @@ def predict(args):
     net = corrected_by(g, f, args) if args.trust else f
     masks = os.path.join(args.out, "masks")
     lock = claim(args.out)  # noqa: F841 (until this ends)
-    check_former(masks, args)
+    check_masks(masks, args)
 
     with dataset(args, state["data"]) as info:
         check_runs(args, info, {path: state})
@@ -758,7 +772,7 @@ def predict(args):
         split, entries = chosen_cases(info, split, {path: state}, args.qp)
         names = [entry.name for entry in entries]
         cases = inference.Cases(info, split, size, names, keep=False)
-        remove_former(args.out)
+        remove_masks(args.out)
         batch = args.batch or samples_in(32, loading.shape_of(size))
         found = inference.answers(net, cases, on, window, batch)
         rows = []
@@ -845,7 +859,7 @@ def dataset(args, data):
             os.remove(temporary)
 
 
-def check_former(masks, args):
+def check_masks(masks, args):
     """InputError if a folder holds masks and --overwrite is not given, or if it holds a folder."""
     found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
     if found and not args.overwrite:
@@ -859,7 +873,7 @@ def check_former(masks, args):
         )
 
 
-def remove_former(out):
+def remove_masks(out):
     """Removes the masks and the list of an earlier --predict."""
     masks = glob.glob(os.path.join(glob.escape(out), "masks", "*"))
     lists = [os.path.join(out, f"worst_first.{ending}") for ending in ("csv", "png")]
@@ -889,7 +903,8 @@ def predicted_quality(g, net, answer, size, on):
         area = seen.mask.flatten(2).sum(2)
         parts.append([v.cpu().numpy() for v in (by_g, score, area)])
     by_g, scores, area = map(np.concatenate, zip(*parts))
-    (dice,), (score,) = (area_mean(v, area, samples.case) for v in (by_g, scores))  # of one case
+    dice = area_mean(by_g, area, samples.case)[0]  # of the one case
+    score = area_mean(scores, area, samples.case)[0]
     return dice, float(score.mean())
 
 
@@ -991,18 +1006,26 @@ def unpack(packed, image):
 # ------------------------------------------------------------------------------ tables and pictures
 
 
-FORMER = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "triage")  # pictures
+PICTURES = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "triage")
 
 
 def remove_scores(out):
     """Removes what an earlier evaluation has written and this one may not write again."""
     if not os.path.isfile(os.path.join(out, "summary.json")):
         return
-    names = [*(f"{name}.png" for name in FORMER), "quality.md", "quality.json", "quality.csv"]
-    for name in names:
+    pictures = [f"{name}.png" for name in PICTURES]
+    for name in [*pictures, "quality.md", "quality.json", "quality.csv"]:
         for path in glob.glob(os.path.join(glob.escape(out), name)):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
+
+
+COLUMNS = (  # below the table
+    "HD95, ASD: distances between surfaces; 95th percentile of both directions, and mean from "
+    "output to truth\n"
+    "one empty: pairs of a case and a class in which either the output or the truth is empty; Dice "
+    "is 0, a distance is the grid's diagonal"
+)
 
 
 def write_scores(args, runs, windows):
@@ -1039,14 +1062,6 @@ def write_scores(args, runs, windows):
         text += f"\n\n{without(absent, args.split)}: left out of every mean."
     write_text(os.path.join(args.out, "summary.md"), text + "\n")
     print(text)
-
-
-COLUMNS = (  # below the table
-    "HD95, ASD: distances between surfaces; 95th percentile of both directions, and mean from "
-    "output to truth\n"
-    "one empty: pairs of a case and a class in which either the output or the truth is empty; Dice "
-    "is 0, a distance is the grid's diagonal"
-)
 
 
 def corrected_words(args):
@@ -1102,6 +1117,9 @@ def score_rows(args, runs):
     return rows
 
 
+NO_TRIAGE = f"No run has cases with Dice both below and above {BAD:g}, so there is nothing to find."
+
+
 def write_quality(args, runs, judge, costs):
     """The tables, pictures and CSV of --qp. -> the names of further files, in words
 
@@ -1144,9 +1162,6 @@ def write_quality(args, runs, judge, costs):
     panel = {f"{info.name}, {args.split}: cases with Dice below {BAD:g}": curves}
     figures.triage(os.path.join(args.out, "triage.png"), panel)
     return ", quality.*, estimates.png, triage.png"
-
-
-NO_TRIAGE = f"No run has cases with Dice both below and above {BAD:g}, so there is nothing to find."
 
 
 def quality_title(args, runs, ours, reference):

@@ -21,7 +21,6 @@ slices or D, H, W of patches of volumes.
 import copy
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
@@ -130,8 +129,8 @@ def dense_loss(g, views, args):
     """
     total = 0.0
     for member, (seen, truth) in zip(g.members, views):
-        withheld = (torch.rand(len(seen), device=truth.device) < args.mask_dropout).float()  # [B]
-        logits = member(channels_last(g.show(seen, withheld)))  # [B, K, *S]
+        shown = (torch.rand(len(seen), device=truth.device) >= args.mask_dropout).float()  # [B]
+        logits = member(channels_last(g.show(seen, shown)))  # [B, K, *S]
         answer = logits.float().softmax(1)[:, 1:]  # [B, K-1, *S]
         expected = quality_target(seen.mask, answer)  # [B, K-1]
         dice = quality_target(seen.mask, truth)
@@ -207,7 +206,7 @@ class Data:
 def train_epoch(run, data, args, stop):
     """Trains for an epoch, or the rest of one that was stopped.
 
-    -> mean loss, and the learning rate of the epoch's first step
+    -> mean loss, and the learning rate that the epoch ends with
     stop: of postponed_signals(). If a signal comes, the process saves its steps and ends.
     """
     epoch = run.epoch + 1
@@ -227,15 +226,10 @@ def train_epoch(run, data, args, stop):
         run.losses.append(train_step(run, data, rows, args, step))
         leave_if_stopped(stop, run, data, args)
     loss = mean_losses(run).mean().item()
-    rate = rate_after(run.schedule, run.schedule.last_epoch - len(run.losses))
+    rate = run.schedule.get_last_lr()[0]
     run.epoch = epoch
     run.losses = []
     return loss, rate
-
-
-def rate_after(schedule, steps):
-    """The learning rate of a cosine schedule after some steps; the schedule itself moves on."""
-    return schedule.base_lrs[0] * (1 + math.cos(math.pi * steps / schedule.T_max)) / 2
 
 
 def own_batches(rows, batch):
@@ -625,14 +619,6 @@ def set_defaults(args, dims):
             setattr(args, name, value)
 
 
-def check_batch(args):
-    """InputError unless processes can share --batch evenly."""
-    if args.batch % distributed.world():
-        raise InputError(
-            f"--batch {args.batch}: cannot be shared evenly by {distributed.world()} processes"
-        )
-
-
 def is_over(run, args):
     """Whether all epochs are done, or --patience of them brought nothing better."""
     tired = args.select == "best" and run.epoch - run.best["epoch"] >= args.patience
@@ -687,7 +673,7 @@ def main(argv=None):
     distributed.start(on.device)
     set_defaults(args, info.dims)
     args.flip = h5.check_flip(info, args.flip)
-    check_batch(args)
+    distributed.check_share("--batch", args.batch)
     lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     state, inputs = start_run("qp", args, info.describe(), inputs=("vqm",))
     if state and state["finished"]:

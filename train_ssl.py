@@ -34,7 +34,6 @@ import copy
 import functools
 import itertools
 import math
-import operator
 import os
 import shlex
 import sys
@@ -56,7 +55,7 @@ from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, numb
 from data.splits import note_shared
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
-from models.checkpoints import check_finite, save_checkpoint, start_run
+from models.checkpoints import MAY_CHANGE, VAL_OPTIONS, check_finite, save_checkpoint, start_run
 from models.device import (
     Compute,
     Graph,
@@ -98,7 +97,7 @@ class Batch:
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
     trust: torch.Tensor | float = 1.0  # with g: the share of its belief in a pseudo-label
-    fair: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 if aimed, see Feed.aim()
+    random: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 on a target
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -155,7 +154,6 @@ class Term:
 
     label: PseudoLabel  # of unmixed images, for g to judge
     loss: Callable[[torch.Tensor], torch.Tensor]  # weights of pixels [U, *S] -> scalar
-    weight: torch.Tensor | None = None  # [U, *S] the method's own weight of pixels
     mix: Mix | None = None  # the loss saw images blended like this
 
 
@@ -251,12 +249,12 @@ def cps(nets, teacher, batch, args, t):
     weights. Deviations: l is our seg_loss (the paper: cross-entropy), and L_cps is not applied to
     the labeled images, too.
     """
-    (x1, u1), (x2, u2) = ((net(batch.x), net(batch.u)) for net in nets)
-    label1 = batch.pseudo_label(u1.detach().float().softmax(1))
-    label2 = batch.pseudo_label(u2.detach().float().softmax(1))
-    first = Term(label2, lambda w: seg_loss(u1, label2.hard, w))
-    second = Term(label1, lambda w: seg_loss(u2, label1.hard, w))
-    return seg_loss(x1, batch.y) + seg_loss(x2, batch.y), [first, second]
+    (at_x1, at_u1), (at_x2, at_u2) = ((net(batch.x), net(batch.u)) for net in nets)
+    target1 = batch.pseudo_label(at_u1.detach().float().softmax(1))
+    target2 = batch.pseudo_label(at_u2.detach().float().softmax(1))
+    first = Term(target2, lambda w: seg_loss(at_u1, target2.hard, w))
+    second = Term(target1, lambda w: seg_loss(at_u2, target1.hard, w))
+    return seg_loss(at_x1, batch.y) + seg_loss(at_x2, batch.y), [first, second]
 
 
 def contrastive(nets, teacher, batch, args, t):
@@ -371,7 +369,7 @@ def bcp(nets, teacher, batch, args, t):
     labeled = torch.where(inward, box, 1 - box)  # [n, 1, *S] 1 where the labeled image shows
     logits = nets[0](channels_last(torch.where(labeled > 0, x, u)))
     unlabeled = 1 - labeled[:, 0]  # [n, *S]
-    term = Term(target, lambda w: seg_loss(logits, target.hard, w), weight=unlabeled)
+    term = Term(target, lambda w: seg_loss(logits, target.hard, w * unlabeled))
     return seg_loss(logits, y, labeled[:, 0]), [term]
 
 
@@ -562,29 +560,26 @@ def keep_largest(p):
 # --------------------------------------------------------------------------------- quality guidance
 
 
-def quality_of(g, label, args):
-    """The quality q of a pseudo-label at --weight-level.
+def quality_of(g, label, level):
+    """The quality q of a pseudo-label.
 
-    -> [U, 1] of an image, [U, K] of its classes, or [U, *S] of its pixels
+    level "image", "class" or "pixel" -> [U, 1] of an image, [U, K] of its classes, or [U, *S]
 
     For a class, q is g's answer for the hard label (Eq. 7), also where the label lacks the class.
     For an image, and for the pixels of the background, q is the mean over the foreground classes.
     For a pixel, q is the probability that its class is right. A corrected label is judged by the
     belief that made it, and g is not asked again; this is optimistic: the belief judges itself.
     """
-    if args.weight == "confidence":
-        return confidence_of(label, args.weight_level)
-    pixel = args.weight_level == "pixel"
-    if label.belief is not None:
-        if pixel:
-            return (label.hard * label.belief).sum(1)
-        q = quality_target(label.hard[:, 1:], label.belief[:, 1:])  # [U, K-1]
-    else:
-        if pixel:
+    if level == "pixel":
+        if label.belief is None:
             return 1 - g.error(label.seen)
+        return (label.hard * label.belief).sum(1)
+    if label.belief is None:
         q = g(label.seen)  # [U, K-1]
+    else:
+        q = quality_target(label.hard[:, 1:], label.belief[:, 1:])
     whole = q.mean(1, keepdim=True)
-    return whole if args.weight_level == "image" else torch.cat([whole, q], 1)
+    return whole if level == "image" else torch.cat([whole, q], 1)
 
 
 def confidence_of(label, level):
@@ -607,7 +602,10 @@ def qw_weights(g, label, args):
     U, _, *S = label.p.shape
     if args.weight == "none":
         return torch.ones(U, *S, device=label.p.device)
-    q = quality_of(g, label, args)
+    if args.weight == "confidence":
+        q = confidence_of(label, args.weight_level)
+    else:
+        q = quality_of(g, label, args.weight_level)
     good = q >= args.weight_threshold
     w = torch.nan_to_num(q) ** args.weight_power * good  # NaN weighs nothing
     if args.weight_level == "image":
@@ -618,36 +616,30 @@ def qw_weights(g, label, args):
     return w
 
 
-def as_mixed(w, term):
-    """Weights of pixels for a loss, from those of the unmixed images. [U, *S] -> [U, *S]
-
-    They are blended like the images that the loss saw, and multiplied by the method's own weight.
-    """
-    if term.mix is not None:
-        w = term.mix.blend(w)
-    return w if term.weight is None else w * term.weight
-
-
 def unlabeled_loss(g, terms, args, device):
     """sum(w l) / sum(w) over pixels, summed over the terms; 0 where nothing has weight.
 
-    -> scalar, and [mean weight, effective share of the samples]
+    -> loss, mean weight, effective share of the samples: scalars
 
     The weights stand inside the sums of each loss (models/losses.py). The effective share is Kish's
     sample size over U, (sum w)^2 / sum w^2 / U: 1 where all samples weigh alike, 1/U where one
     alone counts. A pseudo-label that serves several terms, as in UniMatch, is weighted once.
     """
+    zero = torch.zeros((), device=device)
+    if not terms:
+        return zero, zero, zero
     labels = dict.fromkeys(term.label for term in terms)
     qw = {label: qw_weights(g, label, args) for label in labels}
-    total = torch.zeros((), device=device)
-    log = []
+    losses, means, effective = [], [], []
     for term in terms:
-        pixels = as_mixed(qw[term.label], term)  # [U, *S]
+        pixels = qw[term.label]  # [U, *S]
+        if term.mix is not None:  # they are blended like the images that the loss saw
+            pixels = term.mix.blend(pixels)
         w = pixels.flatten(1).mean(1)  # [U]
-        total = total + term.loss(pixels)
-        effective = w.sum() ** 2 / (len(w) * (w**2).sum()).clamp_min(1e-12)
-        log.append(torch.stack([w.mean(), effective]))
-    return total, torch.stack(log).mean(0) if log else torch.zeros(2, device=device)
+        losses.append(term.loss(pixels))
+        means.append(w.mean())
+        effective.append(w.sum() ** 2 / (len(w) * (w**2).sum()).clamp_min(1e-12))
+    return sum(losses), torch.stack(means).mean(), torch.stack(effective).mean()
 
 
 def qar_loss(g, nets, image):
@@ -689,12 +681,18 @@ def ramp(t, warmup, length):
     return min(1.0, max(0.0, (t - warmup) / length if length else float(t >= warmup)))
 
 
-def lambdas(args, t):
-    """Weights of the unlabeled loss and of QAR at progress t.
+def progress_at(args, step):
+    """t in [0, 1): the share of training before a step."""
+    return (step - 1) / args.steps
+
+
+def lambdas(args, step):
+    """Weights of the unlabeled loss and of QAR in a step.
 
     While the first is 0, a step is a supervised one. Unlabeled images would only slow it, and in a
     batch with the labeled ones they would shift the statistics of batch norm.
     """
+    t = progress_at(args, step)
     lam = 0.0
     if args.method != "supervised":
         lam = args.lam * ramp(t, args.lam_warmup, args.lam_ramp)
@@ -707,21 +705,21 @@ def acts(lam):
     return torch.is_tensor(lam) or lam > 0
 
 
-def uses_unlabeled(args):
+def run_uses_unlabeled(args):
     """Whether a run looks at unlabeled images at all: for its method, or for QAR."""
     return args.method != "supervised" or args.qar > 0
 
 
-def needs_unlabeled(args, step):
-    """Whether anybody will look at a step's unlabeled images."""
-    return any(lambdas(args, (step - 1) / args.steps))
+def step_uses_unlabeled(args, step):
+    """Whether a step looks at its unlabeled images."""
+    return any(lambdas(args, step))
 
 
 def onset(args):
     """The number of supervised steps before unlabeled images come in; 0 if they never do."""
     steps = range(1, args.steps + 1)
-    count = bisect.bisect_left(steps, True, key=lambda step: needs_unlabeled(args, step))
-    return count % args.steps
+    count = bisect.bisect_left(steps, True, key=lambda step: step_uses_unlabeled(args, step))
+    return 0 if count == args.steps else count
 
 
 class Now(NamedTuple):
@@ -735,28 +733,29 @@ class Now(NamedTuple):
 
 def now_at(args, step, trust=1.0):
     """Now at a step."""
-    t = (step - 1) / args.steps
-    return Now(t, lambdas(args, t), decay_at(max(0, step - onset(args)), args.ema), trust)
+    decay = decay_at(max(0, step - onset(args)), args.ema)
+    return Now(progress_at(args, step), lambdas(args, step), decay, trust)
 
 
 PARTS = ["loss", "sup", "unsup", "qar", "weight", "ess", "share", "share_y"]  # of a step, logged
 
 
 def total_loss(nets, teacher, g, batch, args, now):
-    """The loss of one step, and its PARTS but the first. -> scalar, [parts - 1]"""
+    """The loss of one step, and its PARTS. -> scalar, [parts]"""
     lam, lam_qar = now.lams
     method = METHODS[args.method] if acts(lam) else WARM_UP.get(args.method, supervised)
     if args.correct and acts(now.trust):
         batch = replace(batch, g=g, trust=now.trust)
     sup, terms = method(nets, teacher, batch, args, now.t)
-    unsup, weights = unlabeled_loss(g, terms, args, sup.device)
+    unsup, weight, ess = unlabeled_loss(g, terms, args, sup.device)
     qar = torch.zeros((), device=sup.device)
     if acts(lam_qar):
         qar = qar_loss(g, nets, qar_images(batch.u, args))
     loss = sup + lam * unsup + lam_qar * qar
     share = foreground_share([term.label.p for term in terms], sup.device)
-    share_y = foreground_share([batch.y], sup.device, batch.fair)
-    return loss, torch.stack([sup, unsup, qar, *weights, share, share_y]).detach()
+    share_y = foreground_share([batch.y], sup.device, batch.random)
+    parts = [loss, sup, unsup, qar, weight, ess, share, share_y]
+    return loss, torch.stack(parts).detach()
 
 
 def foreground_share(labels, device, weight=1.0):
@@ -787,7 +786,7 @@ def make_step(run, batch, args, now):
     run.scaler.step(run.optimizer)
     run.scaler.update()
     move_average(run.teacher, run.nets[0], now.decay)
-    return torch.cat([loss.detach()[None], parts])
+    return parts
 
 
 def set_rate(optimizer, args, step):
@@ -795,10 +794,11 @@ def set_rate(optimizer, args, step):
 
     It stays a tensor where it is one, for a CUDA graph.
     """
+    t = progress_at(args, step)
     if args.optimizer == "adamw":
-        factor = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.steps))
+        factor = 0.5 * (1 + math.cos(math.pi * t))
     else:
-        factor = (1 - (step - 1) / args.steps) ** 0.9
+        factor = (1 - t) ** 0.9
     for group in optimizer.param_groups:
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(args.lr * factor)
@@ -849,9 +849,11 @@ def why_no_graph(on, args):
 
 # ----------------------------------------------------------------------------------------- the feed
 
+KINDS = {2: "slices", 3: "volumes"}  # of samples, by dims
+
 
 class Feed(torch.utils.data.Dataset):
-    """Item n holds the images of step n, as stored: labeled, unlabeled or None, and weights, aim().
+    """Item n holds the images of step n, as stored: labeled, unlabeled or None, and on_targets().
 
     They are the same whoever reads them, and whether before or after other steps. Each of several
     processes takes its share.
@@ -866,19 +868,18 @@ class Feed(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         generator = torch.Generator().manual_seed(seed_of(self.args.seed, step, 0))
-        labeled = self.draw(self.labeled, self.args.batch, generator)
-        unlabeled = None
-        if needs_unlabeled(self.args, step):
-            unlabeled = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
-        fair = self.aim(*labeled, generator)  # drawn last: changes no other draw
+        index, place = self.draw(self.labeled, self.args.batch, generator)
+        used = step_uses_unlabeled(self.args, step)
+        if used:
+            u_index, u_place = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
+        place, random = self.on_targets(index, place, generator)  # last: changes no other draw
         mine = slice(self.rank, None, self.world)
         try:
-            labeled = self.labeled.fetch(*(v[mine] for v in labeled))
-            if unlabeled:
-                unlabeled = self.unlabeled.fetch(*(v[mine] for v in unlabeled))
+            labeled = self.labeled.fetch(index[mine], place[mine])
+            unlabeled = self.unlabeled.fetch(u_index[mine], u_place[mine]) if used else None
         except InputError as error:  # raised in a worker, it would come with the worker's traceback
             return error
-        return labeled, unlabeled, fair[mine]
+        return labeled, unlabeled, random[mine]
 
     def draw(self, images, count, generator):
         """Numbers of `count` images, without repetition while there are enough, and places.
@@ -889,12 +890,13 @@ class Feed(torch.utils.data.Dataset):
         orders = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
         return torch.cat(orders)[:count], torch.rand(count, 3, generator=generator)
 
-    def aim(self, index, place, generator):
-        """Moves patches around targets with the chance of --foreground, in place. -> fair [B]
+    def on_targets(self, index, place, generator):
+        """Puts patches around targets, with the chance of --foreground. -> places, weights [B]
 
-        fair: weights with which the labels' mean share of foreground is that of random places.
+        With these weights, the labels' mean share of foreground is that of random places.
         """
-        fair = torch.ones(len(index))
+        place = place.clone()
+        random = torch.ones(len(index))
         share = self.args.foreground
         chances = torch.rand(len(index), 3, generator=generator) if share else []
         for i, chance in enumerate(chances):
@@ -902,26 +904,24 @@ class Feed(torch.utils.data.Dataset):
             target = loading.place_of_target(classes, share, chance.tolist())
             if target is not None:
                 place[i] = torch.from_numpy(target)
-                fair[i] = 0
-        return fair / max(1 - share, 1e-6)
+                random[i] = 0
+        return place, random / max(1 - share, 1e-6)
 
 
 def views(fetched, info, args, device):
     """The Batch of a step from an item of Feed: standardized and augmented on the device."""
-    if isinstance(fetched, InputError):
-        raise fetched
-    labeled, unlabeled, fair = fetched
+    labeled, unlabeled, random = fetched
     x, y = augment.weak(*loading.standardized(labeled, device), args.flip, args.geometry)
     x = channels_last(augment.strong(x, args.strength, info.color))
-    fair = to_samples(fair.to(device, non_blocking=True), y)
+    random = to_samples(random.to(device, non_blocking=True), y)
     y = one_hot(y, len(info.classes))
     if unlabeled is None:
-        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], fair=fair)
+        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], random=random)
     u, _ = loading.standardized(unlabeled, device)
     u = channels_last(augment.weak(u, flip=args.flip, geometry=args.geometry))
     s1 = channels_last(augment.strong(u, color=info.color))
     s2 = channels_last(augment.strong(u, color=info.color))
-    return Batch(x, y, u, s1, s2, fair=fair)
+    return Batch(x, y, u, s1, s2, random=random)
 
 
 def load_data(info, args, on):
@@ -932,17 +932,17 @@ def load_data(info, args, on):
     """
     labeled, others = supervision.choose_labeled(info, args.labeled, args.labeled_seed)
     supervision.check_foreground(info, labeled)
-    parts = [(info, "train", others)] if others else []  # of the unlabeled images
+    sources = [(info, "train", others)] if others else []  # of the unlabeled images
     if info.splits.get("unlabeled"):
-        parts.append((info, "unlabeled", None))
+        sources.append((info, "unlabeled", None))
     if args.unlabeled:
-        parts += second_file(args.unlabeled, info)
-    used = uses_unlabeled(args)
-    if parts and not used:
-        print(f"{count_samples(parts)} unlabeled {KINDS[info.dims]}, not used")
-        parts = []
+        sources += second_file(args.unlabeled, info)
+    used = run_uses_unlabeled(args)
+    if sources and not used:
+        print(f"{count_samples(sources)} unlabeled {KINDS[info.dims]}, not used")
+        sources = []
     if args.cache == "auto":
-        everything = [(info, "train", labeled), (info, "val", None), *parts]
+        everything = [(info, "train", labeled), (info, "val", None), *sources]
         sizes = [loading.bytes_in_memory(i, s, args.size, names) for i, s, names in everything]
         args.cache = where_it_fits(sum(sizes), on.device)
     load = loading.load_slices if info.dims == 2 else loading.load_volumes
@@ -952,9 +952,11 @@ def load_data(info, args, on):
     if args.foreground:
         train.targets = loading.target_places(info, "train", args.size, labeled)
     unlabeled = train if used else None
-    if parts:
-        images = [load(i, split, args.size, names, labels=False) for i, split, names in parts]
-        unlabeled = functools.reduce(operator.add, images)
+    if sources:
+        first, *more = (
+            load(other, split, args.size, names, labels=False) for other, split, names in sources
+        )
+        unlabeled = sum(more, start=first)
     elif used:
         print("no unlabeled image: the labeled ones serve as unlabeled ones, without their labels")
     if args.cache == "device":
@@ -963,20 +965,17 @@ def load_data(info, args, on):
     return train, unlabeled
 
 
-KINDS = {2: "slices", 3: "volumes"}  # of samples, by dims
-
-
-def count_samples(parts):
+def count_samples(sources):
     """The slices, or volumes, of (info, split, names), ... None: all cases."""
     total = 0
-    for info, split, names in parts:
+    for info, split, names in sources:
         grids = [e.grid for e in info.entries(split) if names is None or e.name in names]
         total += sum(math.prod(grid[: len(grid) - info.dims]) for grid in grids)
     return total
 
 
 def second_file(path, info):
-    """The parts of --unlabeled: (info, split, None), ... InputError if they do not fit `info`."""
+    """The sources in --unlabeled: (info, split, None), ... InputError if they do not fit `info`."""
     other = h5.read_info(path)
     for key in ("channels", "channel_names", "dims"):
         theirs = getattr(other, key)
@@ -1003,7 +1002,10 @@ def where_it_fits(size, device):
 
 
 def read_steps(labeled, unlabeled, args, first, on):
-    """Yields (step, item of Feed) for the steps after `first`, with a bar on a terminal."""
+    """Yields (step, item of Feed) for the steps after `first`, with a bar on a terminal.
+
+    InputError if images cannot be read.
+    """
     steps = range(first + 1, args.steps + 1)
     atexit.register(workers.kill_readers)
     loader = torch.utils.data.DataLoader(
@@ -1014,7 +1016,7 @@ def read_steps(labeled, unlabeled, args, first, on):
         num_workers=args.workers if args.cache == "off" else 0,
         pin_memory=args.cache != "device" and on.device.type == "cuda",
     )
-    return tqdm(
+    bar = tqdm(
         zip(steps, loader),
         initial=first,
         total=args.steps,
@@ -1022,9 +1024,18 @@ def read_steps(labeled, unlabeled, args, first, on):
         unit=" steps",
         disable=not sys.stderr.isatty() or distributed.rank() > 0,
     )
+    for step, item in bar:
+        if isinstance(item, InputError):
+            raise item
+        yield step, item
 
 
 # --------------------------------------------------------------------------------------- validation
+
+
+TRUSTS = (0.0, 0.5, 1.0)  # what best_trust() tries
+REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
+OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 
 
 @dataclass
@@ -1069,16 +1080,11 @@ class Progress:
     best: dict = field(default_factory=lambda: dict(dice=-1.0, step=0))  # val Dice of best.pt
     peak: float = -1.0  # the best val Dice so far, also of the supervised steps
     parts: list = field(default_factory=list)  # [parts] of each step since the last validation
-    seconds: float = 0.0  # that these took in a process before this one
-    since: float = 0.0  # when they began in this one, by time.perf_counter()
+    since: float = field(default_factory=time.perf_counter)  # when these began
 
     def elapsed(self):
-        """Seconds since the last validation."""
-        return self.seconds + time.perf_counter() - self.since
-
-    def restart_clock(self):
-        self.seconds = 0.0
-        self.since = time.perf_counter()
+        """Seconds since the last validation, without the time between two processes."""
+        return time.perf_counter() - self.since
 
 
 def val_dice(net, run, val, window):
@@ -1089,21 +1095,20 @@ def val_dice(net, run, val, window):
 
 
 def validate(run, val, progress, args):
-    """Scores f on val and brings `progress` up to date. -> a row of the log
+    """Scores f on val, and brings `progress` and run.trust up to date. -> a row of the log
 
     best.pt is due where progress.best is of this step.
     """
     step = progress.step
-    averages = averaged(means(progress, run.nets), step, args)
+    averages = mean_parts(checked_parts(progress, run.nets), step, args)
     milliseconds = progress.elapsed() / len(progress.parts) * 1000
     progress.parts = []
 
     dice, per_class = val_dice(run.nets[0], run, val, val.window)
     note = alarm(averages, dice, progress.peak, args)
     progress.peak = max(dice, progress.peak)
-    if progress.best["step"] <= onset(args) < step:  # the supervised part does not count
-        progress.best = dict(dice=-1.0, step=step)
-    if dice > progress.best["dice"]:
+    anew = progress.best["step"] <= onset(args) < step  # the supervised part does not count
+    if anew or dice > progress.best["dice"]:
         progress.best = dict(dice=dice, step=step)
 
     classes = val.cases.info.classes[1:]
@@ -1115,7 +1120,7 @@ def validate(run, val, progress, args):
     return dict(
         note=note,
         **averages,
-        lam=lambdas(args, (step - 1) / args.steps)[0],
+        lam=lambdas(args, step)[0],
         lr=float(run.optimizer.param_groups[0]["lr"]),
         **(dict(trust=trust) if corrects else {}),
         val_dice=dice,
@@ -1178,13 +1183,7 @@ def overlays(info, samples, mask):
     return np.concatenate(rows)
 
 
-TRUSTS = (0.0, 0.5, 1.0)  # what best_trust() tries
-F_LEARNED_NOTHING = 0.01  # val Dice up to which f has learned nothing
-REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
-OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
-
-
-def means(progress, nets):
+def checked_parts(progress, nets):
     """PARTS of each step since the last validation, over processes. -> [steps, parts]
 
     InputError where one of them, or a weight of a network, is not finite.
@@ -1194,13 +1193,13 @@ def means(progress, nets):
     return table
 
 
-def averaged(table, step, args):
+def mean_parts(table, step, args):
     """Means of PARTS over the steps up to `step`. table [steps, parts] -> {name: mean}
 
     OF_TERMS are means over those steps alone that had an unlabeled loss.
     """
-    lams = [lambdas(args, (s - 1) / args.steps)[0] for s in range(step - len(table) + 1, step + 1)]
-    weighed = [lam > 0 for lam in lams]
+    steps = range(step - len(table) + 1, step + 1)
+    weighed = [lambdas(args, s)[0] > 0 for s in steps]
     averages = dict(zip(PARTS, table.mean(0).tolist()))
     if not any(weighed):
         return {name: value for name, value in averages.items() if name not in OF_TERMS}
@@ -1419,21 +1418,17 @@ SETTINGS = {  # by dims: those of the paper, and of the left-atrium baselines
 
 
 def set_defaults(args, info):
-    """Fills in what depends on the data. -> what models.build() takes for f
-
-    InputError if the options do not fit the data, the network, or the number of processes.
-    """
+    """Fills in what depends on the data. InputError if the options do not fit them."""
     args.size = loading.network_grid(info, args.size)
     args.flip = h5.check_flip(info, args.flip)
     args.foreground = loading.target_share(info, args.foreground)
     for name, value in SETTINGS[info.dims].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, count in {"--batch": args.batch, "--batch-unlabeled": args.batch_unlabeled}.items():
-        if count % distributed.world():
-            raise InputError(
-                f"{name} {count}: cannot be shared evenly by {distributed.world()} processes"
-            )
+
+
+def network_of(args, info):
+    """What models.build() takes for f. InputError if the network does not fit options or data."""
     given = dict(width=args.width, dropout=args.dropout, encoder=args.encoder)
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
@@ -1448,7 +1443,7 @@ def set_defaults(args, info):
         **options,
     )
     least = args.batch
-    if uses_unlabeled(args):
+    if run_uses_unlabeled(args):
         least = min(args.batch, args.batch_unlabeled)
     try:
         models.check(network, loading.shape_of(args.size), least)
@@ -1459,6 +1454,9 @@ def set_defaults(args, info):
 
 
 # ---------------------------------------------------------------------------------- helpers of main
+
+FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
+F_LEARNED_NOTHING = 0.01  # val Dice up to which f has learned nothing
 
 
 def load_g(args, info, on):
@@ -1512,7 +1510,7 @@ def save_run(path, run, progress, facts, finished=False):
     """
     parts = torch.zeros(0, len(PARTS))
     if progress.parts:
-        parts = means(progress, run.nets)
+        parts = checked_parts(progress, run.nets)
     if distributed.rank() > 0:
         return
     save_checkpoint(
@@ -1548,7 +1546,7 @@ def restore(run, state):
         state["best"],
         state.get("peak", -1.0),
         [*state["parts"].to(run.on.device)],
-        state["seconds"],
+        time.perf_counter() - state["seconds"],
     )
 
 
@@ -1609,7 +1607,7 @@ def print_start(run, args, labeled, unlabeled, first):
 
 def print_ignored(args, first):
     """Notes on what has no effect, such as --keep of steps up to `first`."""
-    lam, lam_qar = lambdas(args, (args.steps - 1) / args.steps)
+    lam, lam_qar = lambdas(args, args.steps)
     if args.method != "supervised" and lam == 0:
         print(
             f"note: pseudo-labels take no part in {args.steps} steps, as in supervised training; "
@@ -1693,17 +1691,16 @@ def print_end(args, progress):
 
 # --------------------------------------------------------------------------------------------- main
 
-FILES = ("qp", "unlabeled")  # options that name files: a run resumes only with the same contents
-VAL_OPTIONS = ("window", "stride", "blend")  # how val is seen
-MAY_CHANGE = ("keep", "cache", "workers", *VAL_OPTIONS)  # where a run resumes
-
 
 def main(argv=None):
     args = parse_args(argv)
     on = compute(args.device, args.amp, args.deterministic)
     info = h5.read_info(args.data)
     distributed.start(on.device)
-    network = set_defaults(args, info)
+    set_defaults(args, info)
+    distributed.check_share("--batch", args.batch)
+    distributed.check_share("--batch-unlabeled", args.batch_unlabeled)
+    network = network_of(args, info)
     window = inference.window_of(args.size, args)
     lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     g, taught = load_g(args, info, on)
@@ -1734,7 +1731,6 @@ def main(argv=None):
     if args.graph:
         run.graph = graph_of(run, info, args)
     steps = read_steps(labeled, unlabeled, args, progress.step, on)
-    progress.since = time.perf_counter()
     with postponed_signals() as stop:
         for step, fetched in steps:
             progress.parts.append(whole_step(run, fetched, info, args, step))
@@ -1747,7 +1743,7 @@ def main(argv=None):
                     save_run(f"{args.out}/best.pt", run, progress, facts)
                 log.write(step, **row)
                 over = is_over(progress, args)
-                progress.restart_clock()
+                progress.since = time.perf_counter()
                 save_run(f"{args.out}/last.pt", run, progress, facts, finished=over)
                 if over:
                     break

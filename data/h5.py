@@ -260,6 +260,7 @@ def names_of(data):
 
 
 def _write_case(group, case, channel_names, dims):
+    """Writes the arrays and attributes of a Case into its group."""
     grid = _grid_of(case.image, len(channel_names))
     arrays = {
         "image": (case.image, grid),
@@ -335,6 +336,7 @@ def check_name(where, name):
 
 
 def _check_layout(path, classes, dims, channels, channel_names):
+    """InputError unless a file's numbers of classes, dims and channels can be, and fit names."""
     if not (2 <= len(classes) <= 256 and dims in (2, 3) and 1 <= channels <= 64):
         raise InputError(
             f"{path}: {len(classes)} classes, dims {dims}, channels {channels}: needs 2 to 256 "
@@ -790,7 +792,7 @@ LEAST_STD = 1e-6  # readers divide by no less
 
 
 def _mean_and_std(image):
-    """The deviation is at least 1e-5 of the mean, so that no rounding is taken for noise."""
+    """Mean and deviation of an image: at least LEAST_STD, and 1e-5 of the mean, above rounding."""
     mean, std = (float(v) for v in (image.mean(dtype=np.float64), image.std(dtype=np.float64)))
     return mean, max(std, LEAST_STD, 1e-5 * abs(mean))
 

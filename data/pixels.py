@@ -33,7 +33,28 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    COMPRESSION,
+    EXTRASAMPLES,
+    FILLORDER,
+    IMAGEDESCRIPTION,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    PREDICTOR,
+    ROWSPERSTRIP,
+    SAMPLEFORMAT,
+    SAMPLESPERPIXEL,
+    STRIPBYTECOUNTS,
+    STRIPOFFSETS,
+    TILEBYTECOUNTS,
+    TILELENGTH,
+    TILEOFFSETS,
+    TILEWIDTH,
+    ImageFileDirectory_v2,
+)
 
 from data import figures, h5
 from data.files import InputError, replacing
@@ -119,7 +140,7 @@ def examine(path, channels=False):
         except UnidentifiedImageError:
             if not tags:
                 raise
-        width, height = opened.size if opened else (tags[256], tags[257])
+        width, height = opened.size if opened else (tags[IMAGEWIDTH], tags[IMAGELENGTH])
         if width * height > MOST_PIXELS:
             raise InputError(
                 f"{path}: {width} x {height} pixels, and no more than {MOST_PIXELS:,} can be read; "
@@ -144,7 +165,7 @@ def examine(path, channels=False):
             )
         check_strips(path, tags, content)
         turned = not tags and opened.getexif().get(ORIENTATION, 1) in TURNED_AS
-    lossy = bool(opened) and opened.format in LOSSY or tags.get(259) in (6, 7)  # compression: JPEG
+    lossy = bool(opened) and opened.format in LOSSY or tags.get(COMPRESSION) in JPEG
     return File(Path(path), content, opened, turned, lossy, of_pages, count)
 
 
@@ -162,11 +183,13 @@ def count_channels(tags, pages):
 
     tags: of its directories; pages: how many pages there are, see read_tags()
     """
-    samples, extra = tags[0].get(277, 1), set(np.atleast_1d(tags[0].get(338, ())))
+    samples = tags[0].get(SAMPLESPERPIXEL, 1)
+    extra = set(np.atleast_1d(tags[0].get(EXTRASAMPLES, ())))
     if pages == 1:
-        gray = tags[0].get(262, 1) == 1
+        gray = tags[0].get(PHOTOMETRIC_INTERPRETATION, 1) == 1
         return int(samples) if samples > 1 and (gray or samples > 4) and not extra & ALPHA else 0
-    said = dict(re.findall(r"(?m)^(channels|slices|frames)=(\d{1,9})$", str(tags[0].get(270, ""))))
+    text = str(tags[0].get(IMAGEDESCRIPTION, ""))
+    said = dict(re.findall(r"(?m)^(channels|slices|frames)=(\d{1,9})$", text))
     alone = said.get("slices", "1") == said.get("frames", "1") == "1" and samples == 1
     return pages if alone and said.get("channels") == str(len(tags)) == str(pages) else 0
 
@@ -191,14 +214,17 @@ def pages_of_imagej(tags, size):
 
     1 if the file, of so many bytes, has no room for them: other programs keep ImageJ's text.
     """
-    stack = re.search(r"(?m)^images=(\d{1,9})$", str(tags.get(270, "")))
-    page = tags.get(256, 0) * tags.get(257, 0) * np.max(tags.get(258, 8)) // 8
+    stack = re.search(r"(?m)^images=(\d{1,9})$", str(tags.get(IMAGEDESCRIPTION, "")))
+    pixels = tags.get(IMAGEWIDTH, 0) * tags.get(IMAGELENGTH, 0)
+    page = pixels * np.max(tags.get(BITSPERSAMPLE, 8)) // 8  # bytes
     return int(stack[1]) if stack and int(stack[1]) * page <= size else 1
 
 
 def check_tags(path, tags, mode):
     """InputError for TIFFs that OpenCV shortens or changes. mode: Pillow's word for the pixels."""
-    photometric, channels, bits = tags.get(262, 1), tags.get(277, 1), tags.get(258, (1,))
+    photometric = tags.get(PHOTOMETRIC_INTERPRETATION, 1)
+    channels = tags.get(SAMPLESPERPIXEL, 1)
+    bits = max(np.atleast_1d(tags.get(BITSPERSAMPLE, 1)))
     if tags.get(ORIENTATION, 1) in TURNED_AS:  # OpenCV turns TIFFs, and no other pictures
         raise InputError(
             f"{path}: is stored turned (TIFF orientation {tags[ORIENTATION]}); save it upright"
@@ -209,7 +235,8 @@ def check_tags(path, tags, mode):
             f"{path}: has {channels} channels (TIFF photometric {photometric}); save "
             "it as gray or RGB"
         )
-    if max(np.atleast_1d(bits)) > 8 and (photometric == 0 or colors == 3 and tags.get(284) == 2):
+    planar = colors == 3 and tags.get(PLANAR_CONFIGURATION) == 2
+    if bits > 8 and (photometric == 0 or planar):
         what = "0 as white" if photometric == 0 else "one color after another"
         raise InputError(
             f"{path}: stores more than 8 bits with {what} (TIFF photometric 0 or "
@@ -219,14 +246,14 @@ def check_tags(path, tags, mode):
 
 def check_samples(path, tags, content):
     """InputError unless a page of several channels is one whose samples decode_samples() takes."""
-    bits, kinds = (set(np.atleast_1d(tags.get(tag, 1))) for tag in (258, 339))
+    bits, kinds = (set(np.atleast_1d(tags.get(tag, 1))) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
+    turned, compression = tags.get(ORIENTATION, 1), tags.get(COMPRESSION, 1)
     wrong = {
-        f"is stored turned (TIFF orientation {tags.get(ORIENTATION, 1)})": tags.get(ORIENTATION, 1)
-        != 1,
-        "stores 0 as white": tags.get(262, 1) == 0,
+        f"is stored turned (TIFF orientation {turned})": turned != 1,
+        "stores 0 as white": tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 0,
         "has channels of different types": len(bits) > 1 or len(kinds) > 1 or min(bits) < 8,
-        f"is compressed in an unusual way (TIFF {tags.get(259, 1)})": tags.get(259, 1) not in PLAIN,
-        "has a predictor of floats (TIFF predictor 3)": tags.get(317, 1) not in (1, 2),
+        f"is compressed in an unusual way (TIFF {compression})": compression not in PLAIN,
+        "has a predictor of floats (TIFF predictor 3)": tags.get(PREDICTOR, 1) not in (1, 2),
         "is a BigTIFF": content[2:4] in (b"+\0", b"\0+"),
     }
     if found := [what for what, is_so in wrong.items() if is_so]:
@@ -237,15 +264,17 @@ def check_samples(path, tags, content):
     check_strips(path, tags, content)
 
 
-STRIPS = (273, 279), (324, 325)  # TIFF tags: where strips, or tiles, begin, and their bytes
-DEFLATE = 8, 32946  # TIFF compressions
+# where strips, or tiles, begin, and their bytes
+STRIPS = (STRIPOFFSETS, STRIPBYTECOUNTS), (TILEOFFSETS, TILEBYTECOUNTS)
+JPEG = 6, 7  # TIFF compressions
+DEFLATE = 8, 32946
 PLAIN = 1, 5, *DEFLATE, 32773  # those of samples in a row: none, LZW, PackBits
-ALPHA = {1, 2}  # extra samples (TIFF tag 338) that are an opacity
+ALPHA = {1, 2}  # EXTRASAMPLES that are an opacity
 
 
 def check_strips(path, tags, content):
     """InputError if the checksum of a deflated TIFF is wrong, at which libtiff does not look."""
-    if tags.get(259) not in DEFLATE:
+    if tags.get(COMPRESSION) not in DEFLATE:
         return
     for starts, sizes in STRIPS:
         for start, size in zip(np.atleast_1d(tags.get(starts, ())), tags.get(sizes, ())):
@@ -298,12 +327,13 @@ def decode_samples(file):
         if not fits or re.search(DAMAGE, words[0]):
             raise unreadable(file.path)
         return np.dstack(found)
-    if tags.get(284, 1) == 2:  # planar
+    if tags.get(PLANAR_CONFIGURATION, 1) == 2:  # planar
         return np.dstack([decode(as_gray(file, tags, 1, c)) for c in range(count)])
-    wide = decode(as_gray(file, tags, count)).reshape(tags[257], tags[256], count)
-    if tags.get(317, 1) == 2:  # differences along a row, in a tile each for itself
-        whole, side = f"u{wide.itemsize}", tags.get(322, tags[256])  # also of floats
-        tiles = np.split(wide.view(whole), range(side, tags[256], side), 1)
+    wide = decode(as_gray(file, tags, count)).reshape(tags[IMAGELENGTH], tags[IMAGEWIDTH], count)
+    if tags.get(PREDICTOR, 1) == 2:  # differences along a row, in a tile each for itself
+        whole = f"u{wide.itemsize}"  # also of floats
+        side = tags.get(TILEWIDTH, tags[IMAGEWIDTH])
+        tiles = np.split(wide.view(whole), range(side, tags[IMAGEWIDTH], side), 1)
         sums = [np.cumsum(tile, 1, dtype=whole) for tile in tiles]
         wide = np.concatenate(sums, 1).view(wide.dtype)
     return wide
@@ -314,13 +344,16 @@ def as_gray(file, tags, factor, plane=None):
 
     factor: how much wider it is; plane: which of its samples, where each lies by itself
     """
-    kept = {tag: [tags[tag]] for tag in (256, 257, 259, 266, 278, 317, 322, 323) if tag in tags}
-    kept |= {tag: [np.atleast_1d(tags.get(tag, 1))[0]] for tag in (258, 339)}
-    kept |= {262: [1], 277: [1], 284: [1]}
-    for tag in {256, 322} & set(kept):
+    grid = IMAGEWIDTH, IMAGELENGTH, ROWSPERSTRIP, TILEWIDTH, TILELENGTH
+    kept = {tag: [tags[tag]] for tag in (*grid, COMPRESSION, FILLORDER, PREDICTOR) if tag in tags}
+    kept |= {tag: [np.atleast_1d(tags.get(tag, 1))[0]] for tag in (BITSPERSAMPLE, SAMPLEFORMAT)}
+    kept |= {
+        tag: [1] for tag in (PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, PLANAR_CONFIGURATION)
+    }
+    for tag in {IMAGEWIDTH, TILEWIDTH} & set(kept):
         kept[tag] = [kept[tag][0] * factor]
-    if plane is None and 317 in kept:
-        kept[317] = [1]  # decode_samples() undoes it
+    if plane is None and PREDICTOR in kept:
+        kept[PREDICTOR] = [1]  # decode_samples() undoes it
     for tag in {tag for pair in STRIPS for tag in pair} & set(tags):
         kept[tag] = np.atleast_1d(tags[tag]).tolist()
         if plane is not None:

@@ -189,7 +189,7 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
     empty = not glob.glob(os.path.join(glob.escape(folder), "*.pt"))
     killed_early = not os.path.isfile(last) and rows_of_log(folder) < 2
-    if args.overwrite or empty or args.resume and killed_early:
+    if args.overwrite or empty or (args.resume and killed_early):
         return None, sums
     if not os.path.isfile(last):
         again = "--resume or --overwrite" if killed_early else "--overwrite"
@@ -222,6 +222,8 @@ def rows_of_log(folder):
 
 REPLACE = "replace it with --overwrite, or choose another --out"
 ELSEWHERE = {"resume", "overwrite", "out", "data", "device"}  # options that may always differ
+VAL_OPTIONS = ("window", "stride", "blend")  # of train_ssl.py: how val is seen
+MAY_CHANGE = ("keep", "cache", "workers", *VAL_OPTIONS)  # of train_ssl.py: where a run resumes
 
 
 def _check_same_run(last, state, args, data, sums, free):

@@ -17,6 +17,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from data.files import InputError
+
 
 def rank():
     """The number of this process, from 0."""
@@ -41,8 +43,14 @@ def start(device):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def check_share(option, count):
+    """InputError unless the processes can share a batch evenly. count: its images"""
+    if count % world():
+        raise InputError(f"{option} {count}: cannot be shared evenly by {world()} processes")
+
+
 def mean(x):
-    """The mean of a tensor over all processes, without gradient."""
+    """The mean of a tensor over all processes. No gradient flows if there are several."""
     if world() > 1:
         x = x.detach().clone()
         distributed.all_reduce(x)

@@ -28,19 +28,11 @@ from models.losses import label_map, one_hot
 # ------------------------------------------------------------------------------------------- cases
 
 
-class Volume(NamedTuple):
-    """What a 3D network sees of a case."""
-
-    image: np.ndarray  # [C, D, H, W] as it is
-    mean: float | tuple  # see h5.scaling()
-    std: float | tuple
-
-
 class ReadCase(NamedTuple):
     """A case that was read."""
 
     entry: h5.Entry
-    image: loading.Samples | Volume  # all slices without labels where dims is 2, else the volume
+    image: loading.Samples | loading.WholeCase  # its slices; in 3D the volume; without labels
     truth: np.ndarray | None  # (D, H, W) uint8
 
 
@@ -74,19 +66,17 @@ class Cases:
     def read(self, entry):
         """-> ReadCase"""
         (case,) = loading.whole_cases(self.info, self.split, [entry.name], entry.labeled)
-        if self.info.dims == 3:
-            return ReadCase(entry, Volume(case.image, case.mean, case.std), case.label)
-        slices = loading.samples_of(case._replace(label=None), self.size)
-        return ReadCase(entry, slices, case.label)
+        image = case._replace(label=None)
+        if self.info.dims == 2:
+            image = loading.samples_of(image, self.size)
+        return ReadCase(entry, image, case.label)
 
 
 def samples_of(case, size):
     """What loading.load_samples() gives for a case that was read, without labels. -> Samples"""
     if isinstance(case.image, loading.Samples):
         return case.image
-    image, mean, std = case.image
-    whole = loading.WholeCase(case.entry.name, image, None, mean, std)
-    return loading.samples_of(whole, size)
+    return loading.samples_of(case.image, size)
 
 
 def class_probabilities(net, x, on):
@@ -241,14 +231,16 @@ def labels_of_volumes(net, cases, on, window):
     """answers() to volumes, one after the other."""
     net = fused(net)
     for case in cases:
-        volume, mean, std = case.image
+        whole = case.image
         shape = window.size
         this = window
         if window.whole:  # sides that lose nothing where V-Net halves them
             shape = tuple(-(-n // 16) * 16 for n in case.entry.grid)
             this = Window(shape, shape, gaussian=False)
-        x = torch.from_numpy(loading.at_least(volume, shape)).to(on.device, torch.float32)
-        mean, std = (torch.tensor(v, device=on.device).reshape(-1, 1, 1, 1) for v in (mean, std))
+        x = torch.from_numpy(loading.at_least(whole.image, shape)).to(on.device, torch.float32)
+        mean, std = (
+            torch.tensor(v, device=on.device).reshape(-1, 1, 1, 1) for v in (whole.mean, whole.std)
+        )
         slabs = sliding_window(net, (x - mean) / std, this, on)
         label = torch.cat([label_map(slab, 0).to(torch.uint8).cpu() for slab in slabs])
         yield Answer(case, loading.cut_back(label.numpy(), case.entry.grid))

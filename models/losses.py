@@ -39,7 +39,7 @@ def pixel_entropy(p, least):
 
 
 def soft_dice(a, b, smooth):
-    """(2 sum(a b) + s) / (sum a + sum b + s) over space: what g predicts.
+    """(2 sum(a b) + s) / (sum a + sum b + s) over space.
 
     a, b [B, K, *S] in [0, 1] -> [B, K]; two empty masks score 1.
     """

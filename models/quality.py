@@ -185,9 +185,9 @@ class DenseQualityPredictor(nn.Module):
         self.members = nn.ModuleList(UNet(inputs, classes, dims, width) for _ in range(members))
         self.register_buffer("temperature", torch.ones(()))
 
-    def show(self, seen, withheld):
-        """What a member sees. withheld [B]: 1 where the mask is, else 0 -> [B, C + K, *S]"""
-        return seen.joined(1 - withheld)
+    def show(self, seen, shown):
+        """What a member sees. shown [B]: 1 where the mask is, else 0 -> [B, C + K, *S]"""
+        return seen.joined(shown)
 
     def logits(self, seen, both=True):
         """The answer of every member to every view, on the grid of `size`. -> [M, V, B, K, *S]
@@ -196,16 +196,15 @@ class DenseQualityPredictor(nn.Module):
         it.
         """
         seen = seen.on_grid(self.size)
-        knows_withheld = self.mask_dropout > 0
-        knows_shown = self.mask_dropout < 1
-        withheld = []  # of each view
-        if knows_withheld and (both or not knows_shown):
-            withheld.append(torch.ones(len(seen), device=seen.image.device))
-        if knows_shown:
-            withheld.append(torch.zeros(len(seen), device=seen.image.device))
-        x = channels_last(torch.cat([self.show(seen, view) for view in withheld]))
+        views = []  # whether the mask is shown
+        if self.mask_dropout > 0 and (both or self.mask_dropout == 1):
+            views.append(0.0)
+        if self.mask_dropout < 1:
+            views.append(1.0)
+        ones = torch.ones(len(seen), device=seen.image.device)
+        x = channels_last(torch.cat([self.show(seen, shown * ones) for shown in views]))
         answers = torch.stack([member(x).float() for member in self.members])  # [M, V B, K, *S]
-        return answers.unflatten(1, (len(withheld), len(seen)))
+        return answers.unflatten(1, (len(views), len(seen)))
 
     def truth(self, seen, both=True):
         """The probability of the truth, on the grid of `size`. -> [B, K, *S]"""

@@ -200,7 +200,7 @@ def test_onset_counts_the_steps_without_lambda():
     def counted(*more):
         args = train_ssl.parse_args(["d", "--out", "o", *map(str, more)])
         return train_ssl.onset(args), sum(
-            not train_ssl.needs_unlabeled(args, step) for step in range(1, args.steps + 1)
+            not train_ssl.step_uses_unlabeled(args, step) for step in range(1, args.steps + 1)
         )
 
     for warmup in (0, 0.1, 0.25, 0.3, 0.333, 0.99):

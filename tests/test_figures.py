@@ -350,12 +350,12 @@ def test_weights_are_averaged_over_steps_that_have_some():
             "0.05",
         ]
     )
-    assert train_ssl.averaged(table, 8, args) == pytest.approx(
+    assert train_ssl.mean_parts(table, 8, args) == pytest.approx(
         dict(loss=2, sup=1, unsup=1, qar=0, weight=0.4, ess=0.5, share=0.3, share_y=0.1)
     )
-    assert set(train_ssl.averaged(table, 4, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
+    assert set(train_ssl.mean_parts(table, 4, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
     args.method = "supervised"
-    assert set(train_ssl.averaged(table, 8, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
+    assert set(train_ssl.mean_parts(table, 8, args)) == {"loss", "sup", "unsup", "qar", "share_y"}
 
 
 @pytest.mark.parametrize("kind", ["gray", "volumes"])

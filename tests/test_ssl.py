@@ -78,10 +78,12 @@ cached_setting = functools.cache(setting)  # of tests that ask nothing of runnin
 
 
 def loss_of(kind, g, args):
+    """total_loss() halfway. -> scalar, {name: value} of PARTS"""
     nets, teacher, batch = cached_setting(kind, students=train_ssl.STUDENTS.get(args.method, 1))
     torch.manual_seed(7)
     with torch.no_grad():
-        return train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
+        loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
+    return loss, dict(zip(train_ssl.PARTS, parts.tolist(), strict=True))
 
 
 @functools.cache
@@ -118,7 +120,7 @@ def test_gradient_reaches_every_student_and_nobody_else(kind, method, weight, le
     args = options(*at_all, method=method, weight=weight, level=level, qar=qar)
     loss, parts = train_ssl.total_loss(nets, teacher, g, batch, args, halfway(args))
     loss.backward()
-    assert loss.isfinite() and parts.shape == (7,) and not parts.requires_grad
+    assert loss.isfinite() and parts.shape == (len(train_ssl.PARTS),) and not parts.requires_grad
     assert all(
         p.grad is not None and p.grad.isfinite().all() for net in nets for p in net.parameters()
     )
@@ -176,13 +178,11 @@ def test_a_constant_g_changes_nothing_and_g_of_zero_leaves_the_supervised_loss(k
     weighted, _ = loss_of(kind, constant(0.5, K), options(*keep, weight="quality", **common))
     assert weighted.item() == pytest.approx(plain.item(), abs=2e-6)
     zero, zero_parts = loss_of(kind, constant(0.0, K), options(*keep, weight="quality", **common))
-    assert (
-        zero.item() == pytest.approx(parts[0].item(), abs=1e-7)
-        and zero_parts[1] == zero_parts[3] == zero_parts[4] == 0
-    )
+    assert zero.item() == pytest.approx(parts["sup"], abs=1e-7)
+    assert zero_parts["unsup"] == zero_parts["weight"] == zero_parts["ess"] == 0
     nan, _ = loss_of(kind, constant(float("nan"), K), options(*keep, weight="quality", **common))
     assert nan.item() == zero.item()  # a g that fails weighs nothing
-    assert plain.item() != pytest.approx(parts[0].item(), abs=1e-4)
+    assert plain.item() != pytest.approx(parts["sup"], abs=1e-4)
 
 
 def believing(own):
@@ -327,7 +327,7 @@ def test_a_corrected_label_weighs_what_the_same_belief_says_of_it(method, level,
     expected = {"image": whole, "class": torch.cat([whole, q[:, 1:]], 1), "pixel": own.amax(1)}
     assert found
     assert all(torch.allclose(answer, expected[level], atol=1e-6) for answer in found)
-    assert loss.isfinite() and 0 < parts[3] < 1
+    assert loss.isfinite() and 0 < parts["weight"] < 1
 
 
 def test_bcp_tells_what_g_believes_before_the_largest_component():
@@ -348,12 +348,10 @@ def test_what_the_largest_component_removes_weighs_what_g_believes_of_it(level):
     As background it is right with .1, and the label misses a third of the class.
     """
     belief = torch.full((1, 2, 16, 16), 0.01)
-    keep = ("--weight-threshold", "0", "--correct")
-    args = options(*keep, weight="quality", level=level, method="bcp")
     belief[:, 1, 2:6, 2:6], belief[:, 1, 10:12, 10:14] = 0.99, 0.9
     belief[:, 0] = 1 - belief[:, 1]
     kept = train_ssl.keep_largest(belief)
-    q = train_ssl.quality_of(None, train_ssl.PseudoLabel(belief, kept, belief), args)
+    q = train_ssl.quality_of(None, train_ssl.PseudoLabel(belief, kept, belief), level)
     expected = 2 * 16 * 0.99 / (16 + belief[:, 1].sum())
     if level == "pixel":
         assert q[0, 11, 11] == pytest.approx(0.1) and q[0, 3, 3] == pytest.approx(0.99)
@@ -390,6 +388,14 @@ def table(answers):
     return FakeG(dice=dice, error=lambda seen: 1 - answers)
 
 
+def given_to_loss(g, label, mix):
+    """The weights of pixels that a loss is given, whose images were mixed. -> [U, *S]"""
+    given = []
+    term = train_ssl.Term(label, lambda w: given.append(w) or w.sum(), mix)
+    train_ssl.unlabeled_loss(g, [term], options(weight="quality"), CPU)
+    return given[0]
+
+
 def test_weights_by_hand():
     """w = q^2 [q >= .5]: per image by the mean over classes, per class by the pixel's pseudo-class.
 
@@ -413,15 +419,13 @@ def test_weights_by_hand():
     assert (weights(None, weight="confidence") == 0).all()  # PL-C cuts at .9
 
     order = torch.tensor([1, 0])
-    own = torch.tensor([1.0, 2.0])[:, None, None]
     mix = train_ssl.Mix(order, torch.tensor([0.25, 0.5])[:, None, None])
-    w = train_ssl.as_mixed(image, train_ssl.Term(label, None, own, mix))
-    assert torch.allclose(w[:, 0, 0], torch.tensor([0.75 * 0.36, 2 * 0.5 * 0.36]))
+    w = given_to_loss(table(q), label, mix)
+    assert torch.allclose(w[:, 0, 0], torch.tensor([0.75 * 0.36, 0.5 * 0.36]))
     box = torch.zeros(2, 4, 4)
     box[0, :2] = 1  # CutMix: the upper half of the first image shows the second, whose weight is 0
-    own = torch.rand(2, 4, 4)
-    w = train_ssl.as_mixed(image, train_ssl.Term(label, None, own, train_ssl.Mix(order, box)))
-    assert torch.allclose(w[0], torch.cat([torch.zeros(2, 4), 0.36 * own[0, 2:]]))
+    w = given_to_loss(table(q), label, train_ssl.Mix(order, box))
+    assert torch.allclose(w[0], torch.cat([torch.zeros(2, 4), torch.full((2, 4), 0.36)]))
     assert (w[1] == 0).all()
 
 
@@ -439,20 +443,16 @@ def test_the_loss_is_the_weighted_mean_over_samples():
     label = train_ssl.PseudoLabel(torch.zeros(3, 1, 4, 4), torch.full((3, 2, 4, 4), 0.5))
     loss = lambda w: weighted_mean(values[:, None, None].expand(3, 4, 4), w)
     term = train_ssl.Term(label, loss)
-    loss, (weight, share) = train_ssl.unlabeled_loss(
-        table(q), [term], options(weight="quality"), CPU
-    )
+    loss, weight, share = train_ssl.unlabeled_loss(table(q), [term], options(weight="quality"), CPU)
     assert loss.item() == pytest.approx((0.36 * 1 + 0.64 * 2) / (0.36 + 0.64))
-    assert weight.item() == pytest.approx((0.36 + 0.64) / 3) and share.item() == pytest.approx(
-        (0.36 + 0.64) ** 2 / (3 * (0.36**2 + 0.64**2))
-    )
-    alike = train_ssl.unlabeled_loss(
-        table(torch.full((3, 1), 0.7)), [term], options(weight="quality"), CPU
-    )[1]
-    nothing = train_ssl.unlabeled_loss(
-        table(torch.zeros(3, 1)), [term], options(weight="quality"), CPU
-    )[1]
-    assert alike[1].item() == pytest.approx(1) and nothing.tolist() == [0, 0]
+    assert weight.item() == pytest.approx((0.36 + 0.64) / 3)
+    assert share.item() == pytest.approx((0.36 + 0.64) ** 2 / (3 * (0.36**2 + 0.64**2)))
+    guided = options(weight="quality")
+    alike = table(torch.full((3, 1), 0.7))
+    _, weight, share = train_ssl.unlabeled_loss(alike, [term], guided, CPU)
+    assert weight.item() == pytest.approx(0.49) and share.item() == pytest.approx(1)
+    _, *nothing = train_ssl.unlabeled_loss(table(torch.zeros(3, 1)), [term], guided, CPU)
+    assert nothing == [0, 0]
 
 
 @pytest.mark.parametrize("method", [m for m in UNLABELED if m != "bcp"])
@@ -768,11 +768,9 @@ def test_bcp_pastes_in_both_directions_and_splits_the_loss(B, U):
     logits = echo.logits.expand(n, -1, -1, -1)
     assert torch.allclose(sup, seg_loss(logits, y[:1].expand(n, -1, -1, -1), labeled))
     assert term.label.image.shape == (n, 1, 30, 30) and term.label.p.shape == (n, 2, 30, 30)
-    assert torch.equal(train_ssl.as_mixed(torch.ones(n, 30, 30), term), 1 - labeled)
     for weights in (torch.ones(n, 30, 30), torch.rand(n, 30, 30)):
-        loss = term.loss(train_ssl.as_mixed(weights, term))
         assert torch.allclose(
-            loss,
+            term.loss(weights),
             seg_loss(logits, one_hot(torch.zeros(n, 30, 30), 2), weights * (1 - labeled)),
             atol=1e-6,
         )
@@ -783,10 +781,15 @@ def test_bcp_pastes_in_both_directions_also_where_each_process_has_one_image(ran
     monkeypatch.setattr(train_ssl.distributed, "rank", lambda: rank)
     monkeypatch.setattr(train_ssl.distributed, "world", lambda: 2)
     monkeypatch.setattr(train_ssl.distributed, "mean", lambda x: x)
+    given = []
+    monkeypatch.setattr(train_ssl, "seg_loss", lambda logits, y, w: given.append(w))
     nets, teacher, batch = setting("4-class gray", count=1)
     _, [term] = step_of("bcp", nets, teacher, batch, "--no-largest-component")
+    term.loss(torch.ones(1, 32, 32))
+    labeled, unlabeled = (w.mean().item() for w in given)
     box = (21 / 32) ** 2  # of 2/3 of each side
-    assert term.weight.mean().item() == pytest.approx(box if rank else 1 - box)
+    assert unlabeled == pytest.approx(box if rank else 1 - box)
+    assert labeled == pytest.approx(1 - unlabeled)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -822,7 +825,7 @@ def test_bcp_warms_up_by_copy_paste_of_labeled_images_and_the_others_supervised(
     shown = echo.seen[0]
     pasted = (shown != batch.x).any(1)
     assert (
-        parts[1] == 0
+        parts[train_ssl.PARTS.index("unsup")] == 0
         and 0 < pasted.float().mean() < 0.45
         and (pasted.flatten(1).sum(1) <= 21 * 21).all()
     )
@@ -961,7 +964,8 @@ def by_hand(data, qp, *more):
     """The steps of train() alone, without its files. -> args, Run, PARTS of each step"""
     args = train_ssl.parse_args(arguments(data, "out", "--qp", qp, *more))
     info, g, on = h5.read_info(data), guide(data, qp), compute("cpu", "off")
-    network = train_ssl.set_defaults(args, info)
+    train_ssl.set_defaults(args, info)
+    network = train_ssl.network_of(args, info)
     args.weight_level = args.weight_level or train_ssl.finest_level(g, args)
     images = train_ssl.load_data(info, args, on)
     torch.manual_seed(args.seed)
@@ -996,9 +1000,8 @@ def check_parts(parts, method, hooks):
     if method != "ua_mt":  # which is certain of no pixel yet
         assert (mean["unsup"] > 0) == (method != "supervised")
     if method != "supervised":
-        everything = 0.5 if method == "bcp" else 1  # of the pixels, those of unlabeled images
         weight = mean["weight"]
-        assert 0 < weight < everything if "--weight" in hooks else weight == everything
+        assert 0 < weight < 1 if "--weight" in hooks else weight == 1
 
 
 @pytest.mark.parametrize(
@@ -1104,7 +1107,8 @@ def test_the_trust_of_a_run_is_the_best_on_val(kind, request, tmp_path):
     on, info = compute("cpu", "off"), h5.read_info(data)
     f, meta = checkpoints.load_run(str(tmp_path / "last.pt"), "student", on)
     args = train_ssl.parse_args(arguments(data, "out"))
-    network = train_ssl.set_defaults(args, info)
+    train_ssl.set_defaults(args, info)
+    network = train_ssl.network_of(args, info)
     window = inference.window_of(args.size, args)
     cases = inference.Cases(info, "val", args.size)
     dice = {}
