@@ -824,11 +824,12 @@ def data_of(path, state):
 
 
 def check_out(args):
-    """InputError if masks of new images would go where the images are."""
+    """InputError if masks would go where images are, of which masks/ may hold the truth."""
     from data import new_images  # brings SimpleITK, which takes a second and only --predict needs
 
     folders = new_images.may_hold(args.data) if new_images.are_new(args.data) else []
-    if os.path.realpath(args.out) in map(os.path.realpath, folders):
+    among = any(os.path.isdir(os.path.join(args.out, name)) for name in new_images.FOLDERS if name)
+    if among or os.path.realpath(args.out) in map(os.path.realpath, folders):
         raise InputError(
             f"--out {args.out}: is a folder of the images; choose another, since its masks/ may "
             "hold the truth, and the next run would take this run's pictures for images"
@@ -859,18 +860,21 @@ def dataset(args, data):
             os.remove(temporary)
 
 
+MASKS = (".png", ".nii.gz")  # what write_mask() writes
+
+
 def check_masks(masks, args):
-    """InputError if a folder holds masks and --overwrite is not given, or if it holds a folder."""
+    """InputError if a folder holds masks and --overwrite is not given, or if it holds more."""
     found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
     if found and not args.overwrite:
         raise InputError(
             f"{masks}: holds masks already, perhaps corrected ones; replace them with --overwrite, "
             "or choose another --out"
         )
-    if folders := [path for path in found if os.path.isdir(path)]:
-        raise InputError(
-            f"{folders[0]}: a folder among the masks; move it, or choose another --out"
-        )
+    for path in found:
+        if os.path.isdir(path) or not path.endswith(MASKS):
+            kind = "a folder" if os.path.isdir(path) else "no mask, but"
+            raise InputError(f"{path}: {kind} among the masks; move it, or choose another --out")
 
 
 def remove_masks(out):
@@ -1039,6 +1043,8 @@ def write_scores(args, runs, windows):
         patient = [entry.patient for entry in runs.entries]
         baselines = find_baselines(args.baseline, runs.groups, args.checkpoints)
         columns = against(baselines, runs.groups, runs.scores, patient)
+        if all(column["Δ Dice"] is None for column in columns):
+            print(f"note: --baseline {args.baseline}: no other row has the same --labeled")
         rows = [row | more for row, more in zip(rows, columns)]
         base = runs.groups[next(iter(baselines.values()))]
         title += (
@@ -1302,7 +1308,10 @@ def next_command(args, runs):
     of_g = ["--qp", args.qp] if args.qp else []
     if args.trust:
         of_g += ["--trust", f"{args.trust:g}"]
-    command = ["python", "evaluate.py", "NEW", best, "--predict", *of_g]
+    more = ["--weights", args.weights] if args.weights != "student" else []
+    more += ["--largest-component"] if args.largest_component else []
+    more += inference.window_words(args)
+    command = ["python", "evaluate.py", "NEW", best, "--predict", *of_g, *more]
     return shlex.join([*command, "--out", "runs/new"]) + "    (NEW: images without labels)"
 
 

@@ -687,7 +687,8 @@ def main(argv=None):
     # The first column counts epochs. Its name is what readers of all logs look for.
     columns = ["step", "loss", "lr", "error_synthetic", "error_real", "seconds"]
     writes = distributed.rank() == 0
-    log = Log(args.out, columns, run.epoch, writes=writes, fresh=not state, counts="epoch")
+    former = [] if state else checkpoints.files_of_run("qp", args.out)
+    log = Log(args.out, columns, run.epoch, writes=writes, former=former, counts="epoch")
     print_start(run, data)
 
     with postponed_signals() as stop:

@@ -977,6 +977,11 @@ def count_samples(sources):
 def second_file(path, info):
     """The sources in --unlabeled: (info, split, None), ... InputError if they do not fit `info`."""
     other = h5.read_info(path)
+    if other.checksum == info.checksum:
+        raise InputError(
+            f"--unlabeled {path}: has the cases of {info.path}, whose unlabeled images are used "
+            "already; leave it out"
+        )
     for key in ("channels", "channel_names", "dims"):
         theirs = getattr(other, key)
         ours = getattr(info, key)
@@ -1036,6 +1041,12 @@ def read_steps(labeled, unlabeled, args, first, on):
 TRUSTS = (0.0, 0.5, 1.0)  # what best_trust() tries
 REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
+UNSURE = {  # methods that leave out unsure pixels, and what to try where no pixel is sure
+    **dict.fromkeys(
+        ("pseudo_label", "contrastive", "fixmatch", "unimatch"), "; see --conf-threshold"
+    ),
+    "ua_mt": "; train longer, or begin later (--lam-warmup)",
+}
 
 
 @dataclass
@@ -1222,10 +1233,10 @@ def alarm(parts, dice, best, args):
 
     parts: means since the last validation; dice, best: of val, now and so far
 
-    Where guidance rejects all pseudo-labels, training is supervised, whatever --lam says.
-    Pseudo-labels collapse where their share of foreground is under a third, or over three times,
-    that of the labels, or where val lost a third of its best Dice. The share is a mean over
-    classes, so that one vanished class of several may go unseen.
+    Where guidance, or the method itself, rejects all pseudo-labels, training is supervised,
+    whatever --lam says. Pseudo-labels collapse where their share of foreground is under a third, or
+    over three times, that of the labels, or where val lost a third of its best Dice. The share is a
+    mean over classes, so that one vanished class of several may go unseen.
     """
     if args.weight != "none" and parts.get("weight", 1) < REJECTED:
         who, where = "--weight-threshold", ""
@@ -1233,6 +1244,10 @@ def alarm(parts, dice, best, args):
             who, where = "g, or --weight-threshold,", "; see qp.md"
         return f"warning: {who} rejects (nearly) all pseudo-labels{where}"
     share = parts.get("share")
+    if args.method in UNSURE and share is not None and parts["unsup"] == 0:
+        return (
+            f"warning: no pixel of the pseudo-labels is sure enough to teach{UNSURE[args.method]}"
+        )
     truth = parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
         sign = (
@@ -1572,7 +1587,7 @@ def open_log(args, info, first, fresh):
         ["step", *PARTS, "lam", "lr", "trust", "val_dice", *classes, *of_g, "ms", "note"],
         first,
         writes=distributed.rank() == 0,
-        fresh=fresh,
+        former=checkpoints.files_of_run("ssl", args.out) if fresh else (),
         shown=["step", *PARTS[:-2], "lam", *(["trust"] if args.correct else []), "val_dice"],
     )
 
@@ -1680,13 +1695,7 @@ def print_end(args, progress):
         "--out",
         f"{args.out}/table",
     ]
-    if args.window == "whole":
-        words += ["--window", "whole"]
-    if args.stride:
-        words += ["--stride", ",".join(map(str, args.stride))]
-    if args.blend != "gaussian":
-        words += ["--blend", args.blend]
-    print("next: " + shlex.join(words))
+    print("next: " + shlex.join(words + inference.window_words(args)))
 
 
 # --------------------------------------------------------------------------------------------- main

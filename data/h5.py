@@ -143,7 +143,9 @@ class Info:
 
     def describe(self):
         """What a checkpoint says of the data it was made for."""
-        return {k: v for k, v in vars(self).items() if k not in ("path", "splits", "shown")}
+        known = {k: v for k, v in vars(self).items() if k not in ("path", "splits", "shown")}
+        train = [(entry.name, entry.patient) for entry in self.splits.get("train", ())]
+        return known | {"patients_checksum": zlib.crc32(repr(train).encode())}
 
     def picture(self, image):
         """What pictures show of an image [C, *S]: the colors (*S, 3), or one channel (*S)."""
@@ -419,6 +421,15 @@ def _check_place(where, case, grid):
     _check_header(where, case.nifti_header, case.affine, size or grid)
 
 
+def _check_scale(where, entry):
+    """InputError for a mean and a deviation that no image has. Older files have none."""
+    mean, std = (np.atleast_1d(v if v is not None else 1.0) for v in (entry.mean, entry.std))
+    if not (np.isfinite([*mean, *std]).all() and (std > 0).all()):
+        raise InputError(
+            f"{where}: mean {entry.mean} or std {entry.std} cannot be; convert the data again"
+        )
+
+
 def _check_pixels(where, image):
     if image.dtype == np.float32 and not np.isfinite(image).all():
         raise InputError(f"{where}: NaN or infinite pixels; mend them and convert the data again")
@@ -683,6 +694,7 @@ def _entry(info, split, name):
     )
     check_text(where, "patient", entry.patient)
     _check_place(where, entry, grid)
+    _check_scale(where, entry)
     return entry
 
 
@@ -995,8 +1007,9 @@ def report(info):
         out = f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"
         words = ["python", "corrupt.py", str(info.path), "--labeled", "all", "--out", out]
         print(f"next: {shlex.join(words)}    (--labeled 7: as if only 7 patients had labels)")
-    elif not info.splits.get("train"):
-        print("note: the split train is empty, so no network can be trained on this file")
+    for split in ("train", "val"):
+        if not info.splits.get(split):
+            print(f"note: the split {split} is empty, so no network can be trained on this file")
 
 
 def main(argv=None):

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import glob
 import os
 import sys
 
@@ -18,12 +17,12 @@ class Log:
     screen.
     """
 
-    def __init__(self, out, columns, after=0, *, writes=True, fresh=True, shown=(), counts="step"):
+    def __init__(self, out, columns, after=0, *, writes=True, former=(), shown=(), counts="step"):
         """columns: of log.csv, "step" first.
 
         after: the step that a resumed run goes on from; later rows of it are dropped.
         writes: False for all but one of several processes, which keep no records.
-        fresh: a former run is removed.
+        former: files of a former run, which are removed, in this order.
         shown: columns of the screen's table, which should fit into 80 characters; default: all.
         counts: what the table calls the column "step".
         """
@@ -38,8 +37,9 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.lock = files.claim(out)
-        if fresh:
-            remove_run(out)
+        for path in former:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
         self.path = os.path.join(out, "log.csv")
         rows = rows_until(self.path, after) if after and os.path.isfile(self.path) else []
         with files.replacing(self.path) as temporary:
@@ -88,14 +88,6 @@ class Log:
         """{column: text} -> a line; "-" where a column has none."""
         widths = {name: max(6, len(name)) + 2 for name in self.shown}
         return "".join(f"{cells.get(name, '-'):>{width}}" for name, width in widths.items())
-
-
-def remove_run(out):
-    """Removes the checkpoints, log.csv, events and report of a former run, last.pt first."""
-    for name in ("last.pt", "*.pt", "log.csv", "events.*", "qp.md", "qp.json", "qp.png"):
-        for path in glob.glob(os.path.join(glob.escape(out), name)):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
 
 
 def rows_until(path, step):

@@ -283,6 +283,16 @@ def are_channels(value, several):
     return usable and len(set(found)) == len(found) == len(several or found)
 
 
+def note_channels(names):
+    """A note where files, taken for cases, are named like nnU-Net's channels of one case."""
+    stems = [name[:-5] for name in names if re.search(r"_\d{4}$", name)]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        print(
+            f"note: {twice}_0000 and so on are taken for cases of their own, since the network has "
+            "learned from one channel; if they are channels of one case, give that channel alone"
+        )
+
+
 def volumes(paths, how, notes):
     """Yields each of some NIfTI volumes as an h5.Case, as nifti.Preparation says.
 
@@ -297,6 +307,8 @@ def volumes(paths, how, notes):
                 f"{first}: holds one volume, but the network has learned from {len(how.names)} "
                 f"channels ({', '.join(how.names)}); give NAME_0000, NAME_0001 and so on, or 4D"
             )
+    if not how.nnunet:
+        note_channels(paths)
     cases = nifti.by_channel(paths, how.nnunet)
     files = nifti.taken(cases, how.numbers if how.nnunet else [None])
     if how.names and how.channel is None:

@@ -27,9 +27,11 @@ def show(value):
 
 def markdown(rows):
     """A list of dicts with the same keys -> a Markdown table."""
-    lines = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
-    lines += [f"| {' | '.join(map(show, row.values()))} |" for row in rows]
-    return "\n".join(lines)
+    cells = [rows[0].keys(), *(map(show, row.values()) for row in rows)]
+    head, *lines = ([cell.replace("|", r"\|") for cell in line] for line in cells)
+    rule = "|" + "---|" * len(head)
+    first, *rest = (f"| {' | '.join(line)} |" for line in (head, *lines))
+    return "\n".join([first, rule, *rest])
 
 
 def write_text(path, text):

@@ -170,6 +170,20 @@ def lock_folder(out):
     return None
 
 
+LOGS = ("log.csv", "events.out.tfevents.*")
+RUN = {  # what a stage writes, last.pt first, without which the rest is no run
+    "ssl": ("last.pt", "best.pt", "step[0-9]*.pt", *LOGS),
+    "qp": ("last.pt", "qp.pt", "qp.md", "qp.json", "qp.png", *LOGS),
+    "corrupt": ("last.pt", "fold*.pt"),
+}
+
+
+def files_of_run(stage, folder):
+    """The files of a run that a folder holds. -> paths, last.pt first"""
+    patterns = [os.path.join(glob.escape(folder), name) for name in RUN[stage]]
+    return [path for pattern in patterns for path in sorted(glob.glob(pattern))]
+
+
 def start_run(stage, args, data, inputs=(), free=(), folder=None):
     """Looks at last.pt in a folder (default: --out) before a run. -> state, sums
 
@@ -180,16 +194,19 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
     but must be the same. free: options that may differ.
 
     InputError if the folder holds an unfinished run and neither --resume nor --overwrite is given,
-    or a run that was started with other data, files or options.
+    or a run that was started with other data, files or options; or where a fresh start would remove
+    what this run reads, or somebody else's log.csv.
     """
     folder = folder or args.out
     last = os.path.join(folder, "last.pt")
     sums = {name: files.checksum(getattr(args, name)) for name in inputs}
     if args.resume and args.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: choose one")
-    empty = not glob.glob(os.path.join(glob.escape(folder), "*.pt"))
+    former = files_of_run(stage, folder)
+    empty = not any(path.endswith(".pt") for path in former)
     killed_early = not os.path.isfile(last) and rows_of_log(folder) < 2
     if args.overwrite or empty or (args.resume and killed_early):
+        _check_former(stage, former, args)
         return None, sums
     if not os.path.isfile(last):
         again = "--resume or --overwrite" if killed_early else "--overwrite"
@@ -209,6 +226,38 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
             "--overwrite, or choose another --out"
         )
     return state, sums
+
+
+def _check_former(stage, former, args):
+    """InputError if a file of a former run, to be removed, is read by this one, or is of others."""
+    given = {key: v for key, v in vars(args).items() if isinstance(v, str) and os.path.isfile(v)}
+    for path in former:
+        for key, value in given.items():
+            if os.path.samefile(path, value):
+                option = key if key == "data" else "--" + key.replace("_", "-")
+                raise InputError(
+                    f"{value}: {option} is a file of the run that this one would replace; choose "
+                    "another --out"
+                )
+        if os.path.basename(path) == "log.csv":
+            with open(path, "rb") as f:
+                head = f.readline()
+            if head and not head.startswith(b"step,"):
+                raise InputError(f"{path}: is the log of something else; choose another --out")
+    if former and (other := _stage_of(former[0])) not in (None, stage):
+        raise InputError(
+            f"{former[0]}: is of another stage ('{other}', not '{stage}'); choose another --out"
+        )
+
+
+def _stage_of(path):
+    """The stage that a checkpoint says it is of; None if it cannot be read, or does not say one."""
+    try:
+        state = _load(path)
+    except InputError:
+        return None
+    stage = state.get("stage") if isinstance(state, dict) else None
+    return stage if stage in HOLDS else None
 
 
 def rows_of_log(folder):
@@ -313,6 +362,8 @@ def load_quality(path, info, on, size=None, runs=None):
     note says that g has learned nothing, where train_qp.py has found so.
     """
     state = load_checkpoint(path, "qp")
+    if "optimizer" in state:
+        raise InputError(f"{path}: is for train_qp.py --resume; give the qp.pt beside it")
     check_kind(path, state["data"], info, "train g on this data")
     patch = tuple(state.get("patch") or ())
     if info.dims == 3 and size is not None and patch != tuple(size):

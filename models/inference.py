@@ -112,6 +112,16 @@ def add_window_options(p):
     )
 
 
+def window_words(args):
+    """The options of add_window_options() that are not the defaults, as words of a command."""
+    words = ["--window", "whole"] if args.window == "whole" else []
+    if args.stride:
+        words += ["--stride", ",".join(map(str, args.stride))]
+    if args.blend != "gaussian":
+        words += ["--blend", args.blend]
+    return words
+
+
 @dataclass
 class Window:
     """How a network sees a volume."""

@@ -145,6 +145,26 @@ def test_the_alarm_says_first_that_all_pseudo_labels_are_rejected(weight, says):
     assert "rejects" not in train_ssl.alarm(fallen | {"weight": 0.0}, 0.1, 0.9, args)
 
 
+@pytest.mark.parametrize("method", train_ssl.METHODS)
+def test_the_alarm_says_that_no_pixel_is_sure(method):
+    """Where a method leaves out unsure pixels, and all are."""
+    args = train_ssl.parse_args(["d", "--out", "o", "--method", method])
+    parts = dict(share=0.04, share_y=0.04, weight=1.0, unsup=0.0)
+    line = train_ssl.alarm(parts, 0.9, 0.9, args)
+    leaves_out = ("pseudo_label", "contrastive", "fixmatch", "unimatch", "ua_mt")
+    assert ("no pixel of the pseudo-labels is sure" in line) == (method in leaves_out)
+    assert ("--conf-threshold" in line) == (method in leaves_out[:4])
+    assert train_ssl.alarm(parts | dict(unsup=1e-9), 0.9, 0.9, args) == ""
+    before = {name: v for name, v in parts.items() if name not in train_ssl.OF_TERMS}
+    assert train_ssl.alarm(before, 0.9, 0.9, args) == ""  # lambda is 0
+
+
+def test_a_threshold_that_no_pixel_reaches_is_told(gray, tmp_path, capsys):
+    run = f"--method fixmatch {SMALL} --steps 2 --eval-every 2 --lam-warmup 0 --lam-ramp 0"
+    train_ssl.main([gray, "--out", str(tmp_path), *run.split(), "--conf-threshold", "1"])
+    assert "no pixel of the pseudo-labels is sure" in capsys.readouterr().out
+
+
 def test_a_g_that_rejects_everything_is_told(gray, gray_quality, tmp_path, capsys):
     run = f"--method ict {SMALL} --steps 2 --eval-every 2 --lam-warmup 0 --lam-ramp 0"
     reject = ["--weight", "quality", "--weight-threshold", "1", "--qp", gray_quality[1]]
@@ -223,7 +243,8 @@ def test_one_unlabeled_image_of_one_pixel_is_refused(more, gray):
     deep = "--model resnet_unet --width 8 --size 32 --batch 2 --batch-unlabeled 1"
     args = train_ssl.parse_args([gray, "--out", "o", *deep.split(), *more])
     with pytest.raises(h5.InputError, match="one image of 32 x 32 is a single pixel"):
-        train_ssl.set_defaults(args, h5.read_info(gray))
+        train_ssl.set_defaults(args, info := h5.read_info(gray))
+        train_ssl.network_of(args, info)
 
 
 def test_a_strong_view_of_one_pixel_is_refused(rgb, tmp_path, refused):

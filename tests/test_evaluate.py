@@ -437,6 +437,18 @@ def test_the_baseline_is_compared_with_nothing(table):
     assert "Δ Dice: points above supervised of the same labeled" in table.text
 
 
+def test_a_baseline_of_other_labels_is_noted(gray, tmp_path, capsys):
+    info = h5.read_info(gray)
+    runs = [make_run(tmp_path / n, info, labeled=n) for n in ("2", "3")]
+    more = ["--out", str(tmp_path / "o"), "--pictures", "0", "--baseline", runs[0]]
+    for chosen, noted in (
+        (runs, True),
+        ([*runs, make_run(tmp_path / "m", info, labeled="2", method="ict")], False),
+    ):
+        evaluate.main([gray, *chosen, *more])
+        assert ("no other row has the same --labeled" in capsys.readouterr().out) == noted
+
+
 def test_the_difference_from_the_baseline_is_of_each_case(table):
     """Each case is a patient here."""
     assert len({e.patient for e in table.entries}) == len(table.entries)
@@ -1206,6 +1218,22 @@ def test_the_next_command_is_of_the_run_that_is_best_on_val():
     assert choose("test", best) == choose("held_out", best) == 2
     assert choose("val", best) == 0
     assert choose("test", [*best[:2], {}]) == choose("test", [*best[:2], dict(best=3)]) == 0
+
+
+def test_the_next_command_is_the_one_that_was_scored():
+    usual = ["f.h5", "a/best.pt", "--out", "o"]
+    more = "--weights teacher --largest-component --stride 4,8,8 --blend uniform".split()
+    states = types.SimpleNamespace(states=[dict(best=dict(dice=0.5, step=1), step=1)])
+    for given in ([], more, ["--window", "whole"]):
+        args = evaluate.parse_args([*usual, "--split", "test", *given])
+        words = evaluate.next_command(args, states).split("    ")[0].split()
+        again = vars(evaluate.parse_args(words[2:])) | dict(data="f.h5", predict=False, out="o")
+        assert again | dict(split="test") == vars(args)
+
+
+def test_a_name_with_a_bar_keeps_the_columns_of_a_table():
+    lines = tables.markdown([{"a|b": "c|d", "e": [1]}]).split("\n")
+    assert lines == [r"| a\|b | e |", "|---|---|", r"| c\|d | 1 |"]
 
 
 def test_counts_are_whole_numbers():

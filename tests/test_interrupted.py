@@ -4,10 +4,13 @@ Nothing is lost, and nothing is silently wrong.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import h5py
 import pytest
 import soak
 import torch
@@ -158,6 +161,8 @@ def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, cap
     assert (
         "finished" in capsys.readouterr().out and (tmp_path / "vqm.h5").stat().st_mtime_ns == before
     )
+    corrupt.main([*argv, "--preview", str(tmp_path / "p.png")])
+    assert f"\nwrote {tmp_path}/p.png\n" in "\n" + capsys.readouterr().out
     refused(
         corrupt.main,
         [*argv, "--seed", "1"],
@@ -193,6 +198,56 @@ def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, stopped, refused
         "another file as --unlabeled",
     )
     train_ssl.main([*argv, str(tmp_path / "same.pt"), "--resume"])  # the same file at another place
+
+
+def test_a_fresh_start_removes_the_files_of_a_run_alone(gray, gray_quality, tmp_path):
+    g = load_checkpoint(gray_quality[1], "qp")
+    torch.save(g, tmp_path / "g.pt")
+    for name in ("mine.pt", "qp.md", "events.txt", "step.pt"):
+        (tmp_path / name).write_text("mine")
+    argv = [gray, *SSL, "--steps", "4", "--out", str(tmp_path), "--resume"]
+    train_ssl.main([*argv, "--weight", "quality", "--qp", str(tmp_path / "g.pt")])
+    assert load_checkpoint(tmp_path / "last.pt", "ssl")["finished"]
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {"g.pt", "mine.pt", "qp.md", "events.txt", "step.pt"} < kept
+    (tmp_path / "step2.pt").write_text("of a run")
+    (tmp_path / "mine.pt").write_text("mine")
+    train_ssl.main([*argv[:-1], "--overwrite"])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"g.pt", "mine.pt", "best.pt"} and "step2.pt" not in left
+
+
+def test_what_a_run_reads_is_not_replaced(gray, gray_quality, tmp_path, refused):
+    """Nor a run of another stage, nor a log of somebody else."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best.pt").write_bytes(Path(gray_quality[1]).read_bytes())
+    guided = [gray, *SSL, "--weight", "quality", "--qp", run / "best.pt", "--out", run]
+    refused(train_ssl.main, [*guided, "--overwrite"], "--qp is a file of the run", "another --out")
+    refused(train_ssl.main, [*guided, "--resume"], "--qp is a file of the run")
+    shutil.copytree(Path(gray_quality[1]).parent, tmp_path / "g")
+    argv = [gray, *SSL, "--out", tmp_path / "g", "--overwrite"]
+    refused(train_ssl.main, argv, "last.pt: is of another stage ('qp', not 'ssl')")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log.csv").write_text("when,what\n")
+    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "mine"], "log of something else")
+    assert (tmp_path / "g" / "qp.pt").exists()
+    assert (tmp_path / "mine" / "log.csv").read_text() == "when,what\n"
+
+
+def test_other_patients_are_no_resuming(gray, tmp_path, refused):
+    """They decide whose labels are used, and the folds of weak networks."""
+    data = tmp_path / "f.h5"
+    data.write_bytes(Path(gray).read_bytes())
+    ssl = [data, *SSL[:-2], "--steps", "2", "--out", tmp_path / "run"]
+    masks = [data, *MASKS, "--out", tmp_path / "vqm"]
+    train_ssl.main([*map(str, ssl)])
+    corrupt.main([*map(str, masks)])
+    with h5py.File(data, "r+") as f:
+        for case in list(f["train"].values())[:2]:
+            case.attrs["patient"] = "one"
+    for main, argv in ((train_ssl.main, ssl), (corrupt.main, masks)):
+        refused(main, [*argv, "--resume"], "started on other data (patients_checksum")
 
 
 def test_other_masks_are_no_resuming(gray, gray_quality, tmp_path, stopped, refused):

@@ -522,6 +522,20 @@ def test_masks_do_not_go_among_the_images(rgb, pictures, tmp_path, refused):
         refused(evaluate.main, argv, f"--out {out}", "is a folder of the images")
 
 
+def test_masks_of_a_dataset_do_not_go_beside_its_images(rgb, tmp_path, refused):
+    """MINE/masks may hold the truth that the dataset was made from."""
+    mine = make_pictures(tmp_path / "mine", 2)
+    run = make_run(tmp_path / "run", h5.read_info(rgb))
+    argv = [rgb, run, "--predict", "--overwrite", "--out"]
+    refused(evaluate.main, [*argv, mine], "is a folder of the images")
+    other = tmp_path / "other" / "masks"
+    other.mkdir(parents=True)
+    for name in ("notes.txt", "a.h5"):
+        (other / name).write_text("mine")
+        refused(evaluate.main, [*argv, other.parent], f"{name}: no mask, but among the masks")
+        (other / name).unlink()
+
+
 @pytest.fixture
 def rgb_run(rgb, tmp_path):
     """A checkpoint of a network for pictures in color."""
@@ -768,6 +782,19 @@ def test_a_case_without_the_channel_is_refused(tmp_path, refused):
         [tmp_path / "new", run, "--predict", "--out", tmp_path / "o"],
         "'x' has no channel 1",
     )
+
+
+def test_channels_that_are_taken_for_cases_are_noted(tmp_path, capsys):
+    src = make(tmp_path / "src", ["a", "b", "c"])
+    nifti.main([str(src), "--out", str(tmp_path / "f.h5")])
+    data = h5.read_info(str(tmp_path / "f.h5")).describe()
+    for names, noted in ((("x_0000", "y_0000"), False), (("x_0000", "x_0001"), True)):
+        new = tmp_path / names[1]
+        for name in names:
+            save(new / f"{name}.nii.gz", ball((4, 10, 12), (2, 5, 5), 3).astype(np.float32))
+        capsys.readouterr()
+        new_images.convert(str(new), str(tmp_path / "n.h5"), data)
+        assert ("note: x_0000 and so on are taken for cases" in capsys.readouterr().out) == noted
 
 
 # ------------------------------------------------------------------------------------------- triage
