@@ -345,7 +345,8 @@ def test_resumed_equals_uninterrupted(head, width, given, tmp_path, monkeypatch,
     assert "this run is finished (g of epoch" in capsys.readouterr().out
     last = {n: str(tmp_path / n / "last.pt") for n in ("whole", "parts")}
     info = h5.read_info(given[0])
-    checkpoints.load_quality(last["parts"], info, evaluate.compute())  # a g like any other
+    with pytest.raises(h5.InputError, match="give the qp.pt beside it"):
+        checkpoints.load_quality(last["parts"], info, evaluate.compute())
     whole, parts = (torch.load(path, weights_only=True) for path in last.values())
     assert all(torch.equal(whole[w][k], parts[w][k]) for w in ("net", "weights") for k in whole[w])
     assert not all(
