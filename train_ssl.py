@@ -977,11 +977,6 @@ def count_samples(sources):
 def second_file(path, info):
     """The sources in --unlabeled: (info, split, None), ... InputError if they do not fit `info`."""
     other = h5.read_info(path)
-    if other.checksum == info.checksum:
-        raise InputError(
-            f"--unlabeled {path}: has the cases of {info.path}, whose unlabeled images are used "
-            "already; leave it out"
-        )
     for key in ("channels", "channel_names", "dims"):
         theirs = getattr(other, key)
         ours = getattr(info, key)
@@ -991,6 +986,11 @@ def second_file(path, info):
             )
     prepared.check({other.path: other.describe()}, {info.path: info.describe()})
     note_shared(info, other)
+    if other.checksum == info.checksum:
+        print(
+            f"note: --unlabeled {path} has the cases of {info.path}: unlabeled ones come twice, "
+            "and labeled ones join them; leave it out"
+        )
     return [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
 
 

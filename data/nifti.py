@@ -631,7 +631,6 @@ def read_case(row, paths, how, src, notes, values=range(labels.MOST)):
         "unplaced": how.axes and not placed,
         "identity": is_identity(volume.affine),
         "tiny": max(np.multiply(grid, spacing)) < TINY,
-        "one slice": min(grid) == 1,
     }
     for kind in doubts:
         if doubts[kind]:
@@ -649,6 +648,8 @@ def read_case(row, paths, how, src, notes, values=range(labels.MOST)):
         size = resampled_size(grid, ratio, row.image)
         images = [space.resample(v, size, ratio) for v in images]
         label = None if label is None else space.resample(label, size, ratio, nearest=True)
+    if min(images[0].shape) == 1:
+        notes["one slice"].append(row.name)
     if swapped and min(images[0].shape[1:]) < h5.SMALLEST:
         raise InputError(
             f"{row.image}: turned to the body axes of the others ({how.axes}), it has "

@@ -961,7 +961,7 @@ def test_two_places_are_pointed_out(tmp_path, capsys):
         ),
     )
     convert(tmp_path / "src", "--val", 0)
-    assert "note" not in capsys.readouterr().out
+    assert "sform that differ" not in capsys.readouterr().out
     pair(tmp_path / "src", "two", **SFORM | dict(qform_code=1))
     convert(tmp_path / "src", "--val", 0)
     assert "1 of 2 volumes have a qform and an sform that differ" in capsys.readouterr().out
@@ -1047,17 +1047,22 @@ def test_a_spacing_that_is_lost_or_of_a_wrong_unit_is_noted(fields, words, tmp_p
     for name in ("a", "b", "c"):
         pair(tmp_path / "src", name, **fields)
     convert(tmp_path / "src", "--val", 0)
-    said = capsys.readouterr().out.replace("note: no volume has an orientation", "")
-    assert said.count("note:") == (words is not None)
+    said = capsys.readouterr().out
+    usual = said.count("note: no volume has an orientation") + said.count("note: the split val is")
+    assert said.count("note:") - usual == (words is not None)
     assert words is None or words in said and "note: 3 of 3 volumes" in said
 
 
 def test_one_slice_is_noted_where_volumes_are_segmented(tmp_path, capsys):
     pair(tmp_path / "src", shape=(1, 10, 12), **STRAIGHT)
     convert(tmp_path / "src", "--val", 0, "--dims", 2)
-    assert "note:" not in capsys.readouterr().out
+    assert "have one slice alone" not in capsys.readouterr().out
     convert(tmp_path / "src", "--val", 0)
     assert "note: 1 of 1 volumes have one slice alone" in capsys.readouterr().out
+    pair(tmp_path / "deep", shape=(4, 10, 12), **STRAIGHT)
+    for spacing, noted in ((1, False), (50, True)):  # along the body
+        convert(tmp_path / "deep", "--val", 0, "--spacing", f"{spacing},1,1")
+        assert ("have one slice alone" in capsys.readouterr().out) == noted
 
 
 def test_a_spacing_that_leaves_too_little_is_refused(tmp_path, refused):

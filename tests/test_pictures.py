@@ -465,7 +465,8 @@ def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
     assert "images/more; read are .bmp" in said and "note: 3 of 14 files and folders are" in said
     assert "validation is not read; the names of splits are train" in said
     assert "note: 1 file, such as" in said and "images/d.jpg: stored turned" in said
-    assert "masks/a.png: nearly black regions" in said and said.count("note:") == 6
+    assert "masks/a.png: nearly black regions" in said and said.count("note:") == 7
+    assert "the split val is empty" in said
     assert "masks/e.jpg: JPEG mask without foreground" in said
     assert "note: 2 files" in said and "foreground of value 200, not 255" in said
     with h5py.File(tmp_path / "f.h5") as f:

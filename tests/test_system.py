@@ -243,7 +243,7 @@ def test_a_log_is_utf8_wherever_it_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", latin)
     for after in (0, 1):
-        log = Log(str(tmp_path), ["step", "val_Δ", "note"], after, fresh=not after)
+        log = Log(str(tmp_path), ["step", "val_Δ", "note"], after)
         log.write(after + 1, note="Δ", **{"val_Δ": 0.5})
         log.events.close()
     monkeypatch.undo()
