@@ -23,7 +23,6 @@ slices or D, H, W of patches of volumes; m a binary mask, label a label map, uin
 import argparse
 import contextlib
 import functools
-import glob
 import os
 import shlex
 import sys
@@ -54,7 +53,13 @@ from data.options import (
     picture,
     seed_of,
 )
-from models.checkpoints import check_finite, load_checkpoint, save_checkpoint, start_run
+from models.checkpoints import (
+    check_finite,
+    files_of_run,
+    load_checkpoint,
+    save_checkpoint,
+    start_run,
+)
 from models.device import (
     Compute,
     channels_last,
@@ -1188,9 +1193,7 @@ def load_labeled(info, train, val, args):
 
 def remove_former_run(args, vqm):
     """Removes what another run left in OUT; last.pt first, without which the rest is no run."""
-    weak = glob.escape(os.path.join(args.out, "weak"))
-    networks = glob.glob(os.path.join(weak, "fold*.pt"))
-    for path in (os.path.join(args.out, "weak", "last.pt"), vqm, *networks):
+    for path in (*files_of_run("corrupt", os.path.join(args.out, "weak")), vqm):
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
 
@@ -1223,6 +1226,8 @@ def main(argv=None):
     lock = claim(args.out, "weak") if os.path.isdir(args.out) else None  # held until main ends
     free = ("workers", "preview", "show")
     state, _ = start_run("corrupt", args, info.describe(), free=free, folder=weak_folder)
+    if os.path.exists(vqm) and not quality_masks.is_masks(vqm):
+        raise InputError(f"{vqm}: is no file of masks, and would be replaced; choose another --out")
     if os.path.exists(vqm) and not (args.overwrite or state):
         raise InputError(
             f"{vqm}: is there already; replace it with --overwrite, or choose another --out"

@@ -97,7 +97,7 @@ class Batch:
     s2: torch.Tensor  # [U, C, *S] another one
     g: torch.nn.Module | None = None  # set by total_loss() with --correct: corrects pseudo-labels
     trust: torch.Tensor | float = 1.0  # with g: the share of its belief in a pseudo-label
-    random: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 on a target
+    at_random: torch.Tensor | float = 1.0  # [B, 1, ...] weights in share_y: 0 on a target
 
     def pseudo_label(self, p):
         """The pseudo-label of u, of probabilities p [U, K, *S].
@@ -753,7 +753,7 @@ def total_loss(nets, teacher, g, batch, args, now):
         qar = qar_loss(g, nets, qar_images(batch.u, args))
     loss = sup + lam * unsup + lam_qar * qar
     share = foreground_share([term.label.p for term in terms], sup.device)
-    share_y = foreground_share([batch.y], sup.device, batch.random)
+    share_y = foreground_share([batch.y], sup.device, batch.at_random)
     parts = [loss, sup, unsup, qar, weight, ess, share, share_y]
     return loss, torch.stack(parts).detach()
 
@@ -853,10 +853,10 @@ KINDS = {2: "slices", 3: "volumes"}  # of samples, by dims
 
 
 class Feed(torch.utils.data.Dataset):
-    """Item n holds the images of step n, as stored: labeled, unlabeled or None, and on_targets().
+    """Item n holds the images of step n, as stored: labeled, unlabeled or None, and weights.
 
     They are the same whoever reads them, and whether before or after other steps. Each of several
-    processes takes its share.
+    processes takes its share. The weights are those of on_targets().
     """
 
     def __init__(self, labeled, unlabeled, args):
@@ -872,14 +872,14 @@ class Feed(torch.utils.data.Dataset):
         used = step_uses_unlabeled(self.args, step)
         if used:
             u_index, u_place = self.draw(self.unlabeled, self.args.batch_unlabeled, generator)
-        place, random = self.on_targets(index, place, generator)  # last: changes no other draw
+        place, at_random = self.on_targets(index, place, generator)  # last: changes no other draw
         mine = slice(self.rank, None, self.world)
         try:
             labeled = self.labeled.fetch(index[mine], place[mine])
             unlabeled = self.unlabeled.fetch(u_index[mine], u_place[mine]) if used else None
         except InputError as error:  # raised in a worker, it would come with the worker's traceback
             return error
-        return labeled, unlabeled, random[mine]
+        return labeled, unlabeled, at_random[mine]
 
     def draw(self, images, count, generator):
         """Numbers of `count` images, without repetition while there are enough, and places.
@@ -896,7 +896,7 @@ class Feed(torch.utils.data.Dataset):
         With these weights, the labels' mean share of foreground is that of random places.
         """
         place = place.clone()
-        random = torch.ones(len(index))
+        at_random = torch.ones(len(index))
         share = self.args.foreground
         chances = torch.rand(len(index), 3, generator=generator) if share else []
         for i, chance in enumerate(chances):
@@ -904,24 +904,24 @@ class Feed(torch.utils.data.Dataset):
             target = loading.place_of_target(classes, share, chance.tolist())
             if target is not None:
                 place[i] = torch.from_numpy(target)
-                random[i] = 0
-        return place, random / max(1 - share, 1e-6)
+                at_random[i] = 0
+        return place, at_random / max(1 - share, 1e-6)
 
 
 def views(fetched, info, args, device):
     """The Batch of a step from an item of Feed: standardized and augmented on the device."""
-    labeled, unlabeled, random = fetched
+    labeled, unlabeled, at_random = fetched
     x, y = augment.weak(*loading.standardized(labeled, device), args.flip, args.geometry)
     x = channels_last(augment.strong(x, args.strength, info.color))
-    random = to_samples(random.to(device, non_blocking=True), y)
+    at_random = to_samples(at_random.to(device, non_blocking=True), y)
     y = one_hot(y, len(info.classes))
     if unlabeled is None:
-        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], random=random)
+        return Batch(x, y, u=x[:0], s1=x[:0], s2=x[:0], at_random=at_random)
     u, _ = loading.standardized(unlabeled, device)
     u = channels_last(augment.weak(u, flip=args.flip, geometry=args.geometry))
     s1 = channels_last(augment.strong(u, color=info.color))
     s2 = channels_last(augment.strong(u, color=info.color))
-    return Batch(x, y, u, s1, s2, random=random)
+    return Batch(x, y, u, s1, s2, at_random=at_random)
 
 
 def load_data(info, args, on):
@@ -1245,9 +1245,8 @@ def alarm(parts, dice, best, args):
         return f"warning: {who} rejects (nearly) all pseudo-labels{where}"
     share = parts.get("share")
     if args.method in UNSURE and share is not None and parts["unsup"] == 0:
-        return (
-            f"warning: no pixel of the pseudo-labels is sure enough to teach{UNSURE[args.method]}"
-        )
+        rest = "" if args.weight == "none" else " in an image that has weight"
+        return f"warning: no pixel of the pseudo-labels is sure enough{rest}{UNSURE[args.method]}"
     truth = parts["share_y"]
     if share is not None and truth > 0 and not truth / 3 <= share <= 3 * truth:
         sign = (

@@ -1003,7 +1003,8 @@ def _notes_on_images(images, constant):
 def report(info):
     """Prints what a converter has written, or summary() alone says, and what comes next."""
     print(summary(info))
-    if any(e.labeled for e in info.splits.get("train", ())):
+    trains = any(e.labeled for e in info.splits.get("train", ()))
+    if trains and info.splits.get("val"):
         out = f"runs/{os.path.splitext(os.path.basename(info.path))[0]}/vqm"
         words = ["python", "corrupt.py", str(info.path), "--labeled", "all", "--out", out]
         print(f"next: {shlex.join(words)}    (--labeled 7: as if only 7 patients had labels)")

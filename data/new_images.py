@@ -307,7 +307,7 @@ def volumes(paths, how, notes):
                 f"{first}: holds one volume, but the network has learned from {len(how.names)} "
                 f"channels ({', '.join(how.names)}); give NAME_0000, NAME_0001 and so on, or 4D"
             )
-    if not how.nnunet:
+    if not how.nnunet and not how.names:
         note_channels(paths)
     cases = nifti.by_channel(paths, how.nnunet)
     files = nifti.taken(cases, how.numbers if how.nnunet else [None])

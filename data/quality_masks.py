@@ -114,6 +114,15 @@ def open_split(f, path, split, info, probabilities):
     return held
 
 
+def is_masks(path):
+    """Whether a file is a vqm.h5 of corrupt.py, of any data and version."""
+    try:
+        with h5py.File(path, "r", locking=False) as f:
+            return f.attrs.get("stage") == "vqm"
+    except OSError:
+        return False
+
+
 def check_origin(f, path, info):
     """InputError unless an open vqm.h5 was made from the data of info."""
     if f.attrs.get("format") != FORMAT or f.attrs.get("stage") != "vqm":

@@ -8,10 +8,11 @@ load_checkpoint() unpickles nothing, and says in one line what is wrong.
 """
 
 import errno
-import glob
 import os
+import re
 import warnings
 import zipfile
+from typing import NamedTuple
 
 import torch
 
@@ -170,18 +171,30 @@ def lock_folder(out):
     return None
 
 
-LOGS = ("log.csv", "events.out.tfevents.*")
-RUN = {  # what a stage writes, last.pt first, without which the rest is no run
-    "ssl": ("last.pt", "best.pt", "step[0-9]*.pt", *LOGS),
-    "qp": ("last.pt", "qp.pt", "qp.md", "qp.json", "qp.png", *LOGS),
-    "corrupt": ("last.pt", "fold*.pt"),
+class Own(NamedTuple):
+    """How the files of a stage's run are known."""
+
+    names: str  # a regular expression
+    stages: tuple  # of its checkpoints
+    head: bytes = b""  # log.csv begins like this
+
+
+EVENTS = r"events\.out\.tfevents\..*"
+OWN = {
+    "ssl": Own(rf"(last|best|step\d+)\.pt|log\.csv|{EVENTS}", ("ssl",), b"step,loss,sup,"),
+    "qp": Own(rf"(last|qp)\.pt|qp\.(md|json|png)|log\.csv|{EVENTS}", ("qp",), b"step,loss,lr,"),
+    "corrupt": Own(r"(last|fold\d+_epoch\d+)\.pt", ("corrupt", "weak")),
 }
 
 
 def files_of_run(stage, folder):
-    """The files of a run that a folder holds. -> paths, last.pt first"""
-    patterns = [os.path.join(glob.escape(folder), name) for name in RUN[stage]]
-    return [path for pattern in patterns for path in sorted(glob.glob(pattern))]
+    """The files in a folder that have names of a run's. -> paths, last.pt first
+
+    Without last.pt, the others are no run.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    own = [name for name in names if re.fullmatch(OWN[stage].names, name)]
+    return [os.path.join(folder, name) for name in sorted(own, key=lambda n: (n != "last.pt", n))]
 
 
 def start_run(stage, args, data, inputs=(), free=(), folder=None):
@@ -195,7 +208,7 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
 
     InputError if the folder holds an unfinished run and neither --resume nor --overwrite is given,
     or a run that was started with other data, files or options; or where a fresh start would remove
-    what this run reads, or somebody else's log.csv.
+    what this run reads, or what is of another stage or program.
     """
     folder = folder or args.out
     last = os.path.join(folder, "last.pt")
@@ -205,14 +218,14 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
     former = files_of_run(stage, folder)
     empty = not any(path.endswith(".pt") for path in former)
     killed_early = not os.path.isfile(last) and rows_of_log(folder) < 2
-    if args.overwrite or empty or (args.resume and killed_early):
+    if args.overwrite or (empty or args.resume) and killed_early:
         _check_former(stage, former, args)
         return None, sums
     if not os.path.isfile(last):
         again = "--resume or --overwrite" if killed_early else "--overwrite"
         raise InputError(
-            f"{folder}: holds a run, but no last.pt; begin again with {again}, or choose another "
-            "--out"
+            f"{folder}: holds a run, or its log, but no last.pt; begin again with {again}, or "
+            "choose another --out"
         )
     state = load_checkpoint(last, stage)
     if not state["finished"] and state.get("training") != TRAINING:
@@ -229,9 +242,9 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
 
 
 def _check_former(stage, former, args):
-    """InputError if a file of a former run, to be removed, is read by this one, or is of others."""
+    """InputError if a file that a fresh start removes is read by this run, or is of others."""
     given = {key: v for key, v in vars(args).items() if isinstance(v, str) and os.path.isfile(v)}
-    for path in former:
+    for path in filter(os.path.isfile, former):  # not links to what is gone
         for key, value in given.items():
             if os.path.samefile(path, value):
                 option = key if key == "data" else "--" + key.replace("_", "-")
@@ -239,25 +252,27 @@ def _check_former(stage, former, args):
                     f"{value}: {option} is a file of the run that this one would replace; choose "
                     "another --out"
                 )
-        if os.path.basename(path) == "log.csv":
-            with open(path, "rb") as f:
-                head = f.readline()
-            if head and not head.startswith(b"step,"):
-                raise InputError(f"{path}: is the log of something else; choose another --out")
-    if former and (other := _stage_of(former[0])) not in (None, stage):
-        raise InputError(
-            f"{former[0]}: is of another stage ('{other}', not '{stage}'); choose another --out"
-        )
+        if not _is_own(stage, path):
+            raise InputError(
+                f"{path}: is of another stage or program, and would be replaced; choose another "
+                "--out"
+            )
 
 
-def _stage_of(path):
-    """The stage that a checkpoint says it is of; None if it cannot be read, or does not say one."""
-    try:
-        state = _load(path)
-    except InputError:
-        return None
-    stage = state.get("stage") if isinstance(state, dict) else None
-    return stage if stage in HOLDS else None
+def _is_own(stage, path):
+    """Whether a file may be of a stage's run, also of one that was killed. Reports are not read."""
+    if path.endswith(".pt"):
+        try:
+            state = _load(path)
+        except InputError:
+            return True  # damaged
+        return isinstance(state, dict) and state.get("stage") in OWN[stage].stages
+    log = os.path.join(os.path.dirname(path), "log.csv")
+    if not os.path.isfile(log):  # it is written before events
+        return not re.fullmatch(EVENTS, os.path.basename(path))
+    with open(log, "rb") as f:
+        head = f.readline()
+    return head == b"" or head.startswith(OWN[stage].head)
 
 
 def rows_of_log(folder):

@@ -152,7 +152,7 @@ def test_the_alarm_says_that_no_pixel_is_sure(method):
     parts = dict(share=0.04, share_y=0.04, weight=1.0, unsup=0.0)
     line = train_ssl.alarm(parts, 0.9, 0.9, args)
     leaves_out = ("pseudo_label", "contrastive", "fixmatch", "unimatch", "ua_mt")
-    assert ("no pixel of the pseudo-labels is sure" in line) == (method in leaves_out)
+    assert ("no pixel of the pseudo-labels is sure enough; " in line) == (method in leaves_out)
     assert ("--conf-threshold" in line) == (method in leaves_out[:4])
     assert train_ssl.alarm(parts | dict(unsup=1e-9), 0.9, 0.9, args) == ""
     before = {name: v for name, v in parts.items() if name not in train_ssl.OF_TERMS}

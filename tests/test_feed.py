@@ -398,7 +398,7 @@ def test_the_share_of_foreground_is_that_of_random_places(rare):
         for step in range(1, 201):
             labeled, _, fair = feed[step]
             batch = train_ssl.views((labeled, None, fair), info, args, torch.device("cpu"))
-            shares.append(train_ssl.foreground_share([batch.y], "cpu", batch.random).item())
+            shares.append(train_ssl.foreground_share([batch.y], "cpu", batch.at_random).item())
         found[share] = np.mean(shares)
     assert found[0.5] == pytest.approx(found[0], rel=0.1) and found[1] == 0
 

@@ -171,9 +171,25 @@ def test_finished_masks_are_kept_unless_overwritten(gray, tmp_path, refused, cap
     )
     corrupt.main([*argv, "--overwrite"])
     assert (tmp_path / "vqm.h5").stat().st_mtime_ns > before
+    (tmp_path / "weak" / "last.pt").unlink()  # as where the first epoch was killed
+    refused(corrupt.main, argv, "no last.pt; begin again with --resume or --overwrite")
+    for again in ("--resume", "--overwrite"):
+        (tmp_path / "vqm.h5").unlink(missing_ok=True)
+        (tmp_path / "weak" / "last.pt").unlink(missing_ok=True)
+        corrupt.main([*argv, again])
     for path in (tmp_path / "weak").iterdir():
         path.unlink()
     refused(corrupt.main, argv, "is there already", "--overwrite")
+
+
+def test_masks_replace_masks_alone(gray, tmp_path, refused):
+    data = tmp_path / "vqm.h5"
+    data.write_bytes(Path(gray).read_bytes())
+    argv = [data, *MASKS, "--out", tmp_path, "--overwrite"]
+    refused(corrupt.main, argv, "vqm.h5: is no file of masks")
+    data.write_text("mine")
+    refused(corrupt.main, [gray, *argv[1:]], "vqm.h5: is no file of masks")
+    assert data.read_text() == "mine" and not (tmp_path / "weak").exists()
 
 
 def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, stopped, refused):
@@ -203,22 +219,22 @@ def test_another_g_is_no_resuming(gray, gray_quality, tmp_path, stopped, refused
 def test_a_fresh_start_removes_the_files_of_a_run_alone(gray, gray_quality, tmp_path):
     g = load_checkpoint(gray_quality[1], "qp")
     torch.save(g, tmp_path / "g.pt")
-    for name in ("mine.pt", "qp.md", "events.txt", "step.pt"):
+    others = {"mine.pt", "qp.md", "events.txt", "step.pt", "step2_mine.pt"}
+    for name in others:
         (tmp_path / name).write_text("mine")
     argv = [gray, *SSL, "--steps", "4", "--out", str(tmp_path), "--resume"]
     train_ssl.main([*argv, "--weight", "quality", "--qp", str(tmp_path / "g.pt")])
     assert load_checkpoint(tmp_path / "last.pt", "ssl")["finished"]
     kept = {path.name for path in tmp_path.iterdir()}
-    assert {"g.pt", "mine.pt", "qp.md", "events.txt", "step.pt"} < kept
+    assert {"g.pt", *others} < kept
     (tmp_path / "step2.pt").write_text("of a run")
-    (tmp_path / "mine.pt").write_text("mine")
     train_ssl.main([*argv[:-1], "--overwrite"])
     left = {path.name for path in tmp_path.iterdir()}
-    assert left >= {"g.pt", "mine.pt", "best.pt"} and "step2.pt" not in left
+    assert left >= {"g.pt", "best.pt", *others} and "step2.pt" not in left
 
 
 def test_what_a_run_reads_is_not_replaced(gray, gray_quality, tmp_path, refused):
-    """Nor a run of another stage, nor a log of somebody else."""
+    """Nor a run of another stage, nor what another program has written."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "best.pt").write_bytes(Path(gray_quality[1]).read_bytes())
@@ -226,13 +242,33 @@ def test_what_a_run_reads_is_not_replaced(gray, gray_quality, tmp_path, refused)
     refused(train_ssl.main, [*guided, "--overwrite"], "--qp is a file of the run", "another --out")
     refused(train_ssl.main, [*guided, "--resume"], "--qp is a file of the run")
     shutil.copytree(Path(gray_quality[1]).parent, tmp_path / "g")
-    argv = [gray, *SSL, "--out", tmp_path / "g", "--overwrite"]
-    refused(train_ssl.main, argv, "last.pt: is of another stage ('qp', not 'ssl')")
+    argv = [gray, *SSL, "--out", tmp_path / "g"]
+    other = "is of another stage or program"
+    refused(train_ssl.main, [*argv, "--overwrite"], f"last.pt: {other}")
+    (tmp_path / "g" / "last.pt").unlink()
+    for more in ([], ["--resume"], ["--overwrite"]):
+        refused(train_ssl.main, [*argv, *more], other)
+    for name, text in (
+        ("log.csv", "when,what\n"),
+        ("log.csv", "step,reward\n1,2\n2,3\n"),
+        ("events.out.tfevents.1.mine", "x"),
+    ):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir()
+        mine.write_text(text)
+        argv = [gray, *SSL, "--out", mine.parent]
+        refused(train_ssl.main, argv, "no last.pt" if text.count("\n") > 2 else other)
+        refused(train_ssl.main, [*argv, "--overwrite"], f"{name}: {other}")
+        assert mine.read_text() == text
+        shutil.rmtree(mine.parent)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "log.csv").write_text("when,what\n")
-    refused(train_ssl.main, [gray, *SSL, "--out", tmp_path / "mine"], "log of something else")
-    assert (tmp_path / "g" / "qp.pt").exists()
-    assert (tmp_path / "mine" / "log.csv").read_text() == "when,what\n"
+    for state in (dict(stage=[]), dict(state_dict={})):
+        torch.save(state, tmp_path / "mine" / "best.pt")
+        argv = [gray, *SSL, "--out", tmp_path / "mine", "--overwrite"]
+        refused(train_ssl.main, argv, f"best.pt: {other}")
+    (tmp_path / "mine" / "best.pt").unlink()
+    (tmp_path / "mine" / "best.pt").symlink_to(tmp_path / "gone.pt")
+    train_ssl.main([*map(str, argv), "--steps", "2"])
 
 
 def test_other_patients_are_no_resuming(gray, tmp_path, refused):

@@ -953,8 +953,11 @@ def test_a_file_without_train_says_so(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "the split train is empty" in said and "the split val is empty" in said
     assert info.entries("test")[0].spacing == (1, 2)
-    h5.report(h5.write(tmp_path / "g.h5", [replace(case, split="train")], **about))
-    assert "next: python corrupt.py" in capsys.readouterr().out
+    both = [replace(case, split=s, name=s, patient=s) for s in ("train", "val")]
+    for cases in (both[:1], both):  # corrupt.py, too, needs val
+        h5.report(h5.write(tmp_path / "g.h5", cases, **about))
+        said = capsys.readouterr().out
+        assert ("next: python corrupt.py" in said) == (len(cases) == 2) != ("val is empty" in said)
 
 
 def test_wide_pictures_know_their_source(tmp_path):

@@ -106,13 +106,12 @@ ROWS = {  # options of train_ssl.py
     "blind": "--correct --trust 1",
     "shuffled": f"{QW} image",
     "oracle": f"{QW} image",
-    "plain": "",  # the run `none`, scored on the machine of rows that are compared with it
-    "at_test": "",  # the same run, whose outputs g corrects
+    "at_test": "",  # the run `none`, whose outputs g corrects
     "at_test_ensemble": "",  # the same by the ensemble
 }
 CONTROLS = {"blind": Blind, "shuffled": Shuffled}  # made from g
 BY_ENSEMBLE = ("distill_qw", "distill_trust_qw", "qw_by_ensemble", "at_test_ensemble")
-AT_TEST = ("plain", "at_test", "at_test_ensemble")
+AT_TEST = ("at_test", "at_test_ensemble")
 PARTS = [  # of the list: methods and rows; each for all seeds and data sets before the next
     ("supervised", "none"),
     ("mean_teacher", "none qw correct_qw distill_qw"),
@@ -121,11 +120,11 @@ PARTS = [  # of the list: methods and rows; each for all seeds and data sets bef
     ("supervised", "all"),
     ("fixmatch", "none qw correct_qw distill_qw"),
     ("mean_teacher bcp fixmatch", "trust_qw"),
-    ("supervised mean_teacher bcp fixmatch", "plain at_test at_test_ensemble"),
+    ("supervised mean_teacher bcp fixmatch", "at_test at_test_ensemble"),
     ("mean_teacher", "qw_by_ensemble shuffled blind oracle"),
     ("cps unimatch pseudo_label", "none"),
     ("cps unimatch pseudo_label", "qw correct_qw trust_qw"),
-    ("cps unimatch pseudo_label", "plain at_test at_test_ensemble"),
+    ("cps unimatch pseudo_label", "at_test at_test_ensemble"),
     ("supervised", "qar"),
     ("mean_teacher bcp fixmatch", "qw_pixel correct qar qw_qar confidence"),
     ("mean_teacher bcp fixmatch", "distill_trust_qw"),
@@ -256,15 +255,13 @@ def score(data, folder, out, *more):
 
 
 def score_corrected(tier, job, out):
-    """Scores a run `none`: as it is (`plain`), or with outputs that g corrects.
+    """Scores a run `none` with outputs that g corrects.
 
     g takes the share of the output with which best.pt has the best Dice on val.
     """
     origin = job._replace(row="none")
     run(tier, origin)
     folder = place(tier, origin)
-    if job.row == "plain":
-        return score(job.data, folder, out)
     qp = f"{quality_of(tier, job.data, seed=job.seed)}/qp.pt"
     split = Split(tier, job.data, "val", job.seed)
     f = split.network(f"{folder}/best.pt")
@@ -308,7 +305,7 @@ def from_start(path, args):
 
 def control_of(tier, job):
     """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
-    corrected = job.row in AT_TEST and job.row != "plain"
+    corrected = job.row in AT_TEST
     if not corrected and "--qp" not in options(tier, job, "-"):
         return None
     seed = job.seed if corrected else 0
