@@ -275,7 +275,7 @@ OVERVIEW = {  # rows, and what the overview and the figure call them
 DICE = ("none", "elsewhere", "all")
 ELSEWHERE = {  # rows that were made on an earlier machine, where the run `none` is `elsewhere`
     "ph2": ("qw_half", "correct_qw_half", "qar_half", "distill_qw"),
-    "acdc": ("qw_half", "correct_qw_half", "qar_half", "oracle"),
+    "acdc": ("qw_half", "correct_qw_half", "qar_half"),
 }
 PAIRS = [  # their difference: what quality adds to a second network
     ["at_test", "at_test_ensemble"],
