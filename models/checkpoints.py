@@ -267,9 +267,9 @@ def _is_own(stage, path):
         except InputError:
             return True  # damaged
         return isinstance(state, dict) and state.get("stage") in OWN[stage].stages
-    log = os.path.join(os.path.dirname(path), "log.csv")
+    log, last = (os.path.join(os.path.dirname(path), name) for name in ("log.csv", "last.pt"))
     if not os.path.isfile(log):  # it is written before events
-        return not re.fullmatch(EVENTS, os.path.basename(path))
+        return os.path.isfile(last) or not re.fullmatch(EVENTS, os.path.basename(path))
     with open(log, "rb") as f:
         head = f.readline()
     return head == b"" or head.startswith(OWN[stage].head)

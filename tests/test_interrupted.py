@@ -228,6 +228,7 @@ def test_a_fresh_start_removes_the_files_of_a_run_alone(gray, gray_quality, tmp_
     kept = {path.name for path in tmp_path.iterdir()}
     assert {"g.pt", *others} < kept
     (tmp_path / "step2.pt").write_text("of a run")
+    (tmp_path / "log.csv").unlink()
     train_ssl.main([*argv[:-1], "--overwrite"])
     left = {path.name for path in tmp_path.iterdir()}
     assert left >= {"g.pt", "best.pt", *others} and "step2.pt" not in left
