@@ -864,7 +864,7 @@ MASKS = (".png", ".nii.gz")  # what write_mask() writes
 
 
 def check_masks(masks, args):
-    """InputError if a folder holds masks and --overwrite is not given, or if it holds more."""
+    """InputError if a folder holds masks that may not be replaced, or anything but masks."""
     found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
     if found and not args.overwrite:
         raise InputError(

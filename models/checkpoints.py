@@ -172,7 +172,7 @@ def lock_folder(out):
 
 
 class Own(NamedTuple):
-    """How the files of a stage's run are known."""
+    """What tells the files of a stage's run from others."""
 
     names: str  # a regular expression
     stages: tuple  # of its checkpoints
@@ -260,7 +260,11 @@ def _check_former(stage, former, args):
 
 
 def _is_own(stage, path):
-    """Whether a file may be of a stage's run, also of one that was killed. Reports are not read."""
+    """Whether a file that has a name of a run's is of a run of this stage.
+
+    A checkpoint says its stage. The head of log.csv tells it for all other files. A file that is
+    damaged, or an empty log, may come from a run that was killed.
+    """
     if path.endswith(".pt"):
         try:
             state = _load(path)
@@ -268,7 +272,7 @@ def _is_own(stage, path):
             return True  # damaged
         return isinstance(state, dict) and state.get("stage") in OWN[stage].stages
     log, last = (os.path.join(os.path.dirname(path), name) for name in ("log.csv", "last.pt"))
-    if not os.path.isfile(log):  # it is written before events
+    if not os.path.isfile(log):  # a run writes it before its events
         return os.path.isfile(last) or not re.fullmatch(EVENTS, os.path.basename(path))
     with open(log, "rb") as f:
         head = f.readline()
