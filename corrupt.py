@@ -158,7 +158,8 @@ def weighted_choice(items, weights, rng):
 
 
 # ------------------------------------------------------------------------------------- corruptions
-# f(m, rng, *parameters) -> a corrupted copy of a binary mask that has some foreground.
+# f(m, rng, *parameters) -> a corrupted copy of a binary mask [*S] that has some foreground. m holds
+# 0 and 1, uint8; of the copy, all above 0 counts.
 # A function in WARPS (below the catalog) also takes a whole label map.
 
 
@@ -466,7 +467,7 @@ def corrupt_classes(corruption, label, K, rng):
     if corruption.function in (swap, merge):
         return corruption.function(label, rng, K)
     if K == 2:
-        return corrupted(label)
+        return (corrupted(label) > 0).view(np.uint8)
     everything = rng.random() < 0.4
     if everything and corruption.function in WARPS:
         return corrupted(label)
@@ -530,7 +531,7 @@ def draw_corruptions(kind, K, rng):
     """The corruptions of a mask of a kind, a key of MIX: one, or the two or three of a chain."""
     single = SINGLE + SEVERAL_CLASSES if K > 2 else SINGLE
     tables = {"heavy": HEAVY, "blob": BLOB, "catastrophic": CATASTROPHIC}
-    rows = tables.get(kind, single)
+    rows = single if kind in ("single", "chain") else tables[kind]
     weights = [weight for _, weight, *_ in rows]
     length = int(rng.integers(2, 4))  # of a chain; always drawn, so that seeds keep their masks
     count = length if kind == "chain" else 1

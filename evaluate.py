@@ -281,7 +281,8 @@ def held_out(info, states):
     return names
 
 
-KEPT = ("args", "data", "labeled", "inputs", "best", "step")  # of a checkpoint, without weights
+# of a checkpoint, without weights
+KEPT = ("args", "defaults", "data", "labeled", "inputs", "best", "step")
 
 
 def load_states(args):
@@ -379,19 +380,23 @@ def trust_of(args):
 def group_runs(states, paths):
     """Runs that differ only in their seed -> [Group]; names are made unique by what differs.
 
-    An option that an older run does not know tells no two runs apart. Files of --qp and --unlabeled
-    are the same where their checksums are, whatever their paths. Each seed may have a g of its own,
-    see split_by_g(). A second checkpoint of a seed is a row by itself, under its path.
+    Of an option that it is too old to know, a run has the default; where no run tells that, the
+    option tells no two runs apart. Files of --qp and --unlabeled are the same where their checksums
+    are, whatever their paths. Each seed may have a g of its own, see split_by_g(). A second
+    checkpoint of a seed is a row by itself, under its path.
 
     states [runs]: of their checkpoints; paths [runs].
     """
     qps, unlabeled = (list(file_names(option, states)) for option in ("qp", "unlabeled"))
+    defaults = {}
+    for state in states:
+        defaults |= {name: v for name, v in _dict(state, "defaults").items() if v is not None}
     alike = []  # (options, runs) that differ in seed and g alone
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = options_of(state, path, unlabeled[i])
+        config = options_of(state, path, unlabeled[i], defaults)
         for known, members in alike:
             if not differing(known, config):
-                known |= config
+                known |= config  # what one of them knows
                 members.append(i)
                 break
         else:
@@ -415,9 +420,12 @@ def group_runs(states, paths):
     return found
 
 
-def options_of(state, path, unlabeled):
-    """The options in which runs of one row are alike, but for g. unlabeled: of file_names()"""
-    args = state["args"]
+def options_of(state, path, unlabeled, defaults):
+    """The options in which runs of one row are alike, but for g.
+
+    unlabeled: of file_names(); defaults: of options that the run may not know.
+    """
+    args = defaults | state["args"]
     own = dict(
         flip=args.get("flip"),
         foreground=args.get("foreground", 0.0),
@@ -458,8 +466,8 @@ def split_by_g(config, members, seeds, qps):
     seeds, qps [runs]: of all runs, not only of the members.
     """
     pairs = {(seeds[i], qps[i]) for i in members}
-    count = len(pairs)
-    own = count > 1 and count == len({s for s, _ in pairs}) == len({g for _, g in pairs} - {None})
+    its_seeds, its_gs = map(set, zip(*pairs))
+    own = None not in its_gs and len(its_seeds) == len(its_gs) == len(pairs) > 1
     rows = {}
     for i in members:
         rows.setdefault("one for each seed" if own else qps[i], []).append(i)

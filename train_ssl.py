@@ -165,8 +165,10 @@ class Term:
 #
 # To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
 # students, in WARM_UP if it starts otherwise, in MIXES if it mixes a batch, in NO_GRAPH if it
-# reads numbers back from the device, in DEFAULTS if its options differ from the paper's; its own
-# options are in add_method_options.
+# reads numbers back from the device, in DEFAULTS if its options differ from the paper's. Its own
+# options are in add_method_options, and in READ_BY. What it learns beside f, or remembers from step
+# to step, is a layer or a buffer of the network (models/README.md); all else is lost by --resume.
+# `python -m pytest tests/test_ssl.py -k NAME` tries it.
 #
 # Labeled images, weak views and strong views go through a student in passes of their own: mixed
 # statistics of batch norm let pseudo-labels drift (results/baselines).
@@ -407,8 +409,8 @@ NO_GRAPH = {  # why --graph cannot hold a step that reads back from the device; 
     "bcp": lambda args: args.largest_component and "--largest-component runs on the CPU",
 }
 
-PAPER = dict(lam=0.25, lam_warmup=0.075, lam_ramp=0.15, conf_threshold=0.9)
-DEFAULTS = {  # where the method's publication, or a measurement (results/baselines), says otherwise
+DEFAULTS = {  # of any option, where a method's publication, or a measurement (results/baselines),
+    # says otherwise than parse_args()
     "mean_teacher": dict(lam=0.3),
     "ua_mt": dict(lam=0.3),
     "ict": dict(lam=0.3),
@@ -417,13 +419,23 @@ DEFAULTS = {  # where the method's publication, or a measurement (results/baseli
     "unimatch": dict(lam=1.0, conf_threshold=0.0),
     "bcp": dict(lam=0.5, lam_warmup=0.25, lam_ramp=0.0),
 }
+READ_BY = {  # options that the other methods do not look at
+    "conf_threshold": ("pseudo_label", "contrastive", "fixmatch", "unimatch"),
+    "mc_passes": ("ua_mt",),
+    "mix_alpha": ("ict",),
+    "contrast_weight": ("contrastive",),
+    "temperature": ("contrastive",),
+    "negatives": ("contrastive",),
+    "paste": ("bcp",),
+    "largest_component": ("bcp",),
+}
 # fmt: on
 
 
 def defaults_of(name):
     """The default of an option, by method, as the help says it."""
     own = [f"{method} {d[name]:g}" for method, d in DEFAULTS.items() if name in d]
-    return f"default: {', '.join([f'{PAPER[name]:g}', *own])}"
+    return f"default: {', '.join(['%(default)s', *own])}"
 
 
 # fmt: off
@@ -432,16 +444,16 @@ def add_method_options(p):
     p.section("method")
     p.add_argument("--method", choices=METHODS, default="supervised",
                    help="semi-supervised method")
-    p.add_argument("--conf-threshold", type=SHARE,
+    p.add_argument("--conf-threshold", type=SHARE, default=0.9,
                    help="pseudo_label, contrastive, fixmatch, unimatch: pixels of lower confidence "
                         f"are left out; 0 keeps all ({defaults_of('conf_threshold')})")
-    p.add_argument("--lam", type=number(0, 1e6, float),
+    p.add_argument("--lam", type=number(0, 1e6, float), default=0.25,
                    help="lambda: weight of the unlabeled loss after its ramp "
                         f"({defaults_of('lam')})")
-    p.add_argument("--lam-warmup", type=SHARE,
+    p.add_argument("--lam-warmup", type=SHARE, default=0.075,
                    help="share of training before the unlabeled loss sets in "
                         f"({defaults_of('lam_warmup')})")
-    p.add_argument("--lam-ramp", type=SHARE,
+    p.add_argument("--lam-ramp", type=SHARE, default=0.15,
                    help="share of training over which lambda then grows "
                         f"({defaults_of('lam_ramp')})")
     p.add_argument("--ema", type=number(0, 0.999999, float), default=0.99,
@@ -632,13 +644,13 @@ def unlabeled_loss(g, terms, args, device):
     qw = {label: qw_weights(g, label, args) for label in labels}
     losses, means, effective = [], [], []
     for term in terms:
-        pixels = qw[term.label]  # [U, *S]
-        if term.mix is not None:  # they are blended like the images that the loss saw
-            pixels = term.mix.blend(pixels)
-        w = pixels.flatten(1).mean(1)  # [U]
-        losses.append(term.loss(pixels))
-        means.append(w.mean())
-        effective.append(w.sum() ** 2 / (len(w) * (w**2).sum()).clamp_min(1e-12))
+        w = qw[term.label]  # [U, *S]
+        if term.mix is not None:  # weights are blended like the images that the loss saw
+            w = term.mix.blend(w)
+        losses.append(term.loss(w))
+        each = w.flatten(1).mean(1)  # [U]
+        means.append(each.mean())
+        effective.append(each.sum() ** 2 / (len(each) * (each**2).sum()).clamp_min(1e-12))
     return sum(losses), torch.stack(means).mean(), torch.stack(effective).mean()
 
 
@@ -716,7 +728,10 @@ def step_uses_unlabeled(args, step):
 
 
 def onset(args):
-    """The number of supervised steps before unlabeled images come in; 0 if they never do."""
+    """The number of supervised steps before unlabeled images come in; 0 if they never do.
+
+    They stay in once they are; so that bisection, which every step can afford, finds the first.
+    """
     steps = range(1, args.steps + 1)
     count = bisect.bisect_left(steps, True, key=lambda step: step_uses_unlabeled(args, step))
     return 0 if count == args.steps else count
@@ -1118,8 +1133,8 @@ def validate(run, val, progress, args):
     dice, per_class = val_dice(run.nets[0], run, val, val.window)
     note = alarm(averages, dice, progress.peak, args)
     progress.peak = max(dice, progress.peak)
-    anew = progress.best["step"] <= onset(args) < step  # the supervised part does not count
-    if anew or dice > progress.best["dice"]:
+    is_first = progress.best["step"] <= onset(args) < step  # since unlabeled images came in
+    if is_first or dice > progress.best["dice"]:
         progress.best = dict(dice=dice, step=step)
 
     classes = val.cases.info.classes[1:]
@@ -1392,9 +1407,19 @@ def parse_args(argv=None):
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     args = p.parse_args(argv)
+    own = DEFAULTS.get(args.method, {})
+    if unknown := own.keys() - vars(args).keys():
+        raise KeyError(f"DEFAULTS of {args.method}: {min(unknown)} is no option")
+    p.set_defaults(**own)
+    args = p.parse_args(argv)  # once more, by the defaults of the method
     fill_in(args)
     return args
 # fmt: on
+
+
+def defaults_like(args):
+    """The options of a run of the same method where no other is given."""
+    return parse_args(["DATA", "--out", args.out, "--method", args.method])
 
 
 WEIGHT_THRESHOLD = {"none": 0.0, "confidence": 0.9, "quality": 0.5}
@@ -1402,9 +1427,6 @@ WEIGHT_THRESHOLD = {"none": 0.0, "confidence": 0.9, "quality": 0.5}
 
 def fill_in(args):
     """Defaults that depend on other options. InputError if two options do not fit."""
-    for name, value in {**PAPER, **DEFAULTS.get(args.method, {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     if args.correct and args.method == "supervised":
         raise InputError(
             "--correct: supervised training has no pseudo-label; choose another --method"
@@ -1619,8 +1641,24 @@ def print_start(run, args, labeled, unlabeled, first):
     print(", ".join(words))
 
 
+def unread(args):
+    """The options that were given and that this run does not look at."""
+    defaults = defaults_like(args)
+    names = [name for name, methods in READ_BY.items() if args.method not in methods]
+    if args.method == "supervised":
+        names += ["lam", "lam_warmup", "lam_ramp"]
+    if args.weight == "none":
+        names += ["weight_level", "weight_power", "weight_threshold"]
+    if args.qar == 0:
+        names += ["qar_share", "qar_warmup", "qar_ramp"]
+    return [name for name in names if getattr(args, name) != getattr(defaults, name)]
+
+
 def print_ignored(args, first):
     """Notes on what has no effect, such as --keep of steps up to `first`."""
+    if names := unread(args):
+        given = ", ".join("--" + name.replace("_", "-") for name in names)
+        print(f"note: without effect in this run: {given}")
     lam, lam_qar = lambdas(args, args.steps)
     if args.method != "supervised" and lam == 0:
         print(
@@ -1713,7 +1751,10 @@ def main(argv=None):
     lock = checkpoints.lock_folder(args.out)  # noqa: F841 (until main ends)
     g, taught = load_g(args, info, on)
     args.weight_level = args.weight_level or finest_level(g, args)
-    state, inputs = start_run("ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE)
+    defaults = vars(defaults_like(args))
+    state, inputs = start_run(
+        "ssl", args, info.describe(), inputs=FILES, free=MAY_CHANGE, defaults=defaults
+    )
     if state and state["finished"]:
         print_finished(args, state)
         return
@@ -1731,7 +1772,13 @@ def main(argv=None):
     if state:
         print_changed(state["args"], args)
     known = sorted({*labeled.case, *taught})  # whose labels f has seen, through g also
-    facts = dict(args=vars(args), data=info.describe(), inputs=inputs, labeled=known)
+    facts = dict(
+        args=vars(args),
+        defaults=defaults,
+        data=info.describe(),
+        inputs=inputs,
+        labeled=known,
+    )
 
     log = open_log(args, info, progress.step, fresh=not state)
     print_start(run, args, labeled, unlabeled, progress.step)

@@ -197,14 +197,15 @@ def files_of_run(stage, folder):
     return [os.path.join(folder, name) for name in sorted(own, key=lambda n: (n != "last.pt", n))]
 
 
-def start_run(stage, args, data, inputs=(), free=(), folder=None):
+def start_run(stage, args, data, inputs=(), free=(), defaults=None, folder=None):
     """Looks at last.pt in a folder (default: --out) before a run. -> state, sums
 
     state: to resume from, or of a run that is finished (state["finished"]); None: a fresh start.
     sums: {option: CRC-32 of the file that it names, or None}, for the state's "inputs".
 
     data: describes the data now. inputs: options that name other files, which may be elsewhere now,
-    but must be the same. free: options that may differ.
+    but must be the same. free: options that may differ. defaults: {option: value} of those that a
+    run may be too old to know.
 
     InputError if the folder holds an unfinished run and neither --resume nor --overwrite is given,
     or a run that was started with other data, files or options; or where a fresh start would remove
@@ -232,7 +233,8 @@ def start_run(stage, args, data, inputs=(), free=(), folder=None):
         raise InputError(
             f"{last}: was started by another version, whose losses are others; {REPLACE}"
         )
-    _check_same_run(last, state, args, data, sums, free)
+    young = _younger(state["args"], vars(args), defaults or {})
+    _check_same_run(last, state, args, data, sums, {*free, *young})
     if not args.resume and not state["finished"]:
         raise InputError(
             f"{args.out}: holds an unfinished run; go on with --resume, replace it with "
@@ -294,12 +296,16 @@ VAL_OPTIONS = ("window", "stride", "blend")  # of train_ssl.py: how val is seen
 MAY_CHANGE = ("keep", "cache", "workers", *VAL_OPTIONS)  # of train_ssl.py: where a run resumes
 
 
+def _younger(before, now, defaults):
+    """Options that a run did not know yet, and which are off, or as they are by default."""
+    new = now.keys() - before.keys()
+    return {name for name in new if not now[name] or now[name] == defaults.get(name)}
+
+
 def _check_same_run(last, state, args, data, sums, free):
     """InputError unless a run was started with these options, data and files."""
     for key, value in vars(args).items():
         if key in ELSEWHERE or key in sums or key in free:
-            continue
-        if key not in state["args"] and not value:  # an option younger than the run, and off
             continue
         found = state["args"].get(key)
         if found != value:

@@ -65,6 +65,24 @@ def test_every_line_changes_a_binary_mask_and_keeps_its_type(line):
             assert changed >= 4
 
 
+@pytest.mark.parametrize("K", [2, 4])
+def test_a_new_corruption_may_give_any_mask(K):
+    label = heart() if K == 4 else disc()
+    made = {
+        "bool": lambda m, rng: m[..., ::-1] > 0,
+        "255": lambda m, rng: 255 * m[..., ::-1],
+        "int64": lambda m, rng: m[..., ::-1].astype(np.int64),
+        "float": lambda m, rng: m[..., ::-1] / 2,
+        "uint8": lambda m, rng: m[..., ::-1],
+    }
+    found = [
+        corrupted((name, 1, function), label, K, np.random.default_rng(0))
+        for name, function in made.items()
+    ]
+    assert all(out.dtype == np.uint8 and (out == found[-1]).all() for out in found)
+    assert (found[-1] != label).any() and corrupt.dice_of(found[0][None], label[None], K).min() < 1
+
+
 def test_lines_do_what_they_say():
     rng, m = np.random.default_rng(0), disc(224)
     area = int(m.sum())

@@ -1326,6 +1326,11 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
         ("supervised (younger=0.5)", [0, 1]),
         ("supervised (younger=0.7)", [2]),
     ]
+    later["defaults"] = dict(younger=0.5, older=None)  # which the first run has had
+    assert rows_of([states[1], later]) == [
+        ("supervised (younger=0.5)", [0]),
+        ("supervised (younger=0.7)", [1]),
+    ]
     del states[2]["args"]["younger"]
     groups = evaluate.group_runs(
         states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"]

@@ -14,6 +14,7 @@ from conftest import ROOT, make_pictures
 from torch import nn
 
 import corrupt
+import evaluate
 import models
 import train_qp
 import train_ssl
@@ -505,6 +506,37 @@ def test_example_network(word, name, weights, gray, tmp_path, monkeypatch):
     model = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
     assert model["name"] == name
     assert models.parameters(models.build(**model)) > weights
+
+
+def test_example_of_what_a_method_learns_and_remembers(gray, tmp_path, monkeypatch):
+    """It is trained, resumed to the same weights, and in the way of nobody who scores f."""
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+    exec(example("class Projected"), vars(models) | {"nn": nn, "torch": torch})
+
+    def prototypes(nets, teacher, batch, args, t):
+        target = batch.pseudo_label(train_ssl.probabilities(teacher, batch.u))
+        features = nets[0].project(nets[0].encode(batch.u)[2].mean((2, 3))).float()  # [U, 32]
+        nets[0].bank.lerp_(features.detach().mean(0), 0.1)
+        distance = (features[:, None] - nets[0].bank).square().mean((1, 2))  # [U]
+        loss = lambda w: train_ssl.weighted_mean(distance[:, None, None].expand_as(w), w)
+        return train_ssl.seg_loss(nets[0](batch.x), batch.y), [train_ssl.Term(target, loss)]
+
+    monkeypatch.setitem(train_ssl.METHODS, "prototypes", prototypes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = "--labeled 2 --size 32 --steps 4 --batch 2 --batch-unlabeled 2 --eval-every 2"
+    how = ["--method", "prototypes", "--model", "projected", "--lam-warmup", "0", *options.split()]
+    train_ssl.main([gray, "--out", str(whole), *how, "--keep", "2"])
+    parts.mkdir()
+    (parts / "last.pt").write_bytes((whole / "step2.pt").read_bytes())
+    (parts / "log.csv").write_bytes((whole / "log.csv").read_bytes())
+    train_ssl.main([gray, "--out", str(parts), *how, "--keep", "2", "--resume"])
+    states = [torch.load(path / "last.pt", weights_only=True)["nets"][0] for path in (whole, parts)]
+    start = torch.load(whole / "step2.pt", weights_only=True)["nets"][0]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name])
+    for name in ("project.weight", "bank"):
+        assert not torch.equal(states[0][name], start[name])
+    evaluate.main([gray, str(whole / "best.pt"), "--out", str(tmp_path / "table")])
 
 
 def test_example_input_of_g(gray, gray_quality, tmp_path, monkeypatch):

@@ -43,6 +43,10 @@ def options(*more, weight="none", level="image", qar=0.0, method="supervised"):
     return train_ssl.parse_args(argv)
 
 
+def plain_options(*more):
+    return train_ssl.parse_args(["data.h5", "--out", "out", *more])
+
+
 def halfway(args):
     """Now at the middle of training."""
     trust = 1.0 if args.trust is None else args.trust
@@ -1202,7 +1206,7 @@ def test_a_run_goes_on_past_an_option_that_it_does_not_know_unless_that_is_on(
 )
 def test_a_lone_image_is_noted(method, sizes, world, said, capsys, monkeypatch):
     monkeypatch.setattr(train_ssl.distributed, "world", lambda: world)
-    train_ssl.print_ignored(options(*sizes.split(), method=method), 0)
+    train_ssl.print_ignored(plain_options(*sizes.split(), "--method", method), 0)
     found = capsys.readouterr().out
     assert said in found if said else not found
 
@@ -1233,8 +1237,44 @@ def test_losses_that_never_come_in_are_noted(more, noted, capsys):
     assert all(f"{words} no part in 9 steps" in said for words in noted)
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("--method mean_teacher --paste 0.5 --mc-passes 8 --lam 1", "--paste"),
+        ("--method mean_teacher --conf-threshold 0.5 --qar-ramp 1", "--conf-threshold, --qar-ramp"),
+        ("--method bcp --paste 0.5 --no-largest-component --weight-power 1", "--weight-power"),
+        ("--method fixmatch --conf-threshold 0.9 --weight-level class", "--weight-level"),
+        ("--lam 0.3", "--lam"),
+        ("--method unimatch --conf-threshold 0 --lam-ramp 0.5", ""),
+    ],
+)
+def test_options_that_a_run_does_not_read_are_noted(more, said, capsys):
+    train_ssl.print_ignored(plain_options(*more.split()), 0)
+    found = capsys.readouterr().out
+    assert found == (f"note: without effect in this run: {said}\n" if said else "")
+
+
+def test_a_method_may_have_any_default_of_its_own(monkeypatch):
+    own = dict(lam=0.5, ema=0.9, optimizer="sgd", batch=5, flip="W", largest_component=False)
+    monkeypatch.setitem(train_ssl.DEFAULTS, "ict", own)
+    found = vars(plain_options("--method", "ict"))
+    assert {name: found[name] for name in own} == own
+    given = plain_options("--ema", "0.8", "--largest-component", "--method", "ict")
+    assert given.ema == 0.8 and given.largest_component and given.optimizer == "sgd"
+    assert plain_options("--method", "mean_teacher").ema == 0.99
+    monkeypatch.setitem(train_ssl.DEFAULTS, "ict", dict(emma=0.9))
+    with pytest.raises(KeyError, match="DEFAULTS of ict: emma is no option"):
+        plain_options("--method", "ict")
+
+
+def test_methods_of_which_read_by_tells_are_there():
+    known = vars(plain_options())
+    for name, methods in train_ssl.READ_BY.items():
+        assert name in known and set(methods) <= set(train_ssl.METHODS)
+
+
 def test_a_step_that_never_comes_is_noted(tmp_path, capsys):
-    args = options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
+    args = plain_options("--keep", "3,50", "--steps", "9", "--out", str(tmp_path))
     for step in (3, 50):  # 50 is of a run that was replaced
         (tmp_path / f"step{step}.pt").touch()
     for keep, first, said in (([3, 50], 0, "50 is not among 1 to 9"), ([3], 5, ""), ([4], 5, "4 ")):
@@ -1522,8 +1562,12 @@ def test_an_option_that_was_not_given_is_called_so(gray, tmp_path, refused):
     refused(again, ["--compile"], "was started without --compile, not with --compile;")
     state = torch.load(tmp_path / "o" / "last.pt", weights_only=True)
     del state["data"]["spacing"]  # an older run
+    for name in ("geometry", "compile", "lam"):  # options that it did not know
+        del state["args"][name]
     torch.save(state, tmp_path / "o" / "last.pt")
     again([])
+    refused(again, ["--geometry", "2"], "was started without --geometry, not with --geometry 2")
+    refused(again, ["--compile"], "was started without --compile, not with --compile;")
 
 
 def test_overwrite_leaves_nothing_of_the_former_run(gray, tmp_path, monkeypatch):

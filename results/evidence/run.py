@@ -185,9 +185,8 @@ def without_archive(data):
 
 
 def quality_of(tier, data, row="", seed=0):
-    """The folder of g of a row. An archive does not change it."""
-    name = "g_half" if row.endswith("_half") else "g"
-    name += f"-{seed}" if seed else ""
+    """The folder of g of a row and a seed. An archive does not change it; g½ serves all seeds."""
+    name = "g_half" if row.endswith("_half") else f"g-{seed}" if seed else "g"
     return f"runs/evidence/{tier}/{without_archive(data)}/{name}"
 
 
@@ -213,7 +212,7 @@ def options(tier, job, out):
     if data.archive and job.method != "supervised":
         words += ["--unlabeled", f"runs/{data.archive}.h5"]
     if {"quality", "--qar", "--correct"} & set(guide):
-        words += ["--qp", f"{quality_of(tier, job.data, job.row)}/qp.pt"]
+        words += ["--qp", f"{quality_of(tier, job.data, job.row, job.seed)}/qp.pt"]
     return [*words, "--method", job.method]
 
 
@@ -305,13 +304,11 @@ def from_start(path, args):
 
 def control_of(tier, job):
     """What stand_in() takes for a row, or None. Trains g and the ensemble if they are missing."""
-    corrected = job.row in AT_TEST
-    if not corrected and "--qp" not in options(tier, job, "-"):
+    if job.row not in AT_TEST and "--qp" not in options(tier, job, "-"):
         return None
-    seed = job.seed if corrected else 0
-    train_quality(tier, job.data, job.row, seed)
+    train_quality(tier, job.data, job.row, job.seed)
     if job.row in BY_ENSEMBLE:
-        return Ensemble(ensemble(tier, job.data, seed))
+        return Ensemble(ensemble(tier, job.data, job.seed))
     return Oracle() if job.row == "oracle" else CONTROLS.get(job.row)
 
 
