@@ -197,7 +197,7 @@ def files_of_run(stage, folder):
     return [os.path.join(folder, name) for name in sorted(own, key=lambda n: (n != "last.pt", n))]
 
 
-def start_run(stage, args, data, inputs=(), free=(), defaults=None, folder=None):
+def start_run(stage, args, data, *, inputs=(), free=(), defaults=None, folder=None):
     """Looks at last.pt in a folder (default: --out) before a run. -> state, sums
 
     state: to resume from, or of a run that is finished (state["finished"]); None: a fresh start.

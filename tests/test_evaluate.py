@@ -1302,36 +1302,6 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
         ("ict (checkpoint=best.pt)", [6]),
         ("ict (checkpoint=7/best.pt)", [7]),
     ]  # the same seed twice is no second seed
-    del states[1]["args"]["correct"]  # a run that is older than this option
-    assert [
-        (name, members)
-        for name, _, members in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
-    ] == [("supervised", [0, 1])]
-    states[2]["args"]["correct"] = True
-    assert [
-        name for name, _, _ in evaluate.group_runs(states[1:3], ["1/best.pt", "2/best.pt"])
-    ] == ["supervised", "supervised + correction"]
-    states[1]["args"]["correct"] = True  # by g alone; now val chooses
-    del states[1]["args"]["trust"]
-    assert [name for name, _ in rows_of(states[1:3])] == [
-        "supervised + correction (trust=1.0)",
-        "supervised + correction (trust=val)",
-    ]
-    del states[1]["args"]["correct"]
-    states[2]["args"]["correct"] = False
-    states[2]["args"]["younger"] = 0.5  # an option of tomorrow, which the other run does not know
-    assert rows_of(states[1:3]) == [("supervised", [0, 1])]
-    later = dict(states[1], args=states[2]["args"] | dict(younger=0.7, seed=5))
-    assert rows_of([*states[1:3], later]) == [
-        ("supervised (younger=0.5)", [0, 1]),
-        ("supervised (younger=0.7)", [2]),
-    ]
-    later["defaults"] = dict(younger=0.5, older=None)  # which the first run has had
-    assert rows_of([states[1], later]) == [
-        ("supervised (younger=0.5)", [0]),
-        ("supervised (younger=0.7)", [1]),
-    ]
-    del states[2]["args"]["younger"]
     groups = evaluate.group_runs(
         states[1:3] * 2, ["0/step1.pt", "1/step1.pt", "0/best.pt", "1/best.pt"]
     )
@@ -1339,6 +1309,32 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
         ("supervised (checkpoint=step1.pt)", [0, 1]),
         ("supervised (checkpoint=best.pt)", [2, 3]),
     ]
+
+
+def test_a_run_is_older_than_an_option(gray, tmp_path):
+    info = h5.read_info(gray)
+    old, new = (
+        evaluate.load_checkpoint(make_run(tmp_path / str(seed), info, seed=seed), "ssl")
+        for seed in (0, 1)
+    )
+    del old["args"]["correct"]
+    assert rows_of([old, new]) == [("supervised", [0, 1])]
+    new["args"]["correct"] = True
+    assert rows_of([old, new]) == [("supervised", [0]), ("supervised + correction", [1])]
+    old["args"]["correct"] = True  # by g alone; now val chooses
+    del old["args"]["trust"]
+    assert [name for name, _ in rows_of([old, new])] == [
+        "supervised + correction (trust=1.0)",
+        "supervised + correction (trust=val)",
+    ]
+    old["args"]["correct"] = new["args"]["correct"] = False
+    new["args"]["younger"] = 0.5  # an option of tomorrow
+    assert rows_of([old, new]) == [("supervised", [0, 1])]
+    later = dict(old, args=new["args"] | dict(younger=0.7, seed=5))
+    half, more = "supervised (younger=0.5)", "supervised (younger=0.7)"
+    assert rows_of([old, new, later]) == [(half, [0, 1]), (more, [2])]
+    later["defaults"] = dict(younger=0.5, older=None)  # so the old run has had
+    assert rows_of([old, later]) == [(half, [0]), (more, [1])]
 
 
 def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):
