@@ -39,6 +39,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
@@ -71,7 +72,7 @@ from data.metrics import (
     score_case,
     triage,
 )
-from data.options import SHARE, Parser, cli, folder, number
+from data.options import SHARE, Parser, cli, folder, note_unread, number
 from data.tables import markdown, write_csv, write_text
 from models import checkpoints, inference, quality
 from models.checkpoints import load_checkpoint
@@ -336,16 +337,31 @@ def check_labels(args, info, split, entries):
                 h5.read_source_label(info, split, entry)  # refuses
 
 
-def note_taught(args, info, entries, states):
-    """A warning where a run has learned from labels, in another file, of cases of these names."""
+def note_taught(args, info, split, entries, states):
+    """A line where a run, its g, or the g of --qp has learned from labels of these cases.
+
+    In another file they are cases of the same names.
+    """
     names = {entry.name for entry in entries}
+    train = {entry.name for entry in info.splits.get("train", [])}
+    if args.qp:
+        states = states | {args.qp: load_checkpoint(args.qp, "qp")}
     for path, state in states.items():
+        same = state["data"]["checksum"] == info.checksum
         taught = names & set(state["labeled"])
-        if taught and state["data"]["checksum"] != info.checksum:
+        if same and split == "train" and taught:
             print(
-                f"warning: {path} was trained on another file than {args.data} is now, with labels "
-                f"of {len(taught)} of these {len(names)} cases, by name, such as {min(taught)}; if "
-                "they are the same images, its scores are too good"
+                f"note: {path} has learned from the labels of {len(taught)} of these {len(names)} "
+                "cases; --split held_out leaves them out"
+            )
+            continue
+        if same:
+            taught -= train  # its own, of whose names other splits may have cases, too
+        if taught:
+            print(
+                f"warning: {'the g of ' if same else ''}{path} was trained on another file than "
+                f"{args.data} is now, with labels of {len(taught)} of these {len(names)} cases, by "
+                f"name, such as {min(taught)}; if they are the same images, its scores are too good"
             )
 
 
@@ -760,7 +776,7 @@ def predict(args):
     size = state["args"]["size"]
 
     # what can be refused is refused before images are read
-    check_out(args)
+    check_out(args, state["data"])
     known = data_of(path, state)
     checkpoints.check_trained_size(path, known, size)
     window = inference.window_of(size, args, args.batch)
@@ -772,7 +788,7 @@ def predict(args):
     lock = claim(args.out)  # noqa: F841 (until this ends)
     check_masks(masks, args)
 
-    with dataset(args, state["data"]) as info:
+    with dataset(args, state["data"]) as info, new_masks(args.out) as made:
         check_runs(args, info, {path: state})
         h5.choose_shown(info, args.show)
         info = on_source_grids(info)
@@ -780,7 +796,6 @@ def predict(args):
         split, entries = chosen_cases(info, split, {path: state}, args.qp)
         names = [entry.name for entry in entries]
         cases = inference.Cases(info, split, size, names, keep=False)
-        remove_masks(args.out)
         batch = args.batch or samples_in(32, loading.shape_of(size))
         found = inference.answers(net, cases, on, window, batch)
         rows = []
@@ -788,12 +803,13 @@ def predict(args):
             entry, label = answer.case.entry, answer.label
             if args.largest_component:
                 label = largest_component(label, len(info.classes))
-            file = write_mask(masks, label, entry)
+            file = write_mask(made, label, entry)
             if g:
                 answer = answer._replace(label=label)
                 dice, score = predicted_quality(g, net, answer, size, on)
                 z = figures.middle(label, len(label))
                 rows.append(Predicted(dice, score, entry, file, z, pack(label[z])))
+        put_masks(made, masks)
         print(f"wrote {len(cases)} masks in {masks}")
         if g:
             rows.sort(key=lambda row: row.score)
@@ -831,12 +847,17 @@ def data_of(path, state):
     )
 
 
-def check_out(args):
-    """InputError if masks would go where images are, of which masks/ may hold the truth."""
+def check_out(args, data):
+    """InputError if masks would go where images are, of which masks/ may hold the truth.
+
+    data: of the checkpoint, which may have learned from a folder for each channel.
+    """
     from data import new_images  # brings SimpleITK, which takes a second and only --predict needs
 
     folders = new_images.may_hold(args.data) if new_images.are_new(args.data) else []
-    among = any(os.path.isdir(os.path.join(args.out, name)) for name in new_images.FOLDERS if name)
+    channels = new_images.folders_of(data.get("prepared"), h5.names_of(data), args.data)
+    names = [*filter(None, new_images.FOLDERS), *channels]
+    among = any(os.path.isdir(os.path.join(args.out, name)) for name in names)
     if among or os.path.realpath(args.out) in map(os.path.realpath, folders):
         raise InputError(
             f"--out {args.out}: is a folder of the images; choose another, since its masks/ may "
@@ -859,7 +880,7 @@ def dataset(args, data):
         raise InputError(
             f"--split {args.split}: {args.data} holds images, not a dataset that has splits"
         )
-    # claim() removes files of such names, should this process be killed
+    # claim() removes what has such names, should this process be killed
     temporary = os.path.join(args.out, f".images.{os.getpid()}.part")
     try:
         yield new_images.convert(args.data, temporary, data)
@@ -885,13 +906,27 @@ def check_masks(masks, args):
             raise InputError(f"{path}: {kind} among the masks; move it, or choose another --out")
 
 
-def remove_masks(out):
-    """Removes the masks and the list of an earlier --predict."""
-    masks = glob.glob(os.path.join(glob.escape(out), "masks", "*"))
+@contextlib.contextmanager
+def new_masks(out):
+    """Yields a folder in OUT for masks that are being made; at the end it is removed."""
+    made = os.path.join(out, f".masks.{os.getpid()}.part")  # see dataset()
+    try:
+        os.makedirs(made)
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def put_masks(made, masks):
+    """Moves the masks of a folder, in the place of those of an earlier --predict and their list."""
+    out = os.path.dirname(masks)
     lists = [os.path.join(out, f"worst_first.{ending}") for ending in ("csv", "png")]
-    for path in masks + lists:
+    for path in glob.glob(os.path.join(glob.escape(masks), "*")) + lists:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
+    os.makedirs(masks, exist_ok=True)
+    for name in os.listdir(made):
+        shutil.move(os.path.join(made, name), os.path.join(masks, name))  # perhaps to another disk
 
 
 @torch.no_grad()
@@ -1019,17 +1054,38 @@ def unpack(packed, image):
 
 
 PICTURES = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "triage")
+SCORES = ("summary.json", "summary.md", "cases.csv")  # the first of them is written first
+OF_QP = ("quality.md", "quality.json", "quality.csv")
+
+
+def check_scores(out):
+    """InputError if a folder holds files of these names that no evaluation has written."""
+    first = os.path.join(out, SCORES[0])
+    try:
+        with open(first, encoding="utf-8") as f:
+            found = json.load(f)
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict) and {"title", "rows", "args"} <= found.keys():
+        return
+    for path in files_of_scores(out):
+        raise InputError(
+            f"{path}: is not of evaluate.py, and would be replaced; choose another --out"
+        )
+
+
+def files_of_scores(out, without=()):
+    """The files in a folder that have names of those which an evaluation writes."""
+    names = [*SCORES, *OF_QP, *(f"{name}.png" for name in PICTURES)]
+    names = [name for name in names if name not in without]
+    return [path for name in names for path in glob.glob(os.path.join(glob.escape(out), name))]
 
 
 def remove_scores(out):
     """Removes what an earlier evaluation has written and this one may not write again."""
-    if not os.path.isfile(os.path.join(out, "summary.json")):
-        return
-    pictures = [f"{name}.png" for name in PICTURES]
-    for name in [*pictures, "quality.md", "quality.json", "quality.csv"]:
-        for path in glob.glob(os.path.join(glob.escape(out), name)):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+    for path in files_of_scores(out, without=SCORES):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 COLUMNS = (  # below the table
@@ -1060,11 +1116,11 @@ def write_scores(args, runs, windows):
             f"(bootstrap, percentiles) over {len(set(patient))} patients, in each the mean over "
             "cases, classes and seeds; p: Wilcoxon's signed-rank test, two-sided"
         )
-    write_csv(os.path.join(args.out, "cases.csv"), score_rows(args, runs))
     scored = {*runs.classes, *runs.held_regions}
     absent = [name for name in [*runs.info.classes[1:], *runs.regions] if name not in scored]
     found = dict(title=title, rows=rows, absent=absent, args=vars(args))
     write_text(os.path.join(args.out, "summary.json"), json.dumps(found, indent=1))
+    write_csv(os.path.join(args.out, "cases.csv"), score_rows(args, runs))
     text = f"{title}\n\n{markdown(list(map(with_small_p, rows)))}\n\n{COLUMNS}"
     if runs.regions:
         unions = [
@@ -1407,6 +1463,16 @@ def parse_args(argv=None):
 # fmt: on
 
 
+def print_unread(args):
+    """A note on options that have no effect beside the others."""
+    names = ["grid"] if args.predict else ["overwrite"]
+    if args.predict and not args.qp:  # without a list, no pictures
+        names += ["pictures", "show"]
+    if args.window == "whole":
+        names += ["stride", "blend"]
+    note_unread(args, names, parse_args(["DATA", "RUN", f"--out={args.out}"]))
+
+
 def cores():
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1414,9 +1480,11 @@ def cores():
 
 def main(argv=None):
     args = parse_args(argv)
+    print_unread(args)
     if args.predict:
         return predict(args)
     args.split = args.split or "val"
+    check_scores(args.out)
     on = compute(args.device, args.amp)
     info = h5.read_info(args.data)
     h5.choose_shown(info, args.show)
@@ -1435,7 +1503,7 @@ def main(argv=None):
     # the cases
     split, entries = chosen_cases(info, args.split, states, args.qp)
     check_labels(args, info, split, entries)
-    note_taught(args, info, entries, states)
+    note_taught(args, info, split, entries, states)
     names = [entry.name for entry in entries]
     held = supervision.held_classes(info, split, names, args.grid == "source")
     runs = Scored(info, split, entries, chosen, groups, held, regions)

@@ -38,7 +38,18 @@ from data import augment, figures, h5, loading, metrics, quality_masks, supervis
 from data.files import InputError
 from data.labels import without
 from data.log import Log
-from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, seed_of
+from data.options import (
+    SEED,
+    SHARE,
+    Parser,
+    cli,
+    flip_axes,
+    folder,
+    grid,
+    note_unread,
+    number,
+    seed_of,
+)
 from data.tables import markdown, write_text
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
@@ -608,6 +619,14 @@ def parse_args(argv=None):
 # fmt: on
 
 
+def print_unread(args):
+    """A note on options that the head does not look at."""
+    names = ["dropout"] if args.head == "dense" else ["members", "mask_dropout", "quality_loss"]
+    names += ["patience"] if args.select == "last" else []
+    plain = parse_args(["DATA", "--vqm=VQM", f"--out={args.out}", "--head", args.head])
+    note_unread(args, names, plain)
+
+
 def set_defaults(args, dims):
     """Fills in what depends on the head and on the data."""
     slices = dims == 2
@@ -692,6 +711,7 @@ def main(argv=None):
     former = [] if state else checkpoints.files_of_run("qp", args.out)
     log = Log(args.out, columns, run.epoch, writes=writes, former=former, counts="epoch")
     print_start(run, data)
+    print_unread(args)
 
     with postponed_signals() as stop:
         while not is_over(run, args):

@@ -51,7 +51,19 @@ from data import augment, figures, h5, loading, metrics, prepared, supervision, 
 from data.files import InputError
 from data.labels import without
 from data.log import Log
-from data.options import SEED, SHARE, Parser, cli, flip_axes, folder, grid, number, numbers, seed_of
+from data.options import (
+    SEED,
+    SHARE,
+    Parser,
+    cli,
+    flip_axes,
+    folder,
+    grid,
+    note_unread,
+    number,
+    numbers,
+    seed_of,
+)
 from data.splits import note_shared
 from data.workers import postponed_signals
 from models import checkpoints, distributed, inference
@@ -1006,7 +1018,10 @@ def second_file(path, info):
             f"note: --unlabeled {path} has the cases of {info.path}: unlabeled ones come twice, "
             "and labeled ones join them; leave it out"
         )
-    return [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
+    sources = [(other, split, None) for split in ("train", "unlabeled") if other.splits.get(split)]
+    if not sources:
+        raise InputError(f"--unlabeled {path}: has no image in train or unlabeled; leave it out")
+    return sources
 
 
 def where_it_fits(size, device):
@@ -1417,9 +1432,18 @@ def parse_args(argv=None):
 # fmt: on
 
 
+def asking(args):
+    """Which options ask g: {option: whether it is given}."""
+    return {
+        "--weight quality": args.weight == "quality",
+        "--qar": args.qar > 0,
+        "--correct": args.correct,
+    }
+
+
 def defaults_like(args):
     """The options of a run of the same method where no other is given."""
-    return parse_args(["DATA", "--out", args.out, "--method", args.method])
+    return parse_args(["DATA", f"--out={args.out}", "--method", args.method])
 
 
 WEIGHT_THRESHOLD = {"none": 0.0, "confidence": 0.9, "quality": 0.5}
@@ -1433,14 +1457,8 @@ def fill_in(args):
         )
     if args.trust is not None and not args.correct:
         raise InputError("--trust needs --correct")
-    asking = {
-        "--weight quality": args.weight == "quality",
-        "--qar": args.qar,
-        "--correct": args.correct,
-    }
-    if any(asking.values()) and not args.qp:
-        asks = next(name for name, given in asking.items() if given)
-        raise InputError(f"--qp is missing: {asks} needs the qp.pt of train_qp.py")
+    if not args.qp and (asks := [name for name, given in asking(args).items() if given]):
+        raise InputError(f"--qp is missing: {asks[0]} needs the qp.pt of train_qp.py")
     if args.weight_threshold is None:
         args.weight_threshold = WEIGHT_THRESHOLD[args.weight]
     if args.weight_level is None and args.weight != "quality":  # else it depends on g
@@ -1455,6 +1473,11 @@ SETTINGS = {  # by dims: those of the paper, and of the left-atrium baselines
 
 def set_defaults(args, info):
     """Fills in what depends on the data. InputError if the options do not fit them."""
+    if "dice" in info.classes:
+        raise InputError(
+            f"{info.path}: has a class 'dice', whose Dice on val would be the log's val_dice, as "
+            "the mean's is; convert the data again with another name"
+        )
     args.size = loading.network_grid(info, args.size)
     args.flip = h5.check_flip(info, args.flip)
     args.foreground = loading.target_share(info, args.foreground)
@@ -1642,8 +1665,7 @@ def print_start(run, args, labeled, unlabeled, first):
 
 
 def unread(args):
-    """The options that were given and that this run does not look at."""
-    defaults = defaults_like(args)
+    """The options that a run does not look at."""
     names = [name for name, methods in READ_BY.items() if args.method not in methods]
     if args.method == "supervised":
         names += ["lam", "lam_warmup", "lam_ramp"]
@@ -1651,14 +1673,18 @@ def unread(args):
         names += ["weight_level", "weight_power", "weight_threshold"]
     if args.qar == 0:
         names += ["qar_share", "qar_warmup", "qar_ramp"]
-    return [name for name in names if getattr(args, name) != getattr(defaults, name)]
+    if args.labeled == "all":
+        names += ["labeled_seed"]
+    if args.window == "whole":
+        names += ["stride", "blend"]
+    return names
 
 
 def print_ignored(args, first):
     """Notes on what has no effect, such as --keep of steps up to `first`."""
-    if names := unread(args):
-        given = ", ".join("--" + name.replace("_", "-") for name in names)
-        print(f"note: without effect in this run: {given}")
+    note_unread(args, unread(args), defaults_like(args))
+    if args.qp and not any(asking(args).values()):
+        print(f"note: g guides nothing, and is only asked about val; see {', '.join(asking(args))}")
     lam, lam_qar = lambdas(args, args.steps)
     if args.method != "supervised" and lam == 0:
         print(
@@ -1685,12 +1711,19 @@ def print_ignored(args, first):
         print(f"note: --keep: step {min(never)} is not among {first + 1} to {args.steps}")
 
 
-def print_taught(taught, labeled):
-    """A note where g knows labels of cases that are unlabeled here."""
-    if more := set(taught) - set(labeled.case):
+def print_taught(info, taught, labeled):
+    """Lines where g knows labels, of cases of these names, that f must not know here."""
+    names = {split: {e.name for e in entries} for split, entries in info.splits.items()}
+    if more := names["train"] & set(taught) - set(labeled.case):
         print(
             f"note: g has learned from the labels of {len(more)} train cases that are unlabeled "
             f"here, among them {min(more)}"
+        )
+    scored = names["val"] | names.get("test", set())
+    if more := scored & set(taught) - names["train"]:
+        print(
+            f"warning: g has learned from the labels of {len(more)} cases of val or test, by name, "
+            f"such as {min(more)}; if they are the same images, scores on them are too good"
         )
 
 
@@ -1762,7 +1795,7 @@ def main(argv=None):
     held = check_val(info)
     labeled, unlabeled = load_data(info, args, on)
     val = load_val(info, args, held, window)
-    print_taught(taught, labeled)
+    print_taught(info, taught, labeled)
 
     torch.manual_seed(args.seed)
     run = build_run(network, g, args, on, fresh=not state)

@@ -11,6 +11,7 @@ import errno
 import glob
 import os
 import re
+import shutil
 import zlib
 
 from filelock import FileLock, Timeout
@@ -231,7 +232,7 @@ def claim(out, *inside):
             raise
     for part in ("", *inside):
         for left in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part")):
-            os.remove(left)
+            shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
     return lock
 
 

@@ -728,6 +728,15 @@ def read_case(f, info, split, name, label=True, part=()):
     return image, y
 
 
+def check_unchanged(f, info, split, entry):
+    """InputError if the case of an open file is not the one of which read_info() has told."""
+    case = f.get(f"{split}/{entry.name}")
+    if case is None or case.attrs.get("checksum", 0) != entry.checksum:
+        raise InputError(
+            f"{info.path}: was replaced by another file while this ran; put it back and begin again"
+        )
+
+
 def read_shown(f, info, split, name, label=True):
     """read_case() for pictures. -> image (D, H, W), of colors (D, H, W, 3); label or None"""
     image, label = read_case(f, info, split, name, label)

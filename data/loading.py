@@ -276,13 +276,16 @@ class WholeCase(NamedTuple):
 
 
 def whole_cases(info, split, names=None, labels=True):
-    """Yields the named cases of a split, or all of them, as WholeCase. InputError: see _entries()
+    """Yields the named cases of a split, or all of them, as WholeCase.
+
+    InputError: see _entries(); also where another file has taken the place of the one in `info`.
 
     Labels are read only where they are asked for.
     """
     entries = _entries(info, split, names, labels)
     with h5.open_file(info.path) as f:
         for entry in entries:
+            h5.check_unchanged(f, info, split, entry)
             image, label = h5.read_case(f, info, split, entry.name, labels)
             mean, std = h5.scaling(info, *h5.mean_and_std(image, info.channel_names))
             image = h5.channels_first(image, info.channels)

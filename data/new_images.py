@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import h5, images, nifti, pixels, space
-from data.files import InputError, kind_of
+from data.files import DiskFull, InputError, kind_of
 from data.splits import Row, note_masks, plain_name
 
 KINDS = {"pictures": "pictures", "nifti": "NIfTI volumes"}
@@ -146,6 +146,8 @@ def convert(source, out, data):
             standardize=data.get("standardize", True),
             prepared=said,
         )
+    except DiskFull:
+        raise
     except InputError as error:  # in words that fit images which nobody had to convert
         text = re.sub("(,? and|;) convert the data again", "", str(error))
         raise InputError(text.replace(str(out), str(source))) from None

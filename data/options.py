@@ -153,6 +153,17 @@ def flip_axes(text):
     return ",".join(sorted(names))
 
 
+def note_unread(args, names, defaults):
+    """A note on those of the named options that were given, and that a run does not look at.
+
+    args, defaults: Namespace, of the run and of one for which nothing is given.
+    """
+    given = [name for name in names if getattr(args, name) != getattr(defaults, name)]
+    if given:
+        words = ", ".join("--" + name.replace("_", "-") for name in given)
+        print(f"note: without effect in this run: {words}")
+
+
 SHARE = number(0, 1, float)
 SEED = number(0, 2**40)
 

@@ -119,6 +119,21 @@ def test_reading_refuses_damage(tmp_path, gray, refused):
         refused(h5.main, [tmp_path / f"{name}.h5"], f"{name}.h5", word)
 
 
+def test_a_file_that_takes_the_place_of_the_one_that_was_opened(gray, tmp_path, refused):
+    path = str(tmp_path / "d.h5")
+    shutil.copy(gray, path)
+    info = h5.read_info(path)
+    cases = loading.whole_cases(info, "val")
+    first, _ = list(cases)[0], shutil.copy(gray, path)
+    assert (next(loading.whole_cases(info, "val")).image == first.image).all()  # the same again
+    phantom.main(
+        ["--out", path, *"--train 6 --val 2 --test 1 --depth 4 --size 48 --seed 9".split()]
+    )
+    refused(lambda _: list(loading.whole_cases(info, "val")), [], "was replaced", "begin again")
+    phantom.main(["--out", path, *"--train 6 --val 1 --test 1 --depth 4 --size 48".split()])
+    refused(lambda _: list(loading.whole_cases(info, "val")), [], "was replaced", "begin again")
+
+
 def test_labeled_means_the_first_patients_in_order(gray):
     info = h5.read_info(gray)
     names = [e.name for e in info.entries("train")]

@@ -1311,6 +1311,71 @@ def test_rows_of_different_settings_are_told_apart(gray, tmp_path):
     ]
 
 
+def test_files_of_others_are_not_replaced(gray, tmp_path, refused, undrawn):
+    argv = [gray, make_run(tmp_path / "run", h5.read_info(gray)), "--out", tmp_path / "out"]
+    (tmp_path / "out" / "cases").mkdir(parents=True)
+    others = {
+        "summary.json": '{"mean": 1}',
+        "cases.csv": "a,b",
+        "curves.png": "",
+        "cases/1.png": "",
+    }
+    for name, text in others.items():
+        (tmp_path / "out" / name).write_text(text)
+        refused(evaluate.main, argv, f"{name}: is not of evaluate.py", "choose another --out")
+        assert (tmp_path / "out" / name).read_text() == text
+        (tmp_path / "out" / name).unlink()
+    for _ in range(2):  # its own are
+        evaluate.main([*map(str, argv), "--pictures", "0"])
+    (tmp_path / "out" / "curves.png").touch()  # as if an earlier one had drawn
+    evaluate.main([*map(str, argv), "--pictures", "0"])
+    assert not (tmp_path / "out" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("", ""),
+        ("--overwrite --stride 8,8,8", "--overwrite"),
+        ("--window whole --blend uniform", "--blend"),
+        ("--predict --grid source --pictures 3", "--grid, --pictures"),
+        ("--predict --qp g --pictures 3 --overwrite", ""),
+    ],
+)
+def test_options_that_are_not_read_are_noted(more, said, capsys):
+    evaluate.print_unread(evaluate.parse_args(["data.h5", "best.pt", "--out=o", *more.split()]))
+    found = capsys.readouterr().out
+    assert found == (f"note: without effect in this run: {said}\n" if said else "")
+
+
+@pytest.mark.parametrize(
+    "split, same, of_run, of_g, said",
+    [
+        ("val", True, "train", "train", []),
+        ("val", True, "train val", "", ["warning: the g of run was trained on another file"]),
+        ("val", True, "train", "val", ["warning: the g of qp.pt was"]),
+        ("val", False, "val", "val", ["warning: run was trained", "warning: qp.pt was trained"]),
+        ("val", False, "train", "train", []),
+        ("train", True, "train", "", ["note: run has learned from the labels of 6 of these 6"]),
+        ("train", False, "train", "val", ["warning: run was trained on another file"]),
+    ],
+)
+def test_scores_of_cases_whose_labels_a_run_or_g_has_seen(
+    split, same, of_run, of_g, said, gray, capsys, monkeypatch
+):
+    info = h5.read_info(gray)
+
+    def state(splits):
+        names = [entry.name for name in splits.split() for entry in info.entries(name)]
+        return dict(labeled=names, data=dict(checksum=info.checksum if same else 0))
+
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, stage: state(of_g))
+    args = types.SimpleNamespace(data=gray, qp="qp.pt")
+    evaluate.note_taught(args, info, split, info.entries(split), {"run": state(of_run)})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(said) and all(map(str.startswith, lines, said))
+
+
 def test_a_run_is_older_than_an_option(gray, tmp_path):
     info = h5.read_info(gray)
     old, new = (

@@ -21,7 +21,7 @@ from test_nifti import ball, ct, make, nii, same_point, save, stored_along
 from torch import nn
 
 import evaluate
-from data import figures, h5, images, loading, metrics, new_images, nifti, pixels
+from data import figures, files, h5, images, loading, metrics, new_images, nifti, pixels
 from data.files import InputError
 from models import checkpoints, inference
 from models.device import compute
@@ -528,6 +528,12 @@ def test_masks_of_a_dataset_do_not_go_beside_its_images(rgb, tmp_path, refused):
     run = make_run(tmp_path / "run", h5.read_info(rgb))
     argv = [rgb, run, "--predict", "--overwrite", "--out"]
     refused(evaluate.main, [*argv, mine], "is a folder of the images")
+    prepared = {"from": "pictures", "folders": ["red", "green", "blue"]}
+    state = torch.load(run, weights_only=True)
+    state["data"] |= dict(prepared=prepared, channel_names=prepared["folders"])
+    torch.save(state, run)
+    (tmp_path / "channels" / "green").mkdir(parents=True)
+    refused(evaluate.main, [*argv, tmp_path / "channels"], "is a folder of the images")
     other = tmp_path / "other" / "masks"
     other.mkdir(parents=True)
     for name in ("notes.txt", "a.h5"):
@@ -667,6 +673,39 @@ def test_a_dataset_that_says_nonsense_of_itself(wrong, rgb, rgb_run, tmp_path, r
     refused_to_predict(tmp_path / "f.h5", rgb_run, "f.h5")
 
 
+def test_masks_stay_if_new_ones_fail(rgb, pictures, tmp_path, refused, monkeypatch):
+    folder, _ = pictures
+    run, out = make_run(tmp_path / "run", h5.read_info(rgb)), tmp_path / "out"
+    argv = [folder, run, "--predict", "--overwrite", "--out", out]
+    evaluate.main(list(map(str, argv)))
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "masks").iterdir()}
+    write, written = evaluate.write_mask, []
+
+    def fails(masks, label, entry):
+        if written:
+            raise files.DiskFull("no room")
+        written.append(write(masks, label, entry))
+        return written[0]
+
+    monkeypatch.setattr(evaluate, "write_mask", fails)
+    with pytest.raises(files.DiskFull):
+        evaluate.main(list(map(str, argv)))
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "masks").iterdir()} == before
+    assert {path.name for path in out.iterdir()} <= {"masks", ".lock"}
+
+
+def test_a_disk_that_is_full_is_told_as_such(pictures, tmp_path, monkeypatch):
+    """At an ordinary exit, HDF5 would crash: see cli()."""
+
+    def fails(*args, **more):
+        raise files.DiskFull("no room")
+
+    monkeypatch.setattr(h5, "write", fails)
+    data = dict(dims=2, channels=3, classes=["background", "one"], prepared={"from": "pictures"})
+    with pytest.raises(files.DiskFull):
+        new_images.convert(str(pictures[0]), str(tmp_path / "o.h5"), data)
+
+
 @pytest.mark.usefixtures("unrendered")
 def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused):
     """They may have been corrected.
@@ -680,6 +719,8 @@ def test_masks_are_not_replaced_unasked(rgb, pictures, bright, tmp_path, refused
         evaluate.main, [folder / "p3.jpg", run, "--predict", "--out", out], "masks", "--overwrite"
     )
     (out / ".images.123.part").touch()
+    (out / ".masks.123.part").mkdir()
+    (out / ".masks.123.part" / "p1.png").touch()
     evaluate.main([str(folder / "p3.jpg"), run, "--predict", "--out", str(out), "--overwrite"])
     assert [p.name for p in (out / "masks").iterdir()] == ["p3.png"] and {
         p.name for p in out.iterdir()

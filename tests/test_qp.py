@@ -43,6 +43,16 @@ def options_of(argv, dims=2):
     return args
 
 
+def test_options_that_a_head_does_not_read_are_noted(capsys):
+    for more, said in (
+        ("--members 2 --mask-dropout 0.2 --patience 3", "--patience"),
+        ("--head scalar --members 2 --patience 3 --dropout 0.3", "--members"),
+        ("--select best --patience 3 --dropout 0.3", "--dropout"),
+    ):
+        train_qp.print_unread(options_of(["d.h5", "--vqm", "v.h5", "--out", "o", *more.split()]))
+        assert capsys.readouterr().out == f"note: without effect in this run: {said}\n"
+
+
 @pytest.mark.parametrize("kind", ["gray", "rgb"])
 def test_batches_show_what_they_should(kind, request):
     data, (path, _) = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_quality")

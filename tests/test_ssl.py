@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 import shutil
+import types
 from dataclasses import replace
 
 import h5py
@@ -1211,6 +1212,20 @@ def test_a_lone_image_is_noted(method, sizes, world, said, capsys, monkeypatch):
     assert said in found if said else not found
 
 
+def test_a_g_that_knows_labels_which_it_must_not_know_is_noted(gray, capsys):
+    info = h5.read_info(gray)
+    names = {split: [e.name for e in info.entries(split)] for split in ("train", "val", "test")}
+    labeled = types.SimpleNamespace(case=names["train"][:2])
+    train_ssl.print_taught(info, [*names["train"][:2], "of another file"], labeled)
+    assert not capsys.readouterr().out
+    train_ssl.print_taught(info, names["train"][1:4], labeled)
+    assert capsys.readouterr().out.startswith("note: g has learned from the labels of 2 train")
+    train_ssl.print_taught(info, [*names["train"][:2], *names["val"], *names["test"]], labeled)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: g has learned from the labels of 3 cases of val or test")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("weight", ["quality", "confidence"])
 def test_a_weight_of_no_pseudo_label_is_noted(weight, capsys):
     for method, noted in (("supervised", True), ("mean_teacher", False)):
@@ -1245,6 +1260,8 @@ def test_losses_that_never_come_in_are_noted(more, noted, capsys):
         ("--method bcp --paste 0.5 --no-largest-component --weight-power 1", "--weight-power"),
         ("--method fixmatch --conf-threshold 0.9 --weight-level class", "--weight-level"),
         ("--lam 0.3", "--lam"),
+        ("--labeled-seed 1 --window whole --stride 8,8,8", "--labeled-seed, --stride"),
+        ("--labeled 4 --labeled-seed 1 --stride 8,8,8 --blend uniform", ""),
         ("--method unimatch --conf-threshold 0 --lam-ramp 0.5", ""),
     ],
 )
@@ -1252,6 +1269,12 @@ def test_options_that_a_run_does_not_read_are_noted(more, said, capsys):
     train_ssl.print_ignored(plain_options(*more.split()), 0)
     found = capsys.readouterr().out
     assert found == (f"note: without effect in this run: {said}\n" if said else "")
+
+
+def test_a_g_that_nobody_asks_is_noted(capsys):
+    for more, noted in (("", True), ("--qar 0.01", False), ("--weight quality", False)):
+        train_ssl.print_ignored(plain_options("--qp", "g", "--method", "ict", *more.split()), 0)
+        assert ("note: g guides nothing" in capsys.readouterr().out) == noted
 
 
 def test_a_method_may_have_any_default_of_its_own(monkeypatch):
@@ -1539,6 +1562,15 @@ def test_refusals(gray, rgb, rgb_quality, rgb_scalar, tmp_path, refused):
     with h5py.File(tmp_path / "no_val.h5", "a") as f:
         del f["val"]
     refused(train_ssl.main, [tmp_path / "no_val.h5", *out], "'val' is empty")
+    shutil.copy(gray, tmp_path / "no_train.h5")
+    with h5py.File(tmp_path / "no_train.h5", "a") as f:
+        del f["train"]
+    argv = [gray, *out, "--method", "ict", "--unlabeled", tmp_path / "no_train.h5"]
+    refused(train_ssl.main, argv, "has no image in train or unlabeled; leave it out")
+    shutil.copy(gray, tmp_path / "dice.h5")
+    with h5py.File(tmp_path / "dice.h5", "a") as f:
+        f.attrs["classes"] = ["background", "dice", "b", "c"]
+    refused(train_ssl.main, [tmp_path / "dice.h5", *out], "has a class 'dice'", "another name")
     assert not (tmp_path / "o").exists()
 
 
