@@ -1589,7 +1589,7 @@ def test_cases_whose_labels_a_run_knows_from_another_file_are_warned_of(gray, tm
     path, name = make_run(tmp_path / "run", info), info.entries("val")[0].name
     argv = [gray, path, "--pictures", "0", "--out", str(tmp_path / "o")]
     for checksum, labeled, warned in (
-        (info.checksum, [name], False),
+        (info.checksum, [name], True),  # through its g
         (1, [name], True),
         (1, ["another"], False),
     ):
