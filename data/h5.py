@@ -63,6 +63,7 @@ SPLITS = ("train", "val", "test", "unlabeled")
 LARGE = 2**30  # bytes from which on a dataset must prove that it holds what it declares
 SMALLEST = 8  # pixels of an image's side in the plane
 RGB = ["red", "green", "blue"]
+NEEDED = {"format", "name", "classes", "dims", "channels"}  # attributes of a dataset file
 
 
 @dataclass
@@ -232,7 +233,7 @@ def _check_replaced(path):
         return
     with contextlib.suppress(OSError, RuntimeError, KeyError):
         with h5py.File(path, "r", locking=False) as f:
-            if "classes" in f.attrs:
+            if NEEDED <= set(f.attrs):  # the masks of stage 1 have some of these
                 return
     raise InputError(
         f"{path}: this file is no dataset, so it is not replaced; move it, or choose another --out"
@@ -614,8 +615,7 @@ def attribute(of, name, kind, where, shape=(), optional=False):
 def read_info(path):
     """Opens a dataset file, checks its structure (not its pixels). -> Info"""
     with open_file(path) as f, reading(path):
-        known = {"format", "name", "classes", "dims", "channels"} <= set(f.attrs)
-        if not known or attribute(f, "format", int, path) != FORMAT:
+        if not NEEDED <= set(f.attrs) or attribute(f, "format", int, path) != FORMAT:
             raise InputError(
                 f"{path}: not a dataset of this project (format {FORMAT}); see python -m data.h5 "
                 "--help"

@@ -133,6 +133,8 @@ def file(text):
         raise argparse.ArgumentTypeError("is empty; name a file")
     if not os.path.basename(text) or os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text}: a folder, not a file; name a file in it")
+    if os.path.exists(text) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text}: a device or pipe, not a file; choose another")
     return text
 
 

@@ -935,11 +935,19 @@ def test_a_test_case_of_a_patient_that_validates_stays_in_test():
 
 
 def test_only_a_dataset_is_replaced(tmp_path, refused):
+    """Not somebody's notes, and not the masks of stage 1, which have classes, too."""
     src = make_pictures(tmp_path / "src", 3)
-    notes = tmp_path / "notes.txt"
+    notes, masks, pipe = (tmp_path / name for name in ("notes.txt", "vqm.h5", "pipe.h5"))
     notes.write_text("mine")
-    refused(images.main, [src, "--out", notes], "this file is no dataset", "choose another --out")
-    assert notes.read_text() == "mine"
+    with h5py.File(masks, "w") as f:
+        f.attrs.update(format=1, stage="vqm", data="a", classes=["background", "b"], channels=1)
+    for path in (notes, masks):
+        before = path.read_bytes()
+        refused(images.main, [src, "--out", path], "this file is no dataset", "choose another")
+        assert path.read_bytes() == before
+    os.mkfifo(pipe)
+    refused(images.main, [src, "--out", pipe], "pipe.h5: a device or pipe, not a file; choose")
+    assert pipe.is_fifo()
     for _ in range(2):
         images.main([str(src), "--out", str(tmp_path / "f.h5")])
 
