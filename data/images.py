@@ -51,7 +51,7 @@ from data.pixels import (
     read_picture,
     say,
 )
-from data.splits import Row, below, by_name, note_unread, plain_name
+from data.splits import Row, below, by_name, is_file, note_unread, plain_name
 
 
 def pictures(folder):
@@ -69,7 +69,8 @@ def pictures(folder):
 
 
 def is_picture(path):
-    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    named = path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    return named and is_file(path)
 
 
 def say_unread(folders):

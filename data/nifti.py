@@ -48,7 +48,7 @@ from data import h5, labels, space, splits
 from data.files import InputError, read_text, replacing
 from data.options import Parser, cli, decimals, file, ordered_numbers
 from data.pixels import to_float32
-from data.splits import Row, by_name, note_unread, plain_name
+from data.splits import Row, by_name, is_file, note_unread, plain_name
 
 # no hidden files: archives made on a Mac are full of ._NAME.nii.gz
 NAME = re.compile(r"(?i)([^.].*)\.nii(\.gz)?")
@@ -63,12 +63,13 @@ def volumes(folder):
     """Name without ending -> path, for the NIfTI files directly in a folder, sorted by name."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else ()
     named = ((NAME.fullmatch(path.name), path) for path in paths)
-    return by_name((plain_name(match[1]), path) for match, path in named if match)
+    return by_name((plain_name(match[1]), p) for match, p in named if match and is_file(p))
 
 
 def say_unread(folders):
     """Prints how many files and folders in some folders are not read as NIfTI, if any."""
-    note_unread(folders, lambda path: NAME.fullmatch(path.name), ".nii, .nii.gz")
+    is_volume = lambda path: NAME.fullmatch(path.name) and is_file(path)
+    note_unread(folders, is_volume, ".nii, .nii.gz")
 
 
 def find(src, chosen):

@@ -76,6 +76,14 @@ def below(folder, pattern):
     return sorted(folder / p for p in glob.iglob(f"**/{pattern}", root_dir=folder, recursive=True))
 
 
+def is_file(path):
+    """Whether a path is a file; no folder, and no pipe, which would be read for ever.
+
+    A link that leads nowhere counts, since its reader refuses it.
+    """
+    return path.is_file() or not path.exists()
+
+
 IGNORED = {".txt", ".csv", ".md", ".db", ".ini"}  # lists and notes; Thumbs.db and desktop.ini
 
 
@@ -89,7 +97,7 @@ def note_unread(folders, is_read, kinds):
     if unread:
         print(
             f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
-            f"{unread[0]}; read are {kinds}"
+            f"{unread[0]}; read are {kinds}, if they are files"
         )
 
 

@@ -1,5 +1,6 @@
 """Picture files: what is stored of images and masks of every kind, what is refused, and notes."""
 
+import os
 import zlib
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import h5, images, loading, new_images, pixels
+from data import h5, images, loading, new_images, nifti, pixels
 from data.files import InputError
 
 SIZE = (40, 56)
@@ -455,6 +456,21 @@ def folder(tmp_path):
     for name in ("images/x.gif", "masks/a.npy", "images/Thumbs.db", "images/.x.gif", "masks/a.txt"):
         (src / name).touch()
     return src
+
+
+def test_pipes_and_folders_are_no_images(tmp_path, capsys):
+    """To read a pipe takes for ever. A link that leads nowhere is refused by its reader."""
+    for module, ending in ((images, "png"), (nifti, "nii.gz")):
+        src = tmp_path / ending
+        (src / f"folder.{ending}").mkdir(parents=True)
+        os.mkfifo(src / f"pipe.{ending}")
+        (src / f"link.{ending}").symlink_to("nowhere")
+        (src / f"file.{ending}").touch()
+        find = images.pictures if module is images else nifti.volumes
+        assert list(find(src)) == ["file", "link"]
+        module.say_unread([src])
+        said = capsys.readouterr().out
+        assert f"2 of 4 files and folders are not read, such as {src}/folder.{ending}" in said
 
 
 @pytest.mark.parametrize("options", [[], ["--gray"]])
