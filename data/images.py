@@ -81,8 +81,16 @@ def say_unread(folders):
 # Each preset: folder -> [Row, ...]
 
 
-def rows_of(images, masks):
-    """A row for each of some pictures, {name: path}, which is a patient of its own."""
+def rows_of(images, masks, where):
+    """A row for each of some pictures, {name: path}, which is a patient of its own.
+
+    InputError for a mask without a picture. where: the folder of the pictures
+    """
+    if lost := sorted(set(masks) - set(images)):
+        raise InputError(
+            f"{masks[lost[0]]}: no picture of that name in {where} ({len(lost)} such masks); add "
+            "it, or take the mask out"
+        )
     return [Row(name, path, masks.get(name), name, None) for name, path in images.items()]
 
 
@@ -93,7 +101,7 @@ def find_ph2(src):
         found = [p for p in below(src, f"*{ending}/*") if is_picture(p)]
         return by_name((plain_name(p.parent.name).removesuffix(ending), p) for p in found)
 
-    return rows_of(of_folders("_Dermoscopic_Image"), of_folders("_lesion"))
+    return rows_of(of_folders("_Dermoscopic_Image"), of_folders("_lesion"), src)
 
 
 def find_cvc(src):
@@ -113,7 +121,8 @@ def find_cvc(src):
         if frame in sequence:
             raise InputError(f"{table}: frame {frame} comes twice; remove one of its lines")
         sequence[frame] = f"sequence{int(text):02d}"
-    rows = rows_of(pictures(src / "Original"), pictures(src / "Ground Truth"))
+    base = src / "Original"
+    rows = rows_of(pictures(base), pictures(src / "Ground Truth"), base)
     if lost := [r.name for r in rows if r.name not in sequence]:
         raise InputError(
             f"{table}: frame {lost[0]} has no sequence ({len(lost)} such frames); add "
@@ -129,7 +138,11 @@ def find_isic(src):
         found = [pair for folder in below(src, pattern) for pair in pictures(folder).items()]
         return by_name((name.removesuffix(ending), path) for name, path in found)
 
-    return rows_of(of_folders("*Input*"), of_folders("*GroundTruth*", "_segmentation"))
+    masks = of_folders("*GroundTruth*", "_segmentation")
+    masks = {
+        n: p for n, p in masks.items() if "_attribute_" not in n
+    }  # ISIC 2018 has a second task
+    return rows_of(of_folders("*Input*"), masks, src)
 
 
 def find_folder(src, folder="images"):
@@ -137,13 +150,7 @@ def find_folder(src, folder="images"):
     rows = []
     for split in (None, *h5.SPLITS):
         base = src / (split or "")
-        images, masks = pictures(base / folder), pictures(base / "masks")
-        if lost := sorted(set(masks) - set(images)):
-            raise InputError(
-                f"{masks[lost[0]]}: no picture of that name in {base / folder} "
-                f"({len(lost)} such masks); add it, or take the mask out"
-            )
-        found = rows_of(images, masks)
+        found = rows_of(pictures(base / folder), pictures(base / "masks"), base / folder)
         if split:
             found = [r._replace(patient=f"{split}/{r.name}", split=split) for r in found]
         rows += found

@@ -559,6 +559,27 @@ def test_two_copies_of_a_picture_are_refused(tmp_path, refused):
             refused(images.main, argv, str(src / "b"), f"{src / 'a'}", "is there too", "remove")
 
 
+def test_a_mask_without_a_picture_is_refused_by_every_preset(tmp_path, refused):
+    """ISIC 2018 has masks of a second task, of the same pictures, which are not read."""
+    sources = {
+        "ph2": ("IMD1_Dermoscopic_Image/IMD1.bmp", "IMD1_lesion/IMD1.bmp", "IMD2_lesion/IMD2.bmp"),
+        "isic": ("Input/ISIC_2.jpg", "GroundTruth/ISIC_2_segmentation.png", "GroundTruth/ISIC.png"),
+        "cvc": ("Original/1.png", "Ground Truth/1.png", "Ground Truth/2.png"),
+    }
+    for preset, names in sources.items():
+        src = tmp_path / preset
+        for name in names:
+            (src / name).parent.mkdir(parents=True, exist_ok=True)
+            (src / name).touch()
+        (src / "sequences.csv").write_text("frame,sequence\n1,1\n")
+        argv = [src, "--preset", preset, "--out", tmp_path / "f.h5"]
+        refused(images.main, argv, f"{src / names[-1]}: no picture of that name in", "(1 such mask")
+        (src / names[-1]).unlink()
+        (src / "GroundTruth").mkdir(exist_ok=True)
+        (src / "GroundTruth/ISIC_2_attribute_streaks.png").touch()
+        assert len(images.PRESETS[preset](src)) == 1
+
+
 def test_folders_that_are_links_are_read(tmp_path):
     """Data sets often lie on another disk, or some of their cases do."""
     for name in ("IMD1", "IMD2"):
