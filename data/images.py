@@ -139,9 +139,8 @@ def find_isic(src):
         return by_name((name.removesuffix(ending), path) for name, path in found)
 
     masks = of_folders("*GroundTruth*", "_segmentation")
-    masks = {
-        n: p for n, p in masks.items() if "_attribute_" not in n
-    }  # ISIC 2018 has a second task
+    # ISIC 2018 has masks of a second task, of the same pictures
+    masks = {name: path for name, path in masks.items() if "_attribute_" not in name}
     return rows_of(of_folders("*Input*"), masks, src)
 
 

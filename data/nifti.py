@@ -358,6 +358,11 @@ def load_volumes(path, numbers):
     whole = start + math.prod(size) * kind.itemsize
     if len(raw) < whole:
         raise InputError(f"{path}: truncated, {len(raw)} of {whole} bytes; copy it again")
+    if len(raw) - whole >= size[0] * kind.itemsize and raw[whole:].strip(b"\0"):
+        raise InputError(
+            f"{path}: holds {len(raw) - whole} bytes beyond the voxels that its header tells of; "
+            "mend the header (dim, datatype), or save the file anew"
+        )
     if len(size) > 4:
         raise InputError(
             f"{path}: {len(size)}D with {math.prod(size[4:])} value(s) per voxel; "
@@ -425,6 +430,11 @@ def type_of(header, path):
         raise InputError(
             f"{path}: voxels of type {name} (datatype {code}); save them as plain "
             "integers, or as floats of 32 or 64 bits"
+        )
+    if header["bitpix"] not in (0, kind.itemsize * 8):  # 0: a program has not set it
+        raise InputError(
+            f"{path}: the header contradicts itself: voxels of type {name} (datatype), but of "
+            f"{header['bitpix']} bits (bitpix); save the file anew"
         )
     return kind
 

@@ -798,6 +798,8 @@ def test_a_mask_of_one_volume_of_four_dimensions(tmp_path):
         (dict(datatype=32), ["complex64"]),
         (dict(datatype=128), ["RGB"]),
         (dict(datatype=77), ["unknown", "77"]),
+        (dict(datatype=2), ["uint8 (datatype)", "16 bits (bitpix)"]),
+        (dict(dim=[3, 12, 10, 8, 1, 1, 1, 1]), ["240 bytes beyond", "dim, datatype"]),
     ],
 )
 def test_headers_that_cannot_be_trusted(fields, words, tmp_path, refused):
@@ -808,6 +810,15 @@ def test_headers_that_cannot_be_trusted(fields, words, tmp_path, refused):
     argv = [tmp_path / "src", "--out", tmp_path / "g.h5"]
     refused(nifti.main, argv, "imagesTr/a.nii.gz", ";", *words)
     assert not (tmp_path / "g.h5").exists()
+
+
+@pytest.mark.parametrize("more", [bytes(999), b"\n", b"x" * 23])
+def test_a_little_behind_the_voxels_is_no_matter(more, tmp_path):
+    """Zeros, or less than a row. Neither is a size of voxels in bits that is not set."""
+    values = np.full((3, 4, 12), 2, np.int16)
+    path = nii(tmp_path / "a.nii", values, bitpix=0)
+    path.write_bytes(path.read_bytes() + more)
+    assert (nifti.load(path).values == 2).all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "uint16", "int32", "uint64", "float32", "float64"])
