@@ -125,13 +125,21 @@ def add_options(p):
         help="folder with train.txt, val.txt, test.txt; default: SRC, if it has them",
     )
     where = "of the patients, where no list and no folder says which"
-    p.add_argument("--val", type=SHARE, default=0.2, help=f"share for val {where}")
-    p.add_argument("--test", type=SHARE, default=0.0, help=f"share for test {where}")
-    p.add_argument("--seed", type=SEED, default=0, help="of the split by patient")
+    p.add_argument("--val", type=SHARE, help=f"share for val {where} (default: {DRAW['val']})")
+    p.add_argument("--test", type=SHARE, help=f"share for test {where} (default: {DRAW['test']})")
+    p.add_argument("--seed", type=SEED, help=f"of the split by patient (default: {DRAW['seed']})")
+
+
+DRAW = dict(val=0.2, test=0.0, seed=0)  # how patients are drawn where no option says it
 
 
 def find_lists(args):
-    """train.txt, val.txt, test.txt, unlabeled.txt of --lists or SRC. -> {split: [names]}"""
+    """train.txt, val.txt, test.txt, unlabeled.txt of --lists or SRC. -> {split: [names]}
+
+    Gives the options of DRAW their values, and keeps in args.given which of them were given.
+    """
+    args.given = [f"--{name}" for name in DRAW if getattr(args, name) is not None]
+    vars(args).update({name: v for name, v in DRAW.items() if getattr(args, name) is None})
     if args.val + args.test >= 1:
         raise InputError("--val and --test are shares that must leave something to train on")
     folder = Path(args.lists or args.src)
@@ -160,6 +168,11 @@ def assign_splits(rows, lists, args):
     Unlabeled ones train, or are left out if their patient is in val or test.
     -> rows in their final order
     """
+    if not draws(rows, lists) and args.given:
+        print(
+            f"note: without effect: {', '.join(args.given)}; {'lists' if lists else 'folders'} say "
+            "which split a case belongs to"
+        )
     if lists:
         return assign_lists(rows, lists, args.src)
     if not draws(rows, lists):

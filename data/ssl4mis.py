@@ -48,6 +48,7 @@ LAYOUTS = {
     "BraTS": ["background", "whole tumor"],
 }
 LISTS = {"ACDC": "train_slices.list", "LA": "train.list", "BraTS": "train.txt"}
+VAL = 8  # how many validate where neither a list nor --val says it
 VOLUME = "mri_norm2"  # how LA calls each of its files
 
 
@@ -153,11 +154,15 @@ def frame_of(slice_name):
 def validating(rows, val, path):
     """Rows, of which the last `val` patients of train validate where no list says who does.
 
-    path: of the list of train. InputError if nobody would be left to train.
+    val: None for VAL; path: of the list of train. InputError if nobody would be left to train.
     """
     patients = [*dict.fromkeys(row.patient for row in rows if row.split == "train")]
-    if not patients or any(row.split == "val" for row in rows):
+    listed = any(row.split == "val" for row in rows)
+    if listed and val:
+        print(f"note: without effect: --val; val{path.suffix} says who validates")
+    if not patients or listed:
         return rows
+    val = val or VAL
     if val >= len(patients):
         kind = "patients" if path.name == LISTS["ACDC"] else "volumes"
         raise InputError(f"--val {val}: {path} has only {len(patients)} {kind}; give fewer")
@@ -331,9 +336,9 @@ def parse_args(argv=None):
     p.add_argument("--shrink", type=number(1), default=1, metavar="N",
                    help="LA, BraTS: average blocks of about N x N x N voxels, for quick "
                         "experiments")
-    p.add_argument("--val", type=number(1), default=8,
+    p.add_argument("--val", type=number(1),
                    help="without a val.list or val.txt: how many of train validate, the last ones "
-                        "(patients of ACDC, else volumes)")
+                        f"(patients of ACDC, else volumes; default: {VAL})")
     args = p.parse_args(argv)
     if args.labels and not args.classes:
         raise InputError(

@@ -894,6 +894,28 @@ def test_shares_leave_somebody_to_train_on(tmp_path, refused):
     )
 
 
+def test_options_of_a_draw_that_is_none_are_noted(tmp_path, capsys):
+    """Also those that are given as they are by default."""
+    src = make_pictures(tmp_path / "src", 4)
+    argv = [str(src), "--out", str(tmp_path / "f.h5")]
+    draw = ["--val", "0.5", "--test", "0", "--seed", "9"]
+    images.main([*argv, *draw])
+    assert "without effect" not in capsys.readouterr().out
+    for name, split in (("p0", "train"), ("p1", "val")):
+        (src / f"{split}.txt").write_text(name)
+    images.main([*argv, *draw])
+    said = "note: without effect: --val, --test, --seed; lists say which split a case belongs to"
+    assert said in capsys.readouterr().out
+    images.main(argv)
+    assert "without effect" not in capsys.readouterr().out
+    for split in ("train", "val"):
+        make_pictures(tmp_path / "folders" / split, 2)
+    images.main([str(tmp_path / "folders"), *argv[1:], "--seed", "0"])
+    assert "note: without effect: --seed; folders say which" in capsys.readouterr().out
+    from_lists(acdc(tmp_path / "acdc"), "--val", "1")
+    assert "note: without effect: --val; val.list says who validates" in capsys.readouterr().out
+
+
 def test_a_listed_case_of_val_needs_a_mask(tmp_path, refused):
     make_pictures(tmp_path / "src", 3)
     names = sorted(p.stem for p in (tmp_path / "src" / "images").iterdir())
