@@ -30,10 +30,12 @@ Legend: K classes, C channels, D depth, H height, W width.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import zlib
 from collections import defaultdict
@@ -190,6 +192,7 @@ def write(
     """
     check_text(path, "the dataset's name", name)
     _check_replaced(path)
+    _remove_left(path)
     usual = usual_names(channels, dims)
     names = usual if channel_names is None else list(channel_names)
     _check_layout(path, classes, dims, channels, names)
@@ -238,6 +241,16 @@ def _check_replaced(path):
     raise InputError(
         f"{path}: this file is no dataset, so it is not replaced; move it, or choose another --out"
     )
+
+
+def _remove_left(path):
+    """Removes what killed processes left half-written of a file, see files.replacing()."""
+    folder, name = os.path.split(os.path.abspath(path))
+    for left in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.part")):
+        number = left.removesuffix(".part").rpartition(".")[2]
+        if re.fullmatch("[0-9]{1,9}", number) and not psutil.pid_exists(int(number)):
+            with contextlib.suppress(OSError):  # another one may remove it, too
+                os.remove(left)
 
 
 def _one_for_all(path, standardize, channel_names):

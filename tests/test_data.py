@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -92,6 +93,17 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
     with pytest.raises(InputError):
         write(tmp_path / "f.h5", [case(), case()])
     assert (tmp_path / "f.h5").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_of_a_dataset_is_removed(tmp_path):
+    dead, *others = (
+        tmp_path / f".{name}.part"
+        for name in (f"d.h5.{10**9 - 1}", f"d.h5.{os.getppid()}", "d.h5.1234567890", "e.h5.999999")
+    )
+    for path in (dead, *others):
+        path.touch()
+    write(tmp_path / "d.h5", [case()])
+    assert not dead.exists() and all(path.exists() for path in others)
 
 
 def test_reading_refuses_damage(tmp_path, gray, refused):
