@@ -277,7 +277,8 @@ def note_shared(info, other):
     """A note where the unlabeled images of a second file are of patients of val or test of `info`.
 
     Any of three tells: the same patient name, unless it is only a case's name; the same source, in
-    datasets of the same name; equal grid, mean and deviation of an image. No image is opened.
+    datasets of the same name; equal grid, mean and deviation of an image. No image is opened. Where
+    none does, but most names of cases are the same, they may be the same images in another size.
     """
     scored = {}
     for split in ("val", "test"):
@@ -296,6 +297,17 @@ def note_shared(info, other):
         print(
             f"note: {other.path}: holds patients of val or test of {info.path}, such as {patient} "
             f"({name} beside {twin}; {count} in all): scores would be too good; take them out"
+        )
+        return
+    ours, theirs = (
+        {entry.name for split in parts for entry in each.splits.get(split, ())}
+        for each, parts in ((info, ("val", "test")), (other, ("train", "unlabeled")))
+    )
+    if 2 * len(ours & theirs) > min(len(ours), len(theirs)):
+        print(
+            f"note: {other.path}: has cases with names of val or test of {info.path}, such as "
+            f"{min(ours & theirs)} ({len(ours & theirs)} in all): if they are the same images, "
+            "scores would be too good; take them out"
         )
 
 

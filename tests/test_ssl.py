@@ -1443,10 +1443,12 @@ def test_patients_of_val_and_test_in_the_second_file_are_noted(tmp_path, capsys)
         other = write("b.h5", *cases)
         assert f"note: {other}: holds patients of val or test of {one}, {words}: " in told(other)
     fine = [("train", 0, "p0", ""), ("unlabeled", 9, "c1", ""), ("val", 1, "p1", "")]
-    assert "holds patients" not in told(write("b.h5", *fine))
+    assert "holds patients" not in (said := told(write("b.h5", *fine))) and "names" not in said
     alike = [("train", 8, "c0", ""), ("train", 7, "c1", ""), ("train", 9, "c2", "")]
     alike += [("unlabeled", 6, "c3", "s3")]  # another dataset, whose cases are numbered, too
-    assert "holds patients" not in told(write("b.h5", *alike, name="b"))
+    said = told(write("b.h5", *alike, name="b"))
+    assert "holds patients" not in said
+    assert f"with names of val or test of {one}, such as c1 (3 in all): if they are the" in said
 
 
 @pytest.mark.parametrize("cache", ["ram", "off"])
