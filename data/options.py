@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
         section = super() if self.group is None else self.group
         return section.add_argument(*args, **kwargs)
 
+    def _get_value(self, action, arg_string):
+        """What argparse makes of a word. It may be empty where a variable of a shell is not set."""
+        value = super()._get_value(action, arg_string)
+        if not arg_string:
+            raise argparse.ArgumentError(action, "is empty; give a value, or leave the option out")
+        return value
+
     def error(self, message):
         """Ends the script with exit code 2 and one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; --help shows the options\n")

@@ -14,6 +14,10 @@ import torch
 from conftest import ROOT, make_pictures
 from scipy import ndimage
 
+import corrupt
+import evaluate
+import train_qp
+import train_ssl
 from data import h5, images, loading, nifti, phantom, ssl4mis, supervision
 from data.files import InputError
 from data.splits import Row, assign_splits
@@ -324,6 +328,18 @@ def test_a_folder_as_out_is_refused_before_anything_is_read(main, tmp_path, refu
     for out in (tmp_path, f"{tmp_path}/new/"):
         refused(main, [*source, "--out", out], f"{out}: a folder, not a file; name a file in it")
     refused(main, [*source, "--out", ""], "--out: is empty; name a file")
+
+
+def test_an_empty_argument_is_refused(refused, tmp_path):
+    """That of a variable that is not set, which would count as not given, or as this folder."""
+    out = ["--out", tmp_path / "f.h5"]
+    refused(images.main, ["", *out], "argument src: is empty; give a value")
+    for empty in (["--patient", ""], ["--patient="], ["--lists", ""]):
+        name = empty[0].removesuffix("=")
+        refused(images.main, ["SRC", *out, *empty], f"argument {name}: is empty; give a value, or")
+    refused(nifti.main, ["SRC", *out, "--val", ""], "argument --val", "''")
+    for main in (corrupt.main, train_qp.main, train_ssl.main, evaluate.main):
+        refused(main, ["", "--out", tmp_path], "argument data: is empty")
 
 
 def test_masks_are_never_silently_misread(tmp_path, refused):

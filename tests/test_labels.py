@@ -811,7 +811,7 @@ def test_names_of_classes_go_before_numbers():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "'' is not NAME=CLASSES"),
+        ("", "--regions: is empty"),
         ("whole", "'whole' is not NAME=CLASSES"),
         ("whole=1;", "'' is not NAME=CLASSES"),
         ("whole=1=2", "'whole=1=2' is not NAME=CLASSES"),

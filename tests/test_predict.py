@@ -593,7 +593,7 @@ def test_images_that_are_not_there(rgb_run, tmp_path, refused_to_predict):
     (tmp_path / "empty").mkdir()
     refused_to_predict(tmp_path / "empty", rgb_run, "empty", "no picture")
     refused_to_predict(tmp_path / "nowhere", rgb_run, "no such file")
-    refused_to_predict("", rgb_run, "no such file")
+    refused_to_predict("", rgb_run, "data: is empty")
 
 
 def test_new_images_have_no_scores_and_no_split(rgb_run, pictures, tmp_path, refused):
