@@ -8,12 +8,12 @@ import functools
 import io
 import math
 import os
-import signal
 import sys
 import tempfile
 import threading
 
 from data.files import DiskFull, InputError
+from data.workers import handle_ends
 
 
 class Parser(argparse.ArgumentParser):
@@ -188,11 +188,15 @@ def seed_of(seed, step, stream):
 def cli(main):
     """Runs a script's main().
 
-    Wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143.
+    Wrong input ends in one line on standard error and exit code 2, Ctrl-C in 130, SIGTERM in 143,
+    a closed terminal in 129.
     """
     _be_quiet_where_told_elsewhere()
     # unwinds, so that temporary files are removed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    handle_ends(lambda number, _: sys.exit(128 + number))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by >&-, and no script or library expects that
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):  # a console may lack characters of tables and names
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

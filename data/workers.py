@@ -13,22 +13,32 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+# that end a script; a closed terminal sends SIGHUP, which Windows does not have
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def handle_ends(handler):
+    """A handler for ENDS, but for those that nobody wants to heed: nohup ignores SIGHUP."""
+    for number in ENDS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
 
 def start_worker():
     """Leaves Ctrl-C to the parent, which then ends its workers. They end when it is killed, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    handle_ends(signal.SIG_DFL)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def start_reader(number):
-    """Leaves SIGTERM to the parent, too, which needs the images of the step that it ends.
+    """Leaves ENDS to the parent, too, which needs the images of the step that it ends.
 
-    Batch systems send SIGTERM to all processes. number: of the worker, from torch.
+    Batch systems and terminals send them to all processes. number: of the worker, from torch.
     """
     start_worker()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    handle_ends(signal.SIG_IGN)
 
 
 def kill_readers():
@@ -89,14 +99,14 @@ def _run_task(item):
 
 @contextlib.contextmanager
 def postponed_signals():
-    """In its block, Ctrl-C and SIGTERM do not interrupt, so that the block can save and leave.
+    """In its block, Ctrl-C and ENDS do not interrupt, so that the block can save and leave.
 
     `with postponed_signals() as stop`: stop() is 0 until a signal comes, then its exit code.
     Another signal, a second or more later, interrupts as ever.
     """
     first = []  # exit code and time; batch systems and torchrun may send a signal twice at once
     usual = {}  # the handlers outside of the block
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *ENDS):
         handler = signal.getsignal(number)
         if handler not in (signal.SIG_IGN, None):
             usual[number] = handler

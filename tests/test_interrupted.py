@@ -22,6 +22,7 @@ import train_qp
 import train_ssl
 from data import files, workers
 from data.files import InputError
+from data.options import cli
 from models.checkpoints import check_finite, load_checkpoint
 
 
@@ -116,6 +117,26 @@ def test_a_second_signal_does_not_wait(monkeypatch):
         now[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_closed_terminal_ends_as_sigterm_does():
+    """And nothing ends that nohup has started."""
+    usual = [signal.getsignal(number) for number in workers.ENDS]
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli(lambda: signal.raise_signal(signal.SIGHUP))
+        assert end.value.code == 129
+        with workers.postponed_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop() == 129
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        cli(lambda: signal.raise_signal(signal.SIGHUP))
+        with workers.postponed_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop() == 0
+    finally:
+        for number, handler in zip(workers.ENDS, usual):
+            signal.signal(number, handler)
 
 
 @pytest.fixture

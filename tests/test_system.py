@@ -208,6 +208,14 @@ def test_a_console_that_lacks_characters(encoding, shown, monkeypatch):
     assert [s.buffer.getvalue().decode(encoding) for s in streams] == [f"{shown}\n"] * 2
 
 
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_console_that_is_closed(name, monkeypatch):
+    """Python has None in the place of a stream that >&- has closed."""
+    monkeypatch.setattr(sys, name, None)
+    cli(lambda: [print("\u0394", file=getattr(sys, name), flush=True), getattr(sys, name).isatty()])
+    getattr(sys, name).close()
+
+
 SHOW = """
 from data.options import Parser, cli
 from tqdm import tqdm
