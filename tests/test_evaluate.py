@@ -1349,21 +1349,20 @@ def test_options_that_are_not_read_are_noted(more, said, capsys):
     assert found == (f"note: without effect in this run: {said}\n" if said else "")
 
 
-@pytest.mark.parametrize(
-    "split, same, of_run, of_g, said",
-    [
-        ("val", True, "train", "train", []),
-        ("val", True, "train val", "", ["warning: the g of run was trained on another file"]),
-        ("val", True, "train", "val", ["warning: the g of qp.pt was"]),
-        ("val", False, "val", "val", ["warning: run was trained", "warning: qp.pt was trained"]),
-        ("val", False, "train", "train", []),
-        ("train", True, "train", "", ["note: run has learned from the labels of 6 of these 6"]),
-        ("train", False, "train", "val", ["warning: run was trained on another file"]),
-    ],
-)
-def test_scores_of_cases_whose_labels_a_run_or_g_has_seen(
-    split, same, of_run, of_g, said, gray, capsys, monkeypatch
-):
+SEEN = [  # split that is scored, of this file or another, labels that the run and g know, lines
+    ("val", True, "train", "train", []),
+    ("val", True, "train val", "", ["warning: the g of run was trained on another file"]),
+    ("val", True, "train", "val", ["warning: the g of qp.pt was"]),
+    ("val", False, "val", "val", ["warning: run was trained", "warning: qp.pt was trained"]),
+    ("val", False, "train", "train", []),
+    ("train", True, "train", "", ["note: run has learned from the labels of 6 of these 6"]),
+    ("train", False, "train", "val", ["warning: run was trained on another file"]),
+]
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_scores_of_cases_whose_labels_a_run_or_g_has_seen(case, gray, capsys, monkeypatch):
+    split, same, of_run, of_g, said = case
     info = h5.read_info(gray)
 
     def state(splits):

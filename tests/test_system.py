@@ -212,8 +212,16 @@ def test_a_console_that_lacks_characters(encoding, shown, monkeypatch):
 def test_a_console_that_is_closed(name, monkeypatch):
     """Python has None in the place of a stream that >&- has closed."""
     monkeypatch.setattr(sys, name, None)
-    cli(lambda: [print("\u0394", file=getattr(sys, name), flush=True), getattr(sys, name).isatty()])
-    getattr(sys, name).close()
+    terminal = []
+
+    def main():
+        stream = getattr(sys, name)
+        print("\u0394", file=stream, flush=True)
+        terminal.append(stream.isatty())
+        stream.close()
+
+    cli(main)
+    assert terminal == [False]
 
 
 SHOW = """
