@@ -622,7 +622,10 @@ def confidence_of(label, level):
 
 @torch.no_grad()
 def qw_weights(g, label, args):
-    """QW: w = q^2 [q >= .5] of each pixel, with q of its image, its class or itself. -> [U, *S]"""
+    """QW: w = q^2 [q >= .5] of each pixel, with q of its image, its class or itself. -> [U, *S]
+
+    U: of this process. Another way to weight by quality is written here.
+    """
     U, _, *S = label.p.shape
     if args.weight == "none":
         return torch.ones(U, *S, device=label.p.device)

@@ -19,7 +19,11 @@ from scipy import ndimage, spatial
 
 @dataclass
 class Score:
-    """One class of one case. hd95 and asd in mm where the spacing is known, else in pixels."""
+    """One class of one case. hd95 and asd in mm where the spacing is known, else in pixels.
+
+    To add a metric: a field, its value in each case of score(), and a column in summarize() of
+    evaluate.py.
+    """
 
     dice: float
     jaccard: float
