@@ -30,8 +30,8 @@ contradicts the folders of splits is refused.
 
 Masks of two classes are 0 and 1, or black and white with edges that may be gray. With more than two
 --classes, mask pixels are class numbers. --labels lists the values of other masks: 0,128,255 become
-the classes 0, 1, 2. All else is refused, and so are pictures that a decoder would cut short;
-data/pixels.py has the rules. Notes tell which files are not read.
+the classes 0, 1, 2. All else is refused, and so are masks without a picture, and pictures that a
+decoder would cut short; data/pixels.py has the rules. Notes tell which files are not read.
 """
 
 import argparse

@@ -13,12 +13,12 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-# that end a script; a closed terminal sends SIGHUP, which Windows does not have
+# Signals that end a script. A closed terminal sends SIGHUP, which Windows does not have.
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def handle_ends(handler):
-    """A handler for ENDS, but for those that nobody wants to heed: nohup ignores SIGHUP."""
+    """Sets the handler of ENDS, but for those that are ignored: nohup ignores SIGHUP."""
     for number in ENDS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
