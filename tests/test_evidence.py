@@ -24,12 +24,13 @@ from results.evidence import controls, run, table
 
 @pytest.fixture
 def tiny(gray, gray_quality, tmp_path, monkeypatch):
-    """The phantom as the data sets of the experiment, in an empty folder, with a g."""
+    """The phantom as the data sets of the experiment, in an empty folder, with a g of each seed."""
     monkeypatch.chdir(tmp_path)
-    os.makedirs("runs/evidence/tiny/tiny/g")
     run.split([gray, "runs/tiny.h5", "--patients", "1"])
     shutil.copy(gray, "runs/other.h5")
-    shutil.copy(gray_quality[1], "runs/evidence/tiny/tiny/g/qp.pt")
+    for name in ("g", "g-1", "g-2"):
+        os.makedirs(f"runs/evidence/tiny/tiny/{name}")
+        shutil.copy(gray_quality[1], f"runs/evidence/tiny/tiny/{name}/qp.pt")
     mine = run.Data("tiny", 2, "1e-3", "", "")
     monkeypatch.setattr(run, "DATA", {"tiny": mine, "more": mine._replace(archive="other")})
     small = "--size 32 --width 4 --batch 3 --batch-unlabeled 3 --steps 10 --eval-every 3"
@@ -142,7 +143,9 @@ def test_an_archive_is_unlabeled_and_shares_the_start_and_g():
     foreign = run.Job("ph2_foreign", "mean_teacher", "qw", 2)
     words = " ".join(run.options("small", foreign, "OUT"))
     assert "--unlabeled runs/cvc.h5" in words and "runs/ph2.h5 --out OUT --seed 2" in words
-    assert "--qp runs/evidence/small/ph2/g/qp.pt" in words
+    assert "--qp runs/evidence/small/ph2/g-2/qp.pt" in words
+    half = " ".join(run.options("small", foreign._replace(row="qw_half"), "OUT"))
+    assert "--qp runs/evidence/small/ph2/g_half/qp.pt" in half  # one for all seeds
     assert run.start_of(foreign) == run.Job("ph2", "supervised", "none", 2)
     bcp = run.Job("ph2_foreign", "bcp", "none", 0)
     assert run.start_of(bcp) == bcp._replace(data="ph2")
@@ -235,16 +238,16 @@ def test_g_of_an_earlier_epoch_is_not_the_one(gray_quality, tmp_path):
     assert not run.is_trained(path)
 
 
-def test_each_seed_of_a_corrected_run_has_a_g_and_an_ensemble_of_its_own(tiny, monkeypatch):
+def test_each_seed_has_a_g_and_an_ensemble_of_its_own(tiny, monkeypatch):
     trained = []
     monkeypatch.setattr(
         run, "is_trained", lambda path: trained.append(os.path.dirname(path)) or True
     )
     monkeypatch.setattr(run, "ensemble", lambda *args: trained.append(args[-1]) or [])
-    for row, seed in (("at_test", 2), ("at_test_ensemble", 1), ("trust_qw", 2)):
+    for row, seed in (("at_test", 2), ("at_test_ensemble", 1), ("trust_qw", 0), ("qw_half", 2)):
         run.control_of("tiny", run.Job("tiny", "mean_teacher", row, seed))
     g = "runs/evidence/tiny/tiny/g"
-    assert trained == [f"{g}-2", f"{g}-1", 1, g]
+    assert trained == [f"{g}-2", f"{g}-1", 1, g, f"{g}_half"]
 
 
 def test_the_oracle_knows_the_truth():
