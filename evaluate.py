@@ -72,7 +72,7 @@ from data.metrics import (
     score_case,
     triage,
 )
-from data.options import SHARE, Parser, cli, folder, note_unread, number
+from data.options import SHARE, Parser, cli, folder, note_idle, number
 from data.tables import markdown, write_csv, write_text
 from models import checkpoints, inference, quality
 from models.checkpoints import load_checkpoint
@@ -396,20 +396,21 @@ def trust_of(args):
 def group_runs(states, paths):
     """Runs that differ only in their seed -> [Group]; names are made unique by what differs.
 
-    Of an option that it is too old to know, a run has the default; where no run tells that, the
-    option tells no two runs apart. Files of --qp and --unlabeled are the same where their checksums
-    are, whatever their paths. Each seed may have a g of its own, see split_by_g(). A second
-    checkpoint of a seed is a row by itself, under its path.
+    Of an option that it is too old to know, a run has the default of its method; where no run tells
+    that, the option tells no two runs apart. Files of --qp and --unlabeled are the same where their
+    checksums are, whatever their paths. Each seed may have a g of its own, see split_by_g(). A
+    second checkpoint of a seed is a row by itself, under its path.
 
     states [runs]: of their checkpoints; paths [runs].
     """
     qps, unlabeled = (list(file_names(option, states)) for option in ("qp", "unlabeled"))
-    defaults = {}
+    defaults = collections.defaultdict(dict)  # {method: {option: value}}
     for state in states:
-        defaults |= {name: v for name, v in _dict(state, "defaults").items() if v is not None}
+        known = {name: v for name, v in _dict(state, "defaults").items() if v is not None}
+        defaults[state["args"]["method"]] |= known
     alike = []  # (options, runs) that differ in seed and g alone
     for i, (state, path) in enumerate(zip(states, paths)):
-        config = options_of(state, path, unlabeled[i], defaults)
+        config = options_of(state, path, unlabeled[i], defaults[state["args"]["method"]])
         for known, members in alike:
             if not differing(known, config):
                 known |= config  # what one of them knows
@@ -894,6 +895,8 @@ MASKS = (".png", ".nii.gz")  # what write_mask() writes
 
 def check_masks(masks, args):
     """InputError if a folder holds masks that may not be replaced, or anything but masks."""
+    if os.path.lexists(masks) and not os.path.isdir(masks):
+        raise InputError(f"{masks}: is no folder, so no mask can go there; choose another --out")
     found = sorted(glob.glob(os.path.join(glob.escape(masks), "*")))
     if found and not args.overwrite:
         raise InputError(
@@ -918,7 +921,7 @@ def new_masks(out):
 
 
 def put_masks(made, masks):
-    """Moves the masks of a folder, in the place of those of an earlier --predict and their list."""
+    """Replaces the masks of an earlier --predict by those in `made`, and removes its list."""
     out = os.path.dirname(masks)
     lists = [os.path.join(out, f"worst_first.{ending}") for ending in ("csv", "png")]
     for path in glob.glob(os.path.join(glob.escape(masks), "*")) + lists:
@@ -1054,12 +1057,12 @@ def unpack(packed, image):
 
 
 PICTURES = ("compare", "cases", "cases/*", "curves", "quality", "estimates", "triage")
-SCORES = ("summary.json", "summary.md", "cases.csv")  # the first of them is written first
+SCORES = ("summary.json", "cases.csv", "summary.md")  # in the order in which they are written
 OF_QP = ("quality.md", "quality.json", "quality.csv")
 
 
 def check_scores(out):
-    """InputError if a folder holds files of these names that no evaluation has written."""
+    """InputError if a folder holds files of such names and no summary.json of an evaluation."""
     first = os.path.join(out, SCORES[0])
     try:
         with open(first, encoding="utf-8") as f:
@@ -1068,9 +1071,10 @@ def check_scores(out):
         found = None
     if isinstance(found, dict) and {"title", "rows", "args"} <= found.keys():
         return
-    for path in files_of_scores(out):
+    if found := files_of_scores(out):
         raise InputError(
-            f"{path}: is not of evaluate.py, and would be replaced; choose another --out"
+            f"{found[0]}: would be replaced, but no summary.json beside it is of evaluate.py; "
+            "move it, or choose another --out"
         )
 
 
@@ -1463,14 +1467,14 @@ def parse_args(argv=None):
 # fmt: on
 
 
-def print_unread(args):
+def print_idle(args):
     """A note on options that have no effect beside the others."""
     names = ["grid"] if args.predict else ["overwrite"]
     if args.predict and not args.qp:  # without a list, no pictures
         names += ["pictures", "show"]
     if args.window == "whole":
         names += ["stride", "blend"]
-    note_unread(args, names, parse_args(["DATA", "RUN", f"--out={args.out}"]))
+    note_idle(args, names, parse_args(["DATA", "RUN", f"--out={args.out}"]))
 
 
 def cores():
@@ -1480,7 +1484,7 @@ def cores():
 
 def main(argv=None):
     args = parse_args(argv)
-    print_unread(args)
+    print_idle(args)
     if args.predict:
         return predict(args)
     args.split = args.split or "val"

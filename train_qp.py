@@ -46,7 +46,7 @@ from data.options import (
     flip_axes,
     folder,
     grid,
-    note_unread,
+    note_idle,
     number,
     seed_of,
 )
@@ -619,12 +619,12 @@ def parse_args(argv=None):
 # fmt: on
 
 
-def print_unread(args):
+def print_idle(args):
     """A note on options that the head does not look at."""
     names = ["dropout"] if args.head == "dense" else ["members", "mask_dropout", "quality_loss"]
     names += ["patience"] if args.select == "last" else []
     plain = parse_args(["DATA", "--vqm=VQM", f"--out={args.out}", "--head", args.head])
-    note_unread(args, names, plain)
+    note_idle(args, names, plain)
 
 
 def set_defaults(args, dims):
@@ -711,7 +711,7 @@ def main(argv=None):
     former = [] if state else checkpoints.files_of_run("qp", args.out)
     log = Log(args.out, columns, run.epoch, writes=writes, former=former, counts="epoch")
     print_start(run, data)
-    print_unread(args)
+    print_idle(args)
 
     with postponed_signals() as stop:
         while not is_over(run, args):

@@ -59,7 +59,7 @@ from data.options import (
     flip_axes,
     folder,
     grid,
-    note_unread,
+    note_idle,
     number,
     numbers,
     seed_of,
@@ -177,10 +177,11 @@ class Term:
 #
 # To add a method: one function, and its name in METHODS. List it in STUDENTS if it trains two
 # students, in WARM_UP if it starts otherwise, in MIXES if it mixes a batch, in NO_GRAPH if it
-# reads numbers back from the device, in DEFAULTS if its options differ from the paper's. Its own
-# options are in add_method_options, and in READ_BY. What it learns beside f, or remembers from step
-# to step, is a layer or a buffer of the network (models/README.md); all else is lost by --resume.
-# `python -m pytest tests/test_ssl.py -k NAME` tries it.
+# reads numbers back from the device, in DEFAULTS if its options differ from the paper's, in READ_BY
+# beside the options there that it reads. Its own options are in add_method_options. What it learns
+# beside f, or remembers from step to step, is a layer or a buffer of the network
+# (models/README.md); all else is lost by --resume. `python -m pytest tests/test_ssl.py -k NAME`
+# tries it.
 #
 # Labeled images, weak views and strong views go through a student in passes of their own: mixed
 # statistics of batch norm let pseudo-labels drift (results/baselines).
@@ -745,7 +746,7 @@ def step_uses_unlabeled(args, step):
 def onset(args):
     """The number of supervised steps before unlabeled images come in; 0 if they never do.
 
-    They stay in once they are; so that bisection, which every step can afford, finds the first.
+    Once in, they stay in. So bisection finds the first such step, fast enough for every step.
     """
     steps = range(1, args.steps + 1)
     count = bisect.bisect_left(steps, True, key=lambda step: step_uses_unlabeled(args, step))
@@ -1075,9 +1076,7 @@ TRUSTS = (0.0, 0.5, 1.0)  # what best_trust() tries
 REJECTED = 0.01  # mean weight below which guidance rejects (nearly) all pseudo-labels
 OF_TERMS = ["weight", "ess", "share"]  # known where there is an unlabeled loss
 UNSURE = {  # methods that leave out unsure pixels, and what to try where no pixel is sure
-    **dict.fromkeys(
-        ("pseudo_label", "contrastive", "fixmatch", "unimatch"), "; see --conf-threshold"
-    ),
+    **dict.fromkeys(READ_BY["conf_threshold"], "; see --conf-threshold"),
     "ua_mt": "; train longer, or begin later (--lam-warmup)",
 }
 
@@ -1307,8 +1306,28 @@ def is_over(progress, args):
 # ------------------------------------------------------------------------------------------ options
 
 
-# fmt: off
 def parse_args(argv=None):
+    """The options of a run. InputError if two of them do not fit."""
+    args = options().parse_args(argv)
+    if unknown := DEFAULTS.get(args.method, {}).keys() - vars(args).keys():
+        raise KeyError(f"DEFAULTS of {args.method}: {min(unknown)} is no option")
+    args = options(args.method).parse_args(argv)  # once more, by the method's own defaults
+    fill_in(args)
+    check_options(args)
+    return args
+
+
+def defaults_like(args):
+    """The options of a run of the same method and --weight where no other is given."""
+    defaults = options(args.method).parse_args(["DATA", "--out", "."])
+    defaults.method, defaults.weight = args.method, args.weight
+    fill_in(defaults)
+    return defaults
+
+
+# fmt: off
+def options(method="supervised"):
+    """The parser, with the defaults of a method."""
     p = Parser(__doc__, prog="train_ssl.py")
     p.add_argument("data", help="dataset file")
     p.add_argument("--out", type=folder, required=True, help="folder of the run")
@@ -1320,6 +1339,15 @@ def parse_args(argv=None):
     p.add_argument("--unlabeled", metavar="OTHER.h5",
                    help="a second file whose train and unlabeled images join the unlabeled ones")
     add_method_options(p)
+    add_guidance_options(p)
+    add_training_options(p)
+    add_running_options(p)
+    p.set_defaults(**DEFAULTS.get(method, {}))
+    return p
+
+
+def add_guidance_options(p):
+    """How g guides."""
     p.section("quality guidance")
     p.add_argument("--qp", metavar="QP.pt",
                    help="quality predictor of train_qp.py, for --weight quality, --correct and "
@@ -1350,6 +1378,10 @@ def parse_args(argv=None):
                    help="share of training before QAR sets in")
     p.add_argument("--qar-ramp", type=SHARE, default=0.2,
                    help="share of training over which lambda_qar then grows")
+
+
+def add_training_options(p):
+    """f, its optimizer and what it sees."""
     p.section("network and training")
     p.add_argument("--model", type=models.model_name, metavar="NAME",
                    help=f"network f: {', '.join(models.segmentation_networks())} (default: unet, "
@@ -1402,6 +1434,10 @@ def parse_args(argv=None):
     p.add_argument("--keep", metavar="N,N,...", type=numbers, default=[],
                    help="also keep the checkpoints of these steps, as OUT/stepN.pt")
     inference.add_window_options(p)
+
+
+def add_running_options(p):
+    """Where and how a run goes on; none of them is about the method."""
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0,
                    help="of all random numbers but those of --labeled-seed")
@@ -1424,14 +1460,6 @@ def parse_args(argv=None):
                         "anyway)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt if it is there")
     p.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
-    args = p.parse_args(argv)
-    own = DEFAULTS.get(args.method, {})
-    if unknown := own.keys() - vars(args).keys():
-        raise KeyError(f"DEFAULTS of {args.method}: {min(unknown)} is no option")
-    p.set_defaults(**own)
-    args = p.parse_args(argv)  # once more, by the defaults of the method
-    fill_in(args)
-    return args
 # fmt: on
 
 
@@ -1444,16 +1472,19 @@ def asking(args):
     }
 
 
-def defaults_like(args):
-    """The options of a run of the same method where no other is given."""
-    return parse_args(["DATA", f"--out={args.out}", "--method", args.method])
-
-
 WEIGHT_THRESHOLD = {"none": 0.0, "confidence": 0.9, "quality": 0.5}
 
 
 def fill_in(args):
-    """Defaults that depend on other options. InputError if two options do not fit."""
+    """Defaults that depend on other options."""
+    if args.weight_threshold is None:
+        args.weight_threshold = WEIGHT_THRESHOLD[args.weight]
+    if args.weight_level is None and args.weight != "quality":  # else it depends on g
+        args.weight_level = "image"
+
+
+def check_options(args):
+    """InputError if two options do not fit."""
     if args.correct and args.method == "supervised":
         raise InputError(
             "--correct: supervised training has no pseudo-label; choose another --method"
@@ -1462,10 +1493,6 @@ def fill_in(args):
         raise InputError("--trust needs --correct")
     if not args.qp and (asks := [name for name, given in asking(args).items() if given]):
         raise InputError(f"--qp is missing: {asks[0]} needs the qp.pt of train_qp.py")
-    if args.weight_threshold is None:
-        args.weight_threshold = WEIGHT_THRESHOLD[args.weight]
-    if args.weight_level is None and args.weight != "quality":  # else it depends on g
-        args.weight_level = "image"
 
 
 SETTINGS = {  # by dims: those of the paper, and of the left-atrium baselines
@@ -1667,7 +1694,7 @@ def print_start(run, args, labeled, unlabeled, first):
     print(", ".join(words))
 
 
-def unread(args):
+def idle(args):
     """The options that a run does not look at."""
     names = [name for name, methods in READ_BY.items() if args.method not in methods]
     if args.method == "supervised":
@@ -1685,7 +1712,7 @@ def unread(args):
 
 def print_ignored(args, first):
     """Notes on what has no effect, such as --keep of steps up to `first`."""
-    note_unread(args, unread(args), defaults_like(args))
+    note_idle(args, idle(args), defaults_like(args))
     if args.qp and not any(asking(args).values()):
         print(f"note: g guides nothing, and is only asked about val; see {', '.join(asking(args))}")
     lam, lam_qar = lambdas(args, args.steps)

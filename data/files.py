@@ -232,7 +232,8 @@ def claim(out, *inside):
             raise
     for part in ("", *inside):
         for left in glob.glob(os.path.join(glob.escape(out), part, ".*.[0-9]*.part")):
-            shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+            folder = os.path.isdir(left) and not os.path.islink(left)
+            shutil.rmtree(left) if folder else os.remove(left)
     return lock
 
 

@@ -244,11 +244,11 @@ def _check_replaced(path):
 
 
 def _remove_left(path):
-    """Removes what killed processes left half-written of a file, see files.replacing()."""
+    """Removes what killed processes of this machine left of a file, see files.replacing()."""
     folder, name = os.path.split(os.path.abspath(path))
     for left in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*.part")):
-        number = left.removesuffix(".part").rpartition(".")[2]
-        if re.fullmatch("[0-9]{1,9}", number) and not psutil.pid_exists(int(number)):
+        match = re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})\.part", os.path.basename(left))
+        if match and not psutil.pid_exists(int(match[1])):
             with contextlib.suppress(OSError):  # another one may remove it, too
                 os.remove(left)
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 
 from data.files import DiskFull, InputError
-from data.workers import handle_ends
+from data.workers import handle_ends, leave_terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +49,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         default = action.default
         if default is None or default is False or default == []:  # which tell a reader nothing
             return action.help
-        if isinstance(default, float):
+        if isinstance(default, float) and "%(default)" not in action.help:
             return f"{action.help} (default: {default:.3g})"
         return super()._get_help_string(action)
 
@@ -162,8 +162,8 @@ def flip_axes(text):
     return ",".join(sorted(names))
 
 
-def note_unread(args, names, defaults):
-    """A note on those of the named options that were given, and that a run does not look at.
+def note_idle(args, names, defaults):
+    """A note on those of the named options that were given, though a run does not look at them.
 
     args, defaults: Namespace, of the run and of one for which nothing is given.
     """
@@ -193,7 +193,7 @@ def cli(main):
     """
     _be_quiet_where_told_elsewhere()
     # unwinds, so that temporary files are removed
-    handle_ends(lambda number, _: sys.exit(128 + number))
+    handle_ends(_end)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by >&-, and no script or library expects that
             setattr(sys, name, open(os.devnull, "w"))
@@ -213,6 +213,12 @@ def cli(main):
         sys.exit(_complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
+
+
+def _end(number, _):
+    """What a signal does to a script."""
+    leave_terminal(number)
+    sys.exit(128 + number)
 
 
 def _be_quiet_where_told_elsewhere():

@@ -77,7 +77,7 @@ def below(folder, pattern):
 
 
 def is_file(path):
-    """Whether a path is a file; no folder, and no pipe, which would be read for ever.
+    """Whether a path is a file; no folder, and no pipe, which would be read forever.
 
     A link that leads nowhere counts, since its reader refuses it.
     """
@@ -97,7 +97,7 @@ def note_unread(folders, is_read, kinds):
     if unread:
         print(
             f"note: {len(unread)} of {len(found)} files and folders are not read, such as "
-            f"{unread[0]}; read are {kinds}, if they are files"
+            f"{unread[0]}; only files of these kinds are: {kinds}"
         )
 
 

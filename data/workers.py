@@ -24,6 +24,21 @@ def handle_ends(handler):
             signal.signal(number, handler)
 
 
+TERMINALS = [fd for fd in (1, 2) if os.isatty(fd)]  # where this process prints
+
+
+def leave_terminal(number):
+    """SIGHUP tells that the terminal is closed: from here on nothing is printed, which would fail.
+
+    number: of a signal.
+    """
+    if number == getattr(signal, "SIGHUP", None):
+        null = os.open(os.devnull, os.O_WRONLY)
+        for fd in TERMINALS:
+            os.dup2(null, fd)
+        os.close(null)
+
+
 def start_worker():
     """Leaves Ctrl-C to the parent, which then ends its workers. They end when it is killed, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -112,6 +127,7 @@ def postponed_signals():
             usual[number] = handler
 
     def remember(number, _):
+        leave_terminal(number)
         if not first:
             first.extend((128 + number, time.monotonic()))
         elif time.monotonic() - first[1] > 1:

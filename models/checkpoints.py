@@ -297,7 +297,7 @@ MAY_CHANGE = ("keep", "cache", "workers", *VAL_OPTIONS)  # of train_ssl.py: wher
 
 
 def _younger(before, now, defaults):
-    """Options that a run did not know yet, and which are off, or as they are by default."""
+    """Options that a run is too old to know, and that are off, or at their default, now."""
     new = now.keys() - before.keys()
     return {name for name in new if not now[name] or now[name] == defaults.get(name)}
 

@@ -1323,7 +1323,7 @@ def test_files_of_others_are_not_replaced(gray, tmp_path, refused, undrawn):
     }
     for name, text in others.items():
         (tmp_path / "out" / name).write_text(text)
-        refused(evaluate.main, argv, f"{name}: is not of evaluate.py", "choose another --out")
+        refused(evaluate.main, argv, f"{name}: would be replaced", "choose another --out")
         assert (tmp_path / "out" / name).read_text() == text
         (tmp_path / "out" / name).unlink()
     for _ in range(2):  # its own are
@@ -1344,7 +1344,7 @@ def test_files_of_others_are_not_replaced(gray, tmp_path, refused, undrawn):
     ],
 )
 def test_options_that_are_not_read_are_noted(more, said, capsys):
-    evaluate.print_unread(evaluate.parse_args(["data.h5", "best.pt", "--out=o", *more.split()]))
+    evaluate.print_idle(evaluate.parse_args(["data.h5", "best.pt", "--out=o", *more.split()]))
     found = capsys.readouterr().out
     assert found == (f"note: without effect in this run: {said}\n" if said else "")
 
@@ -1352,7 +1352,6 @@ def test_options_that_are_not_read_are_noted(more, said, capsys):
 SEEN = [  # split that is scored, of this file or another, labels that the run and g know, lines
     ("val", True, "train", "train", []),
     ("val", True, "train val", "", ["warning: the g of run was trained on another file"]),
-    ("val", True, "train", "val", ["warning: the g of qp.pt was"]),
     ("val", False, "val", "val", ["warning: run was trained", "warning: qp.pt was trained"]),
     ("val", False, "train", "train", []),
     ("train", True, "train", "", ["note: run has learned from the labels of 6 of these 6"]),
@@ -1404,6 +1403,8 @@ def test_a_run_is_older_than_an_option(gray, tmp_path):
     assert rows_of([old, new, later]) == [(half, [0, 1]), (more, [2])]
     later["defaults"] = dict(younger=0.5, older=None)  # so the old run has had
     assert rows_of([old, later]) == [(half, [0]), (more, [1])]
+    other = dict(later, args=later["args"] | dict(method="ict"), defaults=dict(younger=0.7))
+    assert rows_of([old, later, other]) == [(half, [0]), (more, [1]), ("ict", [2])]
 
 
 def test_bad_input(gray, rgb, gray_quality, rgb_quality, tmp_path, refused):

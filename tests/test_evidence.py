@@ -444,7 +444,7 @@ def test_the_command_lists_what_is_left(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "run --data tiny --methods ict --seeds 2 --list".split())
     monkeypatch.setattr(run, "TIERS", {"small": ""})
     os.makedirs("runs/evidence/small/tiny/ict-qw-2/test")
-    open("runs/evidence/small/tiny/ict-qw-2/test/summary.json", "w").close()
+    open("runs/evidence/small/tiny/ict-qw-2/test/summary.md", "w").close()
     run.main()
     left = [f"runs/evidence/small/tiny/ict-{row}-2" for row in ("none", "correct_qw", "trust_qw")]
     *found, last = capsys.readouterr().out.splitlines()

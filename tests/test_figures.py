@@ -449,6 +449,7 @@ def test_help_is_grouped_and_shows_defaults(script, groups, capsys):
     assert end.value.code == 0
     places = [text.index(f"\n{group}") for group in groups]
     assert places == sorted(places) and text.count("(default: ") > 3
+    assert not re.search(r"\(default: [^)]*\)\s*\(default", text)  # not twice
     assert text.rindex("--device") > text.index("\nrunning:")
     assert script is evaluate or re.search(
         r"--seed SEED.*\(default: 0\)", " ".join(text.split())

@@ -3,11 +3,14 @@
 Nothing is lost, and nothing is silently wrong.
 """
 
+import fcntl
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import h5py
@@ -123,6 +126,7 @@ def test_a_closed_terminal_ends_as_sigterm_does():
     """And nothing ends that nohup has started."""
     usual = [signal.getsignal(number) for number in workers.ENDS]
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
         with pytest.raises(SystemExit) as end:
             cli(lambda: signal.raise_signal(signal.SIGHUP))
         assert end.value.code == 129
@@ -137,6 +141,38 @@ def test_a_closed_terminal_ends_as_sigterm_does():
     finally:
         for number, handler in zip(workers.ENDS, usual):
             signal.signal(number, handler)
+
+
+PRINTS_AT_THE_END = """
+import sys, time
+from data.options import cli
+from data.workers import postponed_signals
+def main():
+    with postponed_signals() as stop:
+        print("under way", flush=True)
+        while not stop():
+            time.sleep(0.01)
+        print("saved", flush=True)
+        sys.exit(stop())
+cli(main)
+"""
+
+
+def test_what_is_printed_to_a_closed_terminal_is_no_error():
+    ours, its = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-c", PRINTS_AT_THE_END],
+        cwd=ROOT,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal is its own
+    )
+    os.close(its)
+    assert b"under way" in os.read(ours, 100)
+    os.close(ours)
+    assert run.wait(60) == 129
 
 
 @pytest.fixture

@@ -508,7 +508,7 @@ def test_files_that_are_not_read_are_noted(tmp_path, capsys):
     one = new_images.convert(str(src / "imagesTr" / "a.NII.GZ"), str(tmp_path / "o.h5"), data)
     said, name = capsys.readouterr().out, src / "imagesTr" / "f.dcm"
     for words in ("4 of 10", "1 of 4"):
-        assert f"note: {words} files and folders are not read, such as {name}; read are .ni" in said
+        assert f"note: {words} files and folders are not read, such as {name}; only files" in said
     assert one.entries("unlabeled")[0].name == "a"
 
 

@@ -459,7 +459,7 @@ def folder(tmp_path):
 
 
 def test_pipes_and_folders_are_no_images(tmp_path, capsys):
-    """To read a pipe takes for ever. A link that leads nowhere is refused by its reader."""
+    """To read a pipe takes forever. A link that leads nowhere is refused by its reader."""
     for module, ending in ((images, "png"), (nifti, "nii.gz")):
         src = tmp_path / ending
         (src / f"folder.{ending}").mkdir(parents=True)
@@ -478,7 +478,10 @@ def test_a_folder_of_all_kinds(folder, options, tmp_path, capsys):
     """Values and types in the file; a line for what is not read, and for what is doubtful."""
     images.main([str(folder), "--out", str(tmp_path / "f.h5"), "--val", "0", *options])
     said = capsys.readouterr().out
-    assert "images/more; read are .bmp" in said and "note: 3 of 14 files and folders are" in said
+    assert (
+        "images/more; only files of these kinds are: .bmp" in said
+        and "note: 3 of 14 files and folders are" in said
+    )
     assert "validation is not read; the names of splits are train" in said
     assert "note: 1 file, such as" in said and "images/d.jpg: stored turned" in said
     assert "masks/a.png: nearly black regions" in said and said.count("note:") == 7

@@ -49,7 +49,7 @@ def test_options_that_a_head_does_not_read_are_noted(capsys):
         ("--head scalar --members 2 --patience 3 --dropout 0.3", "--members"),
         ("--select best --patience 3 --dropout 0.3", "--dropout"),
     ):
-        train_qp.print_unread(options_of(["d.h5", "--vqm", "v.h5", "--out", "o", *more.split()]))
+        train_qp.print_idle(options_of(["d.h5", "--vqm", "v.h5", "--out", "o", *more.split()]))
         assert capsys.readouterr().out == f"note: without effect in this run: {said}\n"
 
 

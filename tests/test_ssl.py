@@ -1277,7 +1277,7 @@ def test_a_g_that_nobody_asks_is_noted(capsys):
         assert ("note: g guides nothing" in capsys.readouterr().out) == noted
 
 
-def test_a_method_may_have_any_default_of_its_own(monkeypatch):
+def test_a_method_may_have_any_default_of_its_own(monkeypatch, capsys):
     own = dict(lam=0.5, ema=0.9, optimizer="sgd", batch=5, flip="W", largest_component=False)
     monkeypatch.setitem(train_ssl.DEFAULTS, "ict", own)
     found = vars(plain_options("--method", "ict"))
@@ -1285,6 +1285,11 @@ def test_a_method_may_have_any_default_of_its_own(monkeypatch):
     given = plain_options("--ema", "0.8", "--largest-component", "--method", "ict")
     assert given.ema == 0.8 and given.largest_component and given.optimizer == "sgd"
     assert plain_options("--method", "mean_teacher").ema == 0.99
+    own = dict(weight="quality", correct=True, qar=0.01, weight_power=1.0)
+    monkeypatch.setitem(train_ssl.DEFAULTS, "ict", own)
+    given = plain_options("--qp", "g", "--method", "ict", "--weight", "confidence")
+    train_ssl.print_ignored(given, 0)
+    assert "without effect" not in capsys.readouterr().out and given.correct
     monkeypatch.setitem(train_ssl.DEFAULTS, "ict", dict(emma=0.9))
     with pytest.raises(KeyError, match="DEFAULTS of ict: emma is no option"):
         plain_options("--method", "ict")

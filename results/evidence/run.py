@@ -225,7 +225,7 @@ def start_of(job):
 
 
 def finished(folder):
-    return os.path.isfile(f"{folder}/test/summary.json")
+    return os.path.isfile(f"{folder}/test/summary.md")  # evaluate.py writes it last
 
 
 def run(tier, job):
@@ -315,7 +315,7 @@ def control_of(tier, job):
 def train_quality(tier, data, row="", seed=0):
     """Stages 1 and 2 for a data set. g sees what f sees, or for rows with `_half` half of it.
 
-    The masks are the same for every seed of g.
+    The masks are the same for every seed of g, and g½ is of seed 0 for all of f's.
     """
     out = quality_of(tier, data, row, seed)
     if is_trained(f"{out}/qp.pt"):
@@ -329,6 +329,7 @@ def train_quality(tier, data, row="", seed=0):
     if not mine.volumes:  # whose options of g have a size
         half = row.endswith("_half")
         source += ["--size", str(int(size) // 2) if half else size]
+        seed = 0 if half else seed
     train_qp.main([*source, *mine.g.split(), "--seed", str(seed), "--resume"])
 
 

@@ -62,14 +62,13 @@ def run(data, method, share, seed):
     split, options = DATA[data]
     path = make_data(data, seed)
     out = f"{OUT}/{data}-{method}-{share.replace('/', 'of')}-{seed}"
-    summary = f"{out}/{split}/summary.json"
-    if not os.path.isfile(summary):
+    if not os.path.isfile(f"{out}/{split}/summary.md"):  # evaluate.py writes it last
         ours = ["--method", method, "--foreground", f"{float(Fraction(share)):.4f}"]
         given = [*COMMON.split(), *options.split(), *ours, "--seed", str(seed)]
         train_ssl.main([path, "--out", out, *given, "--resume"])
         scored = ["--split", split, "--out", f"{out}/{split}", "--pictures", "0"]
         evaluate.main([path, f"{out}/last.pt", *scored])
-    with open(summary) as f:
+    with open(f"{out}/{split}/summary.json") as f:
         row = json.load(f)["rows"][0]
     return {name: value[0] for name, value in row.items() if name.startswith("Dice %")}
 
