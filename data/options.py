@@ -4,6 +4,7 @@ A script ends with exit code 2 and one line where its input is wrong; see cli().
 """
 
 import argparse
+import errno
 import functools
 import io
 import math
@@ -149,7 +150,16 @@ def picture(text):
     """argparse type: a PNG file in a folder that can be written to, or made."""
     if not file(text).lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text}: pictures are PNG files; name it .png")
+    if os.path.isfile(text) and not _is_figure(text):
+        raise argparse.ArgumentTypeError(f"{text}: is there already, and no figure; choose another")
     return text
+
+
+def _is_figure(path):
+    """Whether a file begins as figures of Matplotlib do, all of which may be drawn again."""
+    with open(path, "rb") as f:
+        head = f.read(1000)
+    return not head or head.startswith(b"\x89PNG") and b"Software\0Matplotlib" in head
 
 
 def flip_axes(text):
@@ -247,6 +257,8 @@ def _complain(error, code):
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text += "; what is printed may go to this disk, too: make room"
     if isinstance(error, PermissionError):
         text += "; ask its owner for permission, or choose another"
     text = " ".join(text.split())

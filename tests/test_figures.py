@@ -3,6 +3,7 @@
 The log on the screen, TensorBoard, bars and --help.
 """
 
+import argparse
 import csv
 import itertools
 import re
@@ -21,7 +22,7 @@ import corrupt
 import evaluate
 import train_qp
 import train_ssl
-from data import figures, h5, loading, metrics
+from data import figures, h5, loading, metrics, options
 from data.log import Log
 from models import checkpoints, inference
 from models.quality import Seen
@@ -420,6 +421,15 @@ def test_bars_on_a_terminal(gray, tmp_path, capsys, monkeypatch):
         [gray, str(tmp_path / "best.pt"), "--out", str(tmp_path / "t"), "--pictures", "0"]
     )
     assert " cases/s" in capsys.readouterr().err
+
+
+def test_a_figure_replaces_figures_alone(tmp_path):
+    own, mine = str(tmp_path / "own.png"), str(tmp_path / "mine.png")
+    figures.comparison(own, {"a": np.ones(3)})
+    assert options.picture(own) == own and options.picture(mine) == mine
+    cv2.imwrite(mine, np.zeros((8, 8), np.uint8))
+    with pytest.raises(argparse.ArgumentTypeError, match="mine.png: is there already, and no fig"):
+        options.picture(mine)
 
 
 @pytest.mark.parametrize(
