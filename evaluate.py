@@ -282,7 +282,7 @@ def held_out(info, states):
     return names
 
 
-# of a checkpoint, without weights
+# what stays in memory of a checkpoint: no weights
 KEPT = ("args", "defaults", "data", "labeled", "inputs", "best", "step")
 
 
@@ -413,7 +413,7 @@ def group_runs(states, paths):
         config = options_of(state, path, unlabeled[i], defaults[state["args"]["method"]])
         for known, members in alike:
             if not differing(known, config):
-                known |= config  # what one of them knows
+                known |= config  # the row knows what any of its runs knows
                 members.append(i)
                 break
         else:

@@ -448,7 +448,7 @@ READ_BY = {  # options that the other methods do not look at
 def defaults_of(name):
     """The default of an option, by method, as the help says it."""
     own = [f"{method} {d[name]:g}" for method, d in DEFAULTS.items() if name in d]
-    return f"default: {', '.join(['%(default)s', *own])}"
+    return ", ".join(["default: %(default)s", *own])
 
 
 # fmt: off
@@ -625,7 +625,7 @@ def confidence_of(label, level):
 def qw_weights(g, label, args):
     """QW: w = q^2 [q >= .5] of each pixel, with q of its image, its class or itself. -> [U, *S]
 
-    U: of this process. Another way to weight by quality is written here.
+    Of several processes, each weighs its own images. Another function of q would stand here.
     """
     U, _, *S = label.p.shape
     if args.weight == "none":
@@ -1437,7 +1437,7 @@ def add_training_options(p):
 
 
 def add_running_options(p):
-    """Where and how a run goes on; none of them is about the method."""
+    """Where and how a run is made; nothing of them belongs to the method."""
     p.section("running")
     p.add_argument("--seed", type=SEED, default=0,
                    help="of all random numbers but those of --labeled-seed")
