@@ -72,8 +72,8 @@ from models.quality import Seen, quality_target, resample, true_dice, with_backg
 def epoch_rows(masks, per_image):
     """Random masks for an epoch: per_image of every sample, shuffled. -> [samples * per_image]"""
     chance = torch.rand(len(masks.index), dtype=torch.float64)
-    # The key is the sample's number plus a random fraction. So the masks of a sample stand together,
-    # in random order. Each sample has as many, which reshape() needs.
+    # The key is the sample's number plus a random fraction. So the masks of a sample stand
+    # together, in random order. Each sample has as many, which reshape() needs.
     rows = torch.argsort(masks.index + 0.999 * chance)
     rows = rows.reshape(len(masks.samples), -1)[:, :per_image].flatten()
     return rows[torch.randperm(len(rows))]
